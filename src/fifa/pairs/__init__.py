@@ -1,0 +1,1 @@
+"""READ: any feedback data set becomes one table of preference pairs, without reading pixels."""

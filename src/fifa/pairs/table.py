@@ -1,0 +1,140 @@
+"""The table of preference pairs: its columns, and the folder it is kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fifa.errors import FifaError
+from fifa.shards.files import column_digest, write_table
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),  # 20 hex characters: prompt_id and both image keys, side-blind
+        ("prompt", pa.dictionary(pa.int32(), pa.string())),
+        ("prompt_id", pa.dictionary(pa.int32(), pa.string())),  # NFKC, spaces and case folded
+        ("prompt_index", pa.int32()),  # the prompt's row in `Pairs.prompts`
+        ("image_0", pa.string()),  # the image's key
+        ("image_1", pa.string()),
+        ("image_0_ref", pa.string()),  # path, URL or tar member; null: in the row's own cell
+        ("image_1_ref", pa.string()),
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # the source file of the row
+        ("row", pa.int64()),  # the row in it, from 0
+        ("swapped", pa.bool_()),  # image_0 is the source's second image
+        ("label", pa.float32()),  # probability that a person prefers image_0; 0.5 is a tie
+        ("votes", pa.int32()),  # labels averaged into `label`
+        ("repeat", pa.bool_()),  # the same two images as an earlier pair, or one image twice
+    ]
+)
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string())])
+REJECTED = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+FILES = {"table": "pairs.parquet", "prompts": "prompts.parquet", "rejected": "rejected.parquet"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the pairs were read from, so that images can be opened and subsets rebuilt.
+
+    Parameters
+    ----------
+    source
+        What the user named.
+    root
+        The folder or URL prefix that files and relative image paths are below.
+    format
+        The format's name.
+    cells
+        The two columns with image bytes in the source's own rows, or None. A dot goes into a
+        struct (``images.image_1``).
+    score_columns
+        Columns of `Pairs.table` beyond `PAIRS`: numbers that the source came with.
+    fingerprint
+        16 hex characters that change when a source file changes (name, size, time or etag) or
+        when it is read in another way.
+    rows, merged
+        Rows (or rankings' pairs) read, and how many of them repeated an earlier pair and were
+        merged into it: ``rows = pairs + merged + rejected``.
+    """
+
+    source: str
+    root: str
+    format: str
+    cells: tuple[str, str] | None = None
+    score_columns: tuple[str, ...] = ()
+    fingerprint: str = ""
+    rows: int = 0
+    merged: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs, read from any source.
+
+    Parameters
+    ----------
+    table
+        `PAIRS`, then the source's score columns (float64), a row a pair.
+    prompts
+        `PROMPTS`, a row a unique prompt, in order of first appearance; its spelling there.
+    rejected
+        `REJECTED`: every row of the source that could not be read, with the reason.
+    origin
+        Where they come from.
+    """
+
+    table: pa.Table
+    prompts: pa.Table
+    rejected: pa.Table = field(default_factory=REJECTED.empty_table)
+    origin: Origin = field(default_factory=lambda: Origin("", "", "memory"))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def pairs_digest(self) -> str:
+        """Names the pairs and their order: part of a margin file's name."""
+        return column_digest(self.table["pair_id"])
+
+    @property
+    def prompts_digest(self) -> str:
+        """Names the prompts and their order: part of a quality or diversity file's name."""
+        return column_digest(self.prompts["prompt_id"])
+
+
+def save_pairs(pairs: Pairs, folder: Path) -> None:
+    """Write `FILES` into ``folder``; ``pairs.parquet``, with the origin, last."""
+    write_table(folder / FILES["prompts"], pairs.prompts)
+    write_table(folder / FILES["rejected"], pairs.rejected)
+    metadata = {"fifa.origin": json.dumps(pairs.origin.__dict__, sort_keys=True)}
+    write_table(folder / FILES["table"], pairs.table.replace_schema_metadata(metadata))
+
+
+def load_origin(folder: Path) -> Origin | None:
+    """The origin of the pairs in ``folder``; None if there are none yet."""
+    path = folder / FILES["table"]
+    if not path.exists():
+        return None
+    metadata = pq.read_schema(path).metadata or {}
+    plain = json.loads(metadata.get(b"fifa.origin", b"null"))
+    if plain is None:
+        raise FifaError("not a table of pairs that fifa wrote", where=str(path))
+    for name in ("cells", "score_columns"):
+        plain[name] = tuple(plain[name]) if plain[name] is not None else None
+    return Origin(**plain)
+
+
+def load_pairs(folder: Path, columns: list[str] | None = None) -> Pairs:
+    """What `save_pairs` wrote; ``columns`` of the table only, if given."""
+    origin = load_origin(folder)
+    if origin is None:
+        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
+    return Pairs(
+        table=pq.read_table(folder / FILES["table"], columns=columns),
+        prompts=pq.read_table(folder / FILES["prompts"]),
+        rejected=pq.read_table(folder / FILES["rejected"]),
+        origin=origin,
+    )

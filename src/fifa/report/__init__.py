@@ -1,0 +1,1 @@
+"""REPORT: one self-contained page a run."""

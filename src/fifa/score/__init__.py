@@ -1,0 +1,1 @@
+"""SCORE: what every pair and every prompt is worth."""

@@ -1,0 +1,156 @@
+"""Files and folders that are there whole or not at all, and the digests that name them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from fifa.errors import FifaError
+
+PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` removes it
+ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
+
+
+def digest(*parts: object) -> str:
+    """16 hex characters (64 bits of XXH3-128) that name ``parts``: what goes into a file's name.
+
+    ``parts`` are read as sorted JSON; bytes are taken as they are.
+    """
+    h = xxhash.xxh3_128()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        h.update(len(raw).to_bytes(8, "little"))
+        h.update(raw)
+    return h.hexdigest()[:16]
+
+
+def column_digest(column: pa.ChunkedArray) -> str:
+    """16 hex characters that name a string column's content and order, however it is chunked."""
+    h = xxhash.xxh3_128()
+    for chunk in column.chunks:
+        h.update(pa.concat_arrays([chunk, chunk[:0]]).buffers()[-1] or b"")
+    h.update(len(column).to_bytes(8, "little"))
+    return h.hexdigest()[:16]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well.
+
+    The file is synced, renamed over ``path`` and its folder synced; if the block raises,
+    ``path`` is as it was. Raises `FifaError` where the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, atomically."""
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with sorted keys to ``path``, atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
+
+    The same table gives the same bytes, however it is chunked in memory. ``options`` go to
+    `pyarrow.parquet.write_table`.
+    """
+    with atomic_path(path) as temporary:
+        settings = {"compression": "zstd", "row_group_size": ROW_GROUP, **options}
+        pq.write_table(table.combine_chunks(), temporary, **settings)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the block ends well."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
+        temporary.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        old = Path(f"{temporary}-old")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted writes left in ``folder`` and one level below it."""
+    for pattern in (f"{PREFIX}*", f"*/{PREFIX}*"):
+        for path in Path(folder).glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> FifaError:
+    """The message for a folder that refuses a file."""
+    return FifaError(
+        f"cannot write: {error.strerror or error}",
+        where=str(path),
+        do="choose another --out, free space, or change the folder's permissions",
+    )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
