@@ -59,13 +59,20 @@ def scored_once(
 ) -> pa.Table:
     """The table in ``path``, or ``make()`` written there; ``path`` None keeps nothing.
 
-    ``facts`` (JSON) go into the file's metadata under ``fifa.score``.
+    The table's metadata (`score_facts`) says what made it: ``facts``, any facts that ``make``
+    put there itself, and ``file``, the file's name.
     """
     if path is not None and path.exists():
         return pq.read_table(path)
     table = make()
-    if facts:
-        table = table.replace_schema_metadata({"fifa.score": json.dumps(facts, sort_keys=True)})
+    known = {**score_facts(table), **(facts or {}), "file": path.name if path else None}
+    table = table.replace_schema_metadata({"fifa.score": json.dumps(known, sort_keys=True)})
     if path is not None:
         write_table(path, table)
     return table
+
+
+def score_facts(table: pa.Table) -> dict[str, Any]:
+    """What `scored_once` knows of a table of scores; empty for a table it did not make."""
+    facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"fifa.score", b"{}"))
+    return facts
