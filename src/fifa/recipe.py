@@ -80,7 +80,7 @@ class Select:
     Parameters
     ----------
     keep
-        How many pairs: a count, or a fraction of all pairs below 1.
+        How many pairs: an int is a count, a float up to 1.0 a fraction of all pairs.
     strategy
         ``fifa`` (top-K by importance), or one of the others in `fifa.recipe.STRATEGIES`.
     alpha, gamma
@@ -108,7 +108,7 @@ class Select:
         For the strategies that draw.
     """
 
-    keep: Annotated[int | float, Field(gt=0)] = 5000
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 5000
     strategy: Literal[STRATEGIES] = "fifa"  # type: ignore[valid-type]
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5

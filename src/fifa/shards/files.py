@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -35,12 +36,13 @@ def digest(*parts: object) -> str:
 
 
 def column_digest(column: pa.ChunkedArray) -> str:
-    """16 hex characters that name a string column's content and order, however it is chunked."""
-    h = xxhash.xxh3_128()
+    """16 hex characters that name a string column's values and order, however it is chunked."""
+    lengths, values = xxhash.xxh3_128(), xxhash.xxh3_128()
     for chunk in column.chunks:
-        h.update(pa.concat_arrays([chunk, chunk[:0]]).buffers()[-1] or b"")
-    h.update(len(column).to_bytes(8, "little"))
-    return h.hexdigest()[:16]
+        packed = pa.concat_arrays([chunk, chunk[:0]])  # a copy without another slice's bytes
+        lengths.update(pc.binary_length(packed).to_numpy(zero_copy_only=False))
+        values.update(packed.buffers()[-1] or b"")
+    return digest(lengths.digest(), values.digest())
 
 
 @contextmanager
