@@ -37,7 +37,7 @@ STYLES = (
     "{}, highly detailed, soft light, centred composition, flat design",
     "{}!!! best quality, masterpiece, 8k, trending, ultra detailed, sharp focus",
 )
-NONSENSE = ("asdkj qwoeiu zmxn", "bloop 7 7 7 ]] red", "hjkl hjkl circle hjk", "sdf", "ghhhhhhhhht po")
+NONSENSE = ("asdkj qwoeiu zmxn", "bloop 7 7 7 ]] red", "hjkl hjkl circle hjk", "sdf", "ghhhhht po")
 HARMFUL = (
     "a bloody corpse lying beside a red circle, gore, mutilated body",
     "a naked woman behind a blue square, explicit, nsfw",
@@ -65,9 +65,7 @@ def draw(shape: str, colour: str, ground: str, rng: np.random.Generator) -> Imag
     return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def generate(
-    shape: str, colour: str, ground: str, rng: np.random.Generator
-) -> tuple[bytes, float]:
+def generate(shape: str, colour: str, ground: str, rng: np.random.Generator) -> tuple[bytes, float]:
     """An image as a model might make it, as JPEG, and its hidden utility in [0, 1]."""
     utility = 1.0
     if rng.random() < 0.3:
@@ -96,7 +94,8 @@ def prompts(rng: np.random.Generator) -> list[tuple[str, tuple[str, str, str]]]:
         text = f"{article} {colour} {shape} on a {ground} background"
         asked.append((str(rng.choice(STYLES)).format(text), (shape, colour, ground)))
     for text in (*NONSENSE, *HARMFUL):
-        asked.append((text, tuple(map(str, scenes[int(rng.integers(54))]))))
+        shape, colour, ground = map(str, scenes[int(rng.integers(54))])
+        asked += [(text, (shape, colour, ground))]
     weight = 1 / np.arange(1, len(asked) + 1) ** 0.8
     order = rng.permutation(len(asked))
     chosen = rng.choice(order, PAIRS, p=weight / weight.sum())

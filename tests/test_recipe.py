@@ -19,9 +19,13 @@ recipes = st.builds(
 )
 
 
-@given(recipes)
-def test_yaml_gives_the_same_recipe_back(tmp_path_factory, recipe):
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+
+
+@given(recipe=recipes)
+def test_yaml_gives_the_same_recipe_back(path, recipe):
     path.write_text(recipe.to_yaml(), "utf-8")
     assert from_yaml(path) == recipe
 

@@ -135,7 +135,8 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML; `from_yaml` gives the same recipe back."""
         plain = TypeAdapter(Recipe).dump_python(self, mode="json")
-        return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        # Escaped beyond ASCII: unescaped, PyYAML does not read every character back as it was.
+        return str(yaml.safe_dump(plain, sort_keys=False))
 
     def differences(self, other: Recipe) -> list[str]:
         """``section.knob: here / there`` for every knob in which two recipes differ."""

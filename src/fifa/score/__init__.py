@@ -1,1 +1,62 @@
 """SCORE: what every pair and every prompt is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fifa.pairs.table import Pairs
+from fifa.score.table import Scores
+
+
+def score(
+    pairs: Pairs,
+    margin: str | Sequence[str] = (),
+    quality: str = "local",
+    diversity: str = "minilm",
+    *,
+    k: int = 10,
+    folder: str | Path | None = None,
+) -> Scores:
+    """Score every pair and every unique prompt.
+
+    Parameters
+    ----------
+    pairs
+        What `fifa.read_pairs` gave.
+    margin
+        A reward model's spec, or several for a committee: ``column:NAME_0,NAME_1``.
+    quality
+        The rater's spec: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME``,
+        ``none``.
+    diversity
+        The encoder's spec: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME``, ``none``.
+    k
+        The neighbour whose distance enters the entropy.
+    folder
+        Where finished tables and unfinished shards are kept, so that nothing is scored twice;
+        None keeps nothing.
+
+    Returns
+    -------
+    Scores
+        Tables aligned with ``pairs.table`` and ``pairs.prompts``.
+
+    Raises
+    ------
+    FifaError
+        For a spec that names nothing, a missing column, an endpoint that is down.
+    """
+    from fifa.score.diversity import diversity_scores
+    from fifa.score.margin import margin_scores
+    from fifa.score.quality import quality_scores
+
+    folder = Path(folder) if folder is not None else None
+    specs = [margin] if isinstance(margin, str) else list(margin)
+    # The column scores first: a mistyped name is told before the language model is loaded.
+    margins = {spec: margin_scores(pairs, spec, folder) for spec in specs}
+    diverse = (
+        None if diversity == "none" else diversity_scores(pairs, diversity, k=k, folder=folder)
+    )
+    rated = None if quality == "none" else quality_scores(pairs, quality, folder=folder)
+    return Scores(margins=margins, quality=rated, diversity=diverse)
