@@ -1,0 +1,34 @@
+"""What optional wheels bring: libraries, and model files inside them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fifa.errors import FifaError
+
+
+def require(module: str, extra: str = "local") -> Any:
+    """The imported ``module``; `FifaError` with the pip command where it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise FifaError(
+            f"this needs {module.partition('.')[0]}, which cannot be imported: {error}",
+            do=f"pip install 'fifa-align[{extra}]'",
+        ) from error
+
+
+def wheel_path(module: str, inside: str) -> Path | None:
+    """The path of ``inside`` in the installed package ``module``, which is not imported.
+
+    None where the package is not installed or has no such file or folder.
+    """
+    found = find_spec(module)
+    for root in (found.submodule_search_locations or ()) if found else ():
+        path = Path(root) / inside
+        if path.exists():
+            return path
+    return None
