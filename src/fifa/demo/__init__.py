@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fifa.console import say
-from fifa.filter import filter_pairs
+from fifa.pipeline import filter_pairs
 from fifa.recipe import Read, Recipe, Score, Select
 
 PAIRS = Path(__file__).with_name("pairs.parquet")

@@ -1,0 +1,5 @@
+"""``python -m fifa`` is ``fifa``."""
+
+from fifa.cli import main
+
+main()

@@ -1,0 +1,203 @@
+"""The run folder: what each step reads, what it writes, and how a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fifa.console import collect_facts
+from fifa.errors import FifaError
+from fifa.pairs.table import FILES, Pairs, load_pairs, save_pairs
+from fifa.recipe import Recipe, changed, from_yaml
+from fifa.score.table import Scores, score_facts
+from fifa.shards.files import cannot_write, sweep, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the recipe it follows."""
+
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def scores(self) -> Path:
+        """The folder of score tables."""
+        return self.folder / "scores"
+
+    @property
+    def subset(self) -> Path:
+        """The folder that trainers read."""
+        return self.folder / "subset"
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether ``folder`` is a run folder."""
+    return (Path(folder) / "recipe.yaml").is_file()
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in ``folder``; `FifaError` if there is none."""
+    folder = Path(folder)
+    if not is_run(folder):
+        raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
+    return Run(folder, from_yaml(folder / "recipe.yaml"))
+
+
+def start_run(folder: str | Path, recipe: Recipe) -> Run:
+    """Begin a run in ``folder``, or go on with the one that is there.
+
+    Raises `FifaError` for a folder with other things in it, or with a run of another recipe:
+    neither is touched.
+    """
+    folder = Path(folder)
+    try:
+        if is_run(folder):
+            _same_recipe(folder, recipe)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FifaError(
+                "the folder is not empty and holds no run",
+                where=str(folder),
+                do="choose another --out",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    sweep(folder)
+    if not is_run(folder):
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+    return Run(folder, recipe)
+
+
+def _same_recipe(folder: Path, recipe: Recipe) -> None:
+    differences = from_yaml(folder / "recipe.yaml").differences(recipe)
+    if differences:
+        raise FifaError(
+            "the folder holds a run of another recipe (there / asked): " + "; ".join(differences),
+            where=str(folder),
+            do=f"choose another --out, or re-select from its scores with `fifa select {folder}`",
+        )
+
+
+@contextmanager
+def step(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """Time a step and append a line with its facts to ``log.jsonl`` when it ends well."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with collect_facts() as facts:
+        yield facts
+    seconds = round(time.perf_counter() - clock, 3)
+    line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
+    try:
+        with (run.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
+    except OSError as error:
+        raise cannot_write(run.folder / "log.jsonl", error) from error
+
+
+def read_step(run: Run) -> Pairs:
+    """The run's pairs: read from the source once, from the run folder afterwards."""
+    if (run.folder / FILES["table"]).exists():
+        return load_pairs(run.folder)
+    from fifa.pairs import read_pairs
+
+    knobs = run.recipe.read
+    with step(run, "read") as facts:
+        pairs = read_pairs(knobs.source, knobs.format, columns=knobs.columns)
+        save_pairs(pairs, run.folder)
+        facts.update(
+            pairs=len(pairs),
+            prompts=pairs.prompts.num_rows,
+            rows=pairs.origin.rows,
+            merged=pairs.origin.merged,
+            rejected=pairs.rejected.num_rows,
+        )
+    return load_pairs(run.folder)
+
+
+def score_step(run: Run, pairs: Pairs) -> Scores:
+    """Every score the recipe asks for; what is scored already is read, not scored again.
+
+    ``scores.json`` then names the file of each, so that selecting needs no scorer.
+    """
+    from fifa.score import score
+
+    with step(run, "score"):
+        knobs = run.recipe.score
+        scores = score(
+            pairs,
+            margin=knobs.margin,
+            quality=knobs.quality,
+            diversity=knobs.diversity,
+            k=knobs.k,
+            folder=run.scores,
+        )
+
+    def file(table: pa.Table | None) -> str | None:
+        return None if table is None else str(score_facts(table)["file"])
+
+    index = {
+        "margins": {name: file(table) for name, table in scores.margins.items()},
+        "quality": file(scores.quality),
+        "diversity": file(scores.diversity),
+    }
+    write_json(run.folder / "scores.json", index)
+    return scores
+
+
+def score_files(folder: Path) -> dict[str, Any]:
+    """``margins`` (name -> path), ``quality`` and ``diversity`` (path or None) of a scored run."""
+    path = folder / "scores.json"
+    if not path.exists():
+        raise FifaError("the run has no scores yet", where=str(folder), do="run `fifa score` on it")
+    index = json.loads(path.read_text("utf-8"))
+
+    def at(name: str | None) -> Path | None:
+        return folder / "scores" / name if name else None
+
+    return {
+        "margins": {spec: at(name) for spec, name in index["margins"].items()},
+        "quality": at(index["quality"]),
+        "diversity": at(index["diversity"]),
+    }
+
+
+def load_scores(folder: Path) -> Scores:
+    """The scores of the run in ``folder``."""
+    files = score_files(folder)
+
+    def table(path: Path | None) -> pa.Table | None:
+        return pq.read_table(path) if path else None
+
+    return Scores(
+        margins={name: pq.read_table(path) for name, path in files["margins"].items()},
+        quality=table(files["quality"]),
+        diversity=table(files["diversity"]),
+    )
+
+
+def revised(folder: str | Path, **sections: dict[str, Any]) -> Run:
+    """The run in ``folder`` with some knobs of its recipe changed, for good.
+
+    What the changed step and those after it wrote stays until they are run again.
+    """
+    run = open_run(folder)
+    recipe = changed(run.recipe, **sections)
+    sweep(run.folder)
+    write_text(run.folder / "recipe.yaml", recipe.to_yaml())
+    return Run(run.folder, recipe)
+
+
+def report_step(run: Run) -> Path:
+    """Write the run's report."""
+    from fifa.report.page import write_report
+
+    return write_report(run.folder)

@@ -1,0 +1,193 @@
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+MARGIN = ["--margin", "column:sim_a_0,sim_a_1"]
+LIGHT = [*MARGIN, "--quality", "none", "--diversity", "none"]
+
+
+def fifa(*arguments, **options):
+    command = [sys.executable, "-m", "fifa", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def failed(*arguments):
+    """What a command says that must fail as a person can read it."""
+    done = fifa(*arguments)
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def rows(shipped):
+    """The shipped pairs without pixels: a small table to spoil."""
+    return pq.read_table(shipped).drop_columns(["jpg_0", "jpg_1"])
+
+
+def spoiled(tmp_path, table):
+    pq.write_table(table, tmp_path / "source.parquet")
+    return tmp_path / "source.parquet"
+
+
+def replaced(table, name, values):
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+def test_help_imports_no_heavy_library():
+    code = "import sys, fifa.cli; print(sorted({'torch', 'pyarrow', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert "filter" in fifa("--help").stdout
+
+
+def test_the_core_works_without_torch(shipped, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['faiss'] = None;"
+        "from fifa.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "filter", str(shipped), *LIGHT, "--keep", "9"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kept 9 of" in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_missing_extra_is_told_with_the_command_that_installs_it(shipped, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from fifa.cli import main; main()"
+    command = [sys.executable, "-c", code, "filter", str(shipped), *MARGIN]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "fifa-align[local]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_steps_give_what_filter_gives(shipped, tmp_path):
+    whole, steps = tmp_path / "whole", tmp_path / "steps"
+    assert fifa("filter", shipped, *LIGHT, "--keep", "0.2", "--out", whole).returncode == 0
+    assert fifa("score", shipped, *LIGHT, "--out", steps).returncode == 0
+    for command in (["select", steps, "--keep", "0.2"], ["export", steps], ["report", steps]):
+        done = fifa(*command)
+        assert done.returncode == 0, done.stderr
+    for name in ("selection.parquet", "pairs.parquet", "recipe.yaml"):
+        assert (whole / name).read_bytes() == (steps / name).read_bytes()
+
+
+def test_selecting_again_needs_no_scorer(shipped, tmp_path):
+    run = tmp_path / "run"
+    assert fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (run / "scores").iterdir()}
+    done = fifa("select", run, "--keep", "50", "--strategy", "random")
+    assert done.returncode == 0, done.stderr
+    assert "kept 50 of" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (run / "scores").iterdir()} == before
+
+
+def test_a_dry_run_writes_nothing(shipped, tmp_path):
+    done = fifa("filter", shipped, *LIGHT, "--keep", "10%", "--dry-run", "--out", tmp_path / "run")
+    assert "keep: 0.1" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_data_set(rows, tmp_path):
+    source = spoiled(tmp_path, rows[:0])
+    assert "no pairs" in failed("filter", source, *LIGHT, "--out", tmp_path / "run")
+
+
+def test_a_missing_column_names_those_there_are(rows, tmp_path):
+    source = spoiled(tmp_path, rows.drop_columns(["caption"]))
+    message = failed("filter", source, *LIGHT, "--out", tmp_path / "run")
+    assert "--columns" in message
+    assert "label_0" in message
+
+
+def test_a_missing_score_column_names_those_there_are(shipped, tmp_path):
+    options = ["--margin", "column:pick_0,pick_1", "--quality", "none", "--diversity", "none"]
+    message = failed("filter", shipped, *options, "--out", tmp_path / "run")
+    assert "pick_0" in message
+    assert "sim_a_0" in message
+
+
+def test_all_ties(rows, tmp_path):
+    half = [0.5] * rows.num_rows
+    table = replaced(replaced(rows, "label_0", half), "label_1", half)
+    message = failed("filter", spoiled(tmp_path, table), *LIGHT, "--out", tmp_path / "run")
+    assert "tie" in message
+
+
+def test_nan_and_infinite_scores_are_dropped_with_their_reason(rows, tmp_path):
+    scores = rows["sim_a_0"].to_pylist()
+    scores[:3] = [float("nan"), float("inf"), float("-inf")]
+    source = spoiled(tmp_path, replaced(rows, "sim_a_0", scores))
+    done = fifa("filter", source, *LIGHT, "--keep", "0.5", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "not_scored" in done.stderr
+
+
+def test_more_asked_than_there_is(shipped, tmp_path):
+    done = fifa("filter", shipped, *LIGHT, "--keep", "100000", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "100,000" in done.stderr
+
+
+def test_a_huge_prompt_and_text_that_is_no_utf8_are_counted(rows, tmp_path):
+    table = rows.select(["caption", "image_0_uid", "image_1_uid", "label_0", "sim_a_0", "sim_a_1"])
+    prompts = table["caption"].to_pylist()
+    prompts[0] = "x" * 10_000_000
+    pyarrow.csv.write_csv(replaced(table, "caption", prompts), tmp_path / "source.csv")
+    raw = (tmp_path / "source.csv").read_bytes().split(b"\n")
+    raw[5] = raw[5].replace(b"a ", b"\xff\xfe ")
+    (tmp_path / "source.csv").write_bytes(b"\n".join(raw))
+    columns = "prompt=caption,image_0=image_0_uid,image_1=image_1_uid,label=label_0"
+    run = tmp_path / "run"
+    done = fifa("filter", tmp_path / "source.csv", "--columns", columns, *LIGHT, "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(run / "rejected.parquet").num_rows == 2
+
+
+def test_a_run_of_another_recipe_is_left_alone(shipped, tmp_path):
+    run = tmp_path / "run"
+    assert fifa("read", shipped, "--out", run).returncode == 0
+    before = (run / "recipe.yaml").read_bytes()
+    message = failed("filter", shipped, *LIGHT, "--out", run)
+    assert "another recipe" in message
+    assert "score.quality" in message
+    assert (run / "recipe.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(shipped, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "not empty" in failed("filter", shipped, *LIGHT, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_cannot_be_written(shipped, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write" in failed("filter", shipped, *LIGHT, "--out", tmp_path / "file" / "run")
+
+
+def test_an_endpoint_that_is_down(shipped, tmp_path):
+    options = [*MARGIN, "--quality", "openai:any@http://127.0.0.1:9/v1", "--diversity", "none"]
+    run = tmp_path / "run"
+    assert "127.0.0.1:9" in failed("filter", shipped, *options, "--out", run)
+    assert (run / "pairs.parquet").exists()
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "1.5", "nan", "many", "101%"])
+def test_a_keep_that_means_nothing(shipped, tmp_path, keep):
+    message = failed("filter", shipped, *LIGHT, "--keep", keep, "--out", tmp_path / "run")
+    assert "keep" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    message = failed("filter", tmp_path / "nothing", *LIGHT, "--out", tmp_path / "run")
+    assert "nothing" in message

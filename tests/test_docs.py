@@ -1,0 +1,40 @@
+"""The code in README.md and docs/ is run: every ```python block of a page, top to bottom."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    text = page.read_text("utf-8")
+    blocks = list(BLOCK.finditer(text))
+    monkeypatch.chdir(tmp_path)
+    # What pages call `feedback.parquet` is the set that the package ships.
+    shutil.copy(ROOT / "src" / "fifa" / "demo" / "pairs.parquet", tmp_path / "feedback.parquet")
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        line = text[: block.start(1)].count("\n")
+        code = compile("\n" * line + block.group(1), str(page), "exec")
+        exec(code, names)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_commands_of_the_readme_exist():
+    from fifa.cli import cli
+
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    used = set(re.findall(r"^\s*fifa ([a-z]+)", text, re.MULTILINE))
+    assert used <= set(cli.commands), used - set(cli.commands)
