@@ -1,0 +1,52 @@
+"""The seam between reward models and the engine that runs them over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RewardModel(Protocol):
+    """A model that says how good an image is for a prompt.
+
+    An image goes through `preprocess` (in workers, on the CPU) and `image_features` (batched, on
+    the device) once, a prompt through `prompt_features` once, however many pairs they stand in;
+    `rewards` then joins them. For two towers the last is a dot product; a model that reads prompt
+    and image together does that part of its work there.
+
+    Attributes
+    ----------
+    name
+        ``pickscore``, ``hpsv2.1``, ...
+    identity
+        JSON-able: digest of the weights, preprocessing, dtype. Part of every file name of its
+        scores.
+    scale
+        What a reward is, in words and formula. Rewards of different scales are never mixed.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    scale: str
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels for the model, ``[3, h, w]`` (uint8 or float32), from an image of any mode."""
+        ...
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of a batch of preprocessed images, ``[b, ...]``, on the model's device."""
+        ...
+
+    def prompt_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Features of prompts, ``[n, ...]`` (token ids for a model that reads both together)."""
+        ...
+
+    def rewards(self, prompts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """float32 ``[n]``: the reward of image feature i for prompt feature i."""
+        ...
