@@ -1,0 +1,213 @@
+"""Pairs to look at, from both ends: their prompts, their numbers, and small pictures of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fifa.errors import FifaError
+from fifa.pairs.table import FILES, Pairs, load_origin
+from fifa.recipe import UNSAFE_FLAGS
+from fifa.report.data import Columns, first_by, take_rows
+
+PROMPT_CHARACTERS = 300
+THUMBNAIL = 224  # pixels of the longer side: sharp enough at the 150 or so that a phone gives it
+QUALITY = 68  # JPEG; about 8 kB a picture
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair on the page.
+
+    Parameters
+    ----------
+    row
+        The pair's row in ``pairs.parquet``.
+    prompt
+        Its prompt, shortened, without control characters.
+    reason
+        Why it was kept or dropped.
+    where
+        Its file and row in the source.
+    label
+        Probability that a person prefers image 0.
+    numbers
+        The selection's numbers, NaN where there is none.
+    flags
+        What the rater flagged of `fifa.recipe.UNSAFE_FLAGS`; None if no rater judged the prompt.
+    images
+        A data URI a side, or why there is no picture; None without pixels.
+    """
+
+    row: int
+    prompt: str
+    reason: str
+    where: str
+    label: float
+    numbers: dict[str, float]
+    flags: tuple[str, ...] | None
+    images: tuple[str, str] | None = None
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether the prompt is hidden until asked for, and its pictures are left out."""
+        return bool(self.flags)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples under one heading."""
+
+    name: str
+    reason: str
+    examples: tuple[Example, ...]
+
+
+def choose_rows(columns: Columns, n: int, n_gated: int) -> list[tuple[str, str, list[int]]]:
+    """Rows of ``pairs.parquet`` by group: (name, reason, rows), a prompt once in each.
+
+    The first and last kept and the first below the cut by rank; of the pairs that a gate
+    dropped, the most important where that is known, the first ones otherwise.
+    """
+    kept = np.flatnonzero(columns.kept)
+    groups = [
+        ("kept_first", "selected", first_by(kept, columns.rank, columns.prompt, n)),
+        ("kept_last", "selected", first_by(kept, -columns.rank, columns.prompt, n)[::-1]),
+    ]
+    for reason in columns.reasons:
+        if reason == "selected":
+            continue
+        rows = np.flatnonzero(columns.because(reason))
+        if reason == "below_cutoff":
+            first = first_by(rows, columns.rank, columns.prompt, n)
+            groups.insert(2, ("dropped_first", reason, first))
+        else:
+            first = first_by(rows, -columns.importance, columns.prompt, n_gated)
+            groups.append(("gated", reason, first))
+    shown = set(groups[0][2])
+    return [
+        (name, reason, [row for row in rows if name != "kept_last" or row not in shown])
+        for name, reason, rows in groups
+    ]
+
+
+def load_examples(
+    folder: Path, columns: Columns, quality: Path | None, *, n: int = 6, n_gated: int = 2
+) -> list[Group]:
+    """Examples with their prompts, flags and thumbnails; groups without any are left out."""
+    chosen = [group for group in choose_rows(columns, n, n_gated) if group[2]]
+    rows = sorted({row for _, _, group in chosen for row in group})
+    if not rows:
+        return []
+    table = take_rows(folder / FILES["table"], rows)
+    flags = _flags(quality, [int(columns.prompt[row]) for row in rows])
+    found = {
+        row: _example(row, entry, flag, columns)
+        for row, entry, flag in zip(rows, table.to_pylist(), flags, strict=True)
+    }
+    for row, images in _thumbnails(folder, table, rows, found).items():
+        found[row] = replace(found[row], images=images)
+    return [
+        Group(name, reason, tuple(found[row] for row in group)) for name, reason, group in chosen
+    ]
+
+
+def _example(row: int, entry: dict[str, Any], flags: tuple[str, ...] | None, c: Columns) -> Example:
+    numbers = {
+        "margin": float(c.margin[row]),
+        "signed": float(c.signed[row]),
+        "quality": float(c.quality[row]),
+        "diversity": float(c.diversity[row]),
+        "importance": float(c.importance[row]),
+        "rank": float(c.rank[row]),
+    }
+    return Example(
+        row=row,
+        prompt=shorten(entry["prompt"]),
+        reason=c.reasons[c.reason[row]],
+        where=shorten(f"{entry['file']}, row {entry['row']}", 120),
+        label=float(c.label[row]),
+        numbers=numbers,
+        flags=flags,
+    )
+
+
+def shorten(text: str | None, most: int = PROMPT_CHARACTERS) -> str:
+    """Hostile text made fit to show: no control or direction characters, not too long."""
+    text = (text or "")[: most * 2]
+    # C0 and C1 controls, lone surrogates, and the bidirectional overrides that reorder a page
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
+    text = re.sub(r"[\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]", "\ufffd", text)
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def _flags(quality: Path | None, prompts: Sequence[int]) -> list[tuple[str, ...] | None]:
+    if quality is None:
+        return [None] * len(prompts)
+    told = take_rows(quality, prompts, ["flags"])["flags"].to_pylist()
+    return [
+        None if names is None else tuple(f for f in names.split(",") if f in UNSAFE_FLAGS)
+        for names in told
+    ]
+
+
+def _thumbnails(
+    folder: Path, table: pa.Table, rows: Sequence[int], found: dict[int, Example]
+) -> dict[int, tuple[str, str]]:
+    """Small pictures of the pairs whose prompts are not flagged, without any download."""
+    from fifa.pairs.images import has_pixels, read_images
+
+    origin = load_origin(folder)
+    safe = [i for i, row in enumerate(rows) if not found[row].unsafe]
+    if origin is None or not safe:
+        return {}
+    pairs = Pairs(table=table, prompts=pa.table({"prompt_id": [], "prompt": []}), origin=origin)
+    if not has_pixels(pairs):
+        return {}
+    sides: dict[int, list[str]] = {rows[i]: ["not found", "not found"] for i in safe}
+    try:
+        for i, side, data in _readable(read_images(pairs, safe)):
+            sides[rows[i]][side] = thumbnail(data) if isinstance(data, bytes) else data
+    except FifaError:  # the source has moved: the page is still worth having
+        return {}
+    return {row: (images[0], images[1]) for row, images in sides.items()}
+
+
+def _readable(images: Iterable[tuple[int, int, object]]) -> Iterable[tuple[int, int, bytes | str]]:
+    for row, side, data in images:
+        yield row, side, data if isinstance(data, bytes) else shorten(str(data), 80)
+
+
+def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
+    """A JPEG data URI at most ``size`` pixels long, or why the image cannot be shown.
+
+    Decoded through the guarded door and encoded anew, so nothing of the file but its pixels
+    reaches the page.
+    """
+    from PIL import Image
+
+    from fifa.pairs.images import BadImage, open_image
+
+    try:
+        with open_image(data) as image:
+            image.draft("RGB", (size, size))
+            pixels = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    except BadImage as bad:
+        return shorten(str(bad), 80)
+    except (OSError, ValueError, SyntaxError) as error:
+        return shorten(f"cannot be decoded: {error}", 80)
+    if pixels.mode == "RGBA":
+        white = Image.new("RGBA", pixels.size, "white")
+        pixels = Image.alpha_composite(white, pixels).convert("RGB")
+    pixels.thumbnail((size, size), Image.Resampling.LANCZOS)
+    small = io.BytesIO()
+    pixels.save(small, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")

@@ -1,0 +1,423 @@
+"""REPORT: ``report.html`` of a run, from the files of its folder alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fifa import __version__
+from fifa.errors import FifaError
+from fifa.pairs.table import FILES, Origin, load_origin
+from fifa.recipe import Recipe, from_yaml
+from fifa.report import data, figures
+from fifa.report.examples import load_examples, shorten
+from fifa.score.agreement import Agreement, agreement
+from fifa.score.table import score_facts, score_path
+from fifa.shards.files import write_text
+
+HERE = Path(__file__).parent
+STEPS_SHOWN = 30
+DETAILS = 12  # reasons told of one line of the funnel
+PLANE_ROWS = 20_000  # prompts that the plane is fitted on
+DASH, MINUS = "\u2013", "\u2212"
+# In the order in which the page tells them; a reason that is not here comes after these
+REASONS = {
+    "tie": "the people preferred neither image",
+    "duplicate": "the same two images as an earlier pair, or an image against itself",
+    "unreadable_image": "an image could not be opened",
+    "unsafe_prompt": "the rater flagged the prompt as unsafe",
+    "low_quality_prompt": "the prompt is nonsense, or rated below the limit",
+    "not_scored": "a score is missing or not finite",
+    "contradicts_label": "too few scorers agree with the people",
+    "outside_margin_window": "the margin is too small or too large",
+    "prompt_cap": "enough pairs of this prompt are kept",
+    "below_cutoff": "scored and sound, but ranked below the cut",
+}
+HEADINGS = {
+    "kept_first": "Kept, first by {order}",
+    "kept_last": "Kept, last by {order}",
+    "dropped_first": "Dropped, first below the cut",
+    "gated": "Dropped",
+}
+COMPONENTS = {
+    "margin": "How far apart the scorer sees the two images of a pair",
+    "quality": "The rater's mark for the pair's prompt",
+    "diversity": "Log distance of the prompt to its k-th neighbour: high is unusual",
+}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One line of the agreement table: a committee member, or the committee."""
+
+    name: str
+    colour: str
+    whole: Agreement
+    kept: Agreement
+    tenth: Agreement
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write ``report.html`` into a run folder, from the other files there.
+
+    The same files give the same bytes. The page needs no network and no script, and holds
+    thumbnails only of pairs whose prompts no rater flagged as unsafe.
+
+    Parameters
+    ----------
+    run_folder
+        A run with a selection.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    FifaError
+        If the folder is no run, or nothing is selected in it yet.
+    """
+    folder = Path(run_folder)
+    recipe = from_yaml(folder / "recipe.yaml")
+    origin = load_origin(folder)
+    if origin is None:
+        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
+    path = folder / "report.html"
+    write_text(path, _render(_context(folder, recipe, origin)))
+    return path
+
+
+def _render(context: dict[str, Any]) -> str:
+    import jinja2
+
+    style = (HERE / "style.css").read_text("utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=_count, percent=_percent, number=_number, seconds=_seconds, span=_span
+    )
+    # The policy names the one style sheet by its hash: nothing that a prompt could smuggle in runs
+    seal = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = environment.get_template("template.html.j2")
+    return page.render(**context, style=style, style_hash=seal, version=__version__)
+
+
+def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
+    columns = data.load_columns(folder)
+    files = _score_files(folder)
+    reasons = data.count_reasons(columns)
+    scorers, curve, deciles, shown = _agreement(columns, files["margins"])
+    groups = load_examples(folder, columns, files["quality"])
+    log = data.read_log(folder / "log.jsonl")
+    return {
+        "title": _title(recipe, origin),
+        "recipe": recipe,
+        "recipe_yaml": shorten_lines(recipe.to_yaml()),
+        "origin": origin,
+        "funnel": _funnel(folder, origin, reasons),
+        "pairs": len(columns.kept),
+        "kept": reasons.get("selected", 0),
+        "prompts": len(np.unique(columns.prompt)),
+        "prompts_kept": len(np.unique(columns.prompt[columns.kept])),
+        "scorers": scorers,
+        "curve": curve,
+        "deciles": deciles,
+        "lines": shown,
+        "least": data.LEAST,
+        "by_labels": recipe.select.strategy == "consensus" or bool(recipe.select.min_agreement),
+        "distributions": _distributions(columns),
+        "groups": groups,
+        "headings": HEADINGS,
+        "order": "importance"
+        if recipe.select.strategy == "fifa"
+        else f"the order of {recipe.select.strategy}",
+        "rated": files["quality"] is not None,
+        "pictured": any(e.images for group in groups for e in group.examples),
+        "reasons": REASONS,
+        "width": lambda count: f"{100 * count / max(origin.rows, len(columns.kept), 1):.3f}",
+        "plane": _plane(folder, recipe, columns),
+        "fingerprints": _fingerprints(files),
+        "log": log,
+        "steps": [_step(entry) for entry in log.steps[-STEPS_SHOWN:]],
+        "totals": _totals(log.steps),
+        "source_word": shlex.quote(shorten(recipe.read.source or "SOURCE", 400)),
+    }
+
+
+def _title(recipe: Recipe, origin: Origin) -> str:
+    parts = [part for part in (recipe.read.source or origin.source).split("/") if part]
+    return shorten("/".join(parts[-2:]) or "pairs in memory", 80)
+
+
+def _score_files(folder: Path) -> dict[str, Any]:
+    from fifa.run import score_files
+
+    if not (folder / "scores.json").exists():
+        return {"margins": {}, "quality": None, "diversity": None}
+    return score_files(folder)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One step down the funnel; `left` pairs or rows remain after it."""
+
+    name: str
+    meaning: str
+    count: int
+    left: int
+    details: tuple[data.Rejected, ...] = ()
+    others: int = 0  # reasons beyond the details
+
+
+def _funnel(folder: Path, origin: Origin, reasons: dict[str, int]) -> dict[str, Any]:
+    rejected = data.count_rejected(pq.read_table(folder / FILES["rejected"]))
+    pairs, kept = sum(reasons.values()), reasons.get("selected", 0)
+    refused = sum(entry.count for entry in rejected)
+
+    def drop(name: str, meaning: str, count: int, left: int, why: Sequence[data.Rejected]) -> Drop:
+        return Drop(name, meaning, count, left, tuple(why[:DETAILS]), len(why) - DETAILS)
+
+    left = origin.rows - refused
+    rows_lost = [drop("rejected", "rows that could not be read", refused, left, rejected)]
+    left -= origin.merged
+    repeats = "repeats of an earlier pair, their labels averaged into it"
+    rows_lost.append(drop("merged", repeats, origin.merged, left, []))
+    adds_up = left == pairs
+    left, dropped = pairs, []
+    for name in [*REASONS, *sorted(set(reasons) - set(REASONS) - {"selected"})]:
+        if count := reasons.get(name, 0):
+            left -= count
+            why = _unreadable(folder) if name == "unreadable_image" else []
+            dropped.append(drop(name, REASONS.get(name, ""), count, left, why))
+    return {
+        "rows": origin.rows,
+        "rejected": refused,
+        "merged": origin.merged,
+        "rows_lost": rows_lost,
+        "pairs_dropped": dropped,
+        "main": sorted(dropped, key=lambda step: -step.count)[:3],
+        "dropped": pairs - kept,
+        "adds_up": adds_up and left == kept,
+    }
+
+
+def _unreadable(folder: Path) -> list[data.Rejected]:
+    path = folder / "unreadable.parquet"
+    if not path.exists():
+        return []
+    table = pq.read_table(path)
+    counts = pc.value_counts(table["reason"].cast(pa.string())).to_pylist()
+    found = [data.Rejected(entry["values"], entry["counts"], ()) for entry in counts]
+    return sorted(found, key=lambda entry: (-entry.count, entry.reason))
+
+
+def _agreement(
+    columns: data.Columns, margins: dict[str, Path]
+) -> tuple[list[Scorer], Any, Any, int]:
+    """The table, the two figures, and how many scorers the first figure shows beside the first."""
+    names = {"committee" if len(margins) > 1 else next(iter(margins), "margin"): columns.signed}
+    if len(margins) > 1:
+        for spec, path in margins.items():
+            names[spec] = data.signed_margins(path, columns.label)
+    rows, curves = [], []
+    for i, (name, signed) in enumerate(names.items()):
+        curve = data.agreement_curve(signed)
+        colour = "kept" if i == 0 else f"scorer-{i - 1}" if i <= figures.SCORERS else "none"
+        rows.append(
+            Scorer(
+                shorten(name.removeprefix("column:"), 60),
+                colour,
+                agreement(signed),
+                agreement(signed[columns.kept]),
+                agreement(_top_tenth(signed)),
+            )
+        )
+        if curve is not None:
+            curves.append(curve)
+        if i == 0:
+            deciles = data.agreement_deciles(signed)
+    if not curves or not deciles:
+        return rows, None, None, 0
+    first = rows[0]
+    cut = (first.kept.n / first.whole.n, first.kept) if first.kept.n else None
+    return (
+        rows,
+        figures.draw_curve(curves, cut, "curve"),
+        figures.draw_deciles(deciles, "deciles"),
+        min(len(curves) - 1, figures.SCORERS),
+    )
+
+
+def _top_tenth(signed: data.Floats) -> data.Floats:
+    known = signed[np.isfinite(signed)]
+    top = math.ceil(len(known) / 10)
+    return known[np.argsort(-np.abs(known), kind="stable")[:top]]
+
+
+def _distributions(columns: data.Columns) -> list[dict[str, Any]]:
+    found = []
+    for name, meaning in COMPONENTS.items():
+        histogram = data.histogram(getattr(columns, name), columns.kept)
+        if histogram is not None:
+            figure = figures.draw_histogram(histogram, name, f"histogram-{name}")
+            found.append(
+                {"name": name, "meaning": meaning, "histogram": histogram, "figure": figure}
+            )
+    return found
+
+
+def _plane(folder: Path, recipe: Recipe, columns: data.Columns) -> dict[str, Any] | None:
+    """The plane of the prompt embeddings that the diversity step left; None if it left none."""
+    total = pq.ParquetFile(folder / FILES["prompts"]).metadata.num_rows
+    path = _embeddings(folder / "scores", recipe.score.diversity, total)
+    if path is None:
+        return None
+    kept = np.unique(columns.prompt[columns.kept])
+
+    def vectors(rows: data.Ints) -> data.Floats:
+        column = data.take_rows(path, rows, ["embedding"])["embedding"].combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        found: data.Floats = flat.reshape(len(rows), -1)
+        return found
+
+    plane = data.prompt_plane(
+        vectors(data.draw_rows(total, PLANE_ROWS)),
+        vectors(kept[data.draw_rows(len(kept), PLANE_ROWS)]),
+    )
+    if plane is None:
+        return None
+    return {
+        "numbers": plane,
+        "figure": figures.draw_plane(plane, "plane"),
+        "sampled": len(plane.before) if len(plane.before) < total else 0,
+    }
+
+
+def _embeddings(scores: Path, spec: str, prompts: int) -> Path | None:
+    """The file of this encoder's embeddings of these prompts, if there is one."""
+    if spec == "none" or spec.startswith("column:"):
+        return None
+    kind, _, model = spec.partition(":")
+    name = f"{kind}-{Path(model).name}" if model else kind
+    # score_path with an empty identity gives the part of the name before the fingerprint
+    start = score_path(scores, "embeddings", name).stem.rpartition("-")[0]
+    found = [
+        path
+        for path in sorted(scores.glob("embeddings-*.parquet"))
+        if path.stem.rpartition("-")[0] == start
+        and pq.ParquetFile(path).metadata.num_rows == prompts
+    ]
+    return found[0] if found else None
+
+
+def _fingerprints(files: dict[str, Any]) -> list[dict[str, str]]:
+    found = []
+    named = [("margin", spec, path) for spec, path in files["margins"].items()]
+    named += [(kind, "", files[kind]) for kind in ("quality", "diversity") if files[kind]]
+    for kind, spec, path in named:
+        facts = score_facts(pq.read_schema(path).empty_table())
+        facts.pop("file", None)
+        found.append(
+            {
+                "kind": kind,
+                "spec": shorten(spec, 120),
+                "file": path.name,
+                "facts": shorten(json.dumps(facts, sort_keys=True, ensure_ascii=False), 1500)
+                if facts
+                else "",
+            }
+        )
+    return found
+
+
+def _step(entry: dict[str, Any]) -> dict[str, Any]:
+    facts = [
+        (shorten(str(name), 40).replace("_", " "), _fact(value))
+        for name, value in entry.items()
+        if name not in ("step", "started", "seconds")
+    ]
+    return {
+        "name": shorten(str(entry.get("step", "?")), 40),
+        "started": shorten(str(entry.get("started", "")), 40)
+        .replace("T", " ")
+        .replace("+00:00", " UTC"),
+        "seconds": float(entry["seconds"]),
+        "facts": facts,
+    }
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
+        return shorten(text, 160)
+    return _count(value) if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _totals(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {"seconds": sum(float(entry["seconds"]) for entry in steps)}
+    for name in ("tokens_in", "tokens_out", "requests", "unrated"):
+        told = [entry[name] for entry in steps if isinstance(entry.get(name), int | float)]
+        if told:
+            found[name] = sum(told)
+    return found
+
+
+def shorten_lines(text: str, most: int = 20_000) -> str:
+    """`shorten` for text of several lines."""
+    return "\n".join(shorten(line, 1000) for line in text.splitlines())[:most]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return DASH
+    share *= 100
+    return (
+        f"{share:.0f} %"
+        if share in (0, 100)
+        else f"{share:.1f} %"
+        if share >= 1
+        else f"{share:.2g} %"
+    )
+
+
+def _span(share: Agreement) -> str:
+    return f"{share.low * 100:.1f} to {share.high * 100:.1f} %"
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return DASH
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("-", MINUS)
+
+
+def _seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
