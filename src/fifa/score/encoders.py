@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.console import note, progress
@@ -16,7 +17,7 @@ from fifa.pairs.table import Pairs
 from fifa.score.table import score_path
 from fifa.score.transformer import MODEL_FILES, ModelEncoder, Vectors, normalised
 from fifa.score.wheels import require, wheel_path
-from fifa.shards.files import column_digest, digest, write_table
+from fifa.shards.files import column_digest, write_table
 from fifa.shards.ledger import forget, map_shards
 
 SPECS = "minilm, text:HUB_ID_OR_FOLDER, clip:HUB_ID_OR_FOLDER or column:NAME"
@@ -95,7 +96,7 @@ def model_folder(model: str) -> Path:
         ) from error
 
 
-def prompt_embeddings(pairs: Pairs, spec: str, folder: Path | None = None) -> Vectors:
+def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = None) -> Vectors:
     """The vectors of ``pairs.prompts``, float32 [prompts, d], L2-normalised.
 
     They pass through float16, in which they are kept in ``folder`` as
@@ -108,32 +109,32 @@ def prompt_embeddings(pairs: Pairs, spec: str, folder: Path | None = None) -> Ve
         The pairs; only ``prompts`` is read, and for ``column:NAME`` that column of ``table``.
     spec
         As for `make_encoder`, or ``column:NAME``: a list column of the source, of which a
-        prompt's first row counts.
+        prompt's first row counts. Or an encoder of your own.
     folder
         Where scores are kept; None keeps nothing.
     """
-    if spec.startswith("column:"):
+    if isinstance(spec, str) and spec.startswith("column:"):
         return column_embeddings(pairs, spec.removeprefix("column:"))
-    encoder = make_encoder(spec)
+    encoder = make_encoder(spec) if isinstance(spec, str) else spec
     path = embeddings_path(pairs, encoder, folder)
     if path is not None and path.exists():
-        return _vectors(pq.read_table(path))
+        return _vectors(pq.read_table(path, columns=["embedding"]))
     prompts = pairs.prompts
-    shards = [(i, min(i + SHARD, prompts.num_rows)) for i in range(0, prompts.num_rows, SHARD)]
+    if prompts.num_rows == 0:
+        return np.empty((0, 1), np.float32)
 
-    def embed(shard: tuple[int, int]) -> pa.Table:
-        part = prompts.slice(shard[0], shard[1] - shard[0])
+    def embed(start: int) -> pa.Table:
+        part = prompts.slice(start, SHARD)
         vectors = encoder.embed(part["prompt"].to_pylist()).astype(np.float16)
         flat = pa.array(vectors.reshape(-1), pa.float16())
         lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
         return pa.table({"prompt_id": part["prompt_id"].combine_chunks(), "embedding": lists})
 
-    if not shards:
-        return np.empty((0, 1), np.float32)
+    # The parts' folder carries the fingerprint of encoder and prompts, so a row names a shard.
     parts = path.parent / f".parts-{path.stem}" if path else None
-    keyed = [(digest(encoder.identity, *shard), shard) for shard in shards]
+    shards = [(f"from-{start}", start) for start in range(0, prompts.num_rows, SHARD)]
     with progress(f"embedding prompts ({encoder.name})", prompts.num_rows) as advance:
-        table = map_shards(embed, keyed, parts, advance)
+        table = map_shards(embed, shards, parts, advance)
     note(prompts_embedded=prompts.num_rows)
     if path is not None and parts is not None:
         write_table(path, table, use_dictionary=False)
@@ -141,14 +142,18 @@ def prompt_embeddings(pairs: Pairs, spec: str, folder: Path | None = None) -> Ve
     return _vectors(table)
 
 
+def prompts_identity(pairs: Pairs) -> tuple[str, str]:
+    """Names the prompts and their spelling: ``prompt_id`` folds case, an encoder may not."""
+    return pairs.prompts_digest, column_digest(pairs.prompts["prompt"])
+
+
 def embeddings_path(pairs: Pairs, encoder: Encoder, folder: Path | None) -> Path | None:
     """Where `prompt_embeddings` keeps the vectors; None without a folder."""
     if folder is None:
         return None
-    # prompt_id folds case and white space, an encoder may not: the spelling counts as well.
-    spelling = column_digest(pairs.prompts["prompt"])
-    content = (encoder.identity, pairs.prompts_digest, spelling)
-    return score_path(folder, "embeddings", encoder.name, *content)
+    return score_path(
+        folder, "embeddings", encoder.name, encoder.identity, *prompts_identity(pairs)
+    )
 
 
 def column_embeddings(pairs: Pairs, name: str) -> Vectors:
@@ -165,14 +170,17 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
     # The first row of every prompt: prompts are numbered in order of first appearance.
     _, first = np.unique(pairs.table["prompt_index"].to_numpy(), return_index=True)
     rows = pairs.table[name].take(pa.array(first)).combine_chunks()
+    widths = pc.unique(pc.list_value_length(rows)).to_pylist()
+    width = widths[0] if len(widths) == 1 else None
+    if len(rows) == 0:
+        return np.empty((0, 1), np.float32)
     try:
-        lengths = np.unique(rows.value_lengths().to_numpy(zero_copy_only=False))
         flat = rows.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        vectors = flat.reshape(len(rows), -1)
     except (ValueError, TypeError, pa.ArrowException) as error:
         raise FifaError(f"no vectors in the column: {error}", where=f"column {name}") from error
-    if len(lengths) > 1 or not np.isfinite(vectors).all() or rows.null_count:
+    if not width or not np.isfinite(flat).all():
         raise FifaError("the vectors are not all finite and of one length", where=f"column {name}")
+    vectors: Vectors = flat.reshape(-1, width)
     return normalised(vectors)
 
 

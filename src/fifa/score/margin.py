@@ -36,8 +36,8 @@ class Scorer(Protocol):
         """JSON that changes whenever the scores could: part of every fingerprint."""
 
     @property
-    def scale(self) -> float:
-        """What its scores are multiplied by to be log-odds (1 for a Bradley-Terry reward)."""
+    def scale(self) -> str:
+        """What a reward is, in words and formula; scales are never mixed unstandardised."""
 
     def score(self, prompts: Sequence[str], images: Sequence[Any]) -> Numbers:
         """The rewards of ``images``, each for its prompt, float32 [n]."""
