@@ -1,0 +1,295 @@
+"""From batches to the table of pairs: bad rows out, ids, sides, repeats merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fifa.pairs.batch import Batch
+from fifa.pairs.ids import hex_strings, pair_digests, prompt_id
+from fifa.pairs.table import PAIRS, PROMPTS, REJECTED
+
+MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
+MAX_KEY = 4_096  # bytes of a path or URL
+
+
+@dataclass
+class _Prompts:
+    """Every spelling of every prompt met so far, in order of first appearance."""
+
+    spellings: dict[str, int] = field(default_factory=dict)
+    index: list[int] = field(default_factory=list)  # of each spelling, into `ids`
+    known: dict[str, int] = field(default_factory=dict)  # prompt_id to index
+    ids: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)  # the first spelling of each prompt
+
+    def code(self, spelling: str) -> int:
+        found = self.spellings.get(spelling)
+        if found is None:
+            found = self.spellings[spelling] = len(self.index)
+            name = prompt_id(spelling)
+            place = self.known.setdefault(name, len(self.ids))
+            if place == len(self.ids):
+                self.ids.append(name)
+                self.first.append(spelling)
+            self.index.append(place)
+        return found
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The tables, and how many rows went into them.
+
+    Parameters
+    ----------
+    table, prompts, rejected
+        As in `fifa.pairs.table.Pairs`.
+    scores
+        The table's columns beyond `PAIRS`.
+    cells
+        The columns with image bytes, if a file has any.
+    rows, merged
+        Rows read, and how many repeated an earlier pair.
+    """
+
+    table: pa.Table
+    prompts: pa.Table
+    rejected: pa.Table
+    scores: tuple[str, ...]
+    cells: tuple[str, str] | None
+    rows: int
+    merged: int
+
+
+def assemble(batches: Iterable[Batch]) -> Assembled:
+    """Join batches into one table of pairs.
+
+    A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
+    one's label and goes; everything else is the first one's.
+    """
+    prompts = _Prompts()
+    parts: list[dict[str, pa.Array]] = []
+    digests, images = [np.empty((0, 16), np.uint8)], [np.empty(0, np.uint64)]
+    rejected: list[tuple[str, int | None, str]] = []
+    cells: tuple[str, str] | None = None
+    for batch in batches:
+        rejected += [(batch.file, row, reason) for row, reason in batch.rejected]
+        rejected += _reject(batch)
+        cells = cells or batch.cells
+        if len(batch):
+            part, digest, image = _part(batch, prompts)
+            parts.append(part)
+            digests.append(digest)
+            images.append(image)
+    digest, image = np.concatenate(digests), np.concatenate(images)
+    columns = _joined(parts, prompts)
+    columns["pair_id"] = hex_strings(digest)
+    kept = len(digest)
+    first = _first_of(digest[:, :8].copy().view(np.uint64).ravel(), digest[:, 8:10])
+    if first is not None:
+        _merge(columns, first)
+        stays = first == np.arange(kept)
+        columns = {name: column.filter(pa.array(stays)) for name, column in columns.items()}
+        image = image[stays]
+    columns["repeat"] = _repeats(columns, image)
+    scores = tuple(name for name in columns if name not in PAIRS.names)
+    table = pa.table({name: columns[name] for name in (*PAIRS.names, *scores)})
+    table = table.cast(pa.schema([*PAIRS, *(table.schema.field(name) for name in scores)]))
+    rejected.sort(key=lambda row: (row[0], -1 if row[1] is None else row[1]))
+    by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
+    return Assembled(
+        table=table,
+        prompts=pa.table([prompts.ids, prompts.first], schema=PROMPTS),
+        rejected=pa.table(by_column, schema=REJECTED),
+        scores=scores,
+        cells=cells,
+        rows=kept + len(rejected),
+        merged=kept - len(table),
+    )
+
+
+def _reject(batch: Batch) -> list[tuple[str, int | None, str]]:
+    """Take the rows that are no pairs out of the batch; returns them with their reasons."""
+    label = batch.label
+    bad = np.flatnonzero(~((label >= 0.0) & (label <= 1.0)))  # NaN is neither
+    reasons = dict.fromkeys(bad.tolist(), "the label is no number between 0 and 1")
+    for side, key in enumerate(batch.keys):
+        length = pc.fill_null(pc.binary_length(key), 0).to_numpy(zero_copy_only=False)
+        missing = np.flatnonzero(length == 0).tolist()
+        reasons |= dict.fromkeys(missing, f"image {side} is missing")
+        long = np.flatnonzero(length > MAX_KEY).tolist()
+        reasons |= dict.fromkeys(long, f"the name of image {side} is over {MAX_KEY:,} bytes")
+    reasons |= batch.wrong
+    if not pa.types.is_dictionary(batch.prompt.type):
+        batch.prompt = batch.prompt.dictionary_encode()
+    words = batch.prompt.dictionary
+    codes = pc.fill_null(batch.prompt.indices, len(words)).to_numpy(zero_copy_only=False)
+    faults = [_fault(word) for word in words.to_pylist()] + ["no prompt"]
+    if len(codes) and any(faults[code] for code in np.unique(codes)):
+        wrong = np.array([fault is not None for fault in faults])[codes]
+        reasons |= {i: str(faults[codes[i]]) for i in np.flatnonzero(wrong).tolist()}
+    if reasons:
+        rows = batch.row
+        stays = np.ones(len(batch), bool)
+        stays[list(reasons)] = False
+        _take(batch, stays)
+        return [(batch.file, int(rows[i]), reason) for i, reason in reasons.items()]
+    return []
+
+
+def _fault(prompt: str | None) -> str | None:
+    if prompt is None or not prompt or prompt.isspace():
+        return "no prompt"
+    if len(prompt) * 4 > MAX_PROMPT and (size := len(prompt.encode())) > MAX_PROMPT:
+        return f"the prompt has {size:,} bytes, more than {MAX_PROMPT:,}"
+    return None
+
+
+def _take(batch: Batch, stays: np.ndarray) -> None:
+    mask = pa.array(stays)
+    batch.row, batch.label, batch.votes = batch.row[stays], batch.label[stays], batch.votes[stays]
+    batch.prompt = batch.prompt.filter(mask)
+    batch.keys = (batch.keys[0].filter(mask), batch.keys[1].filter(mask))
+    batch.refs = (batch.refs[0].filter(mask), batch.refs[1].filter(mask))
+    batch.scores = {name: values[stays] for name, values in batch.scores.items()}
+    batch.extras = {name: values.filter(mask) for name, values in batch.extras.items()}
+
+
+def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, pa.Array], np.ndarray, np.ndarray]:
+    """A batch's columns, and the digests of its pairs and of their images."""
+    codes, ids = _spellings(batch.prompt, prompts)
+    keys, refs, label = batch.keys, batch.refs, batch.label
+    scores = {name: pa.array(values) for name, values in batch.scores.items()} | batch.extras
+    in_order = pc.less_equal(*keys)
+    low, high = pc.if_else(in_order, *keys), pc.if_else(in_order, keys[1], keys[0])
+    digest, image = pair_digests(ids, low, high)
+    swapped = np.zeros(len(batch), bool)
+    if batch.winner_first:
+        # image_0 is the key that sorts first, or by a bit of the pair's digest the other one:
+        # the sides depend on the keys alone, never on who won or where the row stands
+        swapped = in_order.to_numpy(zero_copy_only=False) == (digest[:, 15] & 1).astype(bool)
+        turn = pa.array(swapped)
+        keys = _turned(turn, keys)
+        refs = _turned(turn, refs)
+        label = np.where(swapped, 1.0 - label, label)
+        for names in batch.swaps:
+            both = _turned(turn, (scores[names[0]], scores[names[1]]))
+            scores |= dict(zip(names, both, strict=True))
+    columns = {
+        "code": pa.array(codes),
+        "image_0": keys[0],
+        "image_1": keys[1],
+        "image_0_ref": refs[0],
+        "image_1_ref": refs[1],
+        "file": pa.repeat(batch.file, len(batch)).dictionary_encode(),
+        "row": pa.array(batch.row),
+        "swapped": pa.array(swapped),
+        "label": pa.array(label),
+        "votes": pa.array(batch.votes),
+    }
+    taken = {name: f"source_{name}" if name in PAIRS.names else name for name in scores}
+    return columns | {taken[name]: values for name, values in scores.items()}, digest, image
+
+
+def _turned(turn: pa.Array, pair: tuple[pa.Array, pa.Array]) -> tuple[pa.Array, pa.Array]:
+    return pc.if_else(turn, pair[1], pair[0]), pc.if_else(turn, pair[0], pair[1])
+
+
+def _spellings(prompt: pa.DictionaryArray, prompts: _Prompts) -> tuple[np.ndarray, pa.Array]:
+    """Every row's spelling (int32 [n]) and prompt_id (strings [n])."""
+    local = prompt.indices.to_numpy()
+    # where each entry first appears: of several writes to one place the last one stays
+    place = np.full(len(prompt.dictionary), -1)
+    place[local[::-1]] = np.arange(len(local))[::-1]
+    used = np.flatnonzero(place >= 0)
+    used = used[np.argsort(place[used])]
+    words = prompt.dictionary.take(pa.array(used)).to_pylist()
+    codes = np.empty(len(place), np.int32)
+    codes[used] = [prompts.code(word) for word in words]
+    order = np.empty(len(place), np.int32)
+    order[used] = np.arange(len(used))
+    ids = pa.array([prompts.ids[prompts.index[code]] for code in codes[used].tolist()], pa.string())
+    return codes[local], ids.take(pa.array(order[local]))
+
+
+def _joined(parts: list[dict[str, pa.Array]], prompts: _Prompts) -> dict[str, pa.ChunkedArray]:
+    """All parts' columns one after the other; a score that a part lacks is null there."""
+    types = {name: values.type for part in parts for name, values in part.items()}
+    columns = {
+        name: pa.chunked_array(
+            [part[name] if name in part else pa.nulls(len(part["code"]), kind) for part in parts]
+        )
+        for name, kind in types.items()
+    }
+    if not parts:
+        return {field.name: pa.chunked_array([], field.type) for field in PAIRS}
+    columns["file"] = columns["file"].unify_dictionaries()
+    words, ids = pa.array(list(prompts.spellings), pa.string()), pa.array(prompts.ids, pa.string())
+    index = np.asarray(prompts.index, np.int32)
+    chunks = [pa.array(index[part["code"].to_numpy()]) for part in parts]
+    columns["prompt_index"] = pa.chunked_array(chunks)
+    columns["prompt_id"] = pa.chunked_array(
+        [pa.DictionaryArray.from_arrays(chunk, ids) for chunk in chunks]
+    )
+    columns["prompt"] = pa.chunked_array(
+        [pa.DictionaryArray.from_arrays(part["code"], words) for part in parts]
+    )
+    del columns["code"]
+    return columns
+
+
+def _first_of(key: np.ndarray, tail: np.ndarray | None = None) -> np.ndarray | None:
+    """For every row the first row with the same key (and tail); None if no two are the same.
+
+    ``key`` is uint64 [n], ``tail`` uint8 [n, 2].
+    """
+    ordered = np.sort(key)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
+        return None
+    rows = np.flatnonzero(np.isin(key, twice))
+    ends = np.zeros(len(rows), np.uint16) if tail is None else tail[rows].copy().view(np.uint16)
+    ends = ends.ravel()
+    order = np.lexsort((ends, key[rows]))  # stable: equal rows stay in their order
+    rows, ends = rows[order], ends[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (key[rows][1:] != key[rows][:-1]) | (ends[1:] != ends[:-1])
+    first = np.arange(len(key))
+    first[rows] = rows[new][np.cumsum(new) - 1]
+    return first
+
+
+def _merge(columns: dict[str, pa.ChunkedArray], first: np.ndarray) -> None:
+    """Average the labels of repeated pairs into their first row.
+
+    label = sum(votes * label) / sum(votes), with 1 - label where a repeat has the sides
+    the other way round.
+    """
+    later = np.flatnonzero(first != np.arange(len(first)))
+    rows = np.concatenate([np.unique(first[later]), later])
+    ahead = first[rows]
+    keys = columns["image_0"]
+    turned = np.asarray(pc.not_equal(keys.take(rows), keys.take(ahead)))
+    label, votes = columns["label"].to_numpy().copy(), columns["votes"].to_numpy().copy()
+    share = np.where(turned, 1.0 - label[rows], label[rows]) * votes[rows]
+    total, weight = np.zeros(len(label)), np.zeros(len(label))
+    np.add.at(total, ahead, share)
+    np.add.at(weight, ahead, votes[rows])
+    heads = np.unique(ahead)
+    label[heads] = total[heads] / weight[heads]
+    votes[heads] = weight[heads]
+    columns["label"] = pa.chunked_array([pa.array(label)])
+    columns["votes"] = pa.chunked_array([pa.array(votes)])
+
+
+def _repeats(columns: dict[str, pa.ChunkedArray], image: np.ndarray) -> pa.Array:
+    """True for an image beside itself, and for two images that an earlier pair compares."""
+    repeat = np.asarray(pc.equal(columns["image_0"], columns["image_1"])).astype(bool)
+    first = _first_of(image)
+    if first is not None:
+        repeat |= first != np.arange(len(image))
+    return pa.array(repeat)

@@ -1,0 +1,291 @@
+"""One view of a source file's columns, whether it is Parquet or records.
+
+A frame gives text, numbers and Python values by column name; a dot goes into a struct. Cells
+with image bytes are never read: only whether they are there (from Parquet's statistics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import IO, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fifa.pairs.records import Records
+
+
+class Frame(Protocol):
+    """A file's columns."""
+
+    file: str
+    kind: str
+    names: frozenset[str]
+    rows: np.ndarray  # int64 [n], the records' numbers in the file
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Read these columns (``prompt`` as a dictionary); others stay unread."""
+
+    def text(self, name: str) -> pa.Array:
+        """A column as strings (maybe dictionary-encoded), null where it is no valid text."""
+
+    def number(self, name: str) -> np.ndarray:
+        """A column as float64 [n], NaN where it is no number."""
+
+    def values(self, name: str) -> list[Any]:
+        """A column as Python values."""
+
+    def image(self, name: str) -> str:
+        """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
+
+    def holds_bytes(self, name: str) -> bool:
+        """True if the image column has bytes in at least one row."""
+
+    def extra(self, name: str) -> pa.Array:
+        """A column of numbers (float64) or of lists of numbers (float32), null for the rest."""
+
+    def numeric(self) -> list[str]:
+        """The top-level columns of numbers (not of truth values), in the file's order."""
+
+
+class ParquetFrame:
+    """A Parquet file. ``source`` is a path, or an open file for what is not local."""
+
+    kind = "parquet"
+
+    def __init__(self, source: str | IO[bytes], file: str) -> None:
+        self.file = file
+        self._source = source
+        opened = pq.ParquetFile(source)
+        self._metadata = opened.metadata
+        self._schema: pa.Schema = opened.schema_arrow
+        self._leaves = {
+            self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
+        }
+        self._table: pa.Table | None = None
+        self.names = frozenset(self._schema.names)
+        self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Read these columns in one go."""
+        dictionary = [prompt] if prompt and self._plain(prompt) else []
+        opened = pq.ParquetFile(
+            self._source, metadata=self._metadata, read_dictionary=dictionary, pre_buffer=True
+        )
+        self._table = opened.read(columns=sorted(set(names)))
+
+    def text(self, name: str) -> pa.Array:
+        """Strings; bytes and large strings are taken as strings where they are UTF-8."""
+        return valid_text(_whole(self._column(name)))
+
+    def number(self, name: str) -> np.ndarray:
+        """Numbers, truth values and text that reads as a number."""
+        column = self._column(name)
+        kind = column.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            column = column.cast(pa.float64())
+        elif pa.types.is_boolean(kind):
+            column = column.cast(pa.uint8()).cast(pa.float64())
+        else:
+            return _numbers(column.to_pylist())
+        return np.asarray(column.to_numpy(), np.float64)
+
+    def values(self, name: str) -> list[Any]:
+        """Python values."""
+        return list(self._column(name).to_pylist())
+
+    def image(self, name: str) -> str:
+        """From the column's type."""
+        kind = self._type(name)
+        if pa.types.is_struct(kind):
+            return "struct"
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return "cell"
+        return "text"
+
+    def holds_bytes(self, name: str) -> bool:
+        """From the row groups' null counts; where a file has none, the bytes are assumed."""
+        leaf = self._leaves.get(name, self._leaves.get(f"{name}.bytes"))
+        if leaf is None:
+            return False
+        for group in range(self._metadata.num_row_groups):
+            column = self._metadata.row_group(group).column(leaf)
+            counts = column.statistics
+            if counts is None or not counts.has_null_count or counts.null_count < column.num_values:
+                return True
+        return False
+
+    def extra(self, name: str) -> pa.Array:
+        """Lists as they are, in float32."""
+        kind = self._type(name)
+        if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return pa.array(self.number(name))
+        return _whole(self._column(name).cast(pa.list_(pa.float32())))
+
+    def numeric(self) -> list[str]:
+        """From the schema."""
+        return [
+            field.name
+            for field in self._schema
+            if pa.types.is_integer(field.type)
+            or pa.types.is_floating(field.type)
+            or pa.types.is_decimal(field.type)
+        ]
+
+    def _plain(self, name: str) -> bool:
+        return name in self.names and pa.types.is_string(self._schema.field(name).type)
+
+    def _type(self, name: str) -> pa.DataType:
+        if name in self.names:
+            return self._schema.field(name).type
+        top, *rest = name.split(".")
+        kind = self._schema.field(top).type
+        for part in rest:
+            kind = kind.field(part).type
+        return kind
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        assert self._table is not None, "load() comes first"
+        if name in self._table.column_names:
+            return self._table[name]
+        top, *rest = name.split(".")
+        return pc.struct_field(self._table[top], rest)
+
+
+class RecordFrame:
+    """The records of a JSON, JSON lines, CSV or WebDataset file."""
+
+    def __init__(self, records: Records, kind: str, file: str) -> None:
+        self.file, self.kind = file, kind
+        self._columns = records.columns
+        self.names = frozenset(records.columns)
+        self.rows = np.asarray(records.rows, np.int64)
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Nothing to do: records are read whole."""
+
+    def text(self, name: str) -> pa.Array:
+        """Strings as they are; null for every other value."""
+        return text_array(self.values(name))
+
+    def number(self, name: str) -> np.ndarray:
+        """Numbers, truth values and text that reads as a number."""
+        return _numbers(self.values(name))
+
+    def values(self, name: str) -> list[Any]:
+        """Python values."""
+        if name in self._columns:
+            return self._columns[name]
+        top, *rest = name.split(".")
+        values = self._columns[top]
+        for part in rest:
+            values = [value.get(part) if isinstance(value, dict) else None for value in values]
+        return values
+
+    def image(self, name: str) -> str:
+        """``struct`` if a value is an object, otherwise ``text``."""
+        return "struct" if any(isinstance(v, dict) for v in self.values(name)) else "text"
+
+    def holds_bytes(self, name: str) -> bool:
+        """Never: text holds no image bytes."""
+        return False
+
+    def extra(self, name: str) -> pa.Array:
+        """Lists of numbers if any value is a list."""
+        values = self.values(name)
+        if not any(isinstance(value, list) for value in values):
+            return pa.array(self.number(name))
+        lists = [_numbers(value).tolist() if isinstance(value, list) else None for value in values]
+        return pa.array(lists, pa.list_(pa.float32()))
+
+    def numeric(self) -> list[str]:
+        """Columns whose every value that is there is a number (in CSV: reads as one)."""
+        loose = self.kind in ("csv", "tar")
+        return [name for name, values in self._columns.items() if _all_numbers(values, loose)]
+
+
+def text_array(values: Iterable[Any]) -> pa.Array:
+    """The values that are text as strings, null for every other one and for lone surrogates."""
+    texts = [value if isinstance(value, str) else None for value in values]
+    try:
+        return pa.array(texts, pa.string())
+    except (UnicodeEncodeError, pa.ArrowInvalid):
+        return pa.array([_encodable(text) for text in texts], pa.string())
+
+
+def valid_text(array: pa.Array) -> pa.Array:
+    """Strings (dictionary-encoded stays so) with null for what is no text or no valid UTF-8."""
+    if pa.types.is_dictionary(array.type):
+        words = valid_text(array.dictionary)
+        return pa.DictionaryArray.from_arrays(array.indices.cast(pa.int32()), words)
+    kind = array.type
+    if pa.types.is_null(kind) or not (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    ):
+        return pa.nulls(len(array), pa.string())
+    array = array.cast(options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = array.cast(pa.binary()).to_pylist()
+        return pa.array([_decoded(value) for value in raw], pa.string())
+    return array
+
+
+def _whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if isinstance(column, pa.ChunkedArray):
+        if pa.types.is_dictionary(column.type):
+            column = column.unify_dictionaries()
+        return column.combine_chunks()
+    return column
+
+
+def _decoded(value: bytes | None) -> str | None:
+    if value is not None:
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return None
+
+
+def _encodable(value: str | None) -> str | None:
+    if value is not None:
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+    return None
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    return np.fromiter((_number(value) for value in values), np.float64, len(values))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        value = {"true": "1", "false": "0"}.get(value.strip().lower(), value)
+    if isinstance(value, int | float | str):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return float("nan")
+
+
+def _all_numbers(values: list[Any], loose: bool) -> bool:
+    seen = False
+    for value in values:
+        if value is None:
+            continue
+        if isinstance(value, str):
+            if not loose or value.strip().lower() in ("true", "false"):
+                return False
+            if np.isnan(_number(value)) and value.strip().lower() != "nan":
+                return False
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        seen = True
+    return seen

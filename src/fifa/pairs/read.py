@@ -1,0 +1,232 @@
+"""`read_pairs`: any feedback data set becomes one table of preference pairs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fifa.console import note, progress
+from fifa.errors import FifaError
+from fifa.pairs.assemble import Assembled, assemble
+from fifa.pairs.batch import Batch
+from fifa.pairs.formats import Layout, from_layout
+from fifa.pairs.frames import Frame, ParquetFrame, RecordFrame
+from fifa.pairs.layouts import LAYOUTS, own_layout
+from fifa.pairs.rankings import RANKINGS, Ranked
+from fifa.pairs.records import read_records
+from fifa.pairs.source import Root, Source, SourceFile, find_files, inside
+from fifa.pairs.table import Origin, Pairs
+from fifa.shards.files import digest
+
+FORMATS = tuple(sorted({form.name for form in (*LAYOUTS, *RANKINGS)}))
+PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
+
+VERSION = 1  # of the way a source becomes pairs; part of every fingerprint
+
+Format = Layout | Ranked
+
+
+def read_pairs(
+    source: str | Path, format: str | None = None, *, columns: dict[str, str] | None = None
+) -> Pairs:
+    """Read preference pairs, whatever data set they come in, without reading pixels.
+
+    Parameters
+    ----------
+    source
+        A file, a folder (searched recursively), a glob, ``hf://datasets/...`` or any URL that
+        fsspec knows: Parquet, JSON, JSON lines, CSV or WebDataset tar.
+    format
+        One of `FORMATS`; None recognises it by its columns.
+    columns
+        For a table of your own: the names of its ``prompt``, ``image_0``, ``image_1`` and
+        ``label`` columns (the label is the probability that a person prefers image_0). Any other
+        name keeps a column of numbers, or of lists of numbers, under that name.
+
+    Returns
+    -------
+    Pairs
+        Rows that could not be read are in ``Pairs.rejected``, each with its reason; pairs that
+        the source repeats are merged, their labels averaged.
+
+    Raises
+    ------
+    FifaError
+        Where there is nothing to read, columns are missing, or not one row is a pair.
+    """
+    columns = columns or {}
+    if format is not None and format not in FORMATS:
+        raise FifaError(f"no format {format!r}", do=f"take one of {', '.join(FORMATS)}")
+    found = find_files(source)
+    reader = _Reader(found.root, format, columns)
+    with progress("reading files", len(found.files)) as advance:
+        done = assemble(_batches(reader, found, advance))
+    if not len(done.table):
+        raise _nothing(found, done)
+    identity = [VERSION, reader.name, columns, [file.__dict__ for file in found.files]]
+    note(pairs=len(done.table), merged=done.merged, rejected=len(done.rejected))
+    return Pairs(
+        done.table,
+        done.prompts,
+        done.rejected,
+        Origin(
+            source=str(source),
+            root=found.root.url,
+            format=reader.name,
+            cells=done.cells,
+            score_columns=done.scores,
+            fingerprint=digest(identity),
+            rows=done.rows,
+            merged=done.merged,
+        ),
+    )
+
+
+class _Reader:
+    """Reads one file after another, all in one format."""
+
+    def __init__(self, root: Root, format: str | None, columns: dict[str, str]) -> None:
+        self.root = root
+        self.name = format or ""
+        self.carried = {name: c for name, c in columns.items() if name not in PAIR_COLUMNS}
+        own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
+        self._own = own_layout(own) if own or format == "columns" else None
+        if self._own:
+            self.name = "columns"
+
+    def batch(self, file: SourceFile) -> tuple[str, Batch]:
+        """The file's format and pairs; a file that cannot be read is one rejected row."""
+        try:
+            frame, rejected = self._frame(file)
+            form = self._form(frame)
+            if form is None:
+                lists = ", ".join(sorted(frame.names)[:20]) or "none"
+                reason = f"no known format has these columns: {lists}"
+                return "", _refused(file.path, [*rejected, (None, reason)])
+            if isinstance(form, Ranked):
+                batch = form.convert(frame)
+            else:
+                batch = from_layout(frame, form, self.carried)
+            batch.rejected += rejected
+            batch.refs = self._placed(file, batch.refs)
+        except FifaError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+            # pyarrow's errors are ValueErrors, OSErrors, KeyErrors and NotImplementedErrors
+            brief = str(error).partition("\n")[0][:200]
+            return "", _refused(file.path, [(None, f"the file cannot be read: {brief}")])
+        return form.name, batch
+
+    def _frame(self, file: SourceFile) -> tuple[Frame, list[tuple[int | None, str]]]:
+        if file.kind == "parquet":
+            local = self.root.folder is not None
+            opened = self.root.name(file.path) if local else self.root.open(file.path)
+            return ParquetFrame(opened, file.path), []
+        with self.root.open(file.path) as stream:
+            records = read_records(stream, file.kind)
+        return RecordFrame(records, file.kind, file.path), records.rejected
+
+    def _form(self, frame: Frame) -> Format | None:
+        if self._own:
+            return self._own
+        for form in (*RANKINGS, *LAYOUTS):
+            if self.name in ("", form.name) and form.fits(frame):
+                return form
+        return None
+
+    def _placed(self, file: SourceFile, refs: tuple[pa.Array, ...]) -> tuple[pa.Array, pa.Array]:
+        """Relative paths, found below the root: beside the file, or in a folder beside it."""
+        folder = self.root.folder
+        paths = [ref for ref in refs[0][:200].to_pylist() if ref and is_path(ref)][:20]
+        if folder is None or not paths:
+            prefix = file.path.rpartition("/")[0] if paths else ""
+        else:
+            prefix = _prefix(folder, file.path, paths)
+        if not prefix:
+            return refs[0], refs[1]
+        first, second = (_prefixed(ref, f"{prefix}/") for ref in refs)
+        return first, second
+
+
+def is_path(ref: str) -> bool:
+    """True for a reference that is a path relative to the root (no URL, tar member or cell)."""
+    return "://" not in ref and not ref.startswith(("tar:", "cell:", "/"))
+
+
+def _prefix(root: Path, file: str, paths: list[str]) -> str:
+    parent = file.rpartition("/")[0]
+    stem = Path(file).stem
+    for base in dict.fromkeys((parent, "")):
+        for name in ("", "images", stem, "image"):
+            prefix = "/".join(part for part in (base, name) if part)
+            for path in paths:
+                place = root / prefix / path
+                if inside(root, place) and place.is_file():
+                    return prefix
+    return parent
+
+
+def _prefixed(refs: pa.Array, prefix: str) -> pa.Array:
+    if not len(refs) or refs.null_count == len(refs):
+        return refs
+    whole = pc.match_substring_regex(refs, "^/|^tar:|^cell:|://")
+    return pc.if_else(whole, refs, pc.binary_join_element_wise(prefix, refs, ""))
+
+
+def _batches(reader: _Reader, found: Source, advance: object) -> Iterator[Batch]:
+    """Every file's batch, in order, read a few files ahead; all files have one format."""
+    forms: Counter[str] = Counter()
+    if found.refused:
+        yield from (_refused(path, [(None, reason)]) for path, reason in found.refused)
+    with ThreadPoolExecutor(min(4, 1 + (os.cpu_count() or 1))) as pool:
+        for name, batch in pool.map(reader.batch, found.files):
+            if name:
+                forms[name] += 1
+            if len(forms) > 1:
+                mixed = " and ".join(sorted(forms))
+                raise FifaError(
+                    f"files of several formats here: {mixed}",
+                    where=found.named,
+                    do="name one with --format, or a glob that matches one",
+                )
+            advance(1)  # type: ignore[operator]
+            yield batch
+    reader.name = next(iter(forms), reader.name)
+
+
+def _refused(file: str, rejected: list[tuple[int | None, str]]) -> Batch:
+    none = pa.nulls(0, pa.string())
+    empty = np.empty(0)
+    return Batch(
+        file,
+        empty.astype(np.int64),
+        none,
+        (none, none),
+        (none, none),
+        empty,
+        empty.astype(np.int32),
+        rejected=rejected,
+    )
+
+
+def _nothing(found: Source, done: Assembled) -> FifaError:
+    """The message for a source without one pair: its commonest reason."""
+    if not len(done.rejected):
+        return FifaError("the data set is empty", where=found.named)
+    reasons = Counter(done.rejected["reason"].to_pylist())
+    reason, count = reasons.most_common(1)[0]
+    place = next(row for row in done.rejected.to_pylist() if row["reason"] == reason)
+    do = "say which columns are which with --columns prompt=...,image_0=...,image_1=...,label=..."
+    return FifaError(
+        f"no pairs: {reason}" + (f" ({count:,} times)" if count > 1 else ""),
+        where=f"{found.named}, {place['file']}"
+        + ("" if place["row"] is None else f", row {place['row']}"),
+        do=do if "columns" in reason else None,
+    )

@@ -1,0 +1,220 @@
+"""Where feedback comes from: a file, a folder, a glob or a URL becomes a sorted list of files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fifa.errors import FifaError
+
+KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tar": "tar",
+}
+MAGIC = "*?["
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Parameters
+    ----------
+    path
+        Relative to the source's root, with forward slashes.
+    kind
+        One of the values of `KINDS`.
+    size
+        Bytes; -1 where the store does not say.
+    stamp
+        What changes with the content: modification time in ns, etag or blob id.
+    """
+
+    path: str
+    kind: str
+    size: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class Root:
+    """The folder, or the URL prefix, that the files and relative image paths are below."""
+
+    url: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The root as a local folder; None if it is remote."""
+        return None if is_url(self.url) else Path(self.url)
+
+    def name(self, path: str) -> str:
+        """The full name of ``path``, for messages and for libraries that open it themselves."""
+        return f"{self.url}/{path}" if is_url(self.url) else str(Path(self.url) / path)
+
+    def open(self, path: str) -> IO[bytes]:
+        """``path`` below the root, opened for reading; it must come from `find_files`."""
+        if self.folder is not None:
+            return (self.folder / path).open("rb")
+        system, full = _remote(self.name(path))
+        opened: IO[bytes] = system.open(full, "rb")
+        return opened
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source's files, and what was refused while listing them.
+
+    Parameters
+    ----------
+    named
+        What the user named.
+    root
+        What the files are below.
+    files
+        Sorted by path.
+    refused
+        ``(path, reason)`` of files that are not read: links that leave the folder.
+    """
+
+    named: str
+    root: Root
+    files: tuple[SourceFile, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def is_url(name: str) -> bool:
+    """True for ``scheme://...``."""
+    scheme, separator, _ = name.partition("://")
+    return bool(separator) and scheme.replace("+", "").replace("-", "").isalnum()
+
+
+def find_files(source: str | Path) -> Source:
+    """The files of a source: a file, a folder (searched recursively), a glob or a URL.
+
+    Hidden files and folders (``.name``, ``_name``) are passed over, links that lead out of the
+    folder are refused. ``file://``, ``memory://``, ``http(s)://``, ``hf://datasets/...`` and
+    every other scheme that fsspec knows work alike.
+
+    Raises `FifaError` where there is nothing to read.
+    """
+    named = str(source)
+    if named.startswith("file://"):
+        named = named.removeprefix("file://")
+    if not named:
+        raise FifaError("no source given", do="name a file, folder, glob, hf:// id or URL")
+    found = _find_remote(named) if is_url(named) else _find_local(named)
+    if not found.files and not found.refused:
+        raise FifaError(
+            "nothing to read here",
+            where=str(source),
+            do=f"it needs files that end in {', '.join(KINDS)}",
+        )
+    return found
+
+
+def inside(root: Path, path: Path) -> bool:
+    """True if ``path``, its links followed, is below ``root``.
+
+    A snapshot of the Hugging Face cache links to the blobs beside it; those count as inside.
+    """
+    home, real = root.resolve(), path.resolve()
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
+
+
+def _find_local(named: str) -> Source:
+    path = Path(named).expanduser()
+    if path.is_file():
+        root, paths = path.parent, [path]
+    elif path.is_dir():
+        root, paths = path, list(_walk(path))
+    elif any(sign in named for sign in MAGIC):
+        parts = path.parts
+        fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in MAGIC))
+        root = Path(*parts[:fixed]) if fixed else Path()
+        pattern = "/".join(parts[fixed:])
+        paths = [match for match in root.glob(pattern) if match.is_file()]
+    else:
+        raise FifaError("no such file or folder", where=named)
+    files, refused = [], []
+    for file in paths:
+        name = file.relative_to(root).as_posix()
+        kind = KINDS.get(file.suffix.lower())
+        if kind is None:
+            continue
+        if file != path and not inside(root, file):
+            refused.append((name, "a link that leaves the folder"))
+            continue
+        status = file.stat()
+        files.append(SourceFile(name, kind, status.st_size, str(status.st_mtime_ns)))
+    files.sort(key=lambda file: file.path)
+    return Source(named, Root(str(root.resolve())), tuple(files), tuple(sorted(refused)))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        yield from (Path(parent) / name for name in names if name[0] not in "._")
+
+
+def _find_remote(named: str) -> Source:
+    system, path = _remote(named)
+    bare = named.rstrip("/")
+    try:
+        if any(sign in named.partition("://")[2] for sign in MAGIC[:1] + MAGIC[2:]):
+            first = min(bare.index(sign) for sign in MAGIC if sign in bare)
+            root = bare[:first].rpartition("/")[0]
+            listed = system.glob(path, detail=True)
+        elif system.isfile(path):
+            root = bare.rpartition("/")[0]
+            listed = {path: system.info(path)}
+        else:
+            root = bare
+            listed = system.find(path, detail=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(named, error) from error
+    prefix = _remote(root)[1].rstrip("/") + "/"
+    files = []
+    for full, info in listed.items():
+        name = full.removeprefix(prefix)
+        hidden = any(part[0] in "._" for part in name.split("/") if part)
+        kind = KINDS.get(Path(name.partition("?")[0]).suffix.lower())
+        if kind is None or (hidden and len(listed) > 1) or info.get("type") == "directory":
+            continue
+        size = info.get("size")
+        files.append(SourceFile(name, kind, -1 if size is None else int(size), _stamp(info)))
+    if not listed:
+        raise FifaError("no such file or folder", where=named)
+    return Source(named, Root(root), tuple(sorted(files, key=lambda file: file.path)))
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    for name in ("ETag", "etag", "blob_id", "md5", "mtime", "LastModified", "created"):
+        if info.get(name):
+            return str(info[name])
+    return ""
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError, OSError) as error:
+        raise _unreachable(url, error) from error
+    return system, str(path)
+
+
+def _unreachable(url: str, error: Exception) -> FifaError:
+    do = "check the address and the network"
+    if isinstance(error, ImportError):
+        do = "install the library that the message names"
+    return FifaError(f"cannot open the source: {error or type(error).__name__}", where=url, do=do)
