@@ -1,0 +1,34 @@
+"""What the benchmarks share: timing in turn, peak memory, the table and the line of JSON."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+
+def median_time(function: Callable[[], object], rounds: int = 3) -> float:
+    """The median of ``rounds`` calls, in seconds."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_mb() -> float:
+    """The most memory this process has held so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(name: str, rows: Sequence[Sequence[object]], **json_fields: float) -> None:
+    """Print a table, then one line of JSON with ``name`` and ``json_fields``."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        print("  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]))
+    print(json.dumps({"name": name, **{k: round(v, 3) for k, v in json_fields.items()}}))

@@ -1,0 +1,170 @@
+"""Which pairs are kept, and why each of the others is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.console import say
+from fifa.errors import FifaError
+from fifa.pairs.table import Pairs
+from fifa.recipe import Select
+from fifa.score.table import Scores
+from fifa.select.gates import reason_codes
+from fifa.select.importance import importance
+from fifa.select.order import id_bytes, occurrence
+from fifa.select.strategies import STRATEGIES, Candidates, soft_weights
+from fifa.select.table import (
+    BELOW_CUTOFF,
+    PROMPT_CAP,
+    SELECTED,
+    code_counts,
+    selection_table,
+)
+from fifa.select.terms import Terms, gather_terms
+
+Floats = npt.NDArray[np.float32]
+Embeddings: TypeAlias = Floats | Callable[[], Floats]
+
+
+def select(
+    pairs: Pairs,
+    scores: Scores,
+    knobs: Select | None = None,
+    *,
+    unreadable: Collection[str] = (),
+    embeddings: Embeddings | None = None,
+) -> pa.Table:
+    """Keep the most important pairs, and give every pair a reason.
+
+    Parameters
+    ----------
+    pairs
+        ``table`` may hold ``pair_id``, ``prompt_index``, ``label`` and ``repeat`` only, and
+        ``prompts`` the ``prompt_id`` only.
+    scores
+        Of these pairs and prompts; tables in another order are aligned by id.
+    knobs
+        Strategy, weights and gates; None is the default recipe's.
+    unreadable
+        Ids of pairs with an image that cannot be decoded: never selected.
+    embeddings
+        float32 [prompts, d], L2-normalised, row by row with ``pairs.prompts``, or a function
+        that gives them: for the strategies ``facility`` and ``farthest``.
+
+    Returns
+    -------
+    A `fifa.select.table.SELECTION`, row by row with ``pairs.table``.
+
+    Raises
+    ------
+    FifaError
+        If nothing is eligible, or the strategy or a gate lacks the score it needs.
+    """
+    knobs = knobs or Select()
+    n = len(pairs)
+    if n == 0:
+        raise FifaError("there are no pairs to select from", where=pairs.origin.source or None)
+    terms = gather_terms(pairs, scores, knobs)
+    codes = reason_codes(pairs.table, terms, knobs, unreadable)
+    rows = np.flatnonzero(codes == BELOW_CUTOFF).astype(np.int32)
+    if len(rows) == 0:
+        raise _nothing_eligible(codes)
+    value = _importance(terms, rows, knobs)
+    count = how_many(knobs, n)
+    order = STRATEGIES[knobs.strategy](
+        Candidates(
+            rows=rows,
+            ids=id_bytes(pairs.table["pair_id"]),
+            importance=value,
+            margin=None if terms.margin is None else terms.margin[rows],
+            prompt=pairs.table["prompt_index"].to_numpy()[rows],
+            count=count,
+            seed=knobs.seed,
+            embeddings=_embeddings(embeddings, pairs, knobs),
+        )
+    )
+    rank = np.zeros(n, np.int32)
+    rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
+    if knobs.per_prompt is not None:
+        prompts = pairs.table["prompt_index"].to_numpy()[order]
+        below = occurrence(prompts) < knobs.per_prompt
+        codes[order[~below]] = PROMPT_CAP
+        order = order[below]
+    kept = order if knobs.strategy == "weights" else order[:count]
+    if len(kept) < count:
+        say(
+            f"asked to keep {count:,} of {n:,} pairs, but only {len(kept):,} are eligible: all kept"
+        )
+    codes[kept] = SELECTED
+    every = np.full(n, np.nan, np.float32)
+    every[rows] = value
+    weight = np.zeros(n, np.float32)
+    weight[kept] = soft_weights(every[kept]) if knobs.strategy == "weights" else 1.0
+    columns = {
+        "margin": terms.margin,
+        "signed_margin": terms.signed_margin,
+        "agreement": terms.agreement,
+        "quality": terms.quality,
+        "diversity": terms.diversity,
+        "importance": every,
+        "rank": rank,
+        "weight": weight,
+    }
+    return selection_table(pairs.table["pair_id"], codes, columns)
+
+
+def how_many(knobs: Select, n: int) -> int:
+    """The number of pairs that ``keep`` asks for, out of ``n``: a count, or a share up to 1.0."""
+    keep = knobs.keep
+    if isinstance(keep, float) and keep <= 1:
+        return max(1, round(keep * n))
+    if keep != int(keep):
+        raise FifaError(
+            f"keep is neither a count nor a fraction: {keep!r}",
+            do="give a whole number of pairs, or a fraction up to 1.0",
+        )
+    return int(keep)
+
+
+def _importance(terms: Terms, rows: npt.NDArray[np.int32], knobs: Select) -> Floats:
+    def eligible(values: Floats | None) -> Floats | None:
+        return None if values is None else values[rows]
+
+    parts = (eligible(terms.margin), eligible(terms.quality), eligible(terms.diversity))
+    if all(part is None for part in parts):
+        return np.zeros(len(rows), np.float32)
+    return importance(*parts, knobs)
+
+
+def _embeddings(embeddings: Embeddings | None, pairs: Pairs, knobs: Select) -> Callable[[], Floats]:
+    if knobs.strategy in ("facility", "farthest") and embeddings is None:
+        raise FifaError(
+            f"the strategy {knobs.strategy!r} works on prompt embeddings, and there are none",
+            do="name an encoder with --diversity, or give select() the embeddings",
+        )
+
+    def vectors() -> Floats:
+        found = embeddings() if callable(embeddings) else embeddings
+        assert found is not None
+        if found.ndim != 2 or len(found) != pairs.prompts.num_rows:
+            raise FifaError(
+                f"embeddings of shape {found.shape} for {pairs.prompts.num_rows:,} prompts",
+                do="give one vector a prompt, in the order of pairs.prompts",
+            )
+        return np.ascontiguousarray(found, np.float32)
+
+    return vectors
+
+
+def _nothing_eligible(codes: npt.NDArray[np.uint8]) -> FifaError:
+    counts = "; ".join(f"{reason}: {n:,}" for reason, n in code_counts(codes).items())
+    return FifaError(
+        "no pair is eligible",
+        where=counts,
+        do="open a gate (see docs/select.md), or look at the scores and labels",
+    )
