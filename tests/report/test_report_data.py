@@ -24,7 +24,7 @@ MARGINS = hnp.arrays(
 
 @given(MARGINS)
 def test_the_curve_is_the_agreement_among_the_largest_margins(signed):
-    curve = data.agreement_curve(signed)
+    curve = data.agreement_curve(data.hits_by_margin(signed))
     known = sorted((float(m) for m in signed if math.isfinite(m)), key=abs, reverse=True)
     if len(known) < data.LEAST:
         assert curve is None
@@ -44,7 +44,7 @@ def test_the_curve_is_the_agreement_among_the_largest_margins(signed):
 
 @given(MARGINS)
 def test_the_tenths_hold_every_labelled_pair_once(signed):
-    tenths = data.agreement_deciles(signed)
+    tenths = data.agreement_deciles(data.hits_by_margin(signed))
     known = np.abs(signed[np.isfinite(signed)])
     if len(known) < data.LEAST:
         assert tenths == []
@@ -57,7 +57,7 @@ def test_the_tenths_hold_every_labelled_pair_once(signed):
 
 def test_the_first_tenth_has_the_smallest_margins():
     signed = np.concatenate([-np.linspace(0.01, 0.1, 10), np.linspace(1, 2, 90)])
-    shares = [tenth.share for tenth in data.agreement_deciles(signed)]
+    shares = [tenth.share for tenth in data.agreement_deciles(data.hits_by_margin(signed))]
     assert shares == [0.0] + [1.0] * 9
 
 

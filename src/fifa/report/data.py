@@ -58,7 +58,7 @@ def load_columns(folder: Path) -> Columns:
             "the run has no selection yet", where=str(folder), do="run `fifa select` on it"
         )
     floats = ["margin", "signed_margin", "quality", "diversity", "importance"]
-    chosen = pq.read_table(path, columns=[*floats, "rank", "status", "reason"])
+    chosen = pq.read_table(path, columns=[*floats, "rank", "reason"])
     pairs = pq.read_table(folder / FILES["table"], columns=["label", "prompt_index"])
     if chosen.num_rows != pairs.num_rows:
         raise FifaError(
@@ -67,7 +67,8 @@ def load_columns(folder: Path) -> Columns:
             do="select again: `fifa select`",
         )
     margin, signed, quality, diversity, importance = (_floats(chosen[name]) for name in floats)
-    reason = chosen["reason"].cast(pa.string()).combine_chunks().dictionary_encode()
+    reason = chosen["reason"].unify_dictionaries().combine_chunks()
+    codes, reasons = reason.indices.to_numpy(), tuple(reason.dictionary.to_pylist())
     return Columns(
         margin=margin,
         signed=signed,
@@ -75,9 +76,9 @@ def load_columns(folder: Path) -> Columns:
         diversity=diversity,
         importance=importance,
         rank=pc.fill_null(chosen["rank"], 0).to_numpy(),
-        reason=reason.indices.to_numpy(),
-        reasons=tuple(reason.dictionary.to_pylist()),
-        kept=pc.equal(chosen["status"].cast(pa.string()), "selected").to_numpy(),
+        reason=codes,
+        reasons=reasons,
+        kept=codes == reasons.index("selected") if "selected" in reasons else codes < 0,
         label=_floats(pairs["label"]),
         prompt=pairs["prompt_index"].to_numpy(),
     )
@@ -111,13 +112,28 @@ class Curve:
     high: Floats
 
 
-def agreement_curve(signed: Floats, points: int = 160) -> Curve | None:
-    """Agreement among the top n by absolute margin, n growing by a constant factor.
+def hits_by_margin(signed: Floats) -> Floats:
+    """Where scorer and people agree, largest absolute margin first: float64 [labelled pairs].
 
-    ``signed`` are signed margins, NaN where there is no label or score. None below `LEAST`
-    labelled pairs.
+    ``signed`` are signed margins, NaN where there is no label or score. 1 where they agree, 0
+    where not, 1/2 where the scorer sees no difference.
     """
-    hits = _hits_by_margin(signed)
+    known = signed[np.isfinite(signed)]
+    order = np.argsort(-np.abs(known), kind="stable")
+    return ((np.sign(known[order]) + 1) / 2).astype(np.float64)
+
+
+def agreement_of(hits: Floats) -> Agreement:
+    """The share of ``hits`` (as `hits_by_margin` gives them) with its interval."""
+    n, agreed = len(hits), float(hits.sum())
+    return Agreement(agreed / n if n else float("nan"), *wilson(agreed, n), n)
+
+
+def agreement_curve(hits: Floats, points: int = 160) -> Curve | None:
+    """Agreement among the first n of ``hits``, n growing by a constant factor from `LEAST`.
+
+    None for fewer than `LEAST`.
+    """
     if len(hits) < LEAST:
         return None
     n = np.unique(np.geomspace(LEAST, len(hits), points).round().astype(np.int64))
@@ -126,23 +142,11 @@ def agreement_curve(signed: Floats, points: int = 160) -> Curve | None:
     return Curve(n / len(hits), n, agreed / n, band[:, 0], band[:, 1])
 
 
-def agreement_deciles(signed: Floats) -> list[Agreement]:
-    """Agreement in each tenth of the labelled pairs by absolute margin, smallest first."""
-    hits = _hits_by_margin(signed)[::-1]
+def agreement_deciles(hits: Floats) -> list[Agreement]:
+    """Agreement in each tenth of ``hits``, smallest margins first; empty for too few."""
     if len(hits) < LEAST:
         return []
-    parts = np.array_split(hits, 10)
-    return [
-        Agreement(float(part.mean()), *wilson(float(part.sum()), len(part)), len(part))
-        for part in parts
-    ]
-
-
-def _hits_by_margin(signed: Floats) -> Floats:
-    """1 where scorer and people agree, 0 where not, 1/2 for no preference; largest margin first."""
-    known = signed[np.isfinite(signed)]
-    order = np.argsort(-np.abs(known), kind="stable")
-    return ((np.sign(known[order]) + 1) / 2).astype(np.float64)
+    return [agreement_of(part) for part in np.array_split(hits[::-1], 10)]
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def histogram(values: Floats, kept: Bools) -> Histogram | None:
     edges = np.linspace(low, high, bins + 1)
 
     def shares(part: Floats) -> Floats:
-        counts, _ = np.histogram(np.clip(part, low, high), edges)
+        counts, _ = np.histogram(np.clip(part.astype(np.float64), low, high), edges)
         return counts / max(len(part), 1)
 
     return Histogram(

@@ -238,25 +238,26 @@ def _agreement(
         for spec, path in margins.items():
             names[spec] = data.signed_margins(path, columns.label)
     rows, curves = [], []
+    deciles: list[Agreement] = []
     for i, (name, signed) in enumerate(names.items()):
-        curve = data.agreement_curve(signed)
+        hits = data.hits_by_margin(signed)
         colour = "kept" if i == 0 else f"scorer-{i - 1}" if i <= figures.SCORERS else "none"
         rows.append(
             Scorer(
                 shorten(name.removeprefix("column:"), 60),
                 colour,
-                agreement(signed),
-                agreement(signed[columns.kept]),
-                agreement(_top_tenth(signed)),
+                whole=data.agreement_of(hits),
+                kept=agreement(signed[columns.kept & np.isfinite(signed)]),
+                tenth=data.agreement_of(hits[: math.ceil(len(hits) / 10)]),
             )
         )
+        curve = data.agreement_curve(hits)
         if curve is not None:
             curves.append(curve)
-        if i == 0:
-            deciles = data.agreement_deciles(signed)
-    if not curves or not deciles:
-        return rows, None, None, 0
+        deciles = deciles or data.agreement_deciles(hits)
     first = rows[0]
+    if not curves or first.whole.n < data.LEAST:
+        return rows, None, None, 0
     cut = (first.kept.n / first.whole.n, first.kept) if first.kept.n else None
     return (
         rows,
@@ -264,12 +265,6 @@ def _agreement(
         figures.draw_deciles(deciles, "deciles"),
         min(len(curves) - 1, figures.SCORERS),
     )
-
-
-def _top_tenth(signed: data.Floats) -> data.Floats:
-    known = signed[np.isfinite(signed)]
-    top = math.ceil(len(known) / 10)
-    return known[np.argsort(-np.abs(known), kind="stable")[:top]]
 
 
 def _distributions(columns: data.Columns) -> list[dict[str, Any]]:
