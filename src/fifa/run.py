@@ -196,6 +196,52 @@ def revised(folder: str | Path, **sections: dict[str, Any]) -> Run:
     return Run(run.folder, recipe)
 
 
+def select_step(run: Run) -> pa.Table:
+    """Select from the run's scores and write ``selection.parquet``."""
+    from fifa.select.folder import select_folder
+
+    files = score_files(run.folder)
+
+    def embeddings() -> Any:
+        from fifa.score.diversity import prompt_embeddings
+
+        return prompt_embeddings(load_pairs(run.folder), run.recipe.score.diversity, run.scores)
+
+    with step(run, "select"):
+        return select_folder(
+            run.folder,
+            run.recipe.select,
+            margin_paths=files["margins"],
+            quality_path=files["quality"],
+            diversity_path=files["diversity"],
+            embeddings=None if run.recipe.score.diversity == "none" else embeddings,
+            allow_download=run.recipe.read.allow_download,
+        )
+
+
+def export_step(run: Run, out: Path | None = None) -> Path:
+    """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers."""
+    from fifa.select.export import export
+    from fifa.select.folder import SELECTION_FILE
+
+    path = run.folder / SELECTION_FILE
+    if not path.exists():
+        raise FifaError(
+            "nothing is selected yet", where=str(run.folder), do="run `fifa select` on it"
+        )
+    folder = out or run.subset
+    with step(run, "export"):
+        export(
+            load_pairs(run.folder),
+            pq.read_table(path),
+            load_scores(run.folder),
+            folder,
+            recipe=run.recipe,
+            allow_download=run.recipe.read.allow_download,
+        )
+    return folder
+
+
 def report_step(run: Run) -> Path:
     """Write the run's report."""
     from fifa.report.page import write_report

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fifa.pairs.table import Pairs
-from fifa.score.table import Scores
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fifa.pairs.table import Pairs
+    from fifa.score.table import Scores
 
 
 def score(
@@ -50,6 +53,7 @@ def score(
     from fifa.score.diversity import diversity_scores
     from fifa.score.margin import margin_scores
     from fifa.score.quality import quality_scores
+    from fifa.score.table import Scores
 
     folder = Path(folder) if folder is not None else None
     specs = [margin] if isinstance(margin, str) else list(margin)
