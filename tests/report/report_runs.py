@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,9 @@ from PIL import Image
 from fifa.pairs.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs, save_pairs
 from fifa.recipe import Read, Recipe, Score, Select
 from fifa.score.table import DIVERSITY, MARGIN, QUALITY
+from fifa.select.folder import write_selection
 from fifa.select.table import REASONS, selection_table
-from fifa.shards.files import write_json, write_table
+from fifa.shards.files import write_table
 
 HOSTILE = '<script>alert("x")</script> & \u202ereversed'
 
@@ -77,7 +79,6 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
             scores / name,
             pa.table([table["pair_id"], own, np.zeros(pairs, np.float32)], schema=MARGIN),
         )
-    write_json(folder / "scores.json", index)
     vectors = rng.normal(size=(prompts, 8)) + np.eye(8)[np.arange(prompts) % 3] * 4
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     lists = pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).reshape(-1), 8)
@@ -110,12 +111,18 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         "weight": (codes == 0).astype(np.float32),
     }
     columns = {k: v if k == "rank" else np.asarray(v, np.float32) for k, v in columns.items()}
-    write_table(folder / "selection.parquet", selection_table(table["pair_id"], codes, columns))
     recipe = Recipe(
         read=Read(source=source),
         score=Score(margin=tuple(index["margins"])),
         select=Select(keep=keep),
     )
+    used = {
+        "select": asdict(recipe.select),
+        "margin": index["margins"],
+        "quality": index["quality"],
+        "diversity": index["diversity"],
+    }
+    write_selection(folder, selection_table(table["pair_id"], codes, columns), used)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
     steps = [
         {"step": "read", "started": "2025-01-02T03:04:05+00:00", "seconds": 0.4, "pairs": pairs},

@@ -11,7 +11,7 @@ from fifa.errors import FifaError
 from fifa.recipe import Recipe, Score, Select
 from fifa.report import page
 from fifa.report.page import write_report
-from fifa.shards.files import write_json, write_table
+from fifa.shards.files import write_table
 
 QUIET = [
     "--headless",
@@ -181,7 +181,6 @@ def test_a_run_with_nothing_but_a_selection(tmp_path):
     make_run(tmp_path, pairs=12, scorers=1, keep=3)
     shutil.rmtree(tmp_path / "scores")
     (tmp_path / "log.jsonl").unlink()
-    write_json(tmp_path / "scores.json", {"margins": {}, "quality": None, "diversity": None})
     recipe = Recipe(score=Score(quality="none", diversity="none"), select=Select(keep=3))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
     told = Page(write_report(tmp_path).read_text("utf-8")).text
@@ -195,6 +194,13 @@ def test_agreement_by_construction_is_not_sold_as_evidence(tmp_path, run, knobs)
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "recipe.yaml").write_text(Recipe(select=Select(keep=80, **knobs)).to_yaml(), "utf-8")
     assert "is no evidence" in write_report(copy).read_text("utf-8")
+
+
+def test_a_recipe_that_is_newer_than_the_selection_is_told(tmp_path, run, text):
+    assert "changed after this selection" not in text
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "recipe.yaml").write_text(Recipe(select=Select(keep=79)).to_yaml(), "utf-8")
+    assert "changed after this selection" in write_report(copy).read_text("utf-8")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

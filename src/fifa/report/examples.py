@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fifa.errors import FifaError
-from fifa.pairs.table import FILES, Pairs, load_origin
+from fifa.pairs.table import FILES, PROMPTS, Pairs, load_origin
 from fifa.recipe import UNSAFE_FLAGS
 from fifa.report.data import Columns, first_by, take_rows
 
@@ -162,51 +161,44 @@ def _flags(quality: Path | None, prompts: Sequence[int]) -> list[tuple[str, ...]
 def _thumbnails(
     folder: Path, table: pa.Table, rows: Sequence[int], found: dict[int, Example]
 ) -> dict[int, tuple[str, str]]:
-    """Small pictures of the pairs whose prompts are not flagged, without any download."""
-    from fifa.pairs.images import has_pixels, read_images
+    """Small pictures of the pairs whose prompts are not flagged; nothing is fetched for them."""
+    from fifa.pairs.images import BadImage, has_pixels, read_images
 
     origin = load_origin(folder)
     safe = [i for i, row in enumerate(rows) if not found[row].unsafe]
-    if origin is None or not safe:
+    if origin is None or "://" in origin.root or not safe:
         return {}
-    pairs = Pairs(table=table, prompts=pa.table({"prompt_id": [], "prompt": []}), origin=origin)
+    pairs = Pairs(table=table, prompts=PROMPTS.empty_table(), origin=origin)
     if not has_pixels(pairs):
         return {}
-    sides: dict[int, list[str]] = {rows[i]: ["not found", "not found"] for i in safe}
-    try:
-        for i, side, data in _readable(read_images(pairs, safe)):
-            sides[rows[i]][side] = thumbnail(data) if isinstance(data, bytes) else data
-    except FifaError:  # the source has moved: the page is still worth having
-        return {}
-    return {row: (images[0], images[1]) for row, images in sides.items()}
-
-
-def _readable(images: Iterable[tuple[int, int, object]]) -> Iterable[tuple[int, int, bytes | str]]:
-    for row, side, data in images:
-        yield row, side, data if isinstance(data, bytes) else shorten(str(data), 80)
+    sides: dict[int, list[str]] = {rows[i]: ["", ""] for i in safe}
+    for i, side, data in read_images(pairs, safe):
+        try:
+            if isinstance(data, BadImage):
+                raise data
+            sides[rows[i]][side] = thumbnail(data)
+        except BadImage as bad:
+            sides[rows[i]][side] = shorten(bad.reason, 80)
+    return {row: (first, second) for row, (first, second) in sides.items()}
 
 
 def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
-    """A JPEG data URI at most ``size`` pixels long, or why the image cannot be shown.
+    """A JPEG data URI at most ``size`` pixels long.
 
     Decoded through the guarded door and encoded anew, so nothing of the file but its pixels
-    reaches the page.
+    reaches the page. Raises `fifa.pairs.images.BadImage`.
     """
     from PIL import Image
 
-    from fifa.pairs.images import BadImage, open_image
+    from fifa.pairs.images import open_image
 
-    try:
-        with open_image(data) as image:
-            image.draft("RGB", (size, size))
-            pixels = image.convert("RGBA" if "A" in image.getbands() else "RGB")
-    except BadImage as bad:
-        return shorten(str(bad), 80)
-    except (OSError, ValueError, SyntaxError) as error:
-        return shorten(f"cannot be decoded: {error}", 80)
-    if pixels.mode == "RGBA":
+    with open_image(data) as image:
+        transparent = "A" in image.getbands() or "transparency" in image.info
+        pixels = image.convert("RGBA" if transparent else "RGB")
+    if transparent:
         white = Image.new("RGBA", pixels.size, "white")
         pixels = Image.alpha_composite(white, pixels).convert("RGB")
+    pixels.info = {}  # Pillow would write comments and profiles out again
     pixels.thumbnail((size, size), Image.Resampling.LANCZOS)
     small = io.BytesIO()
     pixels.save(small, "JPEG", quality=QUALITY, optimize=True)

@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _render(context: dict[str, Any]) -> str:
 
 def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
     columns = data.load_columns(folder)
-    files = _score_files(folder)
+    files = _made_from(folder)
     reasons = data.count_reasons(columns)
     scorers, curve, deciles, shown = _agreement(columns, files["margins"])
     groups = load_examples(folder, columns, files["quality"])
@@ -131,6 +131,7 @@ def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
         "title": _title(recipe, origin),
         "recipe": recipe,
         "recipe_yaml": shorten_lines(recipe.to_yaml()),
+        "older": _older(files["knobs"], recipe),
         "origin": origin,
         "funnel": _funnel(folder, origin, reasons),
         "pairs": len(columns.kept),
@@ -167,12 +168,24 @@ def _title(recipe: Recipe, origin: Origin) -> str:
     return shorten("/".join(parts[-2:]) or "pairs in memory", 80)
 
 
-def _score_files(folder: Path) -> dict[str, Any]:
-    from fifa.run import score_files
+def _made_from(folder: Path) -> dict[str, Any]:
+    """Which score files and knobs the selection was made with, as it says itself."""
+    metadata = pq.read_schema(folder / "selection.parquet").metadata or {}
+    used = json.loads(metadata.get(b"fifa.select", b"{}"))
+    paths = {name: folder / "scores" / file for name, file in used.get("margin", {}).items()}
+    found: dict[str, Any] = {
+        "margins": {name: path for name, path in paths.items() if path.exists()},
+        "knobs": used.get("select"),
+    }
+    for kind in ("quality", "diversity"):
+        path = folder / "scores" / used[kind] if used.get(kind) else None
+        found[kind] = path if path is not None and path.exists() else None
+    return found
 
-    if not (folder / "scores.json").exists():
-        return {"margins": {}, "quality": None, "diversity": None}
-    return score_files(folder)
+
+def _older(knobs: dict[str, Any] | None, recipe: Recipe) -> bool:
+    """Whether the selection was made with other knobs than the recipe has now."""
+    return knobs is not None and knobs != json.loads(json.dumps(asdict(recipe.select)))
 
 
 @dataclass(frozen=True)
