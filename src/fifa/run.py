@@ -203,7 +203,7 @@ def select_step(run: Run) -> pa.Table:
     files = score_files(run.folder)
 
     def embeddings() -> Any:
-        from fifa.score.diversity import prompt_embeddings
+        from fifa.score.encoders import prompt_embeddings
 
         return prompt_embeddings(load_pairs(run.folder), run.recipe.score.diversity, run.scores)
 

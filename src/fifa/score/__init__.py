@@ -50,17 +50,20 @@ def score(
     FifaError
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
-    from fifa.score.diversity import diversity_scores
     from fifa.score.margin import margin_scores
-    from fifa.score.quality import quality_scores
     from fifa.score.table import Scores
 
     folder = Path(folder) if folder is not None else None
     specs = [margin] if isinstance(margin, str) else list(margin)
     # The column scores first: a mistyped name is told before the language model is loaded.
     margins = {spec: margin_scores(pairs, spec, folder) for spec in specs}
-    diverse = (
-        None if diversity == "none" else diversity_scores(pairs, diversity, k=k, folder=folder)
-    )
-    rated = None if quality == "none" else quality_scores(pairs, quality, folder=folder)
+    diverse = rated = None
+    if diversity != "none":
+        from fifa.score.diversity import diversity_scores
+
+        diverse = diversity_scores(pairs, diversity, k=k, folder=folder)
+    if quality != "none":
+        from fifa.score.quality import quality_scores
+
+        rated = quality_scores(pairs, quality, folder=folder)
     return Scores(margins=margins, quality=rated, diversity=diverse)
