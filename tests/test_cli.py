@@ -39,7 +39,8 @@ def replaced(table, name, values):
 
 
 def test_help_imports_no_heavy_library():
-    code = "import sys, fifa.cli; print(sorted({'torch', 'pyarrow', 'transformers'} & set(sys.modules)))"
+    heavy = "{'torch', 'pyarrow', 'transformers'}"
+    code = f"import sys, fifa.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert "filter" in fifa("--help").stdout
@@ -47,7 +48,7 @@ def test_help_imports_no_heavy_library():
 
 def test_the_core_works_without_torch(shipped, tmp_path):
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['faiss'] = None;"
+        "import sys; sys.modules.update(torch=None, transformers=None, faiss=None);"
         "from fifa.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "filter", str(shipped), *LIGHT, "--keep", "9"]
@@ -99,7 +100,7 @@ def test_a_dry_run_writes_nothing(shipped, tmp_path):
 
 def test_an_empty_data_set(rows, tmp_path):
     source = spoiled(tmp_path, rows[:0])
-    assert "no pairs" in failed("filter", source, *LIGHT, "--out", tmp_path / "run")
+    assert "the data set is empty" in failed("filter", source, *LIGHT, "--out", tmp_path / "run")
 
 
 def test_a_missing_column_names_those_there_are(rows, tmp_path):
@@ -155,12 +156,20 @@ def test_a_huge_prompt_and_text_that_is_no_utf8_are_counted(rows, tmp_path):
 
 def test_a_run_of_another_recipe_is_left_alone(shipped, tmp_path):
     run = tmp_path / "run"
-    assert fifa("read", shipped, "--out", run).returncode == 0
-    before = (run / "recipe.yaml").read_bytes()
-    message = failed("filter", shipped, *LIGHT, "--out", run)
+    assert fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run).returncode == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    message = failed("filter", shipped, *LIGHT, "--keep", "30", "--out", run)
     assert "another recipe" in message
-    assert "score.quality" in message
-    assert (run / "recipe.yaml").read_bytes() == before
+    assert "select.keep: 20 / 30" in message
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_mistyped_name_can_be_mended_in_the_same_folder(shipped, tmp_path):
+    run = tmp_path / "run"
+    wrong = ["--margin", "column:sim_0,sim_1", "--quality", "none", "--diversity", "none"]
+    assert "sim_0" in failed("filter", shipped, *wrong, "--keep", "9", "--out", run)
+    done = fifa("filter", shipped, *LIGHT, "--keep", "9", "--out", run)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_is_no_run_is_left_alone(shipped, tmp_path):

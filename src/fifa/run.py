@@ -56,13 +56,14 @@ def open_run(folder: str | Path) -> Run:
 def start_run(folder: str | Path, recipe: Recipe) -> Run:
     """Begin a run in ``folder``, or go on with the one that is there.
 
-    Raises `FifaError` for a folder with other things in it, or with a run of another recipe:
-    neither is touched.
+    Raises `FifaError` for a folder with other things in it, or with results of another recipe:
+    neither is touched. A section whose step has no result yet may change, so a mistyped name can
+    be mended and the run goes on.
     """
     folder = Path(folder)
     try:
         if is_run(folder):
-            _same_recipe(folder, recipe)
+            _same_results(folder, recipe)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FifaError(
                 "the folder is not empty and holds no run",
@@ -73,13 +74,17 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
     except OSError as error:
         raise cannot_write(folder, error) from error
     sweep(folder)
-    if not is_run(folder):
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     return Run(folder, recipe)
 
 
-def _same_recipe(folder: Path, recipe: Recipe) -> None:
-    differences = from_yaml(folder / "recipe.yaml").differences(recipe)
+def _same_results(folder: Path, recipe: Recipe) -> None:
+    results = {"read": FILES["table"], "score": "scores.json", "select": "selection.parquet"}
+    differences = [
+        difference
+        for difference in from_yaml(folder / "recipe.yaml").differences(recipe)
+        if (folder / results[difference.partition(".")[0]]).exists()
+    ]
     if differences:
         raise FifaError(
             "the folder holds a run of another recipe (there / asked): " + "; ".join(differences),
