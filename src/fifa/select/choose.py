@@ -96,10 +96,8 @@ def select(
         codes[order[~below]] = PROMPT_CAP
         order = order[below]
     kept = order if knobs.strategy == "weights" else order[:count]
-    if len(kept) < count:
-        say(
-            f"asked to keep {count:,} of {n:,} pairs, but only {len(kept):,} are eligible: all kept"
-        )
+    if len(kept) < count and knobs.strategy != "weights":
+        say(f"keep asks for {count:,} of {n:,} pairs; only {len(kept):,} are eligible, all kept")
     codes[kept] = SELECTED
     every = np.full(n, np.nan, np.float32)
     every[rows] = value
@@ -120,15 +118,9 @@ def select(
 
 def how_many(knobs: Select, n: int) -> int:
     """The number of pairs that ``keep`` asks for, out of ``n``: a count, or a share up to 1.0."""
-    keep = knobs.keep
-    if isinstance(keep, float) and keep <= 1:
-        return max(1, round(keep * n))
-    if keep != int(keep):
-        raise FifaError(
-            f"keep is neither a count nor a fraction: {keep!r}",
-            do="give a whole number of pairs, or a fraction up to 1.0",
-        )
-    return int(keep)
+    if isinstance(knobs.keep, float):
+        return max(1, round(knobs.keep * n))
+    return knobs.keep
 
 
 def _importance(terms: Terms, rows: npt.NDArray[np.int32], knobs: Select) -> Floats:

@@ -19,6 +19,7 @@ Picks = npt.NDArray[np.intp]
 Greedy = Callable[[Floats, int], Picks]
 
 MAX_PROMPTS = 100_000
+DECIMALS = 4  # of gains and similarities: what is equal but for rounding errors is a tie
 BATCH = 16  # candidates whose gain is computed at once
 BLOCK = 512  # rows of the similarity matrix held at once
 
@@ -85,7 +86,7 @@ def facility_location(vectors: Floats, count: int) -> Picks:
         similarity = vectors[candidates] @ vectors.T
         similarity -= covered
         np.maximum(similarity, 0, out=similarity)
-        return np.asarray(similarity.sum(axis=1, dtype=np.float64))
+        return np.round(similarity.sum(axis=1, dtype=np.float64), DECIMALS)
 
     with progress("facility location", n + count) as advance:
         bound = np.empty(n, np.float64)
@@ -142,7 +143,7 @@ def farthest_point(vectors: Floats, count: int) -> Picks:
         for step in range(count):
             # the farthest has the smallest similarity to its nearest pick
             picks[step] = best = int(np.argmin(nearest)) if step else 0
-            np.maximum(nearest, vectors @ vectors[best], out=nearest)
+            np.maximum(nearest, np.round(vectors @ vectors[best], DECIMALS), out=nearest)
             nearest[picks[: step + 1]] = np.inf
             advance(1)
     return picks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,9 @@ def _load_narrow(folder: Path) -> Pairs:
 def _read_scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:
     """A score table; without its ids where they are those of ``base``, row by row."""
     key, *columns = schema.names
-    return _read(path, columns if _same_rows(path, base, key) else [key, *columns])
+    with _named_errors(path):
+        known = _same_rows(path, base, key)
+    return _read(path, columns if known else [key, *columns])
 
 
 def _same_rows(first: Path, second: Path, column: str) -> bool:
@@ -175,11 +179,17 @@ def _bounds(file: pq.ParquetFile, column: str) -> list[tuple[int, Any, Any]] | N
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:
-    try:
+    with _named_errors(path):
         known = set(pq.read_schema(path).names)
         table = pq.read_table(path, columns=[name for name in columns if name in known])
+    return table.combine_chunks()  # once, so that no step after this copies the ids again
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise FifaError(
             f"cannot read a table: {error}", where=str(path), do="score again with `fifa score`"
         ) from error
-    return table.combine_chunks()  # once, so that no step after this copies the ids again

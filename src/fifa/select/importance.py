@@ -79,7 +79,7 @@ def _scale(values: Floats, how: str) -> tuple[float, float]:
             return median, (high - low) / 1.349
     # x^ = (x - mean) / standard deviation
     mean = float(ordered.mean(dtype=np.float64))
-    deviation = float(np.sqrt(np.mean((ordered - mean) ** 2, dtype=np.float64)))
+    deviation = float(np.sqrt(np.mean(np.subtract(ordered, mean, dtype=np.float64) ** 2)))
     # Half the values equal can make the IQR 0: then the unit is the standard deviation.
     return (median, deviation) if how == "robust" else (mean, deviation)
 
