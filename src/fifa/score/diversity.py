@@ -16,7 +16,7 @@ import pyarrow as pa
 from fifa.console import note, progress, say
 from fifa.errors import FifaError
 from fifa.pairs.table import Pairs
-from fifa.score.encoders import make_encoder, prompt_embeddings, prompts_identity
+from fifa.score.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
 from fifa.score.table import DIVERSITY, score_path, scored_once
 from fifa.score.transformer import Vectors
 from fifa.score.wheels import require
@@ -28,7 +28,7 @@ Search = Callable[[Vectors, int], Rows]  # (queries [q, d], k) -> the rows of th
 
 FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
 EXACT_UP_TO = 200_000  # prompts; docs/diversity.md has the times it comes from
-QUERIES = 16_384  # prompts searched between two points where a run can be resumed
+QUERIES = 32_768  # prompts searched between two points where a run can be resumed
 PROBES = 128  # cells of the approximate index that a query looks into
 REFINE = 20  # candidates a neighbour whose distance is then computed exactly
 SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
@@ -36,7 +36,7 @@ SAMPLE = 1000  # prompts on which an approximate index is compared with the exac
 
 def diversity_scores(
     pairs: Pairs,
-    spec: str,
+    spec: str | Encoder,
     *,
     k: int = 10,
     folder: Path | None = None,
@@ -54,7 +54,7 @@ def diversity_scores(
     pairs
         The pairs; ``prompts`` holds each prompt once, so that no pair counts twice.
     spec
-        The encoder: ``minilm``, ``text:MODEL``, ``clip:MODEL`` or ``column:NAME``.
+        The encoder: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME``, or one of yours.
     k
         The neighbour. More than there are other prompts: the farthest of them, and said.
     folder
@@ -83,22 +83,21 @@ def diversity_scores(
     if 0 < nearest < k:
         say(f"diversity: {n:,} prompts have no {k}-th neighbours; k is {nearest}")
 
-    vectors: Vectors | None = None
-    if spec.startswith("column:"):
-        vectors = prompt_embeddings(pairs, spec)
-        name = f"column-{spec.removeprefix('column:')}"
-        identity: dict[str, object] = {"encoder": name, "content": digest(vectors.tobytes())}
-        source: Any = spec
+    given: Vectors | None = None
+    if isinstance(spec, str) and spec.startswith("column:"):
+        given = prompt_embeddings(pairs, spec)
+        name = spec
+        identity: dict[str, object] = {"encoder": spec, "content": digest(given.tobytes())}
     else:
-        source = make_encoder(spec)
-        name, identity = source.name, source.identity
+        encoder = make_encoder(spec) if isinstance(spec, str) else spec
+        name, identity = encoder.name, encoder.identity
     path = None
     if folder is not None:
         content = (identity, *prompts_identity(pairs), method)
         path = score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make() -> pa.Table:
-        found = vectors if vectors is not None else prompt_embeddings(pairs, source, folder)
+        found = prompt_embeddings(pairs, encoder, folder) if given is None else given
         parts = path.parent / f".parts-{path.stem}" if path else None
         distance, facts = _distances(found, nearest, method, parts)
         # h_c = log ||z_c - z_c^(k)||, bounded below
@@ -113,7 +112,7 @@ def diversity_scores(
         metadata = {"fifa.score": json.dumps(facts)}
         return pa.table([*columns, pa.array(entropy)], schema=DIVERSITY.with_metadata(metadata))
 
-    table = scored_once(path, make, {"encoder": identity, "spec": spec, "k": k, "floor": FLOOR})
+    table = scored_once(path, make, {"encoder": identity, "k": k, "floor": FLOOR})
     if path is not None:
         forget(path.parent / f".parts-{path.stem}")
     return table
@@ -168,7 +167,8 @@ def kth_distances(vectors: Vectors, rows: Rows, found: Rows) -> Vectors:
     itself = (found[:, :-1] == rows[:, None]).any(axis=1)
     kth = np.where(itself, found[:, -1], found[:, -2])
     # From the difference and not from 2 - 2 <z, z'>: near 0 that has no digits left.
-    distances: Vectors = np.linalg.norm(vectors[rows] - vectors[kth], axis=1)
+    apart = vectors[rows] - vectors[kth]
+    distances: Vectors = np.sqrt(np.einsum("ij,ij->i", apart, apart))
     return distances
 
 
@@ -235,7 +235,7 @@ def _distances(
 
     shards = [(f"from-{start}", start) for start in range(0, n, QUERIES)]
     with progress(f"{k} nearest neighbours ({method})", n) as advance:
-        table = map_shards(measure, shards, parts, advance)
+        table = map_shards(measure, shards, parts if len(shards) > 1 else None, advance)
     facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
     if method == "approx":
         facts["recall"] = sampled_recall(vectors, build(), k)

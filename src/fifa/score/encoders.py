@@ -137,7 +137,8 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
         table = map_shards(embed, shards, parts, advance)
     note(prompts_embedded=prompts.num_rows)
     if path is not None and parts is not None:
-        write_table(path, table, use_dictionary=False)
+        # zstd saves 8 % of such numbers and takes four times as long to read
+        write_table(path, table, use_dictionary=False, compression="none")
         forget(parts)
     return _vectors(table)
 

@@ -173,7 +173,7 @@ class ModelEncoder:
 
 def normalised(vectors: Vectors) -> Vectors:
     """``vectors`` over their L2 norms; a zero vector stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
     unit: Vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
     return unit
 
