@@ -149,10 +149,11 @@ def test_rejected_rows_are_counted_by_reason_with_the_first_of_them():
     table = pa.table(
         {"file": ["a", "b", "a", "a"], "row": [3, 1, 4, 9], "reason": ["x", "y", "x", "x"]}
     )
-    assert data.count_rejected(table, 2) == [
+    assert data.count_rejected(table, examples=2) == [
         data.Rejected("x", 3, ("a, row 3", "a, row 4")),
         data.Rejected("y", 1, ("b, row 1",)),
     ]
+    assert [entry.reason for entry in data.count_rejected(table, most=1)] == ["x"]
 
 
 def test_a_scorers_margin_is_signed_by_the_label(tmp_path):

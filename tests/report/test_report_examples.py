@@ -8,7 +8,7 @@ from report_runs import make_run
 
 from fifa.pairs.images import BadImage
 from fifa.report.data import load_columns
-from fifa.report.examples import choose_rows, load_examples, shorten, thumbnail
+from fifa.report.examples import choose_rows, load_examples, thumbnail
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,3 @@ def test_what_is_transparent_is_white():
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(BadImage):
         thumbnail(data)
-
-
-def test_text_is_shortened_and_cannot_reorder_the_page():
-    assert shorten("a\x00b\nc\u202ed\ud800") == "a b c\ufffdd\ufffd"
-    assert len(shorten("x" * 10_000_000)) == 300
-    assert shorten(None) == ""
-    assert shorten("x" * 300) == "x" * 300

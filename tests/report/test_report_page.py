@@ -50,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    make_run(folder)
+    make_run(folder, images=tmp_path_factory.mktemp("images"))
     return folder
 
 
@@ -161,6 +161,13 @@ def test_figures_take_the_pages_colours_and_have_words_for_those_who_cannot_see(
     assert len(ids) == len(set(ids))
     used = {v for tag, name, v in parsed.attributes if tag == "use" and name == "href"}
     assert used <= {f"#{i}" for i in ids}
+
+
+def test_pictures_are_in_the_page_and_light(run, parsed):
+    pictures = [v for tag, name, v in parsed.attributes if (tag, name) == ("img", "src")]
+    assert len(pictures) >= 30
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri in pictures)
+    assert (run / "report.html").stat().st_size < 1_000_000
 
 
 def test_time_and_tokens_are_told(parsed):

@@ -204,18 +204,19 @@ class Rejected:
     examples: tuple[str, ...]
 
 
-def count_rejected(table: pa.Table, examples: int = 3) -> list[Rejected]:
-    """Rejected rows by reason, most frequent first; ``table`` has file, row and reason."""
+def count_rejected(table: pa.Table, most: int = 12, examples: int = 3) -> list[Rejected]:
+    """Rejected rows by their ``most`` frequent reasons; ``table`` has file, row and reason."""
     if not table.num_rows:
         return []
     reasons = table["reason"].cast(pa.string()).combine_chunks().dictionary_encode()
-    codes = reasons.indices.to_numpy()
+    codes, names = reasons.indices.to_numpy(), reasons.dictionary.to_pylist()
+    counts = np.bincount(codes)
     found = []
-    for code, count in enumerate(np.bincount(codes)):
+    for code in sorted(range(len(names)), key=lambda code: (-counts[code], names[code]))[:most]:
         first = table.take(np.flatnonzero(codes == code)[:examples]).to_pylist()
         where = tuple(f"{row['file']}, row {row['row']}" for row in first)
-        found.append(Rejected(reasons.dictionary[code].as_py(), int(count), where))
-    return sorted(found, key=lambda entry: (-entry.count, entry.reason))
+        found.append(Rejected(names[code], int(counts[code]), where))
+    return found
 
 
 def first_by(rows: Ints, key: Floats | Ints, prompt: Ints, n: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ import pyarrow as pa
 from fifa.pairs.table import FILES, PROMPTS, Pairs, load_origin
 from fifa.recipe import UNSAFE_FLAGS
 from fifa.report.data import Columns, first_by, take_rows
+from fifa.report.words import shorten
 
-PROMPT_CHARACTERS = 300
 THUMBNAIL = 224  # pixels of the longer side: sharp enough at the 150 or so that a phone gives it
 QUALITY = 68  # JPEG; about 8 kB a picture
 
@@ -39,7 +38,7 @@ class Example:
     label
         Probability that a person prefers image 0.
     numbers
-        The selection's numbers, NaN where there is none.
+        The selection's numbers, NaN where there is none, and 0 for no rank.
     flags
         What the rater flagged of `fifa.recipe.UNSAFE_FLAGS`; None if no rater judged the prompt.
     images
@@ -121,12 +120,12 @@ def load_examples(
 
 def _example(row: int, entry: dict[str, Any], flags: tuple[str, ...] | None, c: Columns) -> Example:
     numbers = {
+        "rank": float(c.rank[row]),
+        "importance": float(c.importance[row]),
         "margin": float(c.margin[row]),
         "signed": float(c.signed[row]),
         "quality": float(c.quality[row]),
         "diversity": float(c.diversity[row]),
-        "importance": float(c.importance[row]),
-        "rank": float(c.rank[row]),
     }
     return Example(
         row=row,
@@ -137,15 +136,6 @@ def _example(row: int, entry: dict[str, Any], flags: tuple[str, ...] | None, c: 
         numbers=numbers,
         flags=flags,
     )
-
-
-def shorten(text: str | None, most: int = PROMPT_CHARACTERS) -> str:
-    """Hostile text made fit to show: no control or direction characters, not too long."""
-    text = (text or "")[: most * 2]
-    # C0 and C1 controls, lone surrogates, and the bidirectional overrides that reorder a page
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
-    text = re.sub(r"[\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]", "\ufffd", text)
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def _flags(quality: Path | None, prompts: Sequence[int]) -> list[tuple[str, ...] | None]:

@@ -155,8 +155,7 @@ def draw_plane(plane: Plane, name: str) -> Markup:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
-    axes.set_xlabel("first principal component of the prompt embeddings")
-    axes.set_ylabel("second")
+    axes.margins(0.03)
     return _svg(figure, name, "Prompts in two dimensions: all in grey, kept in blue")
 
 

@@ -22,16 +22,15 @@ from fifa.errors import FifaError
 from fifa.pairs.table import FILES, Origin, load_origin
 from fifa.recipe import Recipe, from_yaml
 from fifa.report import data, figures
-from fifa.report.examples import load_examples, shorten
+from fifa.report.examples import load_examples
+from fifa.report.words import count, number, percent, seconds, shorten, shorten_lines, span
 from fifa.score.agreement import Agreement, agreement
 from fifa.score.table import score_facts, score_path
 from fifa.shards.files import write_text
 
 HERE = Path(__file__).parent
 STEPS_SHOWN = 30
-DETAILS = 12  # reasons told of one line of the funnel
 PLANE_ROWS = 20_000  # prompts that the plane is fitted on
-DASH, MINUS = "\u2013", "\u2212"
 # In the order in which the page tells them; a reason that is not here comes after these
 REASONS = {
     "tie": "the people preferred neither image",
@@ -112,7 +111,7 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=_count, percent=_percent, number=_number, seconds=_seconds, span=_span
+        count=count, percent=percent, number=number, seconds=seconds, span=span, short=shorten
     )
     # The policy names the one style sheet by its hash: nothing that a prompt could smuggle in runs
     seal = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -122,7 +121,7 @@ def _render(context: dict[str, Any]) -> str:
 
 def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
     columns = data.load_columns(folder)
-    files = _made_from(folder)
+    files = _made_from(folder, recipe)
     reasons = data.count_reasons(columns)
     scorers, curve, deciles, shown = _agreement(columns, files["margins"])
     groups = load_examples(folder, columns, files["quality"])
@@ -153,7 +152,7 @@ def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
         "rated": files["quality"] is not None,
         "pictured": any(e.images for group in groups for e in group.examples),
         "reasons": REASONS,
-        "width": lambda count: f"{100 * count / max(origin.rows, len(columns.kept), 1):.3f}",
+        "width": lambda part: f"{100 * part / max(origin.rows, len(columns.kept), 1):.3f}",
         "plane": _plane(folder, recipe, columns),
         "fingerprints": _fingerprints(files),
         "log": log,
@@ -168,11 +167,14 @@ def _title(recipe: Recipe, origin: Origin) -> str:
     return shorten("/".join(parts[-2:]) or "pairs in memory", 80)
 
 
-def _made_from(folder: Path) -> dict[str, Any]:
+def _made_from(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Which score files and knobs the selection was made with, as it says itself."""
     metadata = pq.read_schema(folder / "selection.parquet").metadata or {}
     used = json.loads(metadata.get(b"fifa.select", b"{}"))
-    paths = {name: folder / "scores" / file for name, file in used.get("margin", {}).items()}
+    names = sorted(
+        used.get("margin", {}), key=[*recipe.score.margin, *used.get("margin", {})].index
+    )
+    paths = {name: folder / "scores" / used["margin"][name] for name in names}
     found: dict[str, Any] = {
         "margins": {name: path for name, path in paths.items() if path.exists()},
         "knobs": used.get("select"),
@@ -197,29 +199,24 @@ class Drop:
     count: int
     left: int
     details: tuple[data.Rejected, ...] = ()
-    others: int = 0  # reasons beyond the details
 
 
 def _funnel(folder: Path, origin: Origin, reasons: dict[str, int]) -> dict[str, Any]:
-    rejected = data.count_rejected(pq.read_table(folder / FILES["rejected"]))
+    table = pq.read_table(folder / FILES["rejected"])
     pairs, kept = sum(reasons.values()), reasons.get("selected", 0)
-    refused = sum(entry.count for entry in rejected)
-
-    def drop(name: str, meaning: str, count: int, left: int, why: Sequence[data.Rejected]) -> Drop:
-        return Drop(name, meaning, count, left, tuple(why[:DETAILS]), len(why) - DETAILS)
-
-    left = origin.rows - refused
-    rows_lost = [drop("rejected", "rows that could not be read", refused, left, rejected)]
+    refused, left = table.num_rows, origin.rows - table.num_rows
+    why = tuple(data.count_rejected(table))
+    rows_lost = [Drop("rejected", "rows that could not be read", refused, left, why)]
     left -= origin.merged
     repeats = "repeats of an earlier pair, their labels averaged into it"
-    rows_lost.append(drop("merged", repeats, origin.merged, left, []))
+    rows_lost.append(Drop("merged", repeats, origin.merged, left))
     adds_up = left == pairs
     left, dropped = pairs, []
     for name in [*REASONS, *sorted(set(reasons) - set(REASONS) - {"selected"})]:
-        if count := reasons.get(name, 0):
-            left -= count
-            why = _unreadable(folder) if name == "unreadable_image" else []
-            dropped.append(drop(name, REASONS.get(name, ""), count, left, why))
+        if lost := reasons.get(name, 0):
+            left -= lost
+            why = _unreadable(folder) if name == "unreadable_image" else ()
+            dropped.append(Drop(name, REASONS.get(name, ""), lost, left, why))
     return {
         "rows": origin.rows,
         "rejected": refused,
@@ -232,14 +229,17 @@ def _funnel(folder: Path, origin: Origin, reasons: dict[str, int]) -> dict[str, 
     }
 
 
-def _unreadable(folder: Path) -> list[data.Rejected]:
+def _unreadable(folder: Path) -> tuple[data.Rejected, ...]:
+    """The images of selected pairs that could not be opened, by reason."""
     path = folder / "unreadable.parquet"
     if not path.exists():
-        return []
-    table = pq.read_table(path)
-    counts = pc.value_counts(table["reason"].cast(pa.string())).to_pylist()
-    found = [data.Rejected(entry["values"], entry["counts"], ()) for entry in counts]
-    return sorted(found, key=lambda entry: (-entry.count, entry.reason))
+        return ()
+    reasons = pq.read_table(path, columns=["reason"])["reason"].cast(pa.string()).drop_null()
+    found = [
+        data.Rejected(entry["values"], entry["counts"], ())
+        for entry in pc.value_counts(reasons).to_pylist()
+    ]
+    return tuple(sorted(found, key=lambda entry: (-entry.count, entry.reason))[:12])
 
 
 def _agreement(
@@ -378,7 +378,7 @@ def _fact(value: object) -> str:
             value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         )
         return shorten(text, 160)
-    return _count(value) if isinstance(value, int) else f"{value:,.4g}"
+    return count(value) if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _totals(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -388,44 +388,3 @@ def _totals(steps: Sequence[dict[str, Any]]) -> dict[str, float]:
         if told:
             found[name] = sum(told)
     return found
-
-
-def shorten_lines(text: str, most: int = 20_000) -> str:
-    """`shorten` for text of several lines."""
-    return "\n".join(shorten(line, 1000) for line in text.splitlines())[:most]
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _percent(share: float) -> str:
-    if not math.isfinite(share):
-        return DASH
-    share *= 100
-    return (
-        f"{share:.0f} %"
-        if share in (0, 100)
-        else f"{share:.1f} %"
-        if share >= 1
-        else f"{share:.2g} %"
-    )
-
-
-def _span(share: Agreement) -> str:
-    return f"{share.low * 100:.1f} to {share.high * 100:.1f} %"
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return DASH
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return text.replace("-", MINUS)
-
-
-def _seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
