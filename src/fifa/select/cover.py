@@ -86,7 +86,7 @@ def facility_location(vectors: Floats, count: int) -> Picks:
         similarity = vectors[candidates] @ vectors.T
         similarity -= covered
         np.maximum(similarity, 0, out=similarity)
-        return np.round(similarity.sum(axis=1, dtype=np.float64), DECIMALS)
+        return np.asarray(np.round(similarity.sum(axis=1, dtype=np.float64), DECIMALS))
 
     with progress("facility location", n + count) as advance:
         bound = np.empty(n, np.float64)

@@ -209,6 +209,7 @@ def _write(
     from fifa import __version__
 
     table = subset_rows(pairs, rows, columns)
+    facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
     with atomic_folder(folder) as made:
         written = write_shards(
             made, pairs, rows, table, images=images, allow_download=allow_download
