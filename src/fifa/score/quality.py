@@ -1,0 +1,130 @@
+"""The quality term: every unique prompt rated by the rubric, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fifa.console import progress, say
+from fifa.errors import FifaError
+from fifa.pairs.table import Pairs
+from fifa.score.encoders import prompt_embeddings
+from fifa.score.raters import Rater
+from fifa.score.raters.column import column_ratings
+from fifa.score.raters.endpoint import EndpointRater, make_endpoint
+from fifa.score.raters.local import DefaultRater, LogitRater
+from fifa.score.rubric import RATINGS
+from fifa.score.table import QUALITY, score_path, scored_once
+from fifa.shards.files import column_digest, digest
+from fifa.shards.ledger import forget, map_shards
+
+SPECS = "local, local:MODEL, openai:MODEL@URL, column:NAME or none"
+SHARD = 1024  # prompts rated here between two points where a run can be resumed
+
+
+def make_rater(spec: str, folder: Path | None = None) -> Rater:
+    """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
+
+    Parameters
+    ----------
+    spec
+        ``local``, ``local:MODEL`` (a folder, hub id or GGUF file) or ``openai:MODEL@URL``.
+    folder
+        Where an endpoint's answers are kept; None keeps them in memory.
+
+    Raises `FifaError` for an unknown spec.
+    """
+    if spec == "local":
+        return DefaultRater()
+    kind, _, rest = spec.partition(":")
+    if kind == "local" and rest:
+        return LogitRater(rest)
+    if kind == "openai" and rest:
+        return make_endpoint(spec, folder)
+    raise FifaError(f"no such rater: {spec}", do=f"one of {SPECS}")
+
+
+def quality_scores(pairs: Pairs, spec: str, *, folder: Path | None = None) -> pa.Table:
+    """Rate every unique prompt of ``pairs``.
+
+    Parameters
+    ----------
+    pairs
+        The pairs; ``prompts`` is read, and for ``column:NAME`` that column of ``table``.
+    spec
+        The rater: see `make_rater`, or ``column:NAME``, a numeric column of the pairs.
+    folder
+        Where finished tables, unfinished shards and an endpoint's answers are kept, so that
+        nothing is rated twice; None keeps nothing.
+
+    Returns
+    -------
+    pyarrow.Table
+        `QUALITY`, row by row with ``pairs.prompts``; ``rating`` in [1, 5] (a column: its own
+        scale), NaN and null flags where a prompt could not be rated. Raters that grade by the
+        rubric add ``clarity``, ``specificity`` and ``harmlessness``, float32 in [1, 5].
+
+    Raises
+    ------
+    FifaError
+        For a spec that names nothing, a missing column, an endpoint that is down.
+    """
+    if spec.startswith("column:"):
+        name = spec.removeprefix("column:")
+        ratings = column_ratings(pairs, name)
+        numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
+        path = _path(folder, f"column-{name}", pairs, digest(numbers))
+        return scored_once(path, lambda: ratings, {"rater": name})
+    rater = make_rater(spec, folder)
+    path = _path(folder, rater.name, pairs, rater.identity)
+    finished = path is not None and path.exists()
+    table = scored_once(path, lambda: _rated(pairs, rater, path), {"rater": rater.identity})
+    unrated = table["flags"].null_count
+    if finished and unrated:
+        say(f"{unrated} prompts are not rated in {path}; delete it to ask for them again")
+    if path is not None:
+        forget(_parts(path))
+    return table
+
+
+def _path(folder: Path | None, name: str, pairs: Pairs, identity: object) -> Path | None:
+    if folder is None:
+        return None
+    # prompt_id folds case and white space, a rater does not: the spelling counts as well.
+    content = (identity, pairs.prompts_digest, column_digest(pairs.prompts["prompt"]))
+    return score_path(folder, "quality", name, *content)
+
+
+def _parts(path: Path) -> Path:
+    return path.parent / f".parts-{path.stem}"
+
+
+def _rated(pairs: Pairs, rater: Rater, path: Path | None) -> pa.Table:
+    prompts: list[str] = pairs.prompts["prompt"].to_pylist()
+    if not prompts:
+        ratings = RATINGS.empty_table()
+    elif isinstance(rater, EndpointRater):
+        ratings = rater.rate(prompts)
+    else:
+        ratings = _rated_here(pairs, rater, prompts, path)
+    ids = pairs.prompts["prompt_id"].combine_chunks()
+    return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
+
+
+def _rated_here(pairs: Pairs, rater: Rater, prompts: list[str], path: Path | None) -> pa.Table:
+    """Shard by shard: a shard's batches are its own, so resuming changes no byte."""
+    default = isinstance(rater, DefaultRater)
+    # Of the same encoder as the diversity step's default: embedded once for both.
+    vectors = prompt_embeddings(pairs, "minilm", path.parent if path else None) if default else None
+
+    def rate(shard: slice) -> pa.Table:
+        if isinstance(rater, DefaultRater) and vectors is not None:
+            return rater.rate(prompts[shard], vectors[shard])
+        return rater.rate(prompts[shard])
+
+    shards = [slice(i, i + SHARD) for i in range(0, len(prompts), SHARD)]
+    keyed = [(digest(rater.identity, prompts[shard]), shard) for shard in shards]
+    with progress(f"rating prompts ({rater.name})", len(prompts)) as advance:
+        return map_shards(rate, keyed, _parts(path) if path else None, advance)
