@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from fifa.errors import FifaError
 from fifa.recipe import STRATEGIES, Read, Recipe, Score, Select, changed, from_yaml
 
+ROOT = Path(__file__).parents[1]
 recipes = st.builds(
     Recipe,
     read=st.builds(Read, source=st.text(), columns=st.dictionaries(st.text(), st.text())),
@@ -70,3 +73,10 @@ def test_differences_name_every_knob_that_differs():
     there, here = Recipe(), changed(Recipe(), select={"keep": 7}, score={"k": 3})
     assert there.differences(there) == []
     assert there.differences(here) == ["score.k: 10 / 3", "select.keep: 5000 / 7"]
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_the_example_recipes_are_valid(example):
+    assert from_yaml(example) != Recipe()
