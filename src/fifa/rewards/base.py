@@ -31,9 +31,17 @@ class RewardModel(Protocol):
         What a reward is, in words and formula. Rewards of different scales are never mixed.
     """
 
-    name: str
-    identity: dict[str, Any]
-    scale: str
+    @property
+    def name(self) -> str:
+        """A short name for people and file names."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON that changes whenever a reward could."""
+
+    @property
+    def scale(self) -> str:
+        """What a reward is."""
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixels for the model, ``[3, h, w]`` (uint8 or float32), from an image of any mode."""

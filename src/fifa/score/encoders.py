@@ -79,15 +79,18 @@ def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> 
     return ModelEncoder(f"{kind}-{Path(model).name}", folder, kind, device, dtype)
 
 
-def model_folder(model: str) -> Path:
-    """The folder of a model: local as it is, or a hub id's files, fetched once."""
+def model_folder(model: str, patterns: Sequence[str] | None = None) -> Path:
+    """The folder of a model: local as it is, or a hub id's files, fetched once.
+
+    ``patterns`` are the names (with ``*``) to fetch; default: `MODEL_FILES`.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     hub = require("huggingface_hub")
     try:
-        patterns = [f"*{suffix}" for suffix in MODEL_FILES]
-        return Path(hub.snapshot_download(model, allow_patterns=patterns))
+        names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
+        return Path(hub.snapshot_download(model, allow_patterns=names))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         raise FifaError(
             f"no such model: {model} is neither a folder nor on the hub",

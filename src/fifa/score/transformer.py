@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from fifa.console import note
 from fifa.errors import FifaError
 from fifa.score.wheels import require
-from fifa.shards.files import digest
+from fifa.shards.files import files_digest
 
 Vectors = npt.NDArray[np.float32]
 
@@ -65,7 +64,7 @@ class ModelEncoder:
             "encoder": self.name,
             "kind": self.kind,
             "dtype": self.dtype,
-            "files": _files_digest(self.folder),
+            "files": folder_digest(self.folder),
         }
 
     def embed(self, prompts: Sequence[str]) -> Vectors:
@@ -90,6 +89,12 @@ class ModelEncoder:
             if vectors.shape[1] == 0:
                 vectors = np.empty((len(tokens), part.shape[1]), np.float32)
             vectors[batch] = part
+        if not np.isfinite(vectors).all():
+            raise FifaError(
+                f"the encoder {self.name} gives numbers that are not finite in {self.dtype}",
+                where=str(self.folder),
+                do="compute in float32, or choose another",
+            )
         return normalised(vectors)
 
     def _forward(self, model: Any, tokens: list[list[int]], filler: int, device: str) -> Vectors:
@@ -137,38 +142,67 @@ class ModelEncoder:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, str]:
-        torch, transformers = require("torch"), require("transformers")
+        require("torch")
+        transformers = require("transformers")
         folder = self.model_folder
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         with _quiet(transformers):
             try:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-                if self.kind == "clip" and config.model_type not in ("clip", "clip_text_model"):
-                    raise FifaError(
-                        f"this is a {config.model_type} model, not a CLIP",
-                        where=str(folder),
-                        do="name it text:..., or choose a CLIP",
-                    )
-                kind = transformers.AutoModel
-                if self.kind == "clip":
-                    kind = transformers.CLIPTextModelWithProjection
-                elif config.is_encoder_decoder:
-                    kind = transformers.AutoModelForTextEncoding
-                model, found = kind.from_pretrained(
-                    folder,
-                    dtype=getattr(torch, self.dtype),
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **options,
-                )
             except (OSError, ValueError, KeyError, ImportError) as error:
                 raise FifaError(f"cannot load the encoder: {error}", where=str(folder)) from error
-        missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise FifaError(f"the weights lack {', '.join(missing[:3])}", where=str(folder))
+        if self.kind == "clip" and config.model_type not in ("clip", "clip_text_model"):
+            raise FifaError(
+                f"this is a {config.model_type} model, not a CLIP",
+                where=str(folder),
+                do="name it text:..., or choose a CLIP",
+            )
+        kind = transformers.AutoModel
+        if self.kind == "clip":
+            kind = transformers.CLIPTextModelWithProjection
+        elif config.is_encoder_decoder:
+            kind = transformers.AutoModelForTextEncoding
+        model = load_model(kind, folder, self.dtype)
         device = self.device if self.device != "auto" else best_device()
         return tokenizer, model.eval().to(device), device
+
+
+def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
+    """A transformers model from a local folder, from safetensors and no remote code.
+
+    Parameters
+    ----------
+    kind
+        A class with ``from_pretrained``. What the folder holds beyond it is left out; a pooler
+        may be missing, for nothing here reads one.
+    folder
+        Config and weights.
+    dtype
+        What it computes in.
+
+    Raises
+    ------
+    FifaError
+        For weights that are missing, damaged or not whole.
+    """
+    torch, transformers = require("torch"), require("transformers")
+    with _quiet(transformers):
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FifaError(f"cannot load the model: {error}", where=str(folder)) from error
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise FifaError(f"the weights lack {', '.join(missing[:3])}", where=str(folder))
+    return model
 
 
 def normalised(vectors: Vectors) -> Vectors:
@@ -241,16 +275,10 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _files_digest(folder: Path) -> str:
-    """Names the content of a model's files, wherever they lie."""
-    content: dict[str, str] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in MODEL_FILES and p.is_file()):
-        h = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                h.update(block)
-        content[path.relative_to(folder).as_posix()] = h.hexdigest()
-    return digest(content)
+def folder_digest(folder: Path) -> str:
+    """16 hex characters that name the content of a model's files, wherever they lie."""
+    files = (p for p in folder.rglob("*") if p.suffix in MODEL_FILES and p.is_file())
+    return files_digest({path.relative_to(folder).as_posix(): path for path in files})
 
 
 def _json(path: Path) -> Any:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,18 @@ def column_digest(column: pa.ChunkedArray) -> str:
         lengths.update(pc.binary_length(packed).to_numpy(zero_copy_only=False))
         values.update(packed.buffers()[-1] or b"")
     return digest(lengths.digest(), values.digest())
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    """16 hex characters that name the content of ``files`` under their keys, wherever they lie."""
+    content: dict[str, str] = {}
+    for name, path in files.items():
+        h = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                h.update(block)
+        content[name] = h.hexdigest()
+    return digest(content)
 
 
 @contextmanager
