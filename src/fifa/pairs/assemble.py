@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.pairs.batch import Batch
+from fifa.pairs.frames import Text, encoded
 from fifa.pairs.ids import hex_strings, pair_digests, prompt_id
 from fifa.pairs.table import PAIRS, PROMPTS, REJECTED
 
 MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
 MAX_KEY = 4_096  # bytes of a path or URL
+MAX_PIECES = 2_000  # of a column
+LAST_BITS = np.uint64(0xFFFF)
 
 
 @dataclass
@@ -66,39 +69,39 @@ class Assembled:
 
 
 def assemble(batches: Iterable[Batch]) -> Assembled:
-    """Join batches into one table of pairs.
+    """Join batches, each `clean`, into one table of pairs.
 
     A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
     one's label and goes; everything else is the first one's.
     """
     prompts = _Prompts()
-    parts: list[dict[str, pa.Array]] = []
-    digests, images = [np.empty((0, 16), np.uint8)], [np.empty(0, np.uint64)]
+    parts: list[dict[str, Text]] = []
+    digests, sketches = [np.empty((0, 16), np.uint8)], [np.empty(0, np.uint64)]
     rejected: list[tuple[str, int | None, str]] = []
     cells: tuple[str, str] | None = None
     for batch in batches:
         rejected += [(batch.file, row, reason) for row, reason in batch.rejected]
-        rejected += _reject(batch)
         cells = cells or batch.cells
         if len(batch):
-            part, digest, image = _part(batch, prompts)
+            part, digest, sketch = _part(batch, prompts)
             parts.append(part)
             digests.append(digest)
-            images.append(image)
-    digest, image = np.concatenate(digests), np.concatenate(images)
+            sketches.append(sketch)
+    digest, sketch = np.concatenate(digests), np.concatenate(sketches)
     columns = _joined(parts, prompts)
-    columns["pair_id"] = hex_strings(digest)
+    columns["pair_id"] = pa.chunked_array([hex_strings(digest)])
     kept = len(digest)
     first = _first_of(digest[:, :8].copy().view(np.uint64).ravel(), digest[:, 8:10])
     if first is not None:
         _merge(columns, first)
         stays = first == np.arange(kept)
-        columns = {name: column.filter(pa.array(stays)) for name, column in columns.items()}
-        image = image[stays]
-    columns["repeat"] = _repeats(columns, image)
+        columns = {name: _without(column, stays) for name, column in columns.items()}
+        sketch = sketch[stays]
+    columns["repeat"] = _repeats(columns, sketch)
     scores = tuple(name for name in columns if name not in PAIRS.names)
-    table = pa.table({name: columns[name] for name in (*PAIRS.names, *scores)})
-    table = table.cast(pa.schema([*PAIRS, *(table.schema.field(name) for name in scores)]))
+    columns["label"] = columns["label"].cast(pa.float32())
+    schema = pa.schema([*PAIRS, *((name, columns[name].type) for name in scores)])
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     rejected.sort(key=lambda row: (row[0], -1 if row[1] is None else row[1]))
     by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
     return Assembled(
@@ -112,24 +115,23 @@ def assemble(batches: Iterable[Batch]) -> Assembled:
     )
 
 
-def _reject(batch: Batch) -> list[tuple[str, int | None, str]]:
-    """Take the rows that are no pairs out of the batch; returns them with their reasons."""
+def clean(batch: Batch) -> Batch:
+    """Move the rows that are no pairs to ``batch.rejected``; the prompt becomes a dictionary."""
     label = batch.label
     bad = np.flatnonzero(~((label >= 0.0) & (label <= 1.0)))  # NaN is neither
     reasons = dict.fromkeys(bad.tolist(), "the label is no number between 0 and 1")
     for side, key in enumerate(batch.keys):
-        length = pc.fill_null(pc.binary_length(key), 0).to_numpy(zero_copy_only=False)
+        length = np.asarray(pc.fill_null(pc.binary_length(key), 0))
         missing = np.flatnonzero(length == 0).tolist()
         reasons |= dict.fromkeys(missing, f"image {side} is missing")
         long = np.flatnonzero(length > MAX_KEY).tolist()
         reasons |= dict.fromkeys(long, f"the name of image {side} is over {MAX_KEY:,} bytes")
     reasons |= batch.wrong
-    if not pa.types.is_dictionary(batch.prompt.type):
-        batch.prompt = batch.prompt.dictionary_encode()
+    batch.prompt = encoded(batch.prompt)
     words = batch.prompt.dictionary
     codes = pc.fill_null(batch.prompt.indices, len(words)).to_numpy(zero_copy_only=False)
     faults = [_fault(word) for word in words.to_pylist()] + ["no prompt"]
-    if len(codes) and any(faults[code] for code in np.unique(codes)):
+    if batch.prompt.null_count or any(faults[:-1]):
         wrong = np.array([fault is not None for fault in faults])[codes]
         reasons |= {i: str(faults[codes[i]]) for i in np.flatnonzero(wrong).tolist()}
     if reasons:
@@ -137,8 +139,8 @@ def _reject(batch: Batch) -> list[tuple[str, int | None, str]]:
         stays = np.ones(len(batch), bool)
         stays[list(reasons)] = False
         _take(batch, stays)
-        return [(batch.file, int(rows[i]), reason) for i, reason in reasons.items()]
-    return []
+        batch.rejected += [(int(rows[i]), reason) for i, reason in reasons.items()]
+    return batch
 
 
 def _fault(prompt: str | None) -> str | None:
@@ -159,19 +161,19 @@ def _take(batch: Batch, stays: np.ndarray) -> None:
     batch.extras = {name: values.filter(mask) for name, values in batch.extras.items()}
 
 
-def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, pa.Array], np.ndarray, np.ndarray]:
-    """A batch's columns, and the digests of its pairs and of their images."""
+def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, Text], np.ndarray, np.ndarray]:
+    """A batch's columns, the digests of its pairs and the sketches of their images."""
     codes, ids = _spellings(batch.prompt, prompts)
     keys, refs, label = batch.keys, batch.refs, batch.label
     scores = {name: pa.array(values) for name, values in batch.scores.items()} | batch.extras
     in_order = pc.less_equal(*keys)
     low, high = pc.if_else(in_order, *keys), pc.if_else(in_order, keys[1], keys[0])
-    digest, image = pair_digests(ids, low, high)
+    digest, sketch = pair_digests(ids, low, high)
     swapped = np.zeros(len(batch), bool)
     if batch.winner_first:
         # image_0 is the key that sorts first, or by a bit of the pair's digest the other one:
         # the sides depend on the keys alone, never on who won or where the row stands
-        swapped = in_order.to_numpy(zero_copy_only=False) == (digest[:, 15] & 1).astype(bool)
+        swapped = np.asarray(in_order) == (digest[:, 15] & 1).astype(bool)
         turn = pa.array(swapped)
         keys = _turned(turn, keys)
         refs = _turned(turn, refs)
@@ -192,10 +194,10 @@ def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, pa.Array], np.ndar
         "votes": pa.array(batch.votes),
     }
     taken = {name: f"source_{name}" if name in PAIRS.names else name for name in scores}
-    return columns | {taken[name]: values for name, values in scores.items()}, digest, image
+    return columns | {taken[name]: values for name, values in scores.items()}, digest, sketch
 
 
-def _turned(turn: pa.Array, pair: tuple[pa.Array, pa.Array]) -> tuple[pa.Array, pa.Array]:
+def _turned(turn: pa.Array, pair: tuple[Text, Text]) -> tuple[Text, Text]:
     return pc.if_else(turn, pair[1], pair[0]), pc.if_else(turn, pair[0], pair[1])
 
 
@@ -216,15 +218,16 @@ def _spellings(prompt: pa.DictionaryArray, prompts: _Prompts) -> tuple[np.ndarra
     return codes[local], ids.take(pa.array(order[local]))
 
 
-def _joined(parts: list[dict[str, pa.Array]], prompts: _Prompts) -> dict[str, pa.ChunkedArray]:
+def _joined(parts: list[dict[str, Text]], prompts: _Prompts) -> dict[str, pa.ChunkedArray]:
     """All parts' columns one after the other; a score that a part lacks is null there."""
     types = {name: values.type for part in parts for name, values in part.items()}
-    columns = {
-        name: pa.chunked_array(
-            [part[name] if name in part else pa.nulls(len(part["code"]), kind) for part in parts]
-        )
-        for name, kind in types.items()
-    }
+    columns = {}
+    for name, kind in types.items():
+        found = [part.get(name, pa.nulls(len(part["code"]), kind)) for part in parts]
+        pieces = [
+            column.chunks if isinstance(column, pa.ChunkedArray) else [column] for column in found
+        ]
+        columns[name] = pa.chunked_array([piece for some in pieces for piece in some], kind)
     if not parts:
         return {field.name: pa.chunked_array([], field.type) for field in PAIRS}
     columns["file"] = columns["file"].unify_dictionaries()
@@ -251,7 +254,10 @@ def _first_of(key: np.ndarray, tail: np.ndarray | None = None) -> np.ndarray | N
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if not len(twice):
         return None
-    rows = np.flatnonzero(np.isin(key, twice))
+    likely = np.zeros(1 << 16, bool)
+    likely[twice & LAST_BITS] = True
+    rows = np.flatnonzero(likely[key & LAST_BITS])
+    rows = rows[np.isin(key[rows], twice)]
     ends = np.zeros(len(rows), np.uint16) if tail is None else tail[rows].copy().view(np.uint16)
     ends = ends.ravel()
     order = np.lexsort((ends, key[rows]))  # stable: equal rows stay in their order
@@ -286,10 +292,31 @@ def _merge(columns: dict[str, pa.ChunkedArray], first: np.ndarray) -> None:
     columns["votes"] = pa.chunked_array([pa.array(votes)])
 
 
-def _repeats(columns: dict[str, pa.ChunkedArray], image: np.ndarray) -> pa.Array:
+def _repeats(columns: dict[str, pa.ChunkedArray], sketch: np.ndarray) -> pa.Array:
     """True for an image beside itself, and for two images that an earlier pair compares."""
-    repeat = np.asarray(pc.equal(columns["image_0"], columns["image_1"])).astype(bool)
-    first = _first_of(image)
-    if first is not None:
-        repeat |= first != np.arange(len(image))
+    zero, one = columns["image_0"], columns["image_1"]
+    repeat = np.array(pc.equal(zero, one), bool)
+    first = _first_of(sketch)
+    if first is None:
+        return pa.array(repeat)
+    alike = np.zeros(len(sketch), bool)
+    alike[first[first != np.arange(len(first))]] = True
+    rows = np.flatnonzero(alike[first])
+    seen: set[tuple[str, ...]] = set()
+    for row, *keys in zip(
+        rows, zero.take(rows).to_pylist(), one.take(rows).to_pylist(), strict=True
+    ):
+        both = tuple(sorted(keys))
+        repeat[row] |= both in seen
+        seen.add(both)
     return pa.array(repeat)
+
+
+def _without(column: pa.ChunkedArray, stays: np.ndarray) -> pa.ChunkedArray:
+    """The rows that stay: as slices of what is there, unless that makes too many pieces."""
+    gone = np.flatnonzero(~stays)
+    if len(gone) > MAX_PIECES:
+        return column.filter(pa.array(stays))
+    bounds = zip([0, *(gone + 1)], [*gone, len(stays)], strict=True)
+    pieces = [c for start, stop in bounds for c in column.slice(start, stop - start).chunks]
+    return pa.chunked_array([piece for piece in pieces if len(piece)], column.type)

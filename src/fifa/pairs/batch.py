@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow as pa
 
-from fifa.pairs.frames import text_array
+from fifa.pairs.frames import Text, text_array
 
 # Words by which the columns of the two sides tell themselves apart.
 SIDES = (
@@ -61,9 +61,9 @@ class Batch:
 
     file: str
     row: np.ndarray
-    prompt: pa.Array
-    keys: tuple[pa.Array, pa.Array]
-    refs: tuple[pa.Array, pa.Array]
+    prompt: Text
+    keys: tuple[Text, Text]
+    refs: tuple[Text, Text]
     label: np.ndarray
     votes: np.ndarray
     wrong: dict[int, str] = field(default_factory=dict)

@@ -10,9 +10,13 @@ import ipaddress
 import socket
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from fifa.errors import FifaError
+
+if TYPE_CHECKING:
+    import urllib3
 
 MAX_REDIRECTS = 5
 TIMEOUT = 30.0  # seconds for one image, redirects and all
@@ -156,13 +160,14 @@ def _ask(target: SplitResult, address: str, max_bytes: int, deadline: float) -> 
         raise FetchError(f"cannot fetch: {type(error).__name__}") from error
 
 
-def _body(answer: object, max_bytes: int, deadline: float) -> bytes:
+def _body(answer: urllib3.BaseHTTPResponse, max_bytes: int, deadline: float) -> bytes:
     """All bytes, read in pieces so that neither size nor time gets out of hand."""
-    length = answer.headers.get("Content-Length", "")  # type: ignore[attr-defined]
+    length = answer.headers.get("Content-Length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise FetchError(f"more than {max_bytes:,} bytes")
     pieces, size = [], 0
-    for piece in answer.stream(CHUNK, decode_content=False):  # type: ignore[attr-defined]
+    # read1 returns what has come, so a server that drips is cut off in time
+    while piece := answer.read1(CHUNK, decode_content=False):
         size += len(piece)
         pieces.append(piece)
         if size > max_bytes:

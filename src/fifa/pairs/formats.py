@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from fifa.errors import FifaError
 from fifa.pairs.batch import Batch, side_pairs
-from fifa.pairs.frames import Frame
+from fifa.pairs.frames import Frame, Text
 from fifa.pairs.records import tar_ref
 
 
@@ -175,7 +175,7 @@ def _side(
     key: str | None,
     image: str | None,
     link: str | None,
-) -> tuple[pa.Array, pa.Array]:
+) -> tuple[Text, Text]:
     """Keys and references of one side's images.
 
     The key is the image's id if there is one, else its path or URL, else ``file#row:column``.
@@ -198,6 +198,6 @@ def _side(
     return (frame.text(key) if key else found), ref
 
 
-def _member_keys(file: str, refs: pa.Array) -> pa.Array:
+def _member_keys(file: str, refs: Text) -> pa.Array:
     members = (tar_ref(ref or "") for ref in refs.to_pylist())
     return pa.array([f"{file}#{member[2]}" if member else None for member in members], pa.string())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.pairs.records import Records
+
+Text: TypeAlias = "pa.Array | pa.ChunkedArray"
 
 
 class Frame(Protocol):
@@ -29,7 +31,7 @@ class Frame(Protocol):
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
 
-    def text(self, name: str) -> pa.Array:
+    def text(self, name: str) -> Text:
         """A column as strings (maybe dictionary-encoded), null where it is no valid text."""
 
     def number(self, name: str) -> np.ndarray:
@@ -77,9 +79,9 @@ class ParquetFrame:
         )
         self._table = opened.read(columns=sorted(set(names)))
 
-    def text(self, name: str) -> pa.Array:
+    def text(self, name: str) -> Text:
         """Strings; bytes and large strings are taken as strings where they are UTF-8."""
-        return valid_text(_whole(self._column(name)))
+        return valid_text(self._column(name))
 
     def number(self, name: str) -> np.ndarray:
         """Numbers, truth values and text that reads as a number."""
@@ -167,7 +169,7 @@ class RecordFrame:
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Nothing to do: records are read whole."""
 
-    def text(self, name: str) -> pa.Array:
+    def text(self, name: str) -> Text:
         """Strings as they are; null for every other value."""
         return text_array(self.values(name))
 
@@ -216,35 +218,38 @@ def text_array(values: Iterable[Any]) -> pa.Array:
         return pa.array([_encodable(text) for text in texts], pa.string())
 
 
-def valid_text(array: pa.Array) -> pa.Array:
+def valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Strings (dictionary-encoded stays so) with null for what is no text or no valid UTF-8."""
-    if pa.types.is_dictionary(array.type):
-        words = valid_text(array.dictionary)
-        return pa.DictionaryArray.from_arrays(array.indices.cast(pa.int32()), words)
-    kind = array.type
-    if pa.types.is_null(kind) or not (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-    ):
-        return pa.nulls(len(array), pa.string())
-    array = array.cast(options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        parts = []
+        for part in column.unify_dictionaries().chunks:
+            words = _whole(valid_text(pa.chunked_array([part.dictionary])))
+            parts.append(pa.DictionaryArray.from_arrays(part.indices.cast(pa.int32()), words))
+        return pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.string()))
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(is_text(kind) for is_text in (*texts, pa.types.is_binary, pa.types.is_large_binary)):
+        return pa.chunked_array([pa.nulls(len(column), pa.string())])
+    column = column.cast(options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
     try:
-        array.validate(full=True)
+        column.validate(full=True)
     except pa.ArrowInvalid:
-        raw = array.cast(pa.binary()).to_pylist()
-        return pa.array([_decoded(value) for value in raw], pa.string())
-    return array
-
-
-def _whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    if isinstance(column, pa.ChunkedArray):
-        if pa.types.is_dictionary(column.type):
-            column = column.unify_dictionaries()
-        return column.combine_chunks()
+        raw = column.cast(pa.binary()).to_pylist()
+        return pa.chunked_array([pa.array([_decoded(value) for value in raw], pa.string())])
     return column
+
+
+def encoded(column: Text) -> pa.DictionaryArray:
+    """A column of strings as one dictionary-encoded array."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    return _whole(column) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.unify_dictionaries()
+    return column.combine_chunks()
 
 
 def _decoded(value: bytes | None) -> str | None:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fifa.pairs.fetch import FetchError, fetch
 from fifa.pairs.records import tar_ref
-from fifa.pairs.source import Root, inside
+from fifa.pairs.source import Root, has_file, inside
 from fifa.pairs.table import Pairs
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def has_pixels(pairs: Pairs) -> bool:
     for ref in pairs.table["image_0_ref"].drop_null()[:100].to_pylist():
         if tar_ref(ref) or ("://" not in ref and root.folder is None):
             return True
-        if "://" not in ref and root.folder is not None and _is_file(root.folder, ref):
+        if "://" not in ref and root.folder is not None and has_file(root.folder, ref):
             return True
     return False
 
@@ -296,11 +295,3 @@ def _file_bytes(root: Root, ref: str) -> bytes | BadImage:
         if status.st_size > MAX_BYTES:
             return BadImage(f"more than {MAX_BYTES:,} bytes")
         return file.read()
-
-
-def _is_file(folder: Path, ref: str) -> bool:
-    try:
-        path = (folder / ref).resolve(strict=True)
-        return inside(folder, path) and path.is_file()
-    except (OSError, ValueError, RuntimeError):
-        return False

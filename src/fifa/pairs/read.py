@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 
 from fifa.console import note, progress
 from fifa.errors import FifaError
-from fifa.pairs.assemble import Assembled, assemble
+from fifa.pairs.assemble import Assembled, assemble, clean
 from fifa.pairs.batch import Batch
 from fifa.pairs.formats import Layout, from_layout
-from fifa.pairs.frames import Frame, ParquetFrame, RecordFrame
+from fifa.pairs.frames import Frame, ParquetFrame, RecordFrame, Text
 from fifa.pairs.layouts import LAYOUTS, own_layout
 from fifa.pairs.rankings import RANKINGS, Ranked
 from fifa.pairs.records import read_records
-from fifa.pairs.source import Root, Source, SourceFile, find_files, inside
+from fifa.pairs.source import Root, Source, SourceFile, find_files, has_file
 from fifa.pairs.table import Origin, Pairs
 from fifa.shards.files import digest
 
@@ -107,15 +107,14 @@ class _Reader:
             frame, rejected = self._frame(file)
             form = self._form(frame)
             if form is None:
-                lists = ", ".join(sorted(frame.names)[:20]) or "none"
-                reason = f"no known format has these columns: {lists}"
-                return "", _refused(file.path, [*rejected, (None, reason)])
+                return "", _refused(file.path, [*rejected, *_unknown(frame, bool(rejected))])
             if isinstance(form, Ranked):
                 batch = form.convert(frame)
             else:
                 batch = from_layout(frame, form, self.carried)
             batch.rejected += rejected
             batch.refs = self._placed(file, batch.refs)
+            batch = clean(batch)
         except FifaError:
             raise
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
@@ -141,10 +140,10 @@ class _Reader:
                 return form
         return None
 
-    def _placed(self, file: SourceFile, refs: tuple[pa.Array, ...]) -> tuple[pa.Array, pa.Array]:
+    def _placed(self, file: SourceFile, refs: tuple[Text, Text]) -> tuple[Text, Text]:
         """Relative paths, found below the root: beside the file, or in a folder beside it."""
         folder = self.root.folder
-        paths = [ref for ref in refs[0][:200].to_pylist() if ref and is_path(ref)][:20]
+        paths = [ref for ref in refs[0].slice(0, 200).to_pylist() if ref and is_path(ref)][:20]
         if folder is None or not paths:
             prefix = file.path.rpartition("/")[0] if paths else ""
         else:
@@ -167,13 +166,12 @@ def _prefix(root: Path, file: str, paths: list[str]) -> str:
         for name in ("", "images", stem, "image"):
             prefix = "/".join(part for part in (base, name) if part)
             for path in paths:
-                place = root / prefix / path
-                if inside(root, place) and place.is_file():
+                if has_file(root, f"{prefix}/{path}" if prefix else path):
                     return prefix
     return parent
 
 
-def _prefixed(refs: pa.Array, prefix: str) -> pa.Array:
+def _prefixed(refs: Text, prefix: str) -> Text:
     if not len(refs) or refs.null_count == len(refs):
         return refs
     whole = pc.match_substring_regex(refs, "^/|^tar:|^cell:|://")
@@ -214,6 +212,14 @@ def _refused(file: str, rejected: list[tuple[int | None, str]]) -> Batch:
         empty.astype(np.int32),
         rejected=rejected,
     )
+
+
+def _unknown(frame: Frame, explained: bool) -> list[tuple[int | None, str]]:
+    """Why a file has no format; nothing if its rows have been rejected already."""
+    if frame.names:
+        some = ", ".join(sorted(frame.names)[:20])
+        return [(None, f"no known format has these columns: {some}")]
+    return [] if explained else [(None, "the file is empty")]
 
 
 def _nothing(found: Source, done: Assembled) -> FifaError:

@@ -130,6 +130,15 @@ def inside(root: Path, path: Path) -> bool:
     return home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
 
 
+def has_file(root: Path, path: str) -> bool:
+    """True if there is a file at ``path`` and it is inside ``root``."""
+    try:
+        place = (root / path).resolve(strict=True)
+        return inside(root, place) and place.is_file()
+    except (OSError, ValueError, RuntimeError):  # no such path, a NUL in it, links in a circle
+        return False
+
+
 def _find_local(named: str) -> Source:
     path = Path(named).expanduser()
     if path.is_file():
