@@ -125,7 +125,7 @@ def clustered(n: int, d: int) -> np.ndarray:
 def test_the_approximate_index_finds_nearly_all_and_says_so(
     d: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = pairs_of(clustered(2000, d))
+    pairs = pairs_of(clustered(1500, d))
     exact = diversity_scores(pairs, "column:z", k=5, knn="exact")
     approx = diversity_scores(pairs, "column:z", k=5, knn="approx")
     facts = score_facts(approx)
@@ -151,9 +151,17 @@ def test_recall_is_counted_as_a_loop_counts_it() -> None:
 
 
 def test_a_query_with_too_few_candidates_is_searched_exactly() -> None:
-    vectors = clustered(400, 8)
-    found = approximate_search(vectors)(vectors, 400)
-    assert (np.sort(found, axis=1) == np.arange(400)).all()
+    vectors = clustered(1200, 8)
+    found = approximate_search(vectors)(vectors[:50], 1200)
+    assert (np.sort(found, axis=1) == np.arange(1200)).all()
+
+
+@pytest.mark.parametrize("n", [2, 17, 999])
+def test_an_approximate_search_of_few_prompts_is_exact(n: int) -> None:
+    pairs = pairs_of(clustered(n, 6))
+    exact, approx = (diversity_scores(pairs, "column:z", k=3, knn=m) for m in ("exact", "approx"))
+    assert approx.equals(exact)
+    assert score_facts(approx)["recall"] == 1
 
 
 def test_auto_is_exact_until_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,17 @@ def test_weights_that_lack_a_layer_are_refused(tmp_path: Path) -> None:
         make_encoder(f"text:{tmp_path}").embed(["a cat"])
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = bert(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    weights["embeddings.LayerNorm.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(FifaError, match="not finite"):
+        make_encoder(f"text:{tmp_path}").embed(["a cat"])
+
+
 def test_a_text_model_is_no_clip(tmp_path: Path) -> None:
     with pytest.raises(FifaError, match="not a CLIP"):
         make_encoder(f"clip:{bert(tmp_path)}").embed(["a cat"])

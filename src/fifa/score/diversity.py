@@ -31,6 +31,7 @@ EXACT_UP_TO = 200_000  # prompts; docs/diversity.md has the times it comes from
 QUERIES = 32_768  # prompts searched between two points where a run can be resumed
 PROBES = 128  # cells of the approximate index that a query looks into
 REFINE = 20  # candidates a neighbour whose distance is then computed exactly
+FEWEST = 1000  # prompts that an approximate index can be trained on
 SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
 
 
@@ -188,10 +189,12 @@ def approximate_search(vectors: Vectors) -> Search:
 
     About 2 sqrt(n) cells, of which `PROBES` are read; codes of 1 bit a number, and `REFINE`
     candidates a neighbour compared exactly. The same vectors give the same index. A prompt for
-    which it finds too few is searched exactly.
+    which it finds too few is searched exactly, and so is a set of fewer than `FEWEST`.
     """
     faiss = require("faiss")
     n, d = vectors.shape
+    if n < FEWEST:
+        return exact_search(vectors)
     cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(n))), n // 39))
     width = next(w for w in (4, 3, 2, 1) if d % w == 0)
     index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,RFlat", faiss.METRIC_L2)
