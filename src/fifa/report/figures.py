@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from fifa.report.data import Curve, Histogram, Plane
+from fifa.report.data import Curve, Floats, Histogram, Plane
 from fifa.score.agreement import Agreement
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def draw_curve(curves: Sequence[Curve], cut: tuple[float, Agreement] | None, nam
         axes.errorbar(
             [x],
             [share.share],
-            [[share.share - share.low], [share.high - share.share]],
+            _whiskers([share]),
             fmt="o",
             color=COLOURS["ink"],
             ms=6,
@@ -102,16 +102,20 @@ def draw_deciles(shares: Sequence[Agreement], name: str) -> Markup:
     figure, axes = _canvas(name)
     x = np.arange(1, len(shares) + 1)
     middle = np.array([s.share for s in shares])
-    low, high = np.array([s.low for s in shares]), np.array([s.high for s in shares])
     axes.bar(x, middle, width=0.74, color=COLOURS["kept"], alpha=0.35, lw=0)
-    axes.errorbar(
-        x, middle, [middle - low, high - middle], fmt="o", color=COLOURS["kept"], ms=4, capsize=2.5
-    )
+    axes.errorbar(x, middle, _whiskers(shares), fmt="o", color=COLOURS["kept"], ms=4, capsize=2.5)
     axes.set_xticks(x)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("tenth by margin, smallest first")
-    _agreement_axis(axes, float(low.min()))
+    _agreement_axis(axes, min(s.low for s in shares))
     return _svg(figure, name, "Agreement with the people's labels in each tenth by margin")
+
+
+def _whiskers(shares: Sequence[Agreement]) -> Floats:
+    """The intervals below and above their shares, float64 [2, n]."""
+    # Where all agree, rounding may put an end of the interval on the wrong side of the share
+    ends = [(max(0.0, s.share - s.low), max(0.0, s.high - s.share)) for s in shares]
+    return np.array(ends).T
 
 
 def _agreement_axis(axes: Axes, low: float) -> None:
