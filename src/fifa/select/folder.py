@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -63,13 +64,19 @@ def select_folder(
     pair with an unreadable one is dropped and the next in rank takes its place
     (``unreadable.parquet``; `fifa.select.readable`).
     """
-    pairs = _load_narrow(folder)
+    origin = load_origin(folder)
+    if origin is None:
+        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
     table, prompts = folder / FILES["table"], folder / FILES["prompts"]
-    scores = Scores(
-        margins={name: _read_scores(path, MARGIN, table) for name, path in margin_paths.items()},
-        quality=_read_scores(quality_path, QUALITY, prompts) if quality_path else None,
-        diversity=_read_scores(diversity_path, DIVERSITY, prompts) if diversity_path else None,
-    )
+    with ThreadPoolExecutor() as pool:
+        narrow = pool.submit(_read, table, NEEDED)
+        named = pool.submit(_read, prompts, ["prompt_id"])
+        scores = Scores(
+            margins={name: _scores(path, MARGIN, table) for name, path in margin_paths.items()},
+            quality=_scores(quality_path, QUALITY, prompts) if quality_path else None,
+            diversity=_scores(diversity_path, DIVERSITY, prompts) if diversity_path else None,
+        )
+        pairs = Pairs(table=narrow.result(), prompts=named.result(), origin=origin)
 
     def choose(unreadable: list[str]) -> pa.Table:
         return select(pairs, scores, knobs, unreadable=unreadable, embeddings=embeddings)
@@ -105,6 +112,7 @@ def write_selection(folder: Path, selection: pa.Table, used: dict[str, Any]) -> 
         compression="none",
         use_dictionary=["status", "reason"],
         write_statistics=["rank", "importance"],
+        row_group_size=1 << 20,
     )
 
 
@@ -134,18 +142,7 @@ def load_rows(folder: Path, rows: npt.NDArray[np.integer[Any]]) -> Pairs:
     return Pairs(table=table.unify_dictionaries(), prompts=prompts, origin=origin)
 
 
-def _load_narrow(folder: Path) -> Pairs:
-    origin = load_origin(folder)
-    if origin is None:
-        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
-    return Pairs(
-        table=_read(folder / FILES["table"], NEEDED),
-        prompts=_read(folder / FILES["prompts"], ["prompt_id"]),
-        origin=origin,
-    )
-
-
-def _read_scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:
+def _scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:
     """A score table; without its ids where they are those of ``base``, row by row."""
     key, *columns = schema.names
     with _named_errors(path):
@@ -179,10 +176,10 @@ def _bounds(file: pq.ParquetFile, column: str) -> list[tuple[int, Any, Any]] | N
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:
-    with _named_errors(path):
-        known = set(pq.read_schema(path).names)
-        table = pq.read_table(path, columns=[name for name in columns if name in known])
-    return table.combine_chunks()  # once, so that no step after this copies the ids again
+    # The whole file at once, in one chunk a column: neither here nor later are ids copied.
+    with _named_errors(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        known = set(file.schema_arrow.names)
+        return file.read([name for name in columns if name in known])
 
 
 @contextmanager
