@@ -79,9 +79,9 @@ class AestheticReward:
         return points
 
     def prompt_features(self, prompts: Sequence[str]) -> Tensor:
-        """Nothing, ``[n, 0]``."""
+        """Zeros, ``[n, 1]``: nothing is read in them."""
         torch = require("torch")
-        nothing: Tensor = torch.empty(len(prompts), 0, device=self.runtime.device)
+        nothing: Tensor = torch.zeros(len(prompts), 1, device=self.runtime.device)
         return nothing
 
     def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
