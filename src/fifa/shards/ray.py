@@ -1,0 +1,136 @@
+"""Ray: the same step over the same shards, on the accelerators of a cluster.
+
+Actors on Ray Core hold a model each and write the same files as the local pool. Ray Data is not
+used: on a small cluster its actor pool can take every processor and starve its own reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fifa.errors import FifaError
+from fifa.shards.pool import Keyed, Make, Worker
+from fifa.shards.store import Store
+
+IN_FLIGHT = 2  # shards an actor: one is read and decoded while the other is scored
+RETRIES = 5  # of one shard, each time after the actor that had it was lost
+
+
+@dataclass
+class RayPool:
+    """Actors on a Ray cluster.
+
+    Parameters
+    ----------
+    workers
+        Actors, a model each.
+    num_cpus, num_gpus
+        What an actor takes; fractions share. Decoding threads are `EngineOptions.workers`.
+    address
+        ``auto`` for the cluster this machine is part of, ``ray://HEAD:10001`` from outside, None
+        for the cluster in use or a new one on this machine.
+    restarts
+        How often an actor whose process or machine was lost is made again; -1 is always.
+    init
+        Further arguments of `ray.init`, such as ``runtime_env``.
+    """
+
+    workers: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    address: str | None = None
+    restarts: int = -1
+    init: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._make: Make | None = None
+        self._actors: list[Any] = []
+
+    def map(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
+        """Run a step over shards; see `fifa.shards.pool.Executor.map`.
+
+        The actors stay, with the model they have loaded, until the step is another or `close`.
+
+        Raises `FifaError` where Ray is missing or cannot be reached, where the actors ask for
+        more than the cluster has, and where a shard fails.
+        """
+        ray = self._connected()
+        from ray.util import ActorPool
+
+        def run(actor: Any, keyed: Keyed) -> Any:
+            return actor.run.remote(keyed, store)
+
+        pool: Any = None
+        try:
+            for keyed in shards:
+                # An actor stands in the pool as often as it may have shards in flight.
+                pool = pool or ActorPool(self._workers(ray, make) * IN_FLIGHT)
+                if not pool.has_free():
+                    yield pool.get_next_unordered()
+                pool.submit(run, keyed)
+            while pool is not None and pool.has_next():
+                yield pool.get_next_unordered()
+        except ray.exceptions.RayTaskError as error:
+            self.close()
+            if isinstance(error.cause, FifaError):
+                raise error.cause from error
+            raise
+        except ray.exceptions.RayActorError as error:
+            self.close()
+            raise FifaError(
+                f"workers on the cluster keep dying: {str(error).splitlines()[0]}",
+                do="look at their logs (`ray logs`); most likely memory ran out. "
+                "The next run goes on from here",
+            ) from error
+
+    def close(self) -> None:
+        """End the actors; the cluster stays."""
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
+        self._actors = []
+
+    def _workers(self, ray: Any, make: Make) -> list[Any]:
+        if self._make is not make or not self._actors:
+            self.close()
+            self._check_resources(ray)
+            kind = ray.remote(Worker).options(
+                num_cpus=self.num_cpus,
+                num_gpus=self.num_gpus,
+                max_concurrency=IN_FLIGHT,
+                max_restarts=self.restarts,
+                max_task_retries=RETRIES,
+            )
+            self._make = make
+            self._actors = [kind.remote(make) for _ in range(self.workers)]
+        return self._actors
+
+    def _connected(self) -> Any:
+        try:
+            import ray
+        except ImportError as error:
+            raise FifaError("Ray is not installed", do="pip install 'fifa-align[ray]'") from error
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self.address, **self.init)
+            except (ConnectionError, RuntimeError) as error:
+                where = self.address or "a new cluster on this machine"
+                raise FifaError(
+                    f"cannot reach the Ray cluster: {str(error).splitlines()[0]}", where=where
+                ) from error
+        return ray
+
+    def _check_resources(self, ray: Any) -> None:
+        """An actor that fits nowhere would wait for ever."""
+        for name, wanted in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
+            there = ray.cluster_resources().get(name, 0)
+            if wanted * self.workers > there:
+                raise FifaError(
+                    f"{self.workers} workers ask for {wanted * self.workers:g} {name}s, "
+                    f"the cluster has {there:g}",
+                    do=f"fewer workers, or fractions of a {name} each",
+                )

@@ -1,0 +1,97 @@
+"""On a real Ray cluster of this machine: two actors, one of which is killed in mid-run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+
+from steps import EXPECTED, KEYS, SHARDS, Squares, squares_of  # noqa: E402
+
+from fifa.errors import FifaError  # noqa: E402
+from fifa.shards.pool import run_shards  # noqa: E402
+from fifa.shards.ray import RayPool  # noqa: E402
+from fifa.shards.store import Store  # noqa: E402
+
+REWARDS = str(Path(__file__).parents[1] / "rewards")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    path = os.pathsep.join([REWARDS, str(Path(__file__).parent)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield
+        ray.shutdown()
+
+
+def test_an_actor_that_is_killed_loses_nothing(cluster, tmp_path):
+    make = partial(Squares, tmp_path / "died", 0.02)
+    store = Store(str(tmp_path / "parts"))
+    done = []
+    pool = RayPool(workers=2, num_cpus=0.5)
+    tables = run_shards(pool, make, KEYS, SHARDS.__getitem__, store, done.append)
+    assert squares_of(tables) == EXPECTED
+    assert (tmp_path / "died").exists()
+    assert sorted(done) == KEYS
+
+
+def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(REWARDS)
+    from tiny import Fragile, Tiny, recurring
+
+    from fifa.rewards.engine import EngineOptions, score_images
+
+    pairs, _ = recurring(tmp_path / "data", pairs=60)
+    options = EngineOptions(batch=4, workers=1, shard=5)
+    score_images(pairs, Tiny(), folder=tmp_path / "here", options=options)
+    score_images(
+        pairs,
+        Tiny(),
+        folder=tmp_path / "there",
+        options=EngineOptions(batch=4, workers=1, shard=5, store=str(tmp_path / "shared")),
+        executor=RayPool(workers=2, num_cpus=0.5),
+        load=partial(Fragile, tmp_path / "died"),
+    )
+    assert (tmp_path / "died").exists()
+    files = {p.name: p.read_bytes() for p in (tmp_path / "here").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()} == files
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_an_error_of_the_step_reaches_the_person(cluster, tmp_path):
+    store = Store(str(tmp_path / "parts"))
+    with pytest.raises(FifaError, match="cannot be squared"):
+        list(RayPool(num_cpus=0.5).map(Squares, [("a", ["seven"])], store))
+
+
+def test_workers_that_fit_nowhere_are_refused_and_not_waited_for(cluster, tmp_path):
+    pool = RayPool(workers=1, num_gpus=1)
+    with pytest.raises(FifaError, match="ask for 1 GPUs, the cluster has 0"):
+        list(pool.map(Squares, [("a", [1])], Store(str(tmp_path))))
+
+
+def test_no_shards_need_no_actors(cluster, tmp_path):
+    assert list(RayPool(num_cpus=0.5).map(Squares, [], Store(str(tmp_path)))) == []
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FifaError, match=r"fifa-align\[ray\]"):
+        list(RayPool().map(Squares, [("a", [1])], Store(str(tmp_path))))
