@@ -13,6 +13,7 @@ from tiny import Tiny, recurring
 
 from fifa.pairs import read_pairs
 from fifa.rewards.engine import EngineOptions, score_images
+from fifa.shards.files import sweep
 
 KILLS = 20
 
@@ -21,6 +22,7 @@ def score(data: Path, scores: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    sweep(scores)  # as every run does with its folder
     options = EngineOptions(batch=4, workers=2, shard=8)
     model = Tiny(seconds=0.003)
     score_images(read_pairs(data / "pairs.parquet"), model, folder=scores, options=options)
