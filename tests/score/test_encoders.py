@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,15 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+@cache
+def loaded(folder: Path) -> tuple[object, object]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer, transformers.AutoModel.from_pretrained(folder).eval()
+
+
 def states(folder: Path, prompt: str, limit: int) -> np.ndarray:
     """The last hidden states of one prompt alone, without any padding."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = loaded(folder)
     tokens = tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
     with torch.inference_mode():
         return model(**tokens).last_hidden_state[0].numpy()
