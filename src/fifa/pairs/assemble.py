@@ -89,7 +89,6 @@ def assemble(batches: Iterable[Batch]) -> Assembled:
             sketches.append(sketch)
     digest, sketch = np.concatenate(digests), np.concatenate(sketches)
     columns = _joined(parts, prompts)
-    columns["pair_id"] = pa.chunked_array([hex_strings(digest)])
     kept = len(digest)
     first = _first_of(digest[:, :8].copy().view(np.uint64).ravel(), digest[:, 8:10])
     if first is not None:
@@ -116,7 +115,10 @@ def assemble(batches: Iterable[Batch]) -> Assembled:
 
 
 def clean(batch: Batch) -> Batch:
-    """Move the rows that are no pairs to ``batch.rejected``; the prompt becomes a dictionary."""
+    """Move the rows that are no pairs to ``batch.rejected``, and order every pair's keys.
+
+    What needs no knowledge of other files is done here, where files are read side by side.
+    """
     label = batch.label
     bad = np.flatnonzero(~((label >= 0.0) & (label <= 1.0)))  # NaN is neither
     reasons = dict.fromkeys(bad.tolist(), "the label is no number between 0 and 1")
@@ -140,6 +142,10 @@ def clean(batch: Batch) -> Batch:
         stays[list(reasons)] = False
         _take(batch, stays)
         batch.rejected += [(int(rows[i]), reason) for i, reason in reasons.items()]
+    keys = batch.keys
+    in_order = pc.less_equal(*keys)
+    low, high = pc.if_else(in_order, *keys), pc.if_else(in_order, keys[1], keys[0])
+    batch.order = (in_order, low, high)
     return batch
 
 
@@ -166,8 +172,8 @@ def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, Text], np.ndarray,
     codes, ids = _spellings(batch.prompt, prompts)
     keys, refs, label = batch.keys, batch.refs, batch.label
     scores = {name: pa.array(values) for name, values in batch.scores.items()} | batch.extras
-    in_order = pc.less_equal(*keys)
-    low, high = pc.if_else(in_order, *keys), pc.if_else(in_order, keys[1], keys[0])
+    assert batch.order is not None, "clean() comes first"
+    in_order, low, high = batch.order
     digest, sketch = pair_digests(ids, low, high)
     swapped = np.zeros(len(batch), bool)
     if batch.winner_first:
@@ -181,13 +187,15 @@ def _part(batch: Batch, prompts: _Prompts) -> tuple[dict[str, Text], np.ndarray,
         for names in batch.swaps:
             both = _turned(turn, (scores[names[0]], scores[names[1]]))
             scores |= dict(zip(names, both, strict=True))
+    file = pa.array(np.zeros(len(batch), np.int32))
     columns = {
         "code": pa.array(codes),
+        "pair_id": hex_strings(digest),
         "image_0": keys[0],
         "image_1": keys[1],
         "image_0_ref": refs[0],
         "image_1_ref": refs[1],
-        "file": pa.repeat(batch.file, len(batch)).dictionary_encode(),
+        "file": pa.DictionaryArray.from_arrays(file, [batch.file], safe=False),
         "row": pa.array(batch.row),
         "swapped": pa.array(swapped),
         "label": pa.array(label),
@@ -236,10 +244,10 @@ def _joined(parts: list[dict[str, Text]], prompts: _Prompts) -> dict[str, pa.Chu
     chunks = [pa.array(index[part["code"].to_numpy()]) for part in parts]
     columns["prompt_index"] = pa.chunked_array(chunks)
     columns["prompt_id"] = pa.chunked_array(
-        [pa.DictionaryArray.from_arrays(chunk, ids) for chunk in chunks]
+        [pa.DictionaryArray.from_arrays(chunk, ids, safe=False) for chunk in chunks]
     )
     columns["prompt"] = pa.chunked_array(
-        [pa.DictionaryArray.from_arrays(part["code"], words) for part in parts]
+        [pa.DictionaryArray.from_arrays(part["code"], words, safe=False) for part in parts]
     )
     del columns["code"]
     return columns
@@ -282,12 +290,10 @@ def _merge(columns: dict[str, pa.ChunkedArray], first: np.ndarray) -> None:
     turned = np.asarray(pc.not_equal(keys.take(rows), keys.take(ahead)))
     label, votes = columns["label"].to_numpy().copy(), columns["votes"].to_numpy().copy()
     share = np.where(turned, 1.0 - label[rows], label[rows]) * votes[rows]
-    total, weight = np.zeros(len(label)), np.zeros(len(label))
-    np.add.at(total, ahead, share)
-    np.add.at(weight, ahead, votes[rows])
-    heads = np.unique(ahead)
-    label[heads] = total[heads] / weight[heads]
-    votes[heads] = weight[heads]
+    heads, of_row = np.unique(ahead, return_inverse=True)
+    weight = np.bincount(of_row, weights=votes[rows])
+    label[heads] = np.bincount(of_row, weights=share) / weight
+    votes[heads] = weight
     columns["label"] = pa.chunked_array([pa.array(label)])
     columns["votes"] = pa.chunked_array([pa.array(votes)])
 
