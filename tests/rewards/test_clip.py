@@ -7,9 +7,11 @@ from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fifa.errors import FifaError
+from fifa.pairs import read_pairs
 from fifa.rewards.clip import clean
 from fifa.rewards.load import load_reward, score
-from fifa.score.encoders import make_encoder
+from fifa.score.encoders import keep_embeddings, make_encoder, prompt_embeddings
+from fifa.score.transformer import ModelEncoder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,19 @@ def test_prompt_features_are_the_vectors_of_the_encoder(clip, pickscore):
     encoder = make_encoder(f"clip:{clip[0]}", device="cpu")
     assert encoder == pickscore.encoder and encoder.identity == pickscore.encoder.identity
     assert np.array_equal(pickscore.prompt_features(PROMPTS).numpy(), encoder.embed(PROMPTS))
+    assert load_reward(f"clipscore-b32:{clip[0]}", device="cpu").encoder is None  # adds a prefix
+
+
+def test_the_diversity_step_finds_the_vectors_that_a_scorer_made(
+    clip, pickscore, shipped, tmp_path, monkeypatch
+):
+    pairs = read_pairs(shipped)
+    prompts = pairs.prompts["prompt"].to_pylist()
+    made = pickscore.prompt_features(prompts).numpy()
+    keep_embeddings(pairs, pickscore.encoder, made, tmp_path)
+    monkeypatch.setattr(ModelEncoder, "embed", None)  # nothing is embedded again
+    found = prompt_embeddings(pairs, f"clip:{clip[0]}", tmp_path)
+    assert np.abs(found - made).max() < 1e-3  # they are kept in float16
 
 
 def test_a_long_prompt_is_cut_at_77_tokens(clip, pickscore):

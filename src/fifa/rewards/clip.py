@@ -143,15 +143,19 @@ class ClipReward:
     Attributes
     ----------
     encoder
-        The text tower, the same object that the diversity step makes of ``clip:MODEL``.
+        The encoder whose vectors `prompt_features` are, the one that the diversity step makes of
+        ``clip:MODEL``: `fifa.score.encoders.keep_embeddings` takes them. None where the scorer
+        changes a prompt before it reads it.
     """
 
     def __init__(self, name: str, model: str, runtime: Runtime) -> None:
         self.name, self.formula = name, FORMULAS[name]
         self.scale = self.formula.scale
-        self.encoder: ModelEncoder = make_encoder(f"clip:{model}", device=runtime.device)
         self.runtime = runtime
-        self._images = ImageTower(self.encoder.folder, self.formula.preprocessing, runtime)
+        self._text: ModelEncoder = make_encoder(f"clip:{model}", device=runtime.device)
+        changed = self.formula.clean or self.formula.prefix
+        self.encoder = None if changed else self._text
+        self._images = ImageTower(self._text.folder, self.formula.preprocessing, runtime)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -173,10 +177,10 @@ class ClipReward:
         return self._images.embed(pixels)
 
     def prompt_features(self, prompts: Sequence[str]) -> Tensor:
-        """L2-normalised embeddings, float32 ``[n, d]``; for the encoder's they need no prefix."""
+        """L2-normalised embeddings, float32 ``[n, d]``."""
         torch = require("torch")
         texts = [clean(p) for p in prompts] if self.formula.clean else prompts
-        vectors = self.encoder.embed([self.formula.prefix + text for text in texts])
+        vectors = self._text.embed([self.formula.prefix + text for text in texts])
         features: Tensor = torch.from_numpy(vectors).to(self.runtime.device)
         return features
 
@@ -191,11 +195,11 @@ class ClipReward:
     def _own_factor(self) -> float:
         """exp(logit_scale), from the weights."""
         safetensors = require("safetensors")
-        for path in sorted(self.encoder.folder.glob("*.safetensors")):
+        for path in sorted(self._text.folder.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as tensors:
                 if "logit_scale" in tensors.keys():  # noqa: SIM118 - it is no dict
                     return float(tensors.get_tensor("logit_scale").float().exp())
-        raise FifaError("the weights lack logit_scale", where=str(self.encoder.folder))
+        raise FifaError("the weights lack logit_scale", where=str(self._text.folder))
 
 
 def clean(prompt: str) -> str:

@@ -140,10 +140,26 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
         table = map_shards(embed, shards, parts, advance)
     note(prompts_embedded=prompts.num_rows)
     if path is not None and parts is not None:
-        # zstd saves 8 % of such numbers and takes four times as long to read
-        write_table(path, table, use_dictionary=False, compression="none")
+        _write(path, table)
         forget(parts)
     return _vectors(table)
+
+
+def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Path) -> None:
+    """Keep vectors of ``pairs.prompts`` that ``encoder`` made for another step.
+
+    A reward model of the CLIP family makes them on its way; `prompt_embeddings` finds them then.
+
+    Parameters
+    ----------
+    vectors
+        [prompts, d], row by row with ``pairs.prompts``.
+    folder
+        Where scores are kept.
+    """
+    path = embeddings_path(pairs, encoder, folder)
+    if path is not None and not path.exists() and len(vectors):
+        _write(path, _table(pairs.prompts, vectors))
 
 
 def prompts_identity(pairs: Pairs) -> tuple[str, str]:
@@ -186,6 +202,17 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
         raise FifaError("the vectors are not all finite and of one length", where=f"column {name}")
     vectors: Vectors = flat.reshape(-1, width)
     return normalised(vectors)
+
+
+def _table(prompts: pa.Table, vectors: Vectors) -> pa.Table:
+    flat = pa.array(vectors.astype(np.float16).reshape(-1), pa.float16())
+    lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table({"prompt_id": prompts["prompt_id"].combine_chunks(), "embedding": lists})
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    # zstd saves 8 % of such numbers and takes four times as long to read
+    write_table(path, table, use_dictionary=False, compression="none")
 
 
 def _vectors(table: pa.Table) -> Vectors:
