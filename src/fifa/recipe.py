@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from fifa.errors import FifaError
 
-UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors")
+# "unsafe" is what raters say that see harm, but not of which kind.
+UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
 STRATEGIES = (
     "fifa",
     "random",

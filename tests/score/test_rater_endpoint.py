@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -167,6 +169,32 @@ def test_the_order_of_arrival_changes_nothing() -> None:
         with server(slow) as url:
             tables.append(rater(url).rate(PROMPTS[:60]))
     assert tables[0].equals(tables[1])
+
+
+def test_a_killed_process_loses_at_most_what_was_under_way(tmp_path: Path) -> None:
+    good: Counter[str] = Counter()
+
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        await asyncio.sleep(0.05)
+        good[asked(body)] += 1
+        return web.json_response(completion(json.dumps(grade(asked(body)))))
+
+    with server(handle) as url:
+        code = (
+            "from pathlib import Path; from fifa.score.raters.endpoint import EndpointRater; "
+            f"EndpointRater('m', {url!r}, Path({str(tmp_path)!r}), in_flight=4)"
+            f".rate({PROMPTS[:80]!r})"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code])
+        while sum(good.values()) < 20 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert 20 <= sum(good.values()) < 80
+        table = rater(url, folder=tmp_path, in_flight=4, timeout=30).rate(PROMPTS[:80])
+    assert table["flags"].null_count == 0
+    assert sum(good.values()) <= 80 + 4
+    assert set(good) == set(PROMPTS[:80])
 
 
 def test_one_hopeless_prompt_does_not_lose_the_others(capfd: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +379,7 @@ def test_public_url_hides_what_may_be_secret() -> None:
 
 
 def test_the_proper_error_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(FifaError, match="openai") as caught:
         rater("http://127.0.0.1:9/v1").rate(["a"])
     assert "fifa-align[api]" in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 
 from fifa.console import collect_facts
 from fifa.score.raters.endpoint import EndpointRater
-from fifa.score.raters.logits import smollm_path
+from fifa.score.raters.models import smollm_path
 from fifa.score.rubric import FLAGS, QUALITIES
 
 SERVE = """

@@ -99,7 +99,8 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
         split.append(parts.Digits(individual_digits=True))
     split.append(parts.ByteLevel(add_prefix_space=False, use_regex=True))
     vocabulary = {token: row for row, token in enumerate(fields["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = parts.Sequence(split)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer

