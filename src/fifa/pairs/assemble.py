@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 
 from fifa.pairs.batch import Batch
 from fifa.pairs.frames import Text, encoded
-from fifa.pairs.ids import hex_strings, pair_digests, prompt_id
+from fifa.pairs.ids import hex_strings, pair_digests, prompt_ids
 from fifa.pairs.table import PAIRS, PROMPTS, REJECTED
 
 MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
@@ -24,23 +25,25 @@ LAST_BITS = np.uint64(0xFFFF)
 class _Prompts:
     """Every spelling of every prompt met so far, in order of first appearance."""
 
-    spellings: dict[str, int] = field(default_factory=dict)
-    index: list[int] = field(default_factory=list)  # of each spelling, into `ids`
-    known: dict[str, int] = field(default_factory=dict)  # prompt_id to index
-    ids: list[str] = field(default_factory=list)
-    first: list[str] = field(default_factory=list)  # the first spelling of each prompt
+    spellings: dict[str, int] = field(default_factory=dict)  # to the spelling's number
+    names: list[str] = field(default_factory=list)  # a prompt_id a spelling
+    index: list[int] = field(default_factory=list)  # a prompt a spelling
+    known: dict[str, int] = field(default_factory=dict)  # prompt_id to the prompt's number
 
-    def code(self, spelling: str) -> int:
-        found = self.spellings.get(spelling)
-        if found is None:
-            found = self.spellings[spelling] = len(self.index)
-            name = prompt_id(spelling)
-            place = self.known.setdefault(name, len(self.ids))
-            if place == len(self.ids):
-                self.ids.append(name)
-                self.first.append(spelling)
-            self.index.append(place)
-        return found
+    def codes(self, spellings: list[str]) -> list[int]:
+        """The numbers of some spellings (each of them once), known or new."""
+        new = [spelling for spelling in spellings if spelling not in self.spellings]
+        self.spellings.update(zip(new, count(len(self.index)), strict=False))
+        names, known = prompt_ids(new), self.known
+        self.index += [known.setdefault(name, len(known)) for name in names]
+        self.names += names
+        return [self.spellings[spelling] for spelling in spellings]
+
+    def table(self) -> pa.Table:
+        """A row a prompt, with its first spelling."""
+        first = np.unique(np.asarray(self.index, np.int64), return_index=True)[1]
+        spelled = pa.array(list(self.spellings), pa.string()).take(pa.array(first, pa.int64()))
+        return pa.table([pa.array(list(self.known), pa.string()), spelled], schema=PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def assemble(batches: Iterable[Batch]) -> Assembled:
     by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
     return Assembled(
         table=table,
-        prompts=pa.table([prompts.ids, prompts.first], schema=PROMPTS),
+        prompts=prompts.table(),
         rejected=pa.table(by_column, schema=REJECTED),
         scores=scores,
         cells=cells,
@@ -130,12 +133,7 @@ def clean(batch: Batch) -> Batch:
         reasons |= dict.fromkeys(long, f"the name of image {side} is over {MAX_KEY:,} bytes")
     reasons |= batch.wrong
     batch.prompt = encoded(batch.prompt)
-    words = batch.prompt.dictionary
-    codes = pc.fill_null(batch.prompt.indices, len(words)).to_numpy(zero_copy_only=False)
-    faults = [_fault(word) for word in words.to_pylist()] + ["no prompt"]
-    if batch.prompt.null_count or any(faults[:-1]):
-        wrong = np.array([fault is not None for fault in faults])[codes]
-        reasons |= {i: str(faults[codes[i]]) for i in np.flatnonzero(wrong).tolist()}
+    reasons |= _prompt_faults(batch.prompt)
     if reasons:
         rows = batch.row
         stays = np.ones(len(batch), bool)
@@ -149,12 +147,21 @@ def clean(batch: Batch) -> Batch:
     return batch
 
 
-def _fault(prompt: str | None) -> str | None:
-    if prompt is None or not prompt or prompt.isspace():
-        return "no prompt"
-    if len(prompt) * 4 > MAX_PROMPT and (size := len(prompt.encode())) > MAX_PROMPT:
-        return f"the prompt has {size:,} bytes, more than {MAX_PROMPT:,}"
-    return None
+def _prompt_faults(prompt: pa.DictionaryArray) -> dict[int, str]:
+    """The rows without a prompt, or with one that is too long."""
+    words = prompt.dictionary
+    size = np.asarray(pc.fill_null(pc.binary_length(words), 0))
+    blank = np.asarray(pc.fill_null(pc.utf8_is_space(words), False)).astype(bool) | (size == 0)
+    faulty = np.append(blank | (size > MAX_PROMPT), True)  # the last one is for null
+    codes = np.asarray(pc.fill_null(prompt.indices, len(words)))
+    if not prompt.null_count and not faulty[:-1].any():
+        return {}
+    reasons = [
+        "no prompt" if none else f"the prompt has {n:,} bytes, more than {MAX_PROMPT:,}"
+        for none, n in zip(blank.tolist(), size.tolist(), strict=True)
+    ]
+    reasons.append("no prompt")
+    return {row: reasons[codes[row]] for row in np.flatnonzero(faulty[codes]).tolist()}
 
 
 def _take(batch: Batch, stays: np.ndarray) -> None:
@@ -219,10 +226,10 @@ def _spellings(prompt: pa.DictionaryArray, prompts: _Prompts) -> tuple[np.ndarra
     used = used[np.argsort(place[used])]
     words = prompt.dictionary.take(pa.array(used)).to_pylist()
     codes = np.empty(len(place), np.int32)
-    codes[used] = [prompts.code(word) for word in words]
+    codes[used] = prompts.codes(words)
     order = np.empty(len(place), np.int32)
     order[used] = np.arange(len(used))
-    ids = pa.array([prompts.ids[prompts.index[code]] for code in codes[used].tolist()], pa.string())
+    ids = pa.array([prompts.names[code] for code in codes[used].tolist()], pa.string())
     return codes[local], ids.take(pa.array(order[local]))
 
 
@@ -239,7 +246,10 @@ def _joined(parts: list[dict[str, Text]], prompts: _Prompts) -> dict[str, pa.Chu
     if not parts:
         return {field.name: pa.chunked_array([], field.type) for field in PAIRS}
     columns["file"] = columns["file"].unify_dictionaries()
-    words, ids = pa.array(list(prompts.spellings), pa.string()), pa.array(prompts.ids, pa.string())
+    words, ids = (
+        pa.array(list(prompts.spellings), pa.string()),
+        pa.array(list(prompts.known), pa.string()),
+    )
     index = np.asarray(prompts.index, np.int32)
     chunks = [pa.array(index[part["code"].to_numpy()]) for part in parts]
     columns["prompt_index"] = pa.chunked_array(chunks)

@@ -89,39 +89,58 @@ def has(frame: Frame, name: str) -> bool:
     return name in frame.names or name.partition(".")[0] in frame.names
 
 
-def from_layout(frame: Frame, layout: Layout, carried: dict[str, str]) -> Batch:
-    """The pairs of one file.
+@dataclass(frozen=True)
+class Plan:
+    """What is read of one file.
 
     Parameters
     ----------
-    frame
-        The file.
     layout
         Its format.
+    wanted
+        The columns to read.
+    numbers
+        Those of them that are scores.
     carried
-        Further columns to keep (numbers or lists of numbers): the name to keep it under, and
-        its name in the file.
-
-    Raises `FifaError` where a column is missing.
+        Further columns to keep: the name to keep each under, and its name in the file.
+    cells
+        The columns with image bytes, which are not read.
     """
+
+    layout: Layout
+    wanted: tuple[str, ...]
+    numbers: tuple[str, ...]
+    carried: dict[str, str]
+    cells: tuple[str, str] | None
+
+
+def plan(frame: Frame, layout: Layout, carried: dict[str, str]) -> Plan:
+    """What to read of a file for its pairs; raises `FifaError` where a column is missing."""
     lacks = layout.missing(frame) + [name for name in carried.values() if not has(frame, name)]
     if lacks:
         raise missing_columns(frame, layout.name, lacks)
-    keys, links, images = (
-        _present(frame, names) for names in (layout.keys, layout.links, layout.images)
-    )
+    images = _present(frame, layout.images)
     cells = images if images and all(_is_cell(frame, name) for name in images) else None
     known = {layout.prompt, *layout.needs, *layout.reads, *layout.ignore, *layout.images}
     known |= {*(layout.keys or ()), *(layout.links or ()), *carried.values()}
-    numbers = [name for name in frame.numeric() if name not in known]
-    wanted = [layout.prompt, *layout.needs, *numbers, *carried.values(), *(keys or ())]
+    numbers = tuple(name for name in frame.numeric() if name not in known)
+    wanted = [layout.prompt, *layout.needs, *numbers, *carried.values()]
+    wanted += _present(frame, layout.keys) or ()
     wanted += [name for name in layout.reads if has(frame, name)]
     wanted += [leaf for leaf in (_leaf(frame, name) for name in images or ()) if leaf]
-    wanted += [] if cells else list(links or ())
-    frame.load(wanted, prompt=layout.prompt)
+    wanted += () if cells else (_present(frame, layout.links) or ())
+    return Plan(layout, tuple(wanted), numbers, carried, cells)
+
+
+def from_layout(frame: Frame, plan: Plan) -> Batch:
+    """The pairs of one file, whose planned columns have been loaded."""
+    layout = plan.layout
+    keys, links, images = (
+        _present(frame, names) for names in (layout.keys, layout.links, layout.images)
+    )
     labels = layout.label(frame)
     first, second = (
-        _side(frame, cells, *(names and names[side] for names in (keys, images, links)))
+        _side(frame, plan.cells, *(names and names[side] for names in (keys, images, links)))
         for side in (0, 1)
     )
     ones = np.ones(len(frame.rows), np.int32)
@@ -134,11 +153,11 @@ def from_layout(frame: Frame, layout: Layout, carried: dict[str, str]) -> Batch:
         label=labels.value,
         votes=ones if labels.votes is None else labels.votes,
         wrong=labels.wrong,
-        scores={name: frame.number(name) for name in numbers},
-        extras={name: frame.extra(column) for name, column in carried.items()},
-        swaps=side_pairs([*numbers, *carried]) if layout.winner_first else [],
+        scores={name: frame.number(name) for name in plan.numbers},
+        extras={name: frame.extra(column) for name, column in plan.carried.items()},
+        swaps=side_pairs([*plan.numbers, *plan.carried]) if layout.winner_first else [],
         winner_first=layout.winner_first,
-        cells=cells,
+        cells=plan.cells,
     )
 
 

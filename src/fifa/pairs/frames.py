@@ -6,7 +6,7 @@ with image bytes are never read: only whether they are there (from Parquet's sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO, Any, Protocol, TypeAlias
 
@@ -30,6 +30,9 @@ class Frame(Protocol):
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
+
+    def prepare(self, names: Iterable[str], prompt: str | None = None) -> Callable[[], None]:
+        """`load` in two steps: what is returned does the reading, without the interpreter."""
 
     def text(self, name: str) -> Text:
         """A column as strings (maybe dictionary-encoded), null where it is no valid text."""
@@ -68,20 +71,38 @@ class ParquetFrame:
             self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
         }
         self._table: pa.Table | None = None
+        self._valid = False  # all text is known to be UTF-8
         self.names = frozenset(self._schema.names)
         self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Read these columns in one go."""
+        self.prepare(names, prompt)()
+
+    def prepare(self, names: Iterable[str], prompt: str | None = None) -> Callable[[], None]:
+        """Open the file; what is returned is two calls that leave the interpreter free."""
         dictionary = [prompt] if prompt and self._plain(prompt) else []
         opened = pq.ParquetFile(
             self._source, metadata=self._metadata, read_dictionary=dictionary, pre_buffer=True
         )
-        self._table = opened.read(columns=sorted(set(names)))
+        columns = sorted(set(names))
+
+        def read() -> None:
+            self._table = table = opened.read(columns=columns)
+            with suppress(pa.ArrowInvalid):
+                table.validate(full=True)
+                self._valid = True
+            opened.close()
+
+        return read
 
     def text(self, name: str) -> Text:
         """Strings; bytes and large strings are taken as strings where they are UTF-8."""
-        return valid_text(self._column(name))
+        column = self._column(name)
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        return column if self._valid and pa.types.is_string(kind) else valid_text(column)
 
     def number(self, name: str) -> np.ndarray:
         """Numbers, truth values and text that reads as a number."""
@@ -168,6 +189,10 @@ class RecordFrame:
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Nothing to do: records are read whole."""
+
+    def prepare(self, names: Iterable[str], prompt: str | None = None) -> Callable[[], None]:
+        """Nothing to do."""
+        return lambda: None
 
     def text(self, name: str) -> Text:
         """Strings as they are; null for every other value."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from fifa.console import note, progress
 from fifa.errors import FifaError
 from fifa.pairs.assemble import Assembled, assemble, clean
 from fifa.pairs.batch import Batch
-from fifa.pairs.formats import Layout, from_layout
+from fifa.pairs.formats import Layout, from_layout, plan
 from fifa.pairs.frames import Frame, ParquetFrame, RecordFrame, Text
 from fifa.pairs.layouts import LAYOUTS, own_layout
 from fifa.pairs.rankings import RANKINGS, Ranked
@@ -28,9 +28,12 @@ from fifa.shards.files import digest
 FORMATS = tuple(sorted({form.name for form in (*LAYOUTS, *RANKINGS)}))
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 
+AHEAD = 8  # files that are open at a time
+THREADS = 3
 VERSION = 1  # of the way a source becomes pairs; part of every fingerprint
 
 Format = Layout | Ranked
+Rejected = list[tuple[int | None, str]]
 
 
 def read_pairs(
@@ -101,29 +104,61 @@ class _Reader:
         if self._own:
             self.name = "columns"
 
-    def batch(self, file: SourceFile) -> tuple[str, Batch]:
-        """The file's format and pairs; a file that cannot be read is one rejected row."""
-        try:
-            frame, rejected = self._frame(file)
-            form = self._form(frame)
-            if form is None:
-                return "", _refused(file.path, [*rejected, *_unknown(frame, bool(rejected))])
-            if isinstance(form, Ranked):
-                batch = form.convert(frame)
-            else:
-                batch = from_layout(frame, form, self.carried)
-            batch.rejected += rejected
-            batch.refs = self._placed(file, batch.refs)
-            batch = clean(batch)
-        except FifaError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-            # pyarrow's errors are ValueErrors, OSErrors, KeyErrors and NotImplementedErrors
-            brief = str(error).partition("\n")[0][:200]
-            return "", _refused(file.path, [(None, f"the file cannot be read: {brief}")])
-        return form.name, batch
+    def start(self, file: SourceFile, pool: Executor) -> Callable[[], tuple[str, Batch]]:
+        """Begin to read a file; what is returned gives its format and pairs.
 
-    def _frame(self, file: SourceFile) -> tuple[Frame, list[tuple[int | None, str]]]:
+        A local Parquet file is opened here and decoded in the pool: decoding leaves the
+        interpreter to whoever makes pairs of the file before. A remote file is opened there too.
+        A file that cannot be read is one rejected row.
+        """
+
+        def guarded(step: Callable[[], tuple[str, Batch]]) -> tuple[str, Batch]:
+            try:
+                return step()
+            except FifaError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+                # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
+                brief = str(error).partition("\n")[0][:200]
+                return "", _refused(file.path, [(None, f"the file cannot be read: {brief}")])
+
+        if self.root.folder is None:
+            remote = pool.submit(guarded, lambda: self._begun(file, None)())
+            return remote.result
+        begun: list[Callable[[], tuple[str, Batch]]] = []
+
+        def begin() -> tuple[str, Batch]:
+            begun.append(self._begun(file, pool))
+            return "", _refused(file.path, [])
+
+        failed = guarded(begin)
+        return (lambda: guarded(begun[0])) if begun else (lambda: failed)
+
+    def _begun(self, file: SourceFile, pool: Executor | None) -> Callable[[], tuple[str, Batch]]:
+        frame, rejected = self._frame(file)
+        form = self._form(frame)
+        if form is None:
+            unknown = _refused(file.path, [*rejected, *_unknown(frame, bool(rejected))])
+            return lambda: ("", unknown)
+        if isinstance(form, Ranked):
+            convert = form.convert
+            return lambda: (form.name, self._finished(file, convert(frame), rejected))
+        what = plan(frame, form, self.carried)
+        read = frame.prepare(what.wanted, prompt=form.prompt)
+        done = pool.submit(read).result if pool else read
+
+        def finish() -> tuple[str, Batch]:
+            done()
+            return form.name, self._finished(file, from_layout(frame, what), rejected)
+
+        return finish
+
+    def _finished(self, file: SourceFile, batch: Batch, rejected: Rejected) -> Batch:
+        batch.rejected += rejected
+        batch.refs = self._placed(file, batch.refs)
+        return clean(batch)
+
+    def _frame(self, file: SourceFile) -> tuple[Frame, Rejected]:
         if file.kind == "parquet":
             local = self.root.folder is not None
             opened = self.root.name(file.path) if local else self.root.open(file.path)
@@ -178,13 +213,18 @@ def _prefixed(refs: Text, prefix: str) -> Text:
     return pc.if_else(whole, refs, pc.binary_join_element_wise(prefix, refs, ""))
 
 
-def _batches(reader: _Reader, found: Source, advance: object) -> Iterator[Batch]:
+def _batches(reader: _Reader, found: Source, advance: Callable[[int], None]) -> Iterator[Batch]:
     """Every file's batch, in order, read a few files ahead; all files have one format."""
     forms: Counter[str] = Counter()
     if found.refused:
         yield from (_refused(path, [(None, reason)]) for path, reason in found.refused)
-    with ThreadPoolExecutor(min(4, 1 + (os.cpu_count() or 1))) as pool:
-        for name, batch in pool.map(reader.batch, found.files):
+    waiting: deque[Callable[[], tuple[str, Batch]]] = deque()
+    files = iter(found.files)
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting.extend(reader.start(file, pool) for file in islice(files, AHEAD))
+        while waiting:
+            name, batch = waiting.popleft()()
+            waiting.extend(reader.start(file, pool) for file in islice(files, 1))
             if name:
                 forms[name] += 1
             if len(forms) > 1:
@@ -194,12 +234,12 @@ def _batches(reader: _Reader, found: Source, advance: object) -> Iterator[Batch]
                     where=found.named,
                     do="name one with --format, or a glob that matches one",
                 )
-            advance(1)  # type: ignore[operator]
+            advance(1)
             yield batch
     reader.name = next(iter(forms), reader.name)
 
 
-def _refused(file: str, rejected: list[tuple[int | None, str]]) -> Batch:
+def _refused(file: str, rejected: Rejected) -> Batch:
     none = pa.nulls(0, pa.string())
     empty = np.empty(0)
     return Batch(
@@ -214,7 +254,7 @@ def _refused(file: str, rejected: list[tuple[int | None, str]]) -> Batch:
     )
 
 
-def _unknown(frame: Frame, explained: bool) -> list[tuple[int | None, str]]:
+def _unknown(frame: Frame, explained: bool) -> Rejected:
     """Why a file has no format; nothing if its rows have been rejected already."""
     if frame.names:
         some = ", ".join(sorted(frame.names)[:20])
