@@ -34,7 +34,7 @@ HUB = "MizzenAI/HPSv3"
 FILES = ("HPSv3.safetensors",)
 BASE_HUB = "Qwen/Qwen2-VL-7B-Instruct"
 AREA = 256 * 28 * 28  # pixels, least and most
-TOKENS = 1536  # of the rubric with the prompt in it; the rubric alone is a little over 600
+TOKENS = 1536  # of the rubric (378 words) with the prompt in it
 REWARD_TOKEN = "<|Reward|>"
 # 3584-1024-16-2 with ReLU; where the original's nn.Sequential has the linear layers
 HEAD_PLACES = (0, 3, 5)
