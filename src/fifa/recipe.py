@@ -59,7 +59,8 @@ class Score:
     Parameters
     ----------
     margin
-        Reward models, several for a committee: ``column:NAME_0,NAME_1``.
+        Reward models, several for a committee: ``column:NAME_0,NAME_1``, ``pickscore``,
+        ``hpsv2.1``, ``imagereward``, ..., ``NAME:FOLDER``, ``proxy``, ``proxy:FOLDER``.
     quality
         The rater: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME`` or ``none``.
     diversity
@@ -126,12 +127,53 @@ class Select:
 
 
 @dataclass(frozen=True, config=_checked)
+class Compute:
+    """Where and how models run. Only ``dtype`` changes a reward by more than rounding.
+
+    Parameters
+    ----------
+    device
+        A torch device; None for the fastest.
+    dtype
+        ``float32``, or ``bfloat16`` or ``float16`` under autocast; None for the model's own.
+    compile, channels_last
+        `torch.compile`; convolutions with channels last in memory.
+    batch
+        Images of 224 x 224 in a forward pass.
+    workers
+        Threads that decode and preprocess; 0 for one a core.
+    executor
+        ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
+    actors, num_cpus, num_gpus
+        On Ray: how many actors, and what each takes.
+    store
+        A folder or URL that all workers reach, for unfinished shards; None: beside the scores.
+    in_flight
+        Requests to a rater's endpoint under way at once.
+    """
+
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compile: bool = False
+    channels_last: bool = False
+    batch: Annotated[int, Field(ge=1)] = 32
+    workers: Annotated[int, Field(ge=0)] = 0
+    executor: Annotated[str, Field(pattern=r"^(local(:\d+)?|ray(://.+)?)$")] = "local"
+    actors: Annotated[int, Field(ge=1)] = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    store: str | None = None
+    in_flight: Annotated[int, Field(ge=1)] = 16
+
+
+@dataclass(frozen=True, config=_checked)
 class Recipe:
-    """A whole run: read, score, select."""
+    """A whole run: read, score, select, and what it runs on."""
 
     read: Read = Read()
     score: Score = Score()
     select: Select = Select()
+    compute: Compute = Compute()
 
     def to_yaml(self) -> str:
         """The recipe as YAML; `from_yaml` gives the same recipe back."""

@@ -83,7 +83,7 @@ def _same_results(folder: Path, recipe: Recipe) -> None:
     differences = [
         difference
         for difference in from_yaml(folder / "recipe.yaml").differences(recipe)
-        if (folder / results[difference.partition(".")[0]]).exists()
+        if (folder / results.get(difference.partition(".")[0], "-")).exists()
     ]
     if differences:
         raise FifaError(
@@ -144,6 +144,8 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
             diversity=knobs.diversity,
             k=knobs.k,
             folder=run.scores,
+            compute=run.recipe.compute,
+            allow_download=run.recipe.read.allow_download,
         )
 
     def file(table: pa.Table | None) -> str | None:

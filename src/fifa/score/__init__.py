@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pyarrow as pa
+
     from fifa.pairs.table import Pairs
+    from fifa.recipe import Compute
     from fifa.score.table import Scores
 
 
@@ -20,6 +23,8 @@ def score(
     *,
     k: int = 10,
     folder: str | Path | None = None,
+    compute: Compute | None = None,
+    allow_download: bool = False,
 ) -> Scores:
     """Score every pair and every unique prompt.
 
@@ -28,7 +33,8 @@ def score(
     pairs
         What `fifa.read_pairs` gave.
     margin
-        A reward model's spec, or several for a committee: ``column:NAME_0,NAME_1``.
+        A reward model's spec, or several for a committee: ``column:NAME_0,NAME_1``,
+        ``pickscore``, ``hpsv2.1:FOLDER``, ``proxy``, ...
     quality
         The rater's spec: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME``,
         ``none``.
@@ -39,6 +45,8 @@ def score(
     folder
         Where finished tables and unfinished shards are kept, so that nothing is scored twice;
         None keeps nothing.
+    compute, allow_download
+        Where and how reward models run; whether images only known by URL may be fetched.
 
     Returns
     -------
@@ -55,8 +63,14 @@ def score(
 
     folder = Path(folder) if folder is not None else None
     specs = [margin] if isinstance(margin, str) else list(margin)
-    # The column scores first: a mistyped name is told before the language model is loaded.
-    margins = {spec: margin_scores(pairs, spec, folder) for spec in specs}
+
+    def margin_of(spec: str) -> pa.Table:
+        return margin_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
+
+    # Columns first: a mistyped name is told before a model is loaded.
+    quick_first = sorted(specs, key=lambda spec: not spec.startswith("column:"))
+    done = {spec: margin_of(spec) for spec in quick_first}
+    margins = {spec: done[spec] for spec in specs}
     diverse = rated = None
     if diversity != "none":
         from fifa.score.diversity import diversity_scores
@@ -65,5 +79,6 @@ def score(
     if quality != "none":
         from fifa.score.quality import quality_scores
 
-        rated = quality_scores(pairs, quality, folder=folder)
+        in_flight = compute.in_flight if compute else 16
+        rated = quality_scores(pairs, quality, folder=folder, in_flight=in_flight)
     return Scores(margins=margins, quality=rated, diversity=diverse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import xxhash
 from fifa.console import note, say
 from fifa.errors import FifaError
 from fifa.pairs.table import PAIRS, Pairs
+from fifa.recipe import Compute
 from fifa.score.table import MARGIN, score_path, scored_once
 
 Numbers = npt.NDArray[np.float32]
@@ -22,25 +23,6 @@ Numbers = npt.NDArray[np.float32]
 READINGS = ("raw", "logodds")
 SMALLEST = 1e-7  # probabilities are clipped here before the logarithm
 CHUNK = 1 << 18  # pairs at a time: the temporaries stay in the processor's cache
-
-
-class Scorer(Protocol):
-    """A reward model that sees images: another kind beside columns."""
-
-    @property
-    def name(self) -> str:
-        """A short name for people and file names."""
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """JSON that changes whenever the scores could: part of every fingerprint."""
-
-    @property
-    def scale(self) -> str:
-        """What a reward is, in words and formula; scales are never mixed unstandardised."""
-
-    def score(self, prompts: Sequence[str], images: Sequence[Any]) -> Numbers:
-        """The rewards of ``images``, each for its prompt, float32 [n]."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,14 @@ class CommitteeMargin:
     spreads: tuple[float, ...]
 
 
-def margin_scores(pairs: Pairs, spec: str, folder: Path | None = None) -> pa.Table:
+def margin_scores(
+    pairs: Pairs,
+    spec: str,
+    folder: Path | None = None,
+    *,
+    compute: Compute | None = None,
+    allow_download: bool = False,
+) -> pa.Table:
     """What one reward model gives both images of every pair.
 
     Parameters
@@ -74,12 +63,15 @@ def margin_scores(pairs: Pairs, spec: str, folder: Path | None = None) -> pa.Tab
     pairs
         The pairs, with the source's score columns.
     spec
+        A reward model that looks at the images (`fifa.rewards.margins.reward_scores`), or
         ``column:NAME_0,NAME_1``: two columns of the source. Where both lie in [0, 1] and sum to
         1 (within 0.001) in every finite row they are read as probabilities, and the reward is
         log p (p clipped at 1e-7), so that the difference of rewards is the log-odds. Otherwise
         they are rewards as they stand. ``column:raw:A,B`` and ``column:logodds:A,B`` decide it.
     folder
         Where scores are kept; None keeps nothing.
+    compute, allow_download
+        How to look at images, and whether to fetch those that are only known by URL.
 
     Returns
     -------
@@ -92,6 +84,10 @@ def margin_scores(pairs: Pairs, spec: str, folder: Path | None = None) -> pa.Tab
     FifaError
         For a column that the source does not have, and for a spec that names no scorer.
     """
+    if not spec.startswith("column:"):
+        from fifa.rewards.margins import reward_scores
+
+        return reward_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
     first, second, forced = _parse(pairs, spec)
     source_0, source_1 = _numbers(pairs, first), _numbers(pairs, second)
     reading = forced or ("logodds" if _are_probabilities(source_0, source_1) else "raw")
@@ -210,9 +206,7 @@ def _parse(pairs: Pairs, spec: str) -> tuple[str, str, str | None]:
         if field.name not in PAIRS.names and any(is_kind(field.type) for is_kind in numeric)
     ]
     here = f"score columns here: {', '.join(known) or 'none'}"
-    kind, _, rest = spec.partition(":")
-    if kind != "column":
-        raise FifaError(f"no such scorer: {spec}", do=f"column:NAME_0,NAME_1; {here}")
+    rest = spec.removeprefix("column:")
     forced, _, named = rest.partition(":")
     reading, named = (forced, named) if forced in READINGS else (None, rest)
     columns = named.split(",")

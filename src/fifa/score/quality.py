@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ SPECS = "local, local:MODEL, openai:MODEL@URL, column:NAME or none"
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
 
 
-def make_rater(spec: str, folder: Path | None = None) -> Rater:
+def make_rater(spec: str, folder: Path | None = None, *, in_flight: int = 16) -> Rater:
     """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
 
     Parameters
@@ -33,6 +34,8 @@ def make_rater(spec: str, folder: Path | None = None) -> Rater:
         ``local``, ``local:MODEL`` (a folder, hub id or GGUF file) or ``openai:MODEL@URL``.
     folder
         Where an endpoint's answers are kept; None keeps them in memory.
+    in_flight
+        Requests to an endpoint under way at once.
 
     Raises `FifaError` for an unknown spec.
     """
@@ -42,11 +45,13 @@ def make_rater(spec: str, folder: Path | None = None) -> Rater:
     if kind == "local" and rest:
         return LogitRater(rest)
     if kind == "openai" and rest:
-        return make_endpoint(spec, folder)
+        return replace(make_endpoint(spec, folder), in_flight=in_flight)
     raise FifaError(f"no such rater: {spec}", do=f"one of {SPECS}")
 
 
-def quality_scores(pairs: Pairs, spec: str, *, folder: Path | None = None) -> pa.Table:
+def quality_scores(
+    pairs: Pairs, spec: str, *, folder: Path | None = None, in_flight: int = 16
+) -> pa.Table:
     """Rate every unique prompt of ``pairs``.
 
     Parameters
@@ -58,6 +63,8 @@ def quality_scores(pairs: Pairs, spec: str, *, folder: Path | None = None) -> pa
     folder
         Where finished tables, unfinished shards and an endpoint's answers are kept, so that
         nothing is rated twice; None keeps nothing.
+    in_flight
+        Requests to an endpoint under way at once.
 
     Returns
     -------
@@ -77,7 +84,7 @@ def quality_scores(pairs: Pairs, spec: str, *, folder: Path | None = None) -> pa
         numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
         path = _path(folder, f"column-{name}", pairs, digest(numbers))
         return scored_once(path, lambda: ratings, {"rater": name})
-    rater = make_rater(spec, folder)
+    rater = make_rater(spec, folder, in_flight=in_flight)
     path = _path(folder, rater.name, pairs, rater.identity)
     finished = path is not None and path.exists()
     table = scored_once(path, lambda: _rated(pairs, rater, path), {"rater": rater.identity})

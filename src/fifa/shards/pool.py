@@ -59,6 +59,9 @@ class Executor(Protocol):
             The key of a shard as soon as its table is kept; in any order.
         """
 
+    def close(self) -> None:
+        """Let the workers go."""
+
 
 class Worker:
     """A step, in the process or actor that was made for it."""

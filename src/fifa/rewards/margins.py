@@ -1,0 +1,118 @@
+"""Margins from pixels: a reward model by its spec, run over a data set."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from fifa.errors import FifaError
+from fifa.pairs.images import has_pixels
+from fifa.pairs.table import Pairs
+from fifa.recipe import Compute
+from fifa.rewards.crossfit import crossfit_rewards
+from fifa.rewards.engine import EngineOptions, score_images
+from fifa.rewards.load import NAMES, load_reward
+from fifa.rewards.proxy import load_proxy
+from fifa.rewards.runtime import make_runtime
+from fifa.rewards.train import TrainOptions
+from fifa.shards.pool import Executor, LocalPool
+
+if TYPE_CHECKING:
+    from fifa.rewards.base import RewardModel
+
+
+def reward_scores(
+    pairs: Pairs,
+    spec: str,
+    folder: Path | None = None,
+    *,
+    compute: Compute | None = None,
+    allow_download: bool = False,
+) -> pa.Table:
+    """What a reward model gives both images of every pair.
+
+    Parameters
+    ----------
+    pairs
+        The pairs, with images.
+    spec
+        ``proxy``: trained here on the pairs' own labels and cross-fitted over prompts.
+        ``proxy:FOLDER``: one that `fifa.rewards.train.train_reward` wrote. Otherwise a name as
+        for `fifa.rewards.load.load_reward`.
+    folder
+        Where scores are kept; None keeps nothing.
+    compute
+        Where and how.
+    allow_download
+        Fetch images that the source only names by URL.
+
+    Returns
+    -------
+    pyarrow.Table
+        `fifa.score.table.MARGIN`, row by row with ``pairs.table``; NaN where an image could not
+        be read.
+
+    Raises
+    ------
+    FifaError
+        For a source without images and a spec that names no reward model.
+    """
+    compute = compute or Compute()
+    if spec.partition(":")[0] not in (*NAMES, "proxy"):
+        raise FifaError(
+            f"no such reward model: {spec}",
+            do=f"column:NAME_0,NAME_1 for score columns, proxy, or one of {', '.join(NAMES)}",
+        )
+    if not allow_download and not has_pixels(pairs):
+        raise FifaError(
+            f"the margin {spec!r} needs images, and the source only refers to them",
+            where=pairs.origin.source,
+            do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
+        )
+    if spec == "proxy":
+        train = TrainOptions(device=compute.device, allow_download=allow_download)
+        return crossfit_rewards(pairs, folder=folder, options=train)
+    load = partial(_load, spec, compute)
+    executor = make_executor(compute)
+    options = EngineOptions(
+        batch=compute.batch,
+        workers=compute.workers,
+        allow_download=allow_download,
+        store=compute.store,
+    )
+    try:
+        return score_images(
+            pairs, load(), folder=folder, options=options, executor=executor, load=load
+        )
+    finally:
+        executor.close()
+
+
+def make_executor(compute: Compute) -> Executor:
+    """Who runs the shards: this process, N processes, or actors on a Ray cluster."""
+    kind, _, processes = compute.executor.partition(":")
+    if kind == "local":
+        return LocalPool(int(processes or 0))
+    from fifa.shards.ray import RayPool
+
+    address = compute.executor if processes else None
+    return RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
+
+
+def _load(spec: str, compute: Compute) -> RewardModel:
+    name, _, folder = spec.partition(":")
+    if name == "proxy":
+        runtime = make_runtime(
+            compute.device, compute.dtype, compute.compile, compute.channels_last
+        )
+        return load_proxy(folder, runtime)
+    return load_reward(
+        spec,
+        device=compute.device,
+        dtype=compute.dtype,
+        compile=compute.compile,
+        channels_last=compute.channels_last,
+    )
