@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -13,11 +13,12 @@ from fifa.pairs.images import has_pixels
 from fifa.pairs.table import Pairs
 from fifa.recipe import Compute
 from fifa.rewards.crossfit import crossfit_rewards
-from fifa.rewards.engine import EngineOptions, score_images
+from fifa.rewards.engine import EngineOptions, prompt_features, score_images
 from fifa.rewards.load import NAMES, load_reward
 from fifa.rewards.proxy import load_proxy
 from fifa.rewards.runtime import make_runtime
 from fifa.rewards.train import TrainOptions
+from fifa.score.encoders import keep_embeddings
 from fifa.shards.pool import Executor, LocalPool
 
 if TYPE_CHECKING:
@@ -76,17 +77,20 @@ def reward_scores(
         train = TrainOptions(device=compute.device, allow_download=allow_download)
         return crossfit_rewards(pairs, folder=folder, options=train)
     load = partial(_load, spec, compute)
-    executor = make_executor(compute)
+    model, executor = load(), make_executor(compute)
     options = EngineOptions(
         batch=compute.batch,
         workers=compute.workers,
         allow_download=allow_download,
         store=compute.store,
     )
+    run: dict[str, Any] = {"folder": folder, "options": options, "executor": executor, "load": load}
     try:
-        return score_images(
-            pairs, load(), folder=folder, options=options, executor=executor, load=load
-        )
+        table = score_images(pairs, model, **run)
+        encoder = getattr(model, "encoder", None)
+        if folder is not None and encoder is not None:  # the diversity step finds them there
+            keep_embeddings(pairs, encoder, prompt_features(pairs, model, **run), folder)
+        return table
     finally:
         executor.close()
 
