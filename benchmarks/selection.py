@@ -4,7 +4,9 @@
 
 The peers join the same Parquet files on their ids, compute the importance and keep the K largest;
 they apply no gate, normalise nothing, give no reasons and write K rows. Ours does all of that and
-writes every pair. Each runs in a process of its own; the time is the process's own, from reading
+writes every pair. A last peer is told what only fifa knows of its files, that prompts have row
+numbers and score tables lie row by row: `speedup_integer_keys`, beside `speedup` over the best join
+on ids. Each runs in a process of its own; the time is the process's own, from reading
 to the last byte written, without the import of libraries.
 """
 
@@ -197,12 +199,13 @@ def main() -> None:
     seconds = {name: float(np.median([run[name][0] for run in runs])) for name in PROGRAMS}
     peak = {name: max(run[name][1] for run in runs) for name in PROGRAMS}
     ours = seconds["fifa select"]
-    best = min(time for name, time in seconds.items() if name != "fifa select")
+    best = min(seconds["polars"], seconds["duckdb"])
     report(
         "select",
         [[name, f"{seconds[name]:.2f} s", f"{peak[name]:,.0f} MB"] for name in PROGRAMS],
         speedup=best / ours,
         of_limit=2 * best / ours,
+        speedup_integer_keys=seconds["polars, integer keys"] / ours,
         peak_mb=peak["fifa select"],
     )
 

@@ -81,7 +81,7 @@ def select(
             rows=rows,
             ids=id_bytes(pairs.table["pair_id"]),
             importance=value,
-            margin=None if terms.margin is None else terms.margin[rows],
+            margins=terms.margin,
             prompt=pairs.table["prompt_index"].to_numpy()[rows],
             count=count,
             seed=knobs.seed,

@@ -20,7 +20,7 @@ Greedy = Callable[[Floats, int], Picks]
 
 MAX_PROMPTS = 100_000
 DECIMALS = 4  # of gains and similarities: what is equal but for rounding errors is a tie
-BATCH = 16  # candidates whose gain is computed at once
+BATCH = 16  # candidates whose gain is computed at once, to begin with
 BLOCK = 512  # rows of the similarity matrix held at once
 
 
@@ -111,16 +111,18 @@ def _best(
 ) -> int:
     # Tightens `bound` in place, the loosest first, until the largest is a gain of this step.
     fresh = np.full(len(bound), fresh_at_first)
+    size = BATCH
     while True:
         best = int(np.argmax(bound))
         if fresh[best] or bound[best] <= 0:  # nothing left to gain: the first is as good as any
             return best
-        size = min(BATCH, len(bound))
+        size = min(size, len(bound))
         batch = np.argpartition(bound, -size)[-size:]
         batch = np.union1d(batch[~fresh[batch]], [best])
         batch = batch[bound[batch] > -np.inf]
         bound[batch] = gains(batch)
         fresh[batch] = True
+        size = min(2 * size, BLOCK)  # bounds that are this loose: many products at once are cheaper
 
 
 def farthest_point(vectors: Floats, count: int) -> Picks:

@@ -26,8 +26,8 @@ class Candidates:
         `fifa.select.order.id_bytes` of the whole table.
     importance
         float32 [eligible].
-    margin
-        float32 [eligible], absolute; None without a scorer.
+    margins
+        float32 [pairs], the absolute margins of the whole table; None without a scorer.
     prompt
         int32 [eligible], the prompt's row in `Pairs.prompts`.
     count
@@ -41,7 +41,7 @@ class Candidates:
     rows: Rows
     ids: npt.NDArray[np.bytes_]
     importance: Floats
-    margin: Floats | None
+    margins: Floats | None
     prompt: Rows
     count: int
     seed: int
@@ -114,8 +114,8 @@ def soft_weights(importance: Floats) -> Floats:
 
 
 def _margin(pairs: Candidates) -> Floats:
-    assert pairs.margin is not None  # `gather_terms` has refused the strategy otherwise
-    return pairs.margin
+    assert pairs.margins is not None  # `gather_terms` has refused the strategy otherwise
+    return np.asarray(pairs.margins[pairs.rows])
 
 
 def _over_prompts(pairs: Candidates, greedy: Greedy) -> Rows:

@@ -85,5 +85,9 @@ def selection_table(
 def _nullable(values: np.ndarray | None, kind: pa.DataType, n: int) -> pa.Array:
     if values is None:
         return pa.nulls(n, kind)
-    missing = values == 0 if pa.types.is_integer(kind) else ~np.isfinite(values)
-    return pa.array(values, kind, mask=missing if missing.any() else None)
+    known = values != 0 if pa.types.is_integer(kind) else np.isfinite(values)
+    if known.all():
+        return pa.array(values, kind)
+    # the values as they lie in memory, and a bit for each that is known
+    bits = pa.py_buffer(np.packbits(known, bitorder="little"))
+    return pa.Array.from_buffers(kind, n, [bits, pa.py_buffer(np.ascontiguousarray(values))])
