@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.console import collect_facts
@@ -109,12 +110,26 @@ def step(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 
 def read_step(run: Run) -> Pairs:
-    """The run's pairs: read from the source once, from the run folder afterwards."""
-    if (run.folder / FILES["table"]).exists():
-        return load_pairs(run.folder)
-    from fifa.pairs import read_pairs
+    """The run's pairs: read from the source once, from the run folder afterwards.
+
+    Raises `FifaError` if the source has other pairs or labels than the run has read.
+    """
+    from fifa.pairs.read import read_pairs
 
     knobs = run.recipe.read
+    if (run.folder / FILES["table"]).exists():
+        known = load_pairs(run.folder)
+        if _untouched(known):
+            return known
+        again = read_pairs(knobs.source, knobs.format, columns=knobs.columns)
+        if (again.pairs_digest, again.table["label"]) != (known.pairs_digest, known.table["label"]):
+            raise FifaError(
+                "the source has changed since this run read it",
+                where=knobs.source,
+                do="choose another --out",
+            )
+        save_pairs(again, run.folder)
+        return load_pairs(run.folder)
     with step(run, "read") as facts:
         pairs = read_pairs(knobs.source, knobs.format, columns=knobs.columns)
         save_pairs(pairs, run.folder)
@@ -126,6 +141,15 @@ def read_step(run: Run) -> Pairs:
             rejected=pairs.rejected.num_rows,
         )
     return load_pairs(run.folder)
+
+
+def _untouched(pairs: Pairs) -> bool:
+    from fifa.pairs.read import source_fingerprint
+
+    try:
+        return source_fingerprint(pairs.origin) == pairs.origin.fingerprint
+    except FifaError:
+        return True  # the source is not at hand, but its pairs are
 
 
 def score_step(run: Run, pairs: Pairs) -> Scores:
@@ -222,8 +246,24 @@ def select_step(run: Run) -> pa.Table:
             quality_path=files["quality"],
             diversity_path=files["diversity"],
             embeddings=None if run.recipe.score.diversity == "none" else embeddings,
+            unreadable=_unreadable(run, files["margins"].values()),
             allow_download=run.recipe.read.allow_download,
         )
+
+
+def _unreadable(run: Run, margins: Iterable[Path]) -> list[str]:
+    """The ids of pairs with an image that a reward model could not open."""
+    from fifa.rewards.engine import unreadable_path
+
+    listed = [path for path in map(unreadable_path, margins) if path.exists()]
+    images = [pq.read_table(path)["image"] for path in listed]
+    keys = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.string())
+    if len(keys) == 0:
+        return []
+    table = pq.read_table(run.folder / FILES["table"], columns=["pair_id", "image_0", "image_1"])
+    sides = (pc.is_in(table[name], value_set=keys) for name in ("image_0", "image_1"))
+    bad: list[str] = table["pair_id"].filter(pc.or_(*sides)).to_pylist()
+    return bad
 
 
 def export_step(run: Run, out: Path | None = None) -> Path:

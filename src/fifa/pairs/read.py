@@ -73,7 +73,6 @@ def read_pairs(
         done = assemble(_batches(reader, found, advance))
     if not len(done.table):
         raise _nothing(found, done)
-    identity = [VERSION, reader.name, columns, [file.__dict__ for file in found.files]]
     note(pairs=len(done.table), merged=done.merged, rejected=len(done.rejected))
     return Pairs(
         done.table,
@@ -83,13 +82,26 @@ def read_pairs(
             source=str(source),
             root=found.root.url,
             format=reader.name,
+            columns=columns,
             cells=done.cells,
             score_columns=done.scores,
-            fingerprint=digest(identity),
+            fingerprint=_fingerprint(found, reader.name, columns),
             rows=done.rows,
             merged=done.merged,
         ),
     )
+
+
+def source_fingerprint(origin: Origin) -> str:
+    """`Origin.fingerprint` as it would be now: another one where a file has changed.
+
+    Raises `FifaError` where the source is not at hand.
+    """
+    return _fingerprint(find_files(origin.source), origin.format, origin.columns)
+
+
+def _fingerprint(found: Source, format: str, columns: dict[str, str]) -> str:
+    return digest([VERSION, format, columns, [file.__dict__ for file in found.files]])
 
 
 class _Reader:

@@ -48,6 +48,8 @@ class Origin:
         The folder or URL prefix that files and relative image paths are below.
     format
         The format's name.
+    columns
+        The columns that the user named, for a table of their own.
     cells
         The two columns with image bytes in the source's own rows, or None. A dot goes into a
         struct (``images.image_1``).
@@ -64,6 +66,7 @@ class Origin:
     source: str
     root: str
     format: str
+    columns: dict[str, str] = field(default_factory=dict)
     cells: tuple[str, str] | None = None
     score_columns: tuple[str, ...] = ()
     fingerprint: str = ""

@@ -58,6 +58,7 @@ def score(
     FifaError
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
+    from fifa.recipe import Score
     from fifa.score.margin import margin_scores
     from fifa.score.table import Scores
 
@@ -81,4 +82,5 @@ def score(
 
         in_flight = compute.in_flight if compute else 16
         rated = quality_scores(pairs, quality, folder=folder, in_flight=in_flight)
-    return Scores(margins=margins, quality=rated, diversity=diverse)
+    knobs = Score(tuple(specs), quality, diversity, k)
+    return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fifa.recipe import Score
 from fifa.shards.files import digest, write_table
 
 MARGIN = pa.schema(
@@ -41,11 +42,14 @@ class Scores:
         `QUALITY` (more columns may follow), row by row with `Pairs.prompts`; None without a rater.
     diversity
         `DIVERSITY`, row by row with `Pairs.prompts`; None without an encoder.
+    knobs
+        What they were made with, if that is known.
     """
 
     margins: dict[str, pa.Table] = field(default_factory=dict)
     quality: pa.Table | None = None
     diversity: pa.Table | None = None
+    knobs: Score | None = None
 
 
 def score_path(folder: Path, kind: str, name: str, *identity: object) -> Path:

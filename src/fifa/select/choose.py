@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import TypeAlias
 
 import numpy as np
@@ -113,7 +115,8 @@ def select(
         "rank": rank,
         "weight": weight,
     }
-    return selection_table(pairs.table["pair_id"], codes, columns)
+    table = selection_table(pairs.table["pair_id"], codes, columns)
+    return table.replace_schema_metadata({"fifa.select": json.dumps({"select": asdict(knobs)})})
 
 
 def how_many(knobs: Select, n: int) -> int:

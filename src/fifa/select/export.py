@@ -20,7 +20,7 @@ from fifa.errors import FifaError
 from fifa.pairs.images import has_pixels
 from fifa.pairs.read import read_pairs
 from fifa.pairs.table import Pairs
-from fifa.recipe import Recipe, build
+from fifa.recipe import Read, Recipe, Score, Select, build
 from fifa.score.table import Scores, score_facts
 from fifa.select.card import dataset_card
 from fifa.select.subset import COLUMNS, FROM_SELECTION, Written, subset_rows, write_shards
@@ -62,7 +62,7 @@ def export(
     scores: Scores,
     folder: str | Path,
     *,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     allow_download: bool = False,
 ) -> Exported:
     """Write the selected pairs as a data set for Diffusion-DPO trainers.
@@ -78,7 +78,7 @@ def export(
     folder
         Where to write: absent, empty, or a subset that fifa wrote (then replaced as a whole).
     recipe
-        How the pairs were read, scored and selected.
+        How the pairs were read, scored and selected; None takes it from the three.
     allow_download
         Fetch images that the source only names by URL.
 
@@ -102,14 +102,29 @@ def export(
     chosen = selection.select(FROM_SELECTION).take(rows)
     columns = {name: chosen[name].combine_chunks() for name in FROM_SELECTION}
     origin = pairs.origin
+    plain = TypeAdapter(Recipe).dump_python(
+        recipe or _recipe(pairs, selection, scores), mode="json"
+    )
+    plain.pop("compute")  # what it ran on changes nothing
     facts = {
-        "recipe": TypeAdapter(Recipe).dump_python(recipe, mode="json"),
+        "recipe": plain,
         "source": {name: getattr(origin, name) for name in ("source", "format", "fingerprint")},
         "scores": _score_files(scores),
         "reasons": reason_counts(selection),
     }
     images = allow_download or has_pixels(pairs)
     return _write(folder, pairs, rows, columns, facts, images=images, allow_download=allow_download)
+
+
+def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
+    """The recipe as far as the pairs, their scores and the selection know it."""
+    origin = pairs.origin
+    used = json.loads((selection.schema.metadata or {}).get(b"fifa.select", b"{}"))
+    return Recipe(
+        read=Read(origin.source, origin.format, origin.columns),
+        score=scores.knobs or Score(tuple(scores.margins)),
+        select=build(Select, used.get("select", {}), where="the selection's metadata"),
+    )
 
 
 def rebuild(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,6 +41,7 @@ def select_folder(
     quality_path: Path | None = None,
     diversity_path: Path | None = None,
     embeddings: Embeddings | None = None,
+    unreadable: Collection[str] = (),
     allow_download: bool = False,
 ) -> pa.Table:
     """Select from a scored run and write ``selection.parquet``.
@@ -55,6 +56,8 @@ def select_folder(
         The score files, `fifa.score.table.MARGIN` by scorer, `QUALITY` and `DIVERSITY`.
     embeddings
         As `fifa.select.select` takes them.
+    unreadable
+        Ids of pairs that a reward model could not open.
     allow_download
         Look at images that have to be fetched, too.
 
@@ -78,8 +81,9 @@ def select_folder(
         )
         pairs = Pairs(table=narrow.result(), prompts=named.result(), origin=origin)
 
-    def choose(unreadable: list[str]) -> pa.Table:
-        return select(pairs, scores, knobs, unreadable=unreadable, embeddings=embeddings)
+    def choose(found: list[str]) -> pa.Table:
+        bad = {*unreadable, *found}
+        return select(pairs, scores, knobs, unreadable=bad, embeddings=embeddings)
 
     selection = choose([])
     some = np.flatnonzero(selection["rank"].combine_chunks().is_valid())[:1]
