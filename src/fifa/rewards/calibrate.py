@@ -133,11 +133,12 @@ def calibration_error(logits: Array, label: Array, bins: int = BINS) -> float:
 def fit_temperature(logits: Array, label: Array) -> float:
     """The T > 0 with the smallest `nll` of ``logits / T`` (Guo et al. 2017).
 
-    The loss is convex in 1/T: its derivative's root, by bisection of log T, so the result does
-    not depend on a start. Where no T is better than another (no pairs, all logits 0) it is 1.
+    Against `smoothed` labels: a few pairs that are all right would have T be 0 otherwise. The
+    loss is convex in 1/T: its derivative's root, by bisection of log T, so the result does not
+    depend on a start. Where no T is better than another (no pairs, all logits 0) it is 1.
     """
     known = np.isfinite(logits)
-    z, y = np.asarray(logits, np.float64)[known], np.asarray(label, np.float64)[known]
+    z, y = np.asarray(logits, np.float64)[known], smoothed(np.asarray(label)[known])
     if not len(z) or not np.abs(z).any():
         return 1.0
     low, high = -LOG_T, LOG_T
@@ -151,6 +152,17 @@ def fit_temperature(logits: Array, label: Array) -> float:
         else:
             high = middle
     return float(np.exp((low + high) / 2))
+
+
+def smoothed(label: Array) -> Array:
+    """Labels as if two more people had been asked of all n pairs, one on each side.
+
+    Platt (1999) does it to hard labels: 1 becomes (n + 1) / (n + 2).
+    """
+    n = len(label)
+    # y' = (n y + 1) / (n + 2)
+    mixed: Array = (n * np.asarray(label, np.float64) + 1) / (n + 2)
+    return mixed
 
 
 def _right(logits: Array, label: Array) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fifa.console import note, progress
+from fifa.console import note, progress, say
 from fifa.errors import FifaError
 from fifa.pairs.table import Pairs
 from fifa.rewards.calibrate import accuracy, fit_temperature, measure, nll
@@ -261,15 +261,20 @@ def _optimise(clip: _Clip, data: Comparisons, held_out: Comparisons, options: Tr
         for parameter, values in zip(learned, kept, strict=True):
             parameter.copy_(values)
     model.eval()
+    if not best_step:
+        say("held-out prompts never gained: only the temperature differs from the base model")
     note(reward_steps=step, reward_best_step=best_step)
     return best_step
 
 
 def _standing(clip: _Clip, held_out: Comparisons) -> tuple[float, float]:
-    """Accuracy on held-out prompts; among equals the smaller loss."""
+    """Accuracy on held-out prompts; among equals the smaller loss. The worst for broken weights."""
     clip.model.eval()
-    logits = clip.logits(held_out)
+    with np.errstate(all="ignore"):
+        logits = clip.logits(held_out)
     clip.model.train()
+    if not np.isfinite(logits).all():
+        return -1.0, -np.inf
     return accuracy(logits, held_out.label), -nll(logits, held_out.label)
 
 

@@ -118,10 +118,10 @@ class HeadReward:
         return joint
 
     def prompt_features(self, prompts: Sequence[str]) -> Tensor:
-        """``[n, p]``; p is 0 for a reward of the image alone."""
+        """``[n, p]``; one idle column for a reward of the image alone."""
         torch = require("torch")
         head = self._head
-        features: Tensor = torch.zeros(len(prompts), 0, device=self.runtime.device)
+        features: Tensor = torch.zeros(len(prompts), 1, device=self.runtime.device)
         if self._texts is not None:
             vectors = torch.from_numpy(self._texts.embed(prompts)).to(self.runtime.device)
             features = vectors @ head["prompt"] + head["prompt_bias"]
