@@ -293,7 +293,7 @@ def _margins(job: _Job, keys: Keys, asked: Asked, path: Path) -> pa.Table:
     say(f"margin {job.model.name}: {images:,} images, {len(asked.image):,} rewards{lost}")
     # slot 2 * row + side
     margins = [pa.array(rewards[asked.of_slot[side::2]]) for side in (0, 1)]
-    return pa.table([job.pairs.table["pair_id"].combine_chunks(), *margins], schema=MARGIN)
+    return pa.table([job.pairs.table["pair_id"], *margins], schema=MARGIN)
 
 
 def _joined(asked: Asked, tables: Iterator[pa.Table]) -> tuple[np.ndarray, dict[int, str]]:
@@ -319,7 +319,7 @@ def _unreadable(pairs: Pairs, keys: Keys, asked: Asked, reasons: dict[int, str])
     rows = pairs.table.select(["file", "row"]).take(pa.array(keys.first[failed] // 2))
     return pa.table(
         [
-            keys.names.take(pa.array(failed)),
+            keys.names.take(pa.array(failed)).cast(pa.string()),
             rows["file"].cast(pa.string()).combine_chunks(),
             rows["row"].combine_chunks(),
             pa.array(keys.first[failed] % 2, pa.int8()),

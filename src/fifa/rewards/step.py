@@ -194,7 +194,7 @@ class ScoreStep:
     def _rewards(self, shard: ImageShard, batches: Ahead[Batch], bad: dict[int, str]) -> pa.Table:
         torch = require("torch")
         rewards = np.full(len(shard.image), np.nan, np.float32)
-        prompts = torch.from_numpy(shard.features)
+        prompts = torch.tensor(shard.features)  # a copy: what comes through Ray is read-only
         for numbers, pixels in batches:
             asks, row = _asks(shard.image, np.asarray(numbers))
             with torch.inference_mode():

@@ -85,13 +85,14 @@ class Asked:
 def image_keys(pairs: Pairs) -> Keys:
     """The keys of all images in ``pairs``, each once."""
     n = len(pairs)
-    columns = [pairs.table[f"image_{side}"].combine_chunks() for side in (0, 1)]
-    encoded = pa.concat_arrays([c.cast(pa.string()) for c in columns]).dictionary_encode()
-    of_slot = np.empty(2 * n, np.int64)
-    codes = encoded.indices.to_numpy()
-    of_slot[0::2], of_slot[1::2] = codes[:n], codes[n:]
-    order, first, of_slot = _renumbered(of_slot)
-    return Keys(encoded.dictionary.take(pa.array(order)), first, of_slot)
+    columns = (pairs.table[f"image_{side}"] for side in (0, 1))
+    # large: the keys of 100M pairs are more than the 2 GB that a plain string column can hold
+    chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
+    encoded = pa.chunked_array(chunks, pa.large_string()).dictionary_encode().unify_dictionaries()
+    codes = np.concatenate([np.empty(0, np.int32), *(c.indices for c in encoded.chunks)])
+    names = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], pa.large_string())
+    order, first, of_slot = _renumbered(codes.reshape(2, n).T.reshape(-1))
+    return Keys(names.take(pa.array(order)), first, of_slot)
 
 
 def ask(pairs: Pairs, keys: Keys, contents: pa.Array | None) -> Asked:
@@ -100,7 +101,9 @@ def ask(pairs: Pairs, keys: Keys, contents: pa.Array | None) -> Asked:
     A null in ``contents`` (an image that could not be read) is an image of its own.
     """
     n = len(pairs)
-    images = keys.names if contents is None else pc.coalesce(contents, keys.names)
+    images = keys.names
+    if contents is not None:
+        images = pc.coalesce(contents.cast(pa.large_string()), keys.names)
     encoded = images.dictionary_encode()
     # Keys are in order of first appearance, and so are the contents' codes.
     of_key = encoded.indices.to_numpy().astype(np.int64)

@@ -120,7 +120,9 @@ class RayPool:
             except (ConnectionError, RuntimeError) as error:
                 where = self.address or "a new cluster on this machine"
                 raise FifaError(
-                    f"cannot reach the Ray cluster: {str(error).splitlines()[0]}", where=where
+                    f"cannot reach the Ray cluster: {' '.join(str(error).split())[:300]}",
+                    where=where,
+                    do="check the address, the port and (`ray get-auth-token`) the token",
                 ) from error
         return ray
 

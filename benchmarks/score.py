@@ -1,0 +1,215 @@
+"""The engine against the loop of PickScore's README, and against the bare image tower.
+
+The same weights for all (a CLIP ViT-B/32 of random weights, on this machine's processors), and
+pairs whose images recur as in Pick-a-Pic: about 1.7 pairs an image and 14 pairs a prompt. The
+loop does what the README does, a pair at a time: the prompt and both images through processor and
+model. The limit is the image tower alone on batches that are ready. The three take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from common import peak_mb, report
+from fifa.pairs import read_pairs
+from fifa.rewards.engine import EngineOptions, score_images
+from fifa.rewards.load import load_reward
+
+SIDE = 512
+PAIRS_AN_IMAGE = 1.7
+PAIRS_A_PROMPT = 14
+BATCH = 32
+
+
+def write_clip(folder: Path, **towers: dict[str, int]) -> None:
+    """A CLIP of random weights (ViT-B/32 unless told); its tokenizer knows bytes only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = CLIPConfig(**towers)
+    config.text_config.eos_token_id = 2  # pool at the highest token id, as the published CLIPs do
+    CLIPModel(config).eval().save_pretrained(folder)
+
+
+def make_pairs(folder: Path, pairs: int) -> Path:
+    """Pairs of 512 x 512 JPEGs in Pick-a-Pic's columns; every prompt has its own images.
+
+    14 pairs a prompt and 1.7 pairs an image are 14 / 1.7, some 8 images a prompt.
+    """
+    draw = np.random.default_rng(0)
+    images = round(PAIRS_A_PROMPT / PAIRS_AN_IMAGE)
+    rows: dict[str, list[object]] = {name: [] for name in COLUMNS}
+    for prompt in range(-(-pairs // PAIRS_A_PROMPT)):
+        text = f"{prompt} " + "".join(draw.choice(list("abcdefg hij klm "), 16))
+        jpegs = [jpeg(draw) for _ in range(images)]
+        both = [(i, j) for i in range(images) for j in range(i)]
+        draw.shuffle(both)
+        for i, j in both[: min(PAIRS_A_PROMPT, pairs - len(rows["caption"]))]:
+            uids = f"{prompt}-{i}", f"{prompt}-{j}"
+            for name, value in zip(
+                COLUMNS, (text, jpegs[i], jpegs[j], *uids, 1.0, 0.0), strict=True
+            ):
+                rows[name].append(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(rows), folder / "pairs.parquet", row_group_size=100)
+    return folder / "pairs.parquet"
+
+
+COLUMNS = ("caption", "jpg_0", "jpg_1", "image_0_uid", "image_1_uid", "label_0", "label_1")
+
+
+def jpeg(draw: np.random.Generator) -> bytes:
+    """About 70 KB: soft shapes under fine grain, as generated pictures have."""
+    coarse = Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8))
+    pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    grained = pixels + draw.normal(0, 6, pixels.shape)
+    stream = io.BytesIO()
+    Image.fromarray(grained.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+class Loop:
+    """PickScore's README: `calc_probs` a pair, without its softmax."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = CLIPModel.from_pretrained(folder).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.processor = CLIPImageProcessorPil()
+
+    @torch.no_grad()
+    def score(self, prompt: str, data: tuple[bytes, bytes]) -> list[float]:
+        """The rewards of both images."""
+        images = [Image.open(io.BytesIO(one)) for one in data]
+        pixels = self.processor(images=images, return_tensors="pt")
+        tokens = self.tokenizer(
+            prompt, padding=True, truncation=True, max_length=77, return_tensors="pt"
+        )
+        image = self.model.get_image_features(**pixels).pooler_output
+        image = image / torch.norm(image, dim=-1, keepdim=True)
+        text = self.model.get_text_features(**tokens).pooler_output
+        text = text / torch.norm(text, dim=-1, keepdim=True)
+        scores: list[float] = (self.model.logit_scale.exp() * (text @ image.T)[0]).tolist()
+        return scores
+
+    def run(self, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+        """Pair by pair."""
+        return [self.score(row["caption"], (row["jpg_0"], row["jpg_1"])) for row in rows]
+
+    def tower(self, batches: int) -> float:
+        """Seconds an image that the bare image tower takes on ready batches."""
+        ready = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            for _ in range(batches):
+                self.model.get_image_features(pixel_values=ready)
+        return (time.perf_counter() - begun) / (batches * BATCH)
+
+
+_reward = None
+
+
+def ours(folder: str, source: str, threads: int) -> tuple[float, float, list[list[float]], int]:
+    """Seconds, peak MB and scores of the engine, in a process of its own, the model loaded."""
+    global _reward
+    torch.set_num_threads(threads)
+    if _reward is None:
+        _reward = load_reward(f"pickscore:{folder}", device="cpu")
+        _reward.image_features(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+        _reward.prompt_features(["warm"])
+    pairs = read_pairs(source)
+    with tempfile.TemporaryDirectory() as scores:
+        begun = time.perf_counter()
+        options = EngineOptions(batch=BATCH)
+        table = score_images(pairs, _reward, folder=Path(scores), options=options)
+        seconds = time.perf_counter() - begun
+    images = len({*pairs.table["image_0"].to_pylist(), *pairs.table["image_1"].to_pylist()})
+    found = np.full((len(pairs), 2), np.nan)
+    swapped = pairs.table["swapped"].to_numpy(zero_copy_only=False)
+    rewards = np.stack([table["reward_0"].to_numpy(), table["reward_1"].to_numpy()], 1)
+    found[pairs.table["row"].to_numpy()] = np.where(swapped[:, None], rewards[:, ::-1], rewards)
+    return seconds, peak_mb(), found.tolist(), images
+
+
+def compare(folder: Path, pairs: int, rounds: int) -> None:
+    write_clip(folder / "model")
+    source = make_pairs(folder / "data", pairs)
+    loop = Loop(folder / "model")
+    loop.tower(1)
+    share = -(-pairs // rounds)
+    theirs, limits, times, scores = 0.0, [], [], []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as engine:
+        for number in range(rounds):
+            rows = pq.read_table(source).slice(number * share, share).to_pylist()
+            begun = time.perf_counter()
+            scores += loop.run(rows)
+            theirs += time.perf_counter() - begun
+            limits.append(loop.tower(4))
+            seconds, peak, found, images = engine.submit(
+                ours, str(folder / "model"), str(source), torch.get_num_threads()
+            ).result()
+            times.append(seconds)
+            limits.append(loop.tower(4))
+    difference = float(np.abs(np.array(found) - np.array(scores)).max())
+    spread = float(np.std(scores))
+    seconds, limit = float(np.median(times)), float(np.median(limits)) * images
+    report(
+        "score",
+        [
+            ("", "pairs/s", "images/s", "s"),
+            ("loop of PickScore's README", *rates(pairs, 2 * pairs, theirs)),
+            ("fifa, decoding and all", *rates(pairs, images, seconds)),
+            ("bare image tower", "", *rates(0, images, limit)[1:]),
+            ("largest difference of scores", "", "", f"{difference:.1e}"),
+            ("(their standard deviation)", "", "", f"{spread:.1e}"),
+        ],
+        speedup=theirs / seconds,
+        of_limit=limit / seconds,
+        peak_mb=peak,
+    )
+    if difference > 1e-5:
+        raise SystemExit(f"the scores differ by {difference:.1e}")
+
+
+def rates(pairs: int, images: int, seconds: float) -> tuple[str, str, str]:
+    return f"{pairs / seconds:.2f}", f"{images / seconds:.2f}", f"{seconds:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, help="keep model and data here")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(given.folder or Path(temporary), given.pairs, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
