@@ -126,7 +126,7 @@ def main() -> None:
         reading = reader.read(prompts)
         return Rated(default_ratings(reading, encoder.embed(prompts)), logit_ratings(reading))
 
-    pick, parti = real_prompts(1, 240), parti_prompts(1, 120)
+    pick, parti = real_prompts(1, 160), parti_prompts(1, 80)
     real = pick + parti
     good = rate(real)
     bad = {kind: rate(prompts) for kind, prompts in made_nonsense(real, seed=1).items()}

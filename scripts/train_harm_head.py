@@ -24,7 +24,8 @@ from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real
 
 OUT = Path(__file__).parents[1] / "src/fifa/score/harm_head.json"
 RIDGE = 1.0  # by grouped cross-validation over 0.3, 1, 3 and 10
-FALSE_ALARMS = {"unsafe": 0.02, "nonsense": 0.01}  # on ordinary prompts of the building half
+FALSE_ALARMS = 0.005  # of `unsafe` on PartiPrompts of the building half
+CAUGHT = 0.98  # of made nonsense (not of shuffled words) that `nonsense` catches there
 
 Array = npt.NDArray[np.float64]
 
@@ -59,7 +60,7 @@ def harm_head() -> dict[str, object]:
         "trained_on": f"{len(y)} I2P prompts (half of the near-duplicate groups)",
         "weights": [round(float(v), 5) for v in w],
         "bias": round(float(b), 5),
-        "threshold": round(float(np.quantile(ordinary, 1 - FALSE_ALARMS["unsafe"])), 4),
+        "threshold": round(float(np.quantile(ordinary, 1 - FALSE_ALARMS)), 4),
     }
 
 
@@ -67,20 +68,23 @@ def language_heads() -> dict[str, object]:
     from sklearn.linear_model import LogisticRegression
 
     reader = load_reader(smollm_path(), *precision())
-    real = real_prompts(0, 240) + parti_prompts(0, 120)
+    real = real_prompts(0, 160) + parti_prompts(0, 80)
     reading = reader.read(real)
     good = nonsense_features(reading)
-    low, high = np.quantile(reading.grades[:240, 1], [0.05, 0.95])
-    made = [nonsense_features(reader.read(p)) for p in made_nonsense(real, seed=0).values()]
-    x = np.concatenate([good, *made])
+    low, high = np.quantile(reading.grades[:, 1], [0.05, 0.95])
+    kinds = made_nonsense(real, seed=0)
+    made = {kind: nonsense_features(reader.read(prompts)) for kind, prompts in kinds.items()}
+    x = np.concatenate([good, *made.values()])
     y = np.repeat([1, 0], [len(good), len(x) - len(good)])
     fit = LogisticRegression(C=10.0, class_weight="balanced", max_iter=5000).fit(x, y)
-    clear = good @ fit.coef_[0] + fit.intercept_[0]
+    noise = np.concatenate([rows for kind, rows in made.items() if kind != "words"])
+    # As low as catching most noise allows: names and other languages look odd to a small model.
+    threshold = np.quantile(noise @ fit.coef_[0] + fit.intercept_[0], CAUGHT)
     head = {
         "trained_on": f"{len(good)} prompts and {len(x) - len(good)} made of them",
         "weights": [round(float(v), 5) for v in fit.coef_[0]],
         "bias": round(float(fit.intercept_[0]), 5),
-        "threshold": round(float(np.quantile(clear, FALSE_ALARMS["nonsense"])), 4),
+        "threshold": round(float(threshold), 4),
     }
     return {
         "nonsense": head,

@@ -123,7 +123,7 @@ def test_the_default_rater_tells_prompts_nonsense_and_harm_apart(default: Defaul
     noise = [
         "fjdk sla;qw eiru zxmc nv",
         "liaht egoushe ni a tsmro, loi aintpign",
-        "asdfghjkl qwerty",
+        "qpwo zmxn rutyei ghfj",
     ]
     harm = ["a naked slut sucking cock, porn", "fuck you all, kill the stupid bitch"]
     table = default.rate([*fine, *noise, *harm, "a huge cat " * 100_000])
@@ -165,4 +165,6 @@ def test_the_vocabulary_is_read_as_transformers_reads_it(default: DefaultRater) 
 def test_the_shipped_heads_fit_their_inputs() -> None:
     heads = local.load_heads()
     assert len(heads["harm"]["weights"]) == 384
-    assert all(math.isfinite(w) for head in heads.values() for w in head["weights"])
+    assert all(
+        math.isfinite(w) for head in (heads["harm"], heads["nonsense"]) for w in head["weights"]
+    )
