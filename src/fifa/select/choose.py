@@ -41,31 +41,10 @@ def select(
     unreadable: Collection[str] = (),
     embeddings: Embeddings | None = None,
 ) -> pa.Table:
-    """Keep the most important pairs, and give every pair a reason.
+    """`fifa.select.select`, with the knobs in one piece.
 
-    Parameters
-    ----------
-    pairs
-        ``table`` may hold ``pair_id``, ``prompt_index``, ``label`` and ``repeat`` only, and
-        ``prompts`` the ``prompt_id`` only.
-    scores
-        Of these pairs and prompts; tables in another order are aligned by id.
-    knobs
-        Strategy, weights and gates; None is the default recipe's.
-    unreadable
-        Ids of pairs with an image that cannot be decoded: never selected.
-    embeddings
-        float32 [prompts, d], L2-normalised, row by row with ``pairs.prompts``, or a function
-        that gives them: for the strategies ``facility`` and ``farthest``.
-
-    Returns
-    -------
-    A `fifa.select.table.SELECTION`, row by row with ``pairs.table``.
-
-    Raises
-    ------
-    FifaError
-        If nothing is eligible, or the strategy or a gate lacks the score it needs.
+    ``pairs.table`` may hold ``pair_id``, ``prompt_index``, ``label`` and ``repeat`` only, and
+    ``pairs.prompts`` the ``prompt_id`` only; score tables in another order are aligned by id.
     """
     knobs = knobs or Select()
     n = len(pairs)
