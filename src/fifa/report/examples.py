@@ -98,10 +98,20 @@ def choose_rows(columns: Columns, n: int, n_gated: int) -> list[tuple[str, str, 
 
 
 def load_examples(
-    folder: Path, columns: Columns, quality: Path | None, *, n: int = 6, n_gated: int = 2
+    folder: Path,
+    columns: Columns,
+    quality: Path | None,
+    doubted: Sequence[int] = (),
+    *,
+    n: int = 6,
+    n_gated: int = 2,
 ) -> list[Group]:
-    """Examples with their prompts, flags and thumbnails; groups without any are left out."""
-    chosen = [group for group in choose_rows(columns, n, n_gated) if group[2]]
+    """Examples with their prompts, flags and thumbnails; groups without any are left out.
+
+    ``doubted`` are rows that a committee contradicts, the most doubtful first.
+    """
+    groups = [*choose_rows(columns, n, n_gated), ("doubted", "", list(doubted[:n]))]
+    chosen = [group for group in groups if group[2]]
     rows = sorted({row for _, _, group in chosen for row in group})
     if not rows:
         return []

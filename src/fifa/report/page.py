@@ -22,6 +22,7 @@ from fifa.errors import FifaError
 from fifa.pairs.table import FILES, Origin, load_origin
 from fifa.recipe import Recipe, from_yaml
 from fifa.report import data, figures
+from fifa.report.doubts import LISTED, load_doubts
 from fifa.report.examples import load_examples
 from fifa.report.words import count, number, percent, seconds, shorten, shorten_lines, span
 from fifa.score.agreement import Agreement, agreement
@@ -49,6 +50,7 @@ HEADINGS = {
     "kept_last": "Kept, last by {order}",
     "dropped_first": "Dropped, first below the cut",
     "gated": "Dropped",
+    "doubted": "Likely mislabelled",
 }
 COMPONENTS = {
     "margin": "How far apart the scorer sees the two images of a pair",
@@ -124,7 +126,8 @@ def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
     files = _made_from(folder, recipe)
     reasons = data.count_reasons(columns)
     scorers, curve, deciles, shown = _agreement(columns, files["margins"])
-    groups = load_examples(folder, columns, files["quality"])
+    doubts = load_doubts(columns, files["margins"])
+    groups = load_examples(folder, columns, files["quality"], doubts.rows if doubts else ())
     log = data.read_log(folder / "log.jsonl")
     return {
         "title": _title(recipe, origin),
@@ -144,7 +147,10 @@ def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
         "least": data.LEAST,
         "by_labels": recipe.select.strategy == "consensus" or bool(recipe.select.min_agreement),
         "distributions": _distributions(columns),
-        "groups": groups,
+        "groups": [group for group in groups if group.name != "doubted"],
+        "doubted": [group for group in groups if group.name == "doubted"],
+        "doubts": doubts,
+        "doubted_ids": _ids(folder, doubts.rows[:LISTED]) if doubts else [],
         "headings": HEADINGS,
         "order": "importance"
         if recipe.select.strategy == "fifa"
@@ -160,6 +166,14 @@ def _context(folder: Path, recipe: Recipe, origin: Origin) -> dict[str, Any]:
         "totals": _totals(log.steps),
         "source_word": shlex.quote(shorten(recipe.read.source or "SOURCE", 400)),
     }
+
+
+def _ids(folder: Path, rows: Sequence[int]) -> list[str]:
+    """The ids of some pairs, in the order of ``rows``."""
+    order = sorted(rows)
+    ids = data.take_rows(folder / FILES["table"], order, ["pair_id"])["pair_id"].to_pylist()
+    found = dict(zip(order, ids, strict=True))
+    return [found[row] for row in rows]
 
 
 def _title(recipe: Recipe, origin: Origin) -> str:
