@@ -159,18 +159,28 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
     """
     from fifa.score import score
 
-    with step(run, "score"):
-        knobs = run.recipe.score
-        scores = score(
-            pairs,
-            margin=knobs.margin,
-            quality=knobs.quality,
-            diversity=knobs.diversity,
-            k=knobs.k,
-            folder=run.scores,
-            compute=run.recipe.compute,
-            allow_download=run.recipe.read.allow_download,
-        )
+    knobs = run.recipe.score
+    parts: dict[str, dict[str, Any]] = {
+        "margin": {"margin": knobs.margin},
+        "diversity": {"diversity": knobs.diversity, "k": knobs.k},
+        "quality": {"quality": knobs.quality},
+    }
+    made = {}
+    for name, asked in parts.items():
+        with step(run, name):
+            made[name] = score(
+                pairs,
+                **{"quality": "none", "diversity": "none", **asked},
+                folder=run.scores,
+                compute=run.recipe.compute,
+                allow_download=run.recipe.read.allow_download,
+            )
+    scores = Scores(
+        margins=made["margin"].margins,
+        quality=made["quality"].quality,
+        diversity=made["diversity"].diversity,
+        knobs=knobs,
+    )
 
     def file(table: pa.Table | None) -> str | None:
         return None if table is None else str(score_facts(table)["file"])
