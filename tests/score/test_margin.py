@@ -87,7 +87,8 @@ def test_what_is_not_finite_is_counted_and_not_hidden(reading: str) -> None:
         ("column:a", "a, b"),
         ("column:a,b,a", "a, b"),
         ("column:label,a", "a, b"),  # the person's label is no reward
-        ("pickscore", "column:NAME_0,NAME_1"),
+        ("pickscores", "column:NAME_0,NAME_1"),
+        ("pickscore", "--allow-download"),  # this source has no images
         ("column:logodds:a,b", "column:raw"),
     ],
 )
