@@ -30,8 +30,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from common import peak_mb, report
 from fifa.pairs import read_pairs
+from fifa.pairs.images import open_image
 from fifa.rewards.engine import EngineOptions, score_images
 from fifa.rewards.load import load_reward
+from fifa.rewards.pixels import convert_crop
 
 SIDE = 512
 PAIRS_AN_IMAGE = 1.7
@@ -129,6 +131,15 @@ class Loop:
         return (time.perf_counter() - begun) / (batches * BATCH)
 
 
+def decode_ms(source: Path) -> float:
+    """Processor milliseconds that one image takes to be decoded and resized."""
+    data = pq.read_table(source, columns=["jpg_0"])["jpg_0"][:50].to_pylist()
+    begun = time.process_time()
+    for one in data:
+        convert_crop(open_image(one), 224)
+    return 1000 * (time.process_time() - begun) / len(data)
+
+
 _reward = None
 
 
@@ -184,6 +195,7 @@ def compare(folder: Path, pairs: int, rounds: int) -> None:
             ("loop of PickScore's README", *rates(pairs, 2 * pairs, theirs)),
             ("fifa, decoding and all", *rates(pairs, images, seconds)),
             ("bare image tower", "", *rates(0, images, limit)[1:]),
+            ("decoding and resizing, ms of a core", "", "", f"{decode_ms(source):.1f}"),
             ("largest difference of scores", "", "", f"{difference:.1e}"),
             ("(their standard deviation)", "", "", f"{spread:.1e}"),
         ],
