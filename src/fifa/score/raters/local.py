@@ -17,6 +17,7 @@ from fifa.console import note
 from fifa.score.encoders import make_encoder
 from fifa.score.raters.logits import LogitReader, Numbers, Reading
 from fifa.score.raters.models import find_model, load_reader, model_digest, precision, smollm_path
+from fifa.score.raters.words import PATTERNS, add_word_flags
 from fifa.score.rubric import RATINGS, load_rubric
 from fifa.shards.files import digest
 
@@ -60,6 +61,7 @@ class DefaultRater:
             "precision": self._precision[1],
             "encoder": self._encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
+            "words": digest({flag: found.pattern for flag, found in PATTERNS.items()}),
             "rubric": load_rubric().identity,
         }
 
@@ -67,7 +69,10 @@ class DefaultRater:
         """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
         if vectors is None:
             vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
-        return default_ratings(self._reader.read(prompts), vectors)
+        table = default_ratings(self._reader.read(prompts), vectors)
+        flags = add_word_flags(prompts, table["flags"].to_pylist())
+        place = table.schema.get_field_index("flags")
+        return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
 
 
 class LogitRater:
