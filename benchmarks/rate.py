@@ -173,8 +173,8 @@ def measured_peak(count: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=300)
-    parser.add_argument("--peer-prompts", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--peer-prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
