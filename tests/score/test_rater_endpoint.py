@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -23,6 +24,9 @@ from hypothesis import strategies as st
 
 from fifa.console import collect_facts
 from fifa.errors import FifaError
+from fifa.pairs.table import PAIRS, Pairs
+from fifa.pairs.table import PROMPTS as PROMPTS_SCHEMA
+from fifa.score.quality import quality_scores
 from fifa.score.raters.endpoint import EndpointRater, make_endpoint, public_url
 from fifa.score.rubric import Answer, load_rubric, parse_answer, response_format
 
@@ -208,6 +212,32 @@ def test_one_hopeless_prompt_does_not_lose_the_others(capfd: pytest.CaptureFixtu
     assert table["rating"].to_pylist()[::2] == [4.0, 4.0]
     assert facts["unrated"] == 1
     assert "1 of 3 prompts could not be rated: 1 x no JSON object" in capfd.readouterr().err
+
+
+def test_a_later_run_asks_again_for_what_was_given_up_on_and_for_nothing_else(
+    tmp_path: Path,
+) -> None:
+    asked_for: Counter[str] = Counter()
+    healed = False
+
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        asked_for[asked(body)] += 1
+        hopeless = "bad" in asked(body) and not healed
+        return web.json_response(completion("no" if hopeless else json.dumps(GOOD)))
+
+    texts = ["a", "bad", "c"]
+    prompts = pa.table([[f"{i:020x}" for i in range(3)], texts], schema=PROMPTS_SCHEMA)
+    pairs = Pairs(PAIRS.empty_table(), prompts)
+    with server(handle) as url:
+        spec = f"openai:m@{url}"
+        first = quality_scores(pairs, spec, folder=tmp_path)
+        healed = True
+        second = quality_scores(pairs, spec, folder=tmp_path)
+        third = quality_scores(pairs, spec, folder=tmp_path)
+    assert first["flags"].to_pylist() == ["", None, ""]
+    assert second["flags"].to_pylist() == ["", "", ""]
+    assert third.equals(second)
+    assert asked_for == {"a": 1, "c": 1, "bad": 4}  # three attempts, then one
 
 
 def test_a_server_without_structured_output_is_asked_in_words_from_then_on() -> None:

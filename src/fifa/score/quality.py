@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fifa.console import progress, say
 from fifa.errors import FifaError
@@ -86,11 +87,12 @@ def quality_scores(
         return scored_once(path, lambda: ratings, {"rater": name})
     rater = make_rater(spec, folder, in_flight=in_flight)
     path = _path(folder, rater.name, pairs, rater.identity)
-    finished = path is not None and path.exists()
+    if path is not None and path.exists():
+        unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
+        if unrated:  # the others' answers are kept, so only these are asked for
+            say(f"asking again for {unrated:,} prompts that were given up on")
+            path.unlink()
     table = scored_once(path, lambda: _rated(pairs, rater, path), {"rater": rater.identity})
-    unrated = table["flags"].null_count
-    if finished and unrated:
-        say(f"{unrated} prompts are not rated in {path}; delete it to ask for them again")
     if path is not None:
         forget(_parts(path))
     return table

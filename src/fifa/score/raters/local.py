@@ -17,7 +17,7 @@ from fifa.console import note
 from fifa.score.encoders import make_encoder
 from fifa.score.raters.logits import LogitReader, Numbers, Reading
 from fifa.score.raters.models import find_model, load_reader, model_digest, precision, smollm_path
-from fifa.score.raters.words import PATTERNS, add_word_flags
+from fifa.score.raters.words import WORDS_DIGEST, add_word_flags
 from fifa.score.rubric import RATINGS, load_rubric
 from fifa.shards.files import digest
 
@@ -61,7 +61,7 @@ class DefaultRater:
             "precision": self._precision[1],
             "encoder": self._encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
-            "words": digest({flag: found.pattern for flag, found in PATTERNS.items()}),
+            "words": WORDS_DIGEST,
             "rubric": load_rubric().identity,
         }
 

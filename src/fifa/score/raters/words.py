@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from fifa.shards.files import digest
+
 _WORDS = {
     "sexual": r"""
         nsfw | nudes? | nudity | naked | topless | porn\w* | hentai | ecchi | xxx | erotic\w*
@@ -46,7 +48,8 @@ def _pattern(words: str) -> re.Pattern[str]:
 
 
 _CHILDREN = _pattern(_CHILD)
-PATTERNS = {flag: _pattern(words) for flag, words in _WORDS.items()}
+_PATTERNS = {flag: _pattern(words) for flag, words in _WORDS.items()}
+WORDS_DIGEST = digest(_WORDS, _CHILD)  # part of the default rater's identity
 
 
 def word_flags(prompt: str) -> list[str]:
@@ -54,7 +57,7 @@ def word_flags(prompt: str) -> list[str]:
 
     ``minors`` is raised by its own words, and wherever a child stands beside sexual words.
     """
-    flags = [flag for flag, pattern in PATTERNS.items() if pattern.search(prompt)]
+    flags = [flag for flag, pattern in _PATTERNS.items() if pattern.search(prompt)]
     if "sexual" in flags and "minors" not in flags and _CHILDREN.search(prompt):
         flags.append("minors")
     return flags
