@@ -1,0 +1,1 @@
+"""TRAIN: Diffusion-DPO on cached latents."""
