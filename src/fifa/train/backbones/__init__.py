@@ -1,1 +1,63 @@
 """Families of diffusion models behind one seam."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fifa.errors import FifaError
+from fifa.score.wheels import require
+from fifa.train.backbones.base import Backbone
+
+if TYPE_CHECKING:
+    import torch
+
+FAMILIES = {
+    "StableDiffusionPipeline": "sd",
+}
+
+
+def load_backbone(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+) -> Backbone:
+    """A diffusion model as what the trainer needs of it.
+
+    Parameters
+    ----------
+    model
+        A folder in diffusers layout, or a hub id. Its ``model_index.json`` tells the family.
+    device
+        Where to put it.
+    dtype
+        The floating type of all weights, ``float32``, ``bfloat16`` or ``float16``; the VAE stays
+        in float32 unless its configuration says that it need not.
+
+    Raises
+    ------
+    FifaError
+        For a folder that is no model, or lacks a part (it says which), a family that is not
+        known, a model that predicts the image itself, and weights that are not safetensors.
+    """
+    torch = require("torch", "train")
+    from fifa.train.backbones.parts import open_folder
+
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    folder = open_folder(model, torch.device(device), kind)
+    family = FAMILIES.get(folder.pipeline)
+    if family is None:
+        raise FifaError(
+            f"a model of class {folder.pipeline} is not known",
+            where=str(folder.path / "model_index.json"),
+            do=f"one of {', '.join(FAMILIES)}",
+        )
+    if family == "sd":
+        from fifa.train.backbones.sd import StableDiffusion
+
+        return StableDiffusion(folder)
+    raise AssertionError(family)
+
+
+__all__ = ["Backbone", "load_backbone"]

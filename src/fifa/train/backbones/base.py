@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -27,24 +28,23 @@ class Backbone(Protocol):
         ``sd``, ``sdxl``, ``sd3`` or ``flux``.
     folder
         The model's folder in diffusers layout.
-    prediction
-        What the denoiser predicts: the noise, v, or the flow ``noise - latents``.
     denoiser
         The UNet or transformer, the only part that is trained.
     denoiser_name
         ``unet`` or ``transformer``: its folder, and the prefix of its keys in a LoRA file.
     lora_targets
         The modules that get an adapter unless others are named.
-    encoders
-        JSON-able: digests of VAE and text encoders, of what the cache depends on.
     """
 
     kind: str
-    folder: Any
-    prediction: Prediction
+    folder: Path
     denoiser: torch.nn.Module
     denoiser_name: Literal["unet", "transformer"]
     lora_targets: tuple[str, ...]
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser predicts: the noise, v, or the flow ``noise - latents``."""
 
     @property
     def encoders(self) -> dict[str, Any]:

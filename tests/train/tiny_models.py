@@ -1,0 +1,327 @@
+"""Diffusion models of the real classes in the hub's layout: small, random, from a seed."""
+
+import json
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+torch.set_num_threads(1)  # models this small only wait for each other
+
+TEXT = 32  # width of a text encoder
+LENGTH = 16  # tokens of a prompt
+KINDS = (
+    "sd15",
+    "sd2",
+    "sd15-tiny-vae",
+    "sdxl",
+    "sd3",
+    "sd3-without-t5",
+    "flux-dev",
+    "flux-schnell",
+)
+
+
+def write_model(folder, kind="sd15", seed=0):
+    """A model of `KINDS`; returns its folder."""
+    make = {
+        "sd15": _sd,
+        "sd2": lambda folder: _sd(folder, "v_prediction"),
+        "sd15-tiny-vae": lambda folder: _sd(folder, tiny_vae=True),
+        "sdxl": _sdxl,
+        "sd3": _sd3,
+        "sd3-without-t5": lambda folder: _sd3(folder, t5=False),
+        "flux-dev": _flux,
+        "flux-schnell": lambda folder: _flux(folder, dev=False),
+    }[kind]
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline, parts, extra = make(folder)
+    index = {"_class_name": pipeline, "_diffusers_version": "0.35.0", **extra}
+    for name, part in parts.items():
+        if part is None:
+            index[name] = [None, None]
+            continue
+        library = type(part).__module__.partition(".")[0]
+        index[name] = [library, type(part).__name__]
+        part.save_pretrained(folder / name)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def shake(module):
+    """Weights well away from their initial values: zero-initialised layers would hide mistakes."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def _sd(folder, prediction="epsilon", tiny_vae=False):
+    words = write_clip_tokenizer(folder / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=64,  # the stock pipeline writes over smaller ones
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction,
+        "steps_offset": 1,
+    }
+    parts = {
+        "vae": _tiny_vae() if tiny_vae else _vae(4, scaling_factor=0.18215),
+        "text_encoder": shake(CLIPTextModel(_clip(words))),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "unet": shake(unet),
+        "scheduler": PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **schedule),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    return "StableDiffusionPipeline", parts, {"requires_safety_checker": False}
+
+
+def _sdxl(folder):
+    words = write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad="!")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=2 * TEXT,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=TEXT + 6 * 8,
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    parts = {
+        "vae": _vae(4, scaling_factor=0.13025),
+        "text_encoder": shake(CLIPTextModel(_clip(words))),
+        "text_encoder_2": shake(CLIPTextModelWithProjection(_clip(words, act="gelu"))),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        "unet": shake(unet),
+        "scheduler": DDPMScheduler(**schedule, steps_offset=1),
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    return "StableDiffusionXLPipeline", parts, {"force_zeros_for_empty_prompt": True}
+
+
+def _sd3(folder, t5=True):
+    words = write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad="!")
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=3 * TEXT,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * TEXT,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    parts = {
+        "transformer": shake(transformer),
+        "vae": _vae(8, scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder": shake(CLIPTextModelWithProjection(_clip(words))),
+        "text_encoder_2": shake(CLIPTextModelWithProjection(_clip(words, act="gelu"))),
+        "text_encoder_3": _t5(3 * TEXT) if t5 else None,
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        "tokenizer_3": _t5_tokenizer() if t5 else None,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "image_encoder": None,
+        "feature_extractor": None,
+    }
+    return "StableDiffusion3Pipeline", parts, {}
+
+
+def _flux(folder, dev=True):
+    words = write_clip_tokenizer(folder / "tokenizer")
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        pooled_projection_dim=TEXT,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 4, 8),
+    )
+    dynamic = {"shift": 3.0, "use_dynamic_shifting": True} if dev else {"shift": 1.0}
+    parts = {
+        "transformer": shake(transformer),
+        "vae": _vae(8, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": shake(CLIPTextModel(_clip(words))),
+        "text_encoder_2": _t5(48),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer_2": _t5_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic),
+        "image_encoder": None,
+        "feature_extractor": None,
+    }
+    return "FluxPipeline", parts, {}
+
+
+def _vae(channels, **config):
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=64,
+        **config,
+    )
+    return shake(vae)
+
+
+def _tiny_vae():
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    return shake(vae)
+
+
+def _clip(words, act="quick_gelu"):
+    return CLIPTextConfig(
+        hidden_size=TEXT,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=TEXT,
+        vocab_size=words,
+        hidden_act=act,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1,
+    )
+
+
+def _t5(width):
+    config = T5Config(
+        d_model=width,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=140,
+        feed_forward_proj="gated-gelu",
+    )
+    return shake(T5EncoderModel(config))
+
+
+def _t5_tokenizer():
+    letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    vocabulary += [("▁the", -3.0), ("▁cat", -3.5)]
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
+    return T5Tokenizer(vocab=vocabulary, model_max_length=512)
+
+
+def write_clip_tokenizer(folder, pad="<|endoftext|>"):
+    """CLIP's tokenizer over bytes with a few merges; returns how many words it knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("o", "n</w>")]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        model_max_length=LENGTH,
+        pad_token=pad,
+    ).save_pretrained(folder)
+    return len(words)
+
+
+PROMPTS = ("the cat, on a moon!", "", "a very long prompt " * 30)
+
+
+def write_pairs(path, sizes=(((64, 64), (64, 64)),) * 4, seed=0, **columns):
+    """Pairs in Pick-a-Pic's schema with drawn images; ``sizes`` are (width, height) of both.
+
+    ``columns`` replace or add columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draw = np.random.default_rng(seed)
+    n = len(sizes)
+    rows = {
+        "jpg_0": [picture(draw, *first) for first, _ in sizes],
+        "jpg_1": [picture(draw, *second) for _, second in sizes],
+        "label_0": [float(i % 2) for i in range(n)],
+        "label_1": [1.0 - i % 2 for i in range(n)],
+        "caption": [f"the cat number {i}" for i in range(n)],
+        **columns,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({name: value for name, value in rows.items() if value is not None})
+    pq.write_table(table, path, row_group_size=3)
+    return path
+
+
+def picture(draw, width, height, kind="PNG"):
+    """The bytes of an image of soft waves and an edge, so that a shifted pixel shows."""
+    import io
+
+    from PIL import Image
+
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / draw.uniform(3, 20) + y / draw.uniform(3, 20)) for _ in range(3)]
+    pixels = 127 + 100 * np.stack(waves, -1)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = draw.integers(0, 256, 3)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, kind)
+    return stream.getvalue()
