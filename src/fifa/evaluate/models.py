@@ -12,8 +12,8 @@ from typing import Any, Literal
 from fifa.errors import FifaError
 from fifa.score.encoders import model_folder
 from fifa.score.transformer import MODEL_FILES
-from fifa.score.wheels import require
 from fifa.shards.files import digest, files_digest
+from fifa.train.backbones.parts import HUB_FILES
 
 Method = Literal["base", "lora", "part", "pipeline"]
 
@@ -106,12 +106,12 @@ def find_models(base: str, tuned: Mapping[str, str]) -> list[Model]:
 def name_checkpoints(paths: Sequence[str]) -> dict[str, str]:
     """``NAME=PATH``, or the path alone, named by as much of its end as tells all apart."""
     given = [_named(path) for path in dict.fromkeys(paths)]
-    parts = [_parts(path) for _, path in given]
+    parts = [_parts(path) for name, path in given if not name]
     most = max(map(len, parts), default=1)
     depth = next((d for d in range(1, most) if len({p[-d:] for p in parts}) == len(parts)), most)
     found: dict[str, str] = {}
-    for (own, path), part in zip(given, parts, strict=True):
-        name = own or "/".join(part[-depth:]) or "tuned"
+    for own, path in given:
+        name = own or "/".join(_parts(path)[-depth:]) or "tuned"
         if name in found:
             raise FifaError(f"two checkpoints are named {name}", do="--tuned NAME=PATH names them")
         found[name] = path
@@ -123,22 +123,7 @@ def find_pipeline(model: str) -> Path:
 
     Raises `FifaError` for one that is not there, or that brings code of its own.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        diffusers = require("diffusers", "train")
-        try:
-            # without the safety checker, and without what other frameworks read
-            path = Path(
-                diffusers.DiffusionPipeline.download(
-                    model, use_safetensors=True, safety_checker=None
-                )
-            )
-        except Exception as error:  # the hub's, the cache's and the network's own
-            raise FifaError(
-                f"no such model: {model} is neither a folder nor on the hub",
-                where=(str(error) or type(error).__name__).splitlines()[0],
-                do="name a folder in diffusers' layout, or a hub id while online",
-            ) from error
+    path = model_folder(model, HUB_FILES)
     class_name(path)
     return path
 

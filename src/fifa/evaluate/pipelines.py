@@ -142,7 +142,7 @@ class Pipelines:
             options["add_watermarker"] = False
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        except Exception as error:  # diffusers', torch's and safetensors' own
             raise _cannot_load("the pipeline", folder, error) from error
         self._set_sampler(pipe, diffusers)
         pipe.set_progress_bar_config(disable=True)
@@ -210,7 +210,7 @@ def _adapted(pipe: Any, file: Path) -> Iterator[None]:
         pipe.load_lora_weights(
             str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # diffusers', torch's and safetensors' own
         raise _cannot_load("the LoRA", file, error) from error
     try:
         # diffusers only warns of a file that has nothing for this model
@@ -229,7 +229,7 @@ def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[Non
         raise FifaError(f"the base model has no {name}", where=str(folder))
     try:
         tuned = type(own).from_pretrained(folder, dtype=dtype, **_safe(folder))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # diffusers', torch's and safetensors' own
         raise _cannot_load(f"the {name}", folder, error) from error
     changed = [
         key
