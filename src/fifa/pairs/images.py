@@ -56,28 +56,52 @@ def open_image(data: bytes) -> Image.Image:
 
     Raises `BadImage`.
     """
-    from PIL import Image
-
-    if len(data) > MAX_BYTES:
-        raise BadImage(f"more than {MAX_BYTES:,} bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"more than {MAX_PIXELS:,} pixels")
-        # an MPO is a JPEG with further pictures behind the one that everybody sees
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise BadImage("an animation")
-        if image.mode not in MODES:
-            raise BadImage(f"mode {image.mode} is not supported")
+        image = _header(data)
         image.load()
     except BadImage:
         raise
     except Exception as error:  # a decoder fed with hostile bytes may raise anything
-        brief = str(error).partition("\n")[0][:100] or type(error).__name__
-        if "<_io.BytesIO" in brief:
-            brief = "no JPEG, PNG or WEBP"
-        raise BadImage(f"cannot be decoded: {brief}") from error
+        raise _undecodable(error) from error
     return image
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an image as its header says; raises `BadImage` as `open_image` does.
+
+    What follows the header is not decoded: a truncated file passes.
+    """
+    try:
+        with _header(data) as image:
+            return image.height, image.width
+    except BadImage:
+        raise
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+def _header(data: bytes) -> Image.Image:
+    """The image, opened and looked at, not decoded."""
+    from PIL import Image
+
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"more than {MAX_BYTES:,} bytes")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"more than {MAX_PIXELS:,} pixels")
+    # an MPO is a JPEG with further pictures behind the one that everybody sees
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise BadImage("an animation")
+    if image.mode not in MODES:
+        raise BadImage(f"mode {image.mode} is not supported")
+    return image
+
+
+def _undecodable(error: Exception) -> BadImage:
+    brief = str(error).partition("\n")[0][:100] or type(error).__name__
+    if "<_io.BytesIO" in brief:
+        brief = "no JPEG, PNG or WEBP"
+    return BadImage(f"cannot be decoded: {brief}")
 
 
 def check_image(data: bytes) -> None:

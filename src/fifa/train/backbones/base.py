@@ -43,6 +43,10 @@ class Backbone(Protocol):
     lora_targets: tuple[str, ...]
 
     @property
+    def patch(self) -> int:
+        """Sides of latents are multiples of it."""
+
+    @property
     def prediction(self) -> Prediction:
         """What the denoiser predicts: the noise, v, or the flow ``noise - latents``."""
 
