@@ -21,7 +21,7 @@ from fifa.pairs.source import Root, has_file, inside
 from fifa.pairs.table import Pairs
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
@@ -51,14 +51,20 @@ def open_image(data: bytes) -> Image.Image:
     """Decode an image completely.
 
     JPEG, PNG and WEBP of at most `MAX_PIXELS` pixels and `MAX_BYTES` bytes. Refused as well:
-    truncated files, animations (nobody knows which frame a person judged) and 16-bit grey.
-    Rotation by EXIF and conversion to RGB are left to whoever looks at the image.
+    truncated files and headers that promise more pixels than there are data for
+    (`fifa.pairs.whole`), animations (nobody knows which frame a person judged), 16-bit grey, and
+    JPEGs that no browser shows (arithmetic coding). Rotation by EXIF and conversion to RGB are
+    left to whoever looks at the image.
 
     Raises `BadImage`.
     """
+    from fifa.pairs.whole import lacks_data
+
     try:
         image = _header(data)
         image.load()
+        if image.format != "WEBP" and lacks_data(image, data):
+            raise BadImage("its header promises more pixels than it has data for")
     except BadImage:
         raise
     except Exception as error:  # a decoder fed with hostile bytes may raise anything
@@ -80,9 +86,11 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise _undecodable(error) from error
 
 
-def _header(data: bytes) -> Image.Image:
+def _header(data: bytes) -> ImageFile.ImageFile:
     """The image, opened and looked at, not decoded."""
     from PIL import Image
+
+    from fifa.pairs.whole import HUFFMAN, SCANS, frame, many_scans
 
     if len(data) > MAX_BYTES:
         raise BadImage(f"more than {MAX_BYTES:,} bytes")
@@ -94,6 +102,11 @@ def _header(data: bytes) -> Image.Image:
         raise BadImage("an animation")
     if image.mode not in MODES:
         raise BadImage(f"mode {image.mode} is not supported")
+    if image.format in ("JPEG", "MPO"):
+        if frame(data) not in HUFFMAN:
+            raise BadImage("a JPEG with arithmetic or lossless coding is not supported")
+        if many_scans(data):
+            raise BadImage(f"a JPEG with more than {SCANS} scans")
     return image
 
 
