@@ -69,22 +69,19 @@ def add_lora(backbone: Backbone, lora: Lora, seed: int = 0) -> list[torch.nn.Par
         target_modules=list(lora.targets or backbone.lora_targets),
         init_lora_weights="gaussian",
     )
-    backbone.denoiser.requires_grad_(False)
+    denoiser: Any = backbone.denoiser
+    denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            backbone.denoiser.add_adapter(config, adapter_name=NAME)
+            denoiser.add_adapter(config, adapter_name=NAME)
         except ValueError as error:
             raise FifaError(
                 f"no adapter fits: {str(error).splitlines()[0]}",
                 where=f"the {backbone.denoiser_name}",
                 do=f"name other modules than {', '.join(config.target_modules)}",
             ) from error
-    trained: list[torch.nn.Parameter]
-    trained = [p for p in backbone.denoiser.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()  # an update of 1e-5 is lost in a half's rounding
-    return trained
+    return _trainable([p for p in denoiser.parameters() if p.requires_grad])
 
 
 def train_all(backbone: Backbone) -> list[torch.nn.Parameter]:
@@ -156,11 +153,7 @@ def load_lora(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
             where=str(path),
             do="name a LoRA of the same family as the model",
         )
-    trained = [p for key, p in denoiser.named_parameters() if ".lora_" in key]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return trained
+    return _trainable([p for key, p in denoiser.named_parameters() if ".lora_" in key])
 
 
 def save_full(backbone: Backbone, folder: Path) -> Path:
@@ -186,3 +179,11 @@ def load_full(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
         raise FifaError(f"cannot load the weights: {brief}", where=str(path)) from error
     denoiser.load_state_dict(saved.state_dict())
     return train_all(backbone)
+
+
+def _trainable(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """In float32: an update of 1e-5 is lost in the rounding of a half."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters
