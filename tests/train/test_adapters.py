@@ -19,7 +19,7 @@ from fifa.train.adapters import (
 )
 from fifa.train.backbones import load_backbone
 
-KINDS = ("sd15",)
+KINDS = ("sd15", "sdxl", "sd3", "flux-dev")
 
 
 @pytest.fixture(scope="module")

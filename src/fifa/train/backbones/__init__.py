@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,12 @@ from fifa.train.backbones.base import Backbone
 if TYPE_CHECKING:
     import torch
 
+# By the pipeline's class: the module here, and the class in it.
 FAMILIES = {
-    "StableDiffusionPipeline": "sd",
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
 }
 
 
@@ -53,11 +58,9 @@ def load_backbone(
             where=str(folder.path / "model_index.json"),
             do=f"one of {', '.join(FAMILIES)}",
         )
-    if family == "sd":
-        from fifa.train.backbones.sd import StableDiffusion
-
-        return StableDiffusion(folder)
-    raise AssertionError(family)
+    module, name = family
+    backbone: Backbone = getattr(import_module(f"fifa.train.backbones.{module}"), name)(folder)
+    return backbone
 
 
 __all__ = ["Backbone", "load_backbone"]

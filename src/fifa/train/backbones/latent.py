@@ -38,7 +38,7 @@ class LatentBackbone:
     kind: str
     denoiser_name: Literal["unet", "transformer"]
     lora_targets: tuple[str, ...]
-    patch: int = 1  # sides of latents are multiples of it
+    patch = 1  # sides of latents are multiples of it
 
     def __init__(
         self,
