@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fifa import __version__
+from fifa.commands.vote import vote_group
 from fifa.errors import FifaError
 from fifa.options import (
     by_section,
@@ -216,6 +217,9 @@ def demo_command(out: Path) -> None:
     from fifa.demo import demo
 
     click.echo(demo(out))
+
+
+cli.add_command(vote_group)
 
 
 def main() -> None:

@@ -438,6 +438,16 @@ def test_what_fifa_exports_reads_back(tmp_path: Path) -> None:
     assert set(pairs.table["votes"].to_pylist()) == {1}
 
 
+def test_how_many_votes_a_label_averages_is_read(tmp_path: Path) -> None:
+    odd = [3, 7, None, 0, float("nan"), 2.5e10]
+    columns = pickapic() | {"label_votes": [*odd, *[1] * (N - len(odd))]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    pairs = read_pairs(tmp_path)
+    assert pairs.table["row"].to_pylist() == list(range(N))
+    assert pairs.table["votes"].to_pylist() == [3, 7] + [1] * (N - 2)
+    assert "label_votes" not in pairs.origin.score_columns
+
+
 @pytest.mark.parametrize(
     ("names", "pairs"),
     [

@@ -34,7 +34,10 @@ def _first_wins(frame: Frame) -> Labels:
 
 
 def _two_labels(frame: Frame) -> Labels:
-    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements."""
+    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
+
+    ``label_votes``, which `fifa vote export` writes, says how many votes label_0 averages.
+    """
     label, wrong = frame.number("label_0"), {}
     if "label_1" in frame.names:
         other = frame.number("label_1")
@@ -43,7 +46,11 @@ def _two_labels(frame: Frame) -> Labels:
     if "has_label" in frame.names:
         without = np.flatnonzero(frame.number("has_label") == 0)
         wrong |= dict.fromkeys(without.tolist(), "nobody labelled it (has_label is false)")
-    return Labels(label, wrong)
+    if "label_votes" not in frame.names:
+        return Labels(label, wrong)
+    votes = frame.number("label_votes")
+    known = (votes >= 1) & (votes < 2**31)
+    return Labels(label, wrong, np.where(known, votes, 1.0).astype(np.int32))
 
 
 def _weighted_results(frame: Frame) -> Labels:
@@ -134,7 +141,7 @@ LAYOUTS = (
         ("jpg_0", "jpg_1"),
         _two_labels,
         needs=("label_0", "image_0_uid", "image_1_uid"),
-        reads=("label_1", "has_label"),
+        reads=("label_1", "has_label", "label_votes"),
         keys=_UIDS,
         links=_URLS,
         ignore=_PICKAPIC,
@@ -145,7 +152,7 @@ LAYOUTS = (
         ("jpg_0", "jpg_1"),
         _two_labels,
         needs=("label_0",),
-        reads=("label_1", "has_label"),
+        reads=("label_1", "has_label", "label_votes"),
         links=_URLS,
         ignore=_PICKAPIC,
     ),

@@ -1,0 +1,1 @@
+"""Groups of commands; each imports what it does when it does it."""

@@ -1,0 +1,184 @@
+"""What stands before the pages: who may come in, from where, and with how much."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Collection
+from http.cookies import CookieError, SimpleCookie
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_BODY = 4096  # bytes of a request; a vote has about 200
+YEAR = 365 * 24 * 3600
+INVITATION = "invitation"  # of the address that voters are given
+OWNER = "owner"  # of the address of the results
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
+    "script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+    "X-Robots-Tag": "noindex, nofollow",
+}
+
+
+class Guard:
+    """ASGI middleware: refuses what is not meant for this page, and adds `HEADERS` to all.
+
+    - The Host header has to be an IP address, localhost, this machine's name, or one of
+      ``hosts``: a name that somebody else resolves to this machine does not get in (DNS
+      rebinding).
+    - A POST comes from a page of this server (Origin, Sec-Fetch-Site) and is a small form.
+    - With ``tokens``, a visitor needs a cookie that an address with ``?invitation=TOKEN`` sets
+      once; results need ``?owner=TOKEN``, which lets in everywhere.
+
+    Parameters
+    ----------
+    app
+        The pages.
+    hosts
+        Further names that the server goes by.
+    tokens
+        `INVITATION` and `OWNER`; None lets everybody in, for loopback.
+    suffix
+        Of the cookies' names: ports share cookies, servers must not.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] = (),
+        tokens: dict[str, str] | None = None,
+        suffix: str = "",
+    ) -> None:
+        self.app = app
+        self.hosts = {"localhost", socket.gethostname().lower(), *map(str.lower, hosts)}
+        self.tokens = tokens
+        self.suffix = suffix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+        refusal = self._refusal(scope)
+
+        async def sealed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("Cache-Control", "no-store")
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        await (refusal or self.app)(scope, receive, sealed)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if not self._known_host(headers.get("host", "")):
+            return _refuse(
+                421, "This server does not go by that name; start it with --allow-host NAME."
+            )
+        if scope["method"] == "POST":
+            refusal = _bad_post(headers)
+            if refusal:
+                return refusal
+        return self._uninvited(scope, headers)
+
+    def _known_host(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self.hosts or is_address(name)
+
+    def _uninvited(self, scope: Scope, headers: Headers) -> Response | None:
+        """None for who may come in; sets the cookie and takes the token out of the address."""
+        if self.tokens is None:
+            return None
+        query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=8)
+        given = {name: query.pop(name)[0] for name in (OWNER, INVITATION) if name in query}
+        if given and scope["method"] in ("GET", "HEAD"):
+            for name, token in given.items():
+                if self._matches(name, token):
+                    rest = urlencode(query, doseq=True)
+                    to = RedirectResponse(scope["path"] + ("?" + rest if rest else ""), 303)
+                    set_cookie(to, f"fifa_{name}_{self.suffix}", token)
+                    return to
+        cookies = read_cookies(headers)
+        may = {
+            name: self._matches(name, cookies.get(f"fifa_{name}_{self.suffix}", ""))
+            for name in (OWNER, INVITATION)
+        }
+        if may[OWNER] or (may[INVITATION] and scope["path"] != "/results"):
+            return None
+        return _refuse(403, "This page is for people who were invited: ask for the whole link.")
+
+    def _matches(self, name: str, token: str) -> bool:
+        assert self.tokens is not None
+        return hmac.compare_digest(self.tokens[name].encode(), token.encode())
+
+
+def is_address(name: str) -> bool:
+    """True for an IPv4 or IPv6 address, which nobody can point elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach a server that listens there."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def read_cookies(headers: Headers) -> dict[str, str]:
+    """The request's cookies; none where they are malformed."""
+    try:
+        return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie")).items()}
+    except CookieError:
+        return {}
+
+
+def set_cookie(response: Response, name: str, value: str) -> None:
+    """A cookie that scripts do not see and that other sites' requests do not carry."""
+    response.set_cookie(name, value, max_age=YEAR, httponly=True, samesite="lax")
+
+
+def _bad_post(headers: Headers) -> Response | None:
+    """Why a POST is refused.
+
+    A form's Origin is "null" under the referrer policy; then the form's own token has to do,
+    which the pages check in any case.
+    """
+    origin = headers.get("origin", "null")
+    foreign = origin != "null" and urlsplit(origin).netloc != headers.get("host")
+    if foreign or headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return _refuse(403, "This came from another site.")
+    if not headers.get("content-length", "").isdigit():
+        return _refuse(411, "The length is missing.")
+    if int(headers["content-length"]) > MAX_BODY:
+        return _refuse(413, "This is too long.")
+    if headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
+        return _refuse(415, "Only forms are read.")
+    return None
+
+
+def _refuse(status: int, text: str) -> Response:
+    return PlainTextResponse(text + "\n", status)
