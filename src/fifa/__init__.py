@@ -6,7 +6,8 @@ Three lines do what a command does::
     scores = fifa.score(pairs, margin="column:hpsv2_0,hpsv2_1")
     selection = fifa.select(pairs, scores, keep=0.005)
 
-`export` then writes what trainers read, and `filter_pairs` does all of it in a run folder.
+`export` then writes what trainers read, `filter_pairs` does all of it in a run folder, and `train`
+aligns a model with what was kept.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fifa.errors import FifaError
-from fifa.score import score  # these two packages share their function's name: bound here,
+from fifa.score import score  # these packages share their function's name: bound here,
 from fifa.select import select  # before anything else could bind the package itself
+from fifa.train import train
 
 if TYPE_CHECKING:
     from fifa.pairs.read import read_pairs
@@ -38,6 +40,7 @@ __all__ = [
     "rebuild",
     "score",
     "select",
+    "train",
 ]
 
 # Imported when first used, so that `import fifa` and `fifa --help` are quick.

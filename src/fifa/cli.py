@@ -21,6 +21,7 @@ from fifa.options import (
     score_options,
     select_options,
 )
+from fifa.train.options import train_options, training_of
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -135,6 +136,34 @@ def report_command(run: str) -> None:
     from fifa.run import open_run, report_step
 
     click.echo(report_step(open_run(run)))
+
+
+@cli.command("train")
+@click.argument("source", required=False)
+@click.option("--model", help="A model folder in diffusers layout, or a hub id.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@train_options
+@click.option("--dry-run", is_flag=True, help="Print the training and what it takes; stop.")
+def train_command(
+    source: str | None,
+    model: str | None,
+    out: Path,
+    preset: str | None,
+    recipe: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Align a diffusion model with SOURCE's pairs (a RUN, a subset, or the diffusers schema).
+
+    Several devices: `accelerate launch -m fifa train ...`.
+    """
+    from fifa.train.job import plan_training, run_training
+
+    chosen = training_of(source, model, preset, recipe, options)
+    if dry_run:
+        click.echo(chosen.to_yaml() + "\n" + str(plan_training(chosen, out)))
+        return
+    click.echo(run_training(chosen, out))
 
 
 @cli.group("reward")

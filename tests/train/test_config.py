@@ -43,6 +43,8 @@ def test_steps_follow_from_epochs_unless_given():
     assert replace(lora_small(), epochs=10.0, batch=32).steps_of(500) == 156
     assert replace(lora_small(), steps=7).steps_of(500) == 7
     assert replace(lora_small(), epochs=0.01).steps_of(5) == 1
+    assert changed(preset("paper-sd15"), epochs=2, batch=10).steps_of(100) == 20
+    assert changed(preset("paper-sd15"), epochs=2, steps=7).steps_of(100) == 7
 
 
 def test_differences_name_the_knobs():

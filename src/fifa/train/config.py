@@ -45,6 +45,8 @@ class Train:
         Pixels a side (of a square, or of the buckets' area); None: what the model was made for.
     buckets
         Aspect-ratio buckets in place of a centre crop.
+    flips
+        Mirror both images of a pair in half of its presentations.
     cache_dtype
         What latents and embeddings are kept in.
     prompt_dropout
@@ -105,6 +107,7 @@ class Train:
     model: str = ""
     resolution: _Count | None = None
     buckets: bool = False
+    flips: bool = False
     cache_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     prompt_dropout: _Share = 0.0
     method: Literal["lora", "full"] = "lora"
@@ -182,8 +185,13 @@ def from_yaml(path: Path) -> Train:
 
 
 def changed(train: Train, **knobs: Any) -> Train:
-    """``train`` with some knobs replaced (None leaves a knob as it is)."""
+    """``train`` with some knobs replaced (None leaves a knob as it is).
+
+    Epochs that are given take the place of steps that were there before.
+    """
     given = {name: value for name, value in knobs.items() if value is not None}
+    if "epochs" in given and "steps" not in given:
+        train = replace(train, steps=None)
     new: Train = build(Train, {**asdict(train), **given}, where="the training's options")
     return new
 
@@ -194,8 +202,8 @@ def paper_sd15() -> Train:
     From Salesforce's ``launchers/sd15.sh`` and ``train.py`` (github.com/SalesforceAIResearch/
     DiffusionDPO): beta 5,000; lr 1e-8 scaled by the batch of 2,048 pairs; 2,000 steps, 500 of
     them warm-up, then constant; AdamW (0.9, 0.999), weight decay 0.01, gradients clipped at 1;
-    every fifth prompt empty; all weights; half precision. Differs in what a cache of latents
-    rules out: their random horizontal flips; and in bf16 for their fp16.
+    every fifth prompt empty; half of the images mirrored (both of a pair alike here); all
+    weights; half precision, bf16 for their fp16.
     """
     return Train(
         method="full",
@@ -210,6 +218,7 @@ def paper_sd15() -> Train:
         weight_decay=0.01,
         clip=1.0,
         prompt_dropout=0.2,
+        flips=True,
         resolution=512,
         dtype="bfloat16",
         save_every=100,

@@ -26,6 +26,8 @@ class Draw:
     ----------
     no_prompt
         Whether the empty prompt takes the place of the pair's.
+    flip
+        Whether both images are mirrored.
     time
         A scalar, as `fifa.train.backbones.base.Backbone.draw_time` gives it.
     noise
@@ -35,6 +37,7 @@ class Draw:
     """
 
     no_prompt: bool
+    flip: bool
     time: Tensor
     noise: Tensor
     posterior: Tensor
@@ -53,6 +56,7 @@ def draw_pair(
     draw_time: Callable[[Generator], Tensor],
     shape: tuple[int, int, int],
     dropout: float,
+    flips: bool = False,
 ) -> Draw:
     """The ``d``-th draw of a pair, on the CPU.
 
@@ -70,15 +74,18 @@ def draw_pair(
         (c, h, w) of the latents.
     dropout
         The probability that the prompt is left out.
+    flips
+        Whether half of the draws are mirrored.
     """
     torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed_of("draw", seed, pair_id, d))
-    # The order of these four lines is part of the format of the reference's scalars.
+    # The order of these five lines is part of the format of the reference's scalars.
     no_prompt = bool(torch.rand((), generator=generator) < dropout)
+    flip = bool(torch.rand((), generator=generator) < 0.5) and flips
     time = draw_time(generator)
     noise = torch.randn(shape, generator=generator)
     posterior = torch.randn((2, *shape), generator=generator)
-    return Draw(no_prompt, time, noise, posterior)
+    return Draw(no_prompt, flip, time, noise, posterior)
 
 
 @dataclass(frozen=True)

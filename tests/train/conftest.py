@@ -1,0 +1,18 @@
+import pytest
+from tiny_models import write_model, write_pairs
+from trainings import fresh_process
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_is_fresh():
+    with fresh_process():
+        yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with ``sd15``, a tiny model, and ``pairs.parquet``, four pairs of 64 x 64 pixels."""
+    folder = tmp_path_factory.mktemp("world")
+    write_model(folder / "sd15")
+    write_pairs(folder / "pairs.parquet")
+    return folder
