@@ -96,6 +96,13 @@ def _same_results(folder: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def step(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """`log_step` in the run's folder."""
+    with log_step(run.folder, name) as facts:
+        yield facts
+
+
+@contextmanager
+def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """Time a step and append a line with its facts to ``log.jsonl`` when it ends well."""
     started, clock = datetime.now(UTC), time.perf_counter()
     with collect_facts() as facts:
@@ -103,10 +110,10 @@ def step(run: Run, name: str) -> Iterator[dict[str, Any]]:
     seconds = round(time.perf_counter() - clock, 3)
     line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
     try:
-        with (run.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
     except OSError as error:
-        raise cannot_write(run.folder / "log.jsonl", error) from error
+        raise cannot_write(folder / "log.jsonl", error) from error
 
 
 def read_step(run: Run) -> Pairs:

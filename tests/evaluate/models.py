@@ -7,11 +7,18 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-_HELPER = next((Path(__file__).parents[1] / "train").glob("tiny_*.py"))
-_spec = importlib.util.spec_from_file_location("tiny_diffusion", _HELPER)
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-write_model = _module.write_model
+
+def _helper(folder, name):
+    """Another folder's helper, under a name that no other helper has."""
+    path = next((Path(__file__).parents[1] / folder).glob(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(f"{folder}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+write_model = _helper("train", "tiny_*").write_model
+write_clip = _helper("rewards", "tiny_models").write_clip
 
 SMALL = {"steps": 2, "width": 32, "height": 32}  # quick settings
 

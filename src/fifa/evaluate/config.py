@@ -77,6 +77,8 @@ class Measure:
         run say: no evidence of their own.
     rater
         Finds unsafe prompts: ``local``, ``openai:MODEL@URL``, ...; ``none``.
+    unsafe_categories
+        Categories whose prompts are unsafe, whatever the rater says.
     detector
         A transformers image classifier (folder or hub id) that finds unsafe images; None.
     unsafe_labels
@@ -88,6 +90,7 @@ class Measure:
     scorers: tuple[str, ...] = ()
     picked: tuple[str, ...] = ()
     rater: str = "none"
+    unsafe_categories: tuple[str, ...] = ()
     detector: str | None = None
     unsafe_labels: tuple[str, ...] = ()
     encoder: str = "efficientnet-lite0"

@@ -63,6 +63,7 @@ def generate(
     batch: int = 4,
     device: str | None = None,
     index: str = INDEX,
+    most: int | None = None,
 ) -> pa.Table:
     """Make the images of some models that are not there yet, and write their index.
 
@@ -84,6 +85,9 @@ def generate(
         A torch device.
     index
         The index's name.
+    most
+        Of about so many prompts only, in whole groups spread over all: their images are those
+        of an evaluation on all prompts.
 
     Returns
     -------
@@ -98,6 +102,8 @@ def generate(
     """
     pipelines = Pipelines(models[0].base, settings, device)
     plans = [plan(model, prompts, settings, seeds, first_seed, batch) for model in models]
+    if most is not None:
+        plans = [_spread(groups, most * seeds) for groups in plans]
     for model, groups in zip(models, plans, strict=True):
         _make(model, groups, folder, settings, pipelines)
     rows = [
@@ -163,6 +169,12 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", compress_level=6, optimize=False)
     return stream.getvalue()
+
+
+def _spread(groups: list[list[Planned]], most: int) -> list[list[Planned]]:
+    """Groups with ``most`` images or a few more, at equal distances; all if there are no more."""
+    count = min(len(groups), -(-most // len(groups[0])))
+    return [groups[i * len(groups) // count] for i in range(count)]
 
 
 def _make(
