@@ -6,8 +6,8 @@ Three lines do what a command does::
     scores = fifa.score(pairs, margin="column:hpsv2_0,hpsv2_1")
     selection = fifa.select(pairs, scores, keep=0.005)
 
-`export` then writes what trainers read, `filter_pairs` does all of it in a run folder, and `train`
-aligns a model with what was kept.
+`export` then writes what trainers read, `filter_pairs` does all of it in a run folder, `train`
+aligns a model with what was kept, and `evaluate` compares it with what it came from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fifa.errors import FifaError
+from fifa.evaluate import evaluate
 from fifa.score import score  # these packages share their function's name: bound here,
 from fifa.select import select  # before anything else could bind the package itself
 from fifa.train import train
@@ -34,6 +35,7 @@ __all__ = [
     "Pairs",
     "Recipe",
     "Scores",
+    "evaluate",
     "export",
     "filter_pairs",
     "read_pairs",

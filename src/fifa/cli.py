@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fifa import __version__
+from fifa.commands.evaluate import evaluate_command
 from fifa.commands.vote import vote_group
 from fifa.errors import FifaError
 from fifa.options import (
@@ -133,9 +134,11 @@ def rebuild_command(subset_json: Path, source: str | None, out: Path) -> None:
 @click.argument("run")
 def report_command(run: str) -> None:
     """Write RUN's report.html again."""
-    from fifa.run import open_run, report_step
+    from fifa.evaluate.pipeline import is_evaluated
+    from fifa.report.page import write_report
+    from fifa.run import open_run
 
-    click.echo(report_step(open_run(run)))
+    click.echo(write_report(run if is_evaluated(run) else open_run(run).folder))
 
 
 @cli.command("train")
@@ -248,6 +251,7 @@ def demo_command(out: Path) -> None:
     click.echo(demo(out))
 
 
+cli.add_command(evaluate_command)
 cli.add_command(vote_group)
 
 

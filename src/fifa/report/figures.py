@@ -64,7 +64,7 @@ def draw_curve(curves: Sequence[Curve], cut: tuple[float, Agreement] | None, nam
 
     ``cut`` is the share of the labelled pairs that was kept and the agreement among them.
     """
-    figure, axes = _canvas(name)
+    figure, axes = canvas(name)
     first = curves[0]
     axes.fill_between(first.top, first.low, first.high, color=COLOURS["kept"], alpha=0.16, lw=0)
     for i, other in list(enumerate(curves))[1 : SCORERS + 1]:
@@ -94,12 +94,12 @@ def draw_curve(curves: Sequence[Curve], cut: tuple[float, Agreement] | None, nam
     axes.minorticks_off()
     axes.set_xlabel("share of pairs, largest margins first")
     _agreement_axis(axes, low)
-    return _svg(figure, name, "Agreement with the people's labels against the share kept by margin")
+    return svg(figure, name, "Agreement with the people's labels against the share kept by margin")
 
 
 def draw_deciles(shares: Sequence[Agreement], name: str) -> Markup:
     """Agreement in each tenth by margin, with intervals and the line of a coin toss."""
-    figure, axes = _canvas(name)
+    figure, axes = canvas(name)
     x = np.arange(1, len(shares) + 1)
     middle = np.array([s.share for s in shares])
     axes.bar(x, middle, width=0.74, color=COLOURS["kept"], alpha=0.35, lw=0)
@@ -108,7 +108,7 @@ def draw_deciles(shares: Sequence[Agreement], name: str) -> Markup:
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("tenth by margin, smallest first")
     _agreement_axis(axes, min(s.low for s in shares))
-    return _svg(figure, name, "Agreement with the people's labels in each tenth by margin")
+    return svg(figure, name, "Agreement with the people's labels in each tenth by margin")
 
 
 def _whiskers(shares: Sequence[Agreement]) -> Floats:
@@ -128,7 +128,7 @@ def _agreement_axis(axes: Axes, low: float) -> None:
 
 def draw_histogram(histogram: Histogram, label: str, name: str) -> Markup:
     """Before as a grey area, after as a line, both as shares; medians as ticks on the axis."""
-    figure, axes = _canvas(name)
+    figure, axes = canvas(name)
     axes.stairs(histogram.before, histogram.edges, fill=True, color=COLOURS["all"], alpha=0.45)
     axes.stairs(histogram.after, histogram.edges, color=COLOURS["kept"], lw=2, baseline=None)
     top = max(float(histogram.before.max()), float(histogram.after.max())) * 1.14
@@ -136,17 +136,17 @@ def draw_histogram(histogram: Histogram, label: str, name: str) -> Markup:
         if np.isfinite(value):
             axes.plot([value], [top * 0.965], marker="v", color=COLOURS[colour], ms=7, lw=0)
     axes.set_ylim(0, top)
-    axes.yaxis.set_major_locator(_locator(4))
+    axes.yaxis.set_major_locator(locator(4))
     axes.yaxis.set_major_formatter(lambda value, _: _percent(value))
-    axes.xaxis.set_major_locator(_locator(6))
+    axes.xaxis.set_major_locator(locator(6))
     axes.grid(axis="x", visible=False)
     axes.set_xlabel(label)
-    return _svg(figure, name, f"Distribution of {label}: all pairs and kept pairs")
+    return svg(figure, name, f"Distribution of {label}: all pairs and kept pairs")
 
 
 def draw_plane(plane: Plane, name: str) -> Markup:
     """All prompts as grey points and the kept ones over them; the points are a bitmap."""
-    figure, axes = _canvas(name, size=(6.2, 4.4), dpi=120)
+    figure, axes = canvas(name, size=(6.2, 4.4), dpi=120)
     # A bitmap cannot follow the style sheet: these two are seen on a light and on a dark page
     size = float(np.clip(20_000 / max(len(plane.before), 1), 5, 28))
     for points, colour, alpha in (
@@ -160,10 +160,11 @@ def draw_plane(plane: Plane, name: str) -> Markup:
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.margins(0.03)
-    return _svg(figure, name, "Prompts in two dimensions: all in grey, kept in blue")
+    return svg(figure, name, "Prompts in two dimensions: all in grey, kept in blue")
 
 
-def _canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
+def canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
+    """Empty axes in the page's style, ``size`` in inches of 72 units."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -176,7 +177,8 @@ def _canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple
     return figure, axes
 
 
-def _locator(bins: int) -> Any:
+def locator(bins: int) -> Any:
+    """At most ``bins`` intervals between round ticks."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(bins)
@@ -197,7 +199,7 @@ def _percent(share: float) -> str:
     return f"{share * 100:.4g} %"
 
 
-def _svg(figure: Figure, name: str, title: str) -> Markup:
+def svg(figure: Figure, name: str, title: str) -> Markup:
     """The figure as inline SVG: no style attributes, the page's colours, identifiers its own."""
     import matplotlib
 

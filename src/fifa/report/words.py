@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-
-from fifa.score.agreement import Agreement
+from typing import Protocol
 
 MOST = 300  # characters of a prompt or a reason
 DASH, MINUS = "\u2013", "\u2212"
@@ -40,7 +39,19 @@ def percent(share: float) -> str:
     return f"{share:.1f} %" if share >= 1 else f"{share:.2g} %"
 
 
-def span(share: Agreement) -> str:
+class Interval(Protocol):
+    """A share with the two ends of its interval."""
+
+    @property
+    def low(self) -> float:
+        """The lower end."""
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+
+
+def span(share: Interval) -> str:
     """The interval of a share: ``71.5 to 79.6 %``."""
     return f"{share.low * 100:.1f} to {share.high * 100:.1f} %"
 
@@ -51,6 +62,22 @@ def number(value: float) -> str:
         return DASH
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return text.replace("-", MINUS)
+
+
+def known(value: float) -> str:
+    """A count; a dash for NaN."""
+    return count(value) if math.isfinite(value) else DASH
+
+
+def signed(value: float) -> str:
+    """Three significant digits with a sign; a dash for NaN."""
+    text = number(value)
+    return f"+{text}" if math.isfinite(value) and value > 0 else text
+
+
+def time(value: float) -> str:
+    """`seconds`; a dash for NaN."""
+    return seconds(value) if math.isfinite(value) else DASH
 
 
 def seconds(value: float) -> str:

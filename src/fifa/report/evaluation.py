@@ -1,0 +1,270 @@
+"""What the page says of an evaluation: from its files to the templates' words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fifa.evaluate.costs import cost_of
+from fifa.evaluate.curves import Curve, learning_curves, time_to_match
+from fifa.evaluate.generate import FOLDER, read_index
+from fifa.evaluate.measure import Measured, Scale, load_measured
+from fifa.evaluate.models import BASE
+from fifa.evaluate.pipeline import CURVE_SUFFIX, load_facts
+from fifa.evaluate.results import (
+    Comparison,
+    Level,
+    comparisons,
+    diversity_levels,
+    levels,
+    look_levels,
+    model_names,
+    rewards,
+    safety,
+    seed_spread,
+)
+from fifa.report import charts
+from fifa.report.grids import draw_grids
+from fifa.report.words import shorten
+
+MOST_CATEGORIES = 12
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A sign of reward hacking that was looked for in one checkpoint.
+
+    Parameters
+    ----------
+    model
+        The checkpoint.
+    what
+        What was looked at.
+    found
+        In words and numbers.
+    warn
+        Whether it is there: the interval leaves out "no change".
+    """
+
+    model: str
+    what: str
+    found: str
+    warn: bool
+
+
+def evaluation_context(run: Path) -> dict[str, Any] | None:
+    """What the templates of the evaluation read; None where nothing was measured yet."""
+    folder = run / FOLDER
+    facts, measured = load_facts(folder), load_measured(folder)
+    if measured is None:
+        return None
+    images = read_index(folder)
+    names = model_names(measured)
+    tuned = names[1:]
+    found = comparisons(measured)
+    scales = rewards(measured)
+    head = headline(found)
+    by_model = {model["name"]: model for model in facts["models"]}
+    curve = load_measured(folder, CURVE_SUFFIX)
+    curves = learning_curves(curve, by_model) if curve is not None else []
+    diversity, looks = diversity_levels(measured), look_levels(measured)
+    grids, hidden = draw_grids(folder, images, measured, head.ours, head.scale) if head else ([], 0)
+    return {
+        "models": [_model(by_model[name], place) for place, name in enumerate(names)],
+        "facts": facts,
+        "prompts": len(set(images["prompt_id"].to_pylist())),
+        "images": len(images),
+        "head": head,
+        "others": [c for c in found if head and c.scale == head.scale and c is not head],
+        "against": _by_scale([c for c in found if c.theirs == BASE], scales),
+        "among": _by_scale([c for c in found if c.theirs != BASE], scales),
+        "scales": scales,
+        "place": {name: place for place, name in enumerate(names)},
+        "role": charts.role,
+        "wins": _wins_figure(found, scales, tuned),
+        "categories": _categories(found, head, tuned),
+        "levels": [
+            (scale, levels(measured, scale.column), _spreads(measured, names, scale))
+            for scale in scales
+        ],
+        "grids": grids,
+        "hidden": hidden,
+        "curves": _curves(curves, names, head),
+        "safety": safety(measured),
+        "diversity": diversity,
+        "looks": looks,
+        "signs": signs(tuned, found, diversity, looks),
+        "costs": [cost_of(name, by_model[name]) for name in tuned],
+        "settings": _settings(facts),
+    }
+
+
+def headline(found: list[Comparison]) -> Comparison | None:
+    """The comparison that the verdict is of: the best checkpoint by the first independent scorer.
+
+    Judges come before scorers, and what picked the data last: see `fifa.evaluate.results.rewards`.
+    """
+    first = next((c.scale for c in found), None)
+    against = [c for c in found if c.theirs == BASE and c.scale == first and c.wins.n]
+    return max(against, key=lambda c: c.wins.share, default=None)
+
+
+def signs(
+    tuned: list[str],
+    found: list[Comparison],
+    diversity: list[Level],
+    looks: dict[str, list[Level]],
+) -> list[Sign]:
+    """What reward hacking looks like, looked for in every checkpoint."""
+    told = []
+    for model in tuned:
+        own = [c for c in found if c.ours == model and c.theirs == BASE and c.wins.n]
+        picked = [c for c in own if c.scale.picked]
+        free = [c for c in own if not c.scale.picked]
+        if picked and free:
+            high, low = max(c.wins.share for c in picked), min(c.wins.share for c in free)
+            lost = [c for c in free if c.wins.high < 0.5]
+            worst = min(free, key=lambda c: c.wins.share)
+            text = (
+                f"{high:.1%} by the scorer that picked the data, {low:.1%} by "
+                f"{shorten(worst.scale.name, 40)}"
+            )
+            told.append(Sign(model, "gain that independent scorers do not see", text, bool(lost)))
+        told += [
+            Sign(model, "less varied images of one prompt", _change(level), level.shift.high < 0)
+            for level in diversity
+            if level.model == model and level.shift is not None
+        ]
+        told += [
+            Sign(model, f"shift in {name}", _change(level), not _still(level))
+            for name, own_levels in looks.items()
+            for level in own_levels
+            if level.model == model and level.shift is not None
+        ]
+    return told
+
+
+def _still(level: Level) -> bool:
+    """Whether the interval of the shift from the base holds 0."""
+    return level.shift is None or level.shift.low <= 0 <= level.shift.high
+
+
+def _change(level: Level) -> str:
+    """``+0.031 (0.021 to 0.042), 0.4 standard deviations of the base's images``."""
+    shift = level.shift
+    assert shift is not None
+    text = f"{shift.mean:+.3f} ({shift.low:+.3f} to {shift.high:+.3f})"
+    if level.spread > 0:
+        text += f", {abs(shift.mean) / level.spread:.1f} standard deviations of the base's"
+    return text.replace("-", "\u2212")
+
+
+def _model(facts: dict[str, Any], place: int) -> dict[str, Any]:
+    methods = {
+        "base": "the base model",
+        "lora": "LoRA on the base",
+        "part": "its own UNet or transformer",
+        "pipeline": "a whole pipeline",
+    }
+    return {
+        "name": shorten(facts["name"], 40),
+        "method": methods.get(facts["method"], facts["method"]),
+        "source": shorten(str(facts["source"]), 120),
+        "weights": facts["weights"],
+        "colour": charts.role(place),
+    }
+
+
+def _by_scale(found: list[Comparison], scales: list[Scale]) -> list[Comparison]:
+    return sorted(found, key=lambda c: scales.index(c.scale))
+
+
+def _spreads(measured: Measured, names: list[str], scale: Scale) -> dict[str, float]:
+    return {name: seed_spread(measured, name, scale.column) for name in names}
+
+
+def _wins_figure(found: list[Comparison], scales: list[Scale], tuned: list[str]) -> Any:
+    rows = []
+    for scale in scales:
+        own = [c for c in found if c.scale == scale and c.theirs == BASE and c.wins.n]
+        wins = tuple((tuned.index(c.ours) + 1, c.wins) for c in own)
+        if wins:
+            rows.append(charts.Row(f"{scale.name}{' *' if scale.picked else ''}", wins))
+    title = "Win rates against the base by scorer, with intervals"
+    return charts.draw_wins(rows, "wins", title) if rows else None
+
+
+def _categories(found: list[Comparison], head: Comparison | None, tuned: list[str]) -> Any:
+    """The figure and the table by category, for the verdict's scorer; None without categories."""
+    if head is None or not head.categories:
+        return None
+    own = [c for c in found if c.scale == head.scale and c.theirs == BASE]
+    sizes = {name: wins.prompts for name, wins in head.categories.items() if wins.n}
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))[:MOST_CATEGORIES]
+    rows = [
+        charts.Row(
+            name,
+            tuple(
+                (tuned.index(c.ours) + 1, c.categories[name]) for c in own if name in c.categories
+            ),
+        )
+        for name in names
+    ]
+    if len(rows) < 2:
+        return None
+    return {
+        "figure": charts.draw_wins(rows, "categories", "Win rates by category, with intervals"),
+        "rows": [(shorten(row.label, 60), sizes[row.label]) for row in rows],
+        "all": len(sizes),
+    }
+
+
+def _curves(
+    curves: list[Curve], names: list[str], head: Comparison | None
+) -> dict[str, Any] | None:
+    """Figures for the verdict's scorer, and what the others say in tables."""
+    if not curves or head is None:
+        return None
+    own = [curve for curve in curves if curve.scale.column == head.scale.column]
+    placed = [(names.index(curve.model) if curve.model in names else 0, curve) for curve in own]
+    figures = [
+        figure
+        for x in charts.AXES
+        if (figure := charts.draw_learning(placed, x, f"curve-{x}", head.scale.name)) is not None
+    ]
+    matches = [
+        (ours, theirs, time_to_match(ours, theirs.best.mean.mean))
+        for ours in own
+        for theirs in own
+        if ours is not theirs
+    ]
+    return {
+        "figures": figures,
+        "matches": matches,
+        "curves": curves,
+        "scale": head.scale,
+        "prompts": own[0].points[0].mean.prompts,
+    }
+
+
+def _settings(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = facts["settings"]
+    size = (
+        f"{settings['width']} x {settings['height']}"
+        if settings["width"] and settings["height"]
+        else "the model's own"
+    )
+    named = {
+        "sampler": settings["sampler"],
+        "steps": settings["steps"],
+        "guidance": settings["guidance"],
+        "size": size,
+        "negative prompt": settings["negative"] or "none",
+        "images a prompt": facts["seeds"],
+        "precision": f"{settings['dtype']} on {settings['device']}",
+    }
+    return [
+        (name, shorten(str("the pipeline's own" if value is None else value), 80))
+        for name, value in named.items()
+    ]
