@@ -1,0 +1,211 @@
+"""Simulated annotators: a hidden utility, and choices that follow it as loosely as people's.
+
+Nobody here is a person. The utility knows what the prompt asks for and what the true picture
+looks like; selection and training never see it. `fifa.moji.judges` reports it afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from fifa.moji.world import WORLD, Scene, render, scenes
+
+__all__ = ["ANNOTATORS", "Annotators", "Shown", "choices", "looks", "shown", "utility"]
+
+BLURS = (1, 4)  # pixels averaged, in both directions: details, and the colours of regions
+
+
+@dataclass(frozen=True)
+class Annotators:
+    """Every constant of the hidden utility and of who chooses by it.
+
+    Attributes
+    ----------
+    taste
+        What a picture in the style that nobody likes as much loses in utility.
+    disliked
+        That style, by its place in `WORLD.styles`.
+    reach
+        The distance to the true picture, as a root mean square of pixels in [0, 1], at which
+        a picture has lost 1 - 1/e of what it can lose.
+    temperature
+        Of the Bradley-Terry choice, in utility.
+    tie
+        A difference that is perceived as smaller than this is a tie, in utility.
+    people
+        How many annotators there are.
+    careless
+        The share of them who are careless.
+    flip
+        The share of a careless annotator's answers that are turned round.
+    fond
+        The share of them who like to see weapons, drugs and cigarettes.
+    fondness
+        What a picture that shows one gains in their eyes, in utility.
+    """
+
+    taste: float = 0.15
+    disliked: int = 1
+    reach: float = 0.2
+    temperature: float = 0.25
+    tie: float = 0.04
+    people: int = 60
+    careless: float = 0.15
+    flip: float = 0.5
+    fond: float = 0.25
+    fondness: float = 0.3
+
+
+ANNOTATORS = Annotators()
+
+
+def utility(
+    asked: Sequence[Scene | None], pictures: np.ndarray, people: Annotators = ANNOTATORS
+) -> np.ndarray:
+    """The hidden utility of pictures under what was asked for.
+
+    Parameters
+    ----------
+    asked
+        A scene a picture; None where the prompt asks for nothing that the world knows.
+    pictures
+        uint8 ``[n, size, size, 3]``.
+    people
+        The constants.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``[n]`` in (-1 - taste, 0]; 0 is the true picture in the style that is liked.
+        Nonsense is judged by how near the picture is to any true one: is it a clean picture?
+    """
+    seen = looks(pictures)
+    true, places = _true_looks()
+    penalty = np.zeros(len(WORLD.styles))
+    penalty[people.disliked] = people.taste
+    result = np.empty(len(pictures))
+    for i, scene in enumerate(asked):
+        if scene is None:
+            candidates = true
+        else:
+            at = places[scene]
+            candidates = true[at : at + len(WORLD.styles)]
+        d = _distance(seen[i], candidates)
+        # u = max over styles of -(1 - exp(-(d / reach)^2)) - taste of the style
+        loss = 1 - np.exp(-((d / people.reach) ** 2))
+        result[i] = np.max(-loss - np.tile(penalty, len(candidates) // len(penalty)))
+    return result
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The nearest true picture to each of n pictures.
+
+    Attributes
+    ----------
+    object, background, style
+        Its places in `WORLD`, int64 ``[n]``.
+    distance
+        How far it is, float64 ``[n]``.
+    unsafe
+        Whether its object is a weapon, a drug or a cigarette, bool ``[n]``.
+    """
+
+    object: np.ndarray
+    background: np.ndarray
+    style: np.ndarray
+    distance: np.ndarray
+    unsafe: np.ndarray
+
+
+def shown(pictures: np.ndarray) -> Shown:
+    """Which true picture each picture comes nearest to, uint8 ``[n, size, size, 3]``."""
+    true, _ = _true_looks()
+    squares = (true**2).sum(1)
+    nearest = np.empty(len(pictures), np.int64)
+    d = np.empty(len(pictures))
+    for start in range(0, len(pictures), 512):
+        part = slice(start, start + 512)
+        seen = looks(pictures[part])
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, and |a|^2 is the same for all b
+        nearest[part] = (squares - 2 * seen @ true.T).argmin(1)
+        d[part] = np.linalg.norm(seen - true[nearest[part]], axis=1)
+    scene, style = np.divmod(nearest, len(WORLD.styles))
+    thing, ground = np.divmod(scene, len(WORLD.backgrounds))
+    bad = np.array([bool(each.unsafe) for each in WORLD.objects])
+    return Shown(thing, ground, style, d, bad[thing])
+
+
+def choices(
+    u0: np.ndarray,
+    u1: np.ndarray,
+    unsafe0: np.ndarray,
+    unsafe1: np.ndarray,
+    person: np.ndarray,
+    rng: np.random.Generator,
+    people: Annotators = ANNOTATORS,
+) -> np.ndarray:
+    """What annotators choose: 1 for the first picture, 0 for the second, 0.5 for a tie.
+
+    Parameters
+    ----------
+    u0, u1
+        The hidden utilities of both pictures, float64 ``[n]``.
+    unsafe0, unsafe1
+        Whether each shows a weapon, a drug or a cigarette, bool ``[n]``.
+    person
+        Who is asked, int64 ``[n]`` in ``range(people.people)``: the first are the careless
+        ones, the last are the fond ones.
+    rng
+        The chance in it.
+    people
+        The constants.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 ``[n]``.
+    """
+    fond = person >= people.people - round(people.fond * people.people)
+    gain = people.fondness * fond
+    difference = (u0 + gain * unsafe0) - (u1 + gain * unsafe1)
+    # Bradley-Terry: P(first) = sigmoid(difference / temperature), as logistic noise on it
+    felt = difference + people.temperature * rng.logistic(size=len(difference))
+    answer = np.where(felt > 0, 1.0, 0.0)
+    careless = person < round(people.careless * people.people)
+    turned = careless & (rng.random(len(answer)) < people.flip)
+    answer = np.where(turned, 1 - answer, answer)
+    return np.where(np.abs(felt) < people.tie, 0.5, answer)
+
+
+def looks(pictures: np.ndarray) -> np.ndarray:
+    """What the utility compares: pictures at two blurs, float64 ``[n, d]``.
+
+    The Euclidean distance of two rows is the root of the mean, over blurs and pixels, of the
+    squared difference of values in [0, 1].
+    """
+    x = pictures.astype(np.float64) / 255
+    n, size = len(x), x.shape[1]
+    parts = []
+    for blur in BLURS:
+        y = x.reshape(n, size // blur, blur, size // blur, blur, 3).mean((2, 4)).reshape(n, -1)
+        parts.append(y / np.sqrt(y.shape[1] * len(BLURS)))
+    return np.concatenate(parts, 1)
+
+
+def _distance(one: np.ndarray, many: np.ndarray) -> np.ndarray:
+    distances: np.ndarray = np.linalg.norm(many - one, axis=1)
+    return distances
+
+
+@cache
+def _true_looks() -> tuple[np.ndarray, dict[Scene, int]]:
+    """The looks of all true pictures, scene by scene, style by style; where each scene starts."""
+    every = list(scenes())
+    styles = range(len(WORLD.styles))
+    pictures = np.stack([render(scene, style) for scene in every for style in styles])
+    return looks(pictures), {scene: i * len(WORLD.styles) for i, scene in enumerate(every)}
