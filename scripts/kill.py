@@ -1,6 +1,7 @@
-"""Kill `fifa filter` at random moments, resume it, compare every byte with an unbroken run.
+"""Kill a command at random moments, resume it, compare every byte with an unbroken run.
 
     python scripts/kill.py --kills 20 -- SOURCE --margin ... --keep 0.1
+    python scripts/kill.py --command evaluate --kills 10 -- --base ... --tuned ... --prompts ...
 
 Each kill gets a folder of its own: the run starts, is killed (SIGKILL) after a time drawn
 uniformly from an unbroken run's duration, and is started again until it ends. ``--chain`` kills
@@ -29,9 +30,9 @@ def contents(run: Path) -> dict[str, bytes]:
     }
 
 
-def start(options: list[str], out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "fifa", "filter", *options, "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(command: str, options: list[str], out: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "fifa", command, *options, "--out", str(out)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -41,7 +42,12 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_and_resume(
-    options: list[str], folder: Path, kills: int, seed: int = 0, chain: bool = False
+    options: list[str],
+    folder: Path,
+    kills: int,
+    seed: int = 0,
+    chain: bool = False,
+    command: str = "filter",
 ) -> list[tuple[float, list[str]]]:
     """``(moment, files that differ)`` for every kill; no file may differ.
 
@@ -49,19 +55,19 @@ def kill_and_resume(
     """
     draw = random.Random(seed)
     begun = time.monotonic()
-    finish(start(options, folder / "unbroken"))
+    finish(start(command, options, folder / "unbroken"))
     duration = time.monotonic() - begun
     expected = contents(folder / "unbroken")
     results = []
     for number in range(kills):
         moment = draw.uniform(0, duration)
         out = folder / ("chain" if chain else f"killed-{number}")
-        process = start(options, out)
+        process = start(command, options, out)
         time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if not chain or number == kills - 1:
-            finish(start(options, out))
+            finish(start(command, options, out))
             found = contents(out)
             differ = [n for n in sorted({*expected, *found}) if expected.get(n) != found.get(n)]
             results.append((moment, differ))
@@ -73,10 +79,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chain", action="store_true")
-    parser.add_argument("options", nargs="+", help="what `fifa filter` gets, after --")
+    parser.add_argument("--command", default="filter")
+    parser.add_argument("options", nargs="+", help="what the command gets, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = kill_and_resume(given.options, Path(folder), given.kills, given.seed, given.chain)
+        results = kill_and_resume(
+            given.options, Path(folder), given.kills, given.seed, given.chain, given.command
+        )
     for moment, differ in results:
         print(f"killed after {moment:6.2f} s: " + (", ".join(differ) or "the same bytes"))
     sys.exit(any(differ for _, differ in results))

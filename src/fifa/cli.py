@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fifa import __version__
-from fifa.commands.evaluate import evaluate_command
+from fifa.commands.evaluate import compare_command, evaluate_command
 from fifa.commands.vote import vote_group
 from fifa.errors import FifaError
 from fifa.options import (
@@ -252,6 +252,7 @@ def demo_command(out: Path) -> None:
 
 
 cli.add_command(evaluate_command)
+cli.add_command(compare_command)
 cli.add_command(vote_group)
 
 

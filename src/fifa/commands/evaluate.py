@@ -83,3 +83,24 @@ def evaluate_command(
     )
     tell(evaluated)
     click.echo(evaluated.folder / "report.html")
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The page.",
+)
+def compare_command(runs: tuple[str, ...], out: Path) -> None:
+    """Several evaluated RUNs in one table and one figure."""
+    from fifa.evaluate.compare import compare_runs
+    from fifa.report.comparison import comparison_text, write_comparison
+
+    compared = compare_runs(runs)
+    for difference in compared.differences:
+        click.echo(f"not the same in all runs: {difference}", err=True)
+    click.echo(comparison_text(compared), err=True)
+    click.echo(write_comparison(compared, out))

@@ -1,0 +1,125 @@
+import json
+
+import numpy as np
+import pytest
+from worlds import draw_index, measured, save
+
+from fifa.cli import main
+from fifa.errors import FifaError
+from fifa.evaluate.compare import compare_runs
+from fifa.evaluate.results import compare_models
+from fifa.shards.files import write_table
+
+SETTINGS = {
+    "steps": 2,
+    "guidance": 7.5,
+    "sampler": "DDIMScheduler",
+    "width": 32,
+    "height": 32,
+    "negative": "",
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+def write_evaluation(run, models, gains, *, scorers=("s", "t"), curve=(), seed=0, **settings):
+    """A run folder with an evaluation of drawn scores: ``gains`` by model over the base."""
+    folder = run / "evaluate"
+    index = draw_index(["base", *models], prompts=12, seeds=2)
+    draw = np.random.default_rng(seed)
+    taste = np.tile(np.random.default_rng(99).normal(size=24), 1 + len(models))
+    level = np.repeat([0.0, *gains], 24)
+    columns = {name: taste + level + 0.3 * draw.normal(size=len(index)) for name in scorers}
+    looks = {name: draw.random(len(index)) for name in ("brightness", "contrast", "saturation")}
+    save(measured(index, {**columns, **looks}, picked=["s"]), folder)
+    write_table(folder / "images.parquet", index)
+    train = {"seconds": 60.0, "accelerator_hours": 1 / 60, "pairs_seen": 320, "processes": 1}
+    known = {
+        "train": train,
+        "steps": [{"step": float(s), "pairs": 8.0 * s, "seconds": 1.5 * s} for s in curve],
+        "log": {"margin": {"seconds": 5.0, "tokens": 0}},
+    }
+    base = {"name": "base", "method": "base", "source": "b", "weights": "w"}
+    tuned = [
+        {"name": name, "method": "lora", "source": name, "weights": name, **known}
+        for name in models
+    ]
+    facts = {
+        "format": 1,
+        "models": [base, *tuned],
+        "settings": {**SETTINGS, **settings},
+        "seeds": 2,
+        "first_seed": 0,
+        "picked": ["s"],
+        "prompts": {"source": "p.txt", "prompts": 12, "rows": 12, "dropped": {}},
+    }
+    if curve:
+        names = [f"{models[0]}@{step}" for step in curve]
+        steps = draw_index(["base", *names], prompts=6, seeds=2)
+        rise = np.repeat(np.linspace(0, gains[0], len(curve) + 1), 12)
+        save(
+            measured(steps, {n: rise + 0.01 * draw.normal(size=len(rise)) for n in scorers}),
+            folder,
+            "-curve",
+        )
+    (folder / "evaluation.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_runs_beside_each_other(tmp_path):
+    a = write_evaluation(tmp_path / "fifa", ["tuned"], [0.6], curve=(10, 20, 30, 40))
+    b = write_evaluation(tmp_path / "random", ["tuned"], [0.1], curve=(10, 20, 30, 40), seed=1)
+    found = compare_runs([a, b])
+    assert [scale.column for scale in found.scales] == ["t", "s"]  # s picked the data
+    assert [e.label for e in found.entries] == ["fifa: tuned", "random: tuned"]
+    assert found.entries[0].cost.scoring == 5.0
+    assert (found.entries[0].cost.training, found.entries[0].cost.pairs) == (60.0, 320)
+    from fifa.evaluate.measure import load_measured
+
+    first, second = (load_measured(run / "evaluate") for run in (a, b))
+    own = compare_models(first, "tuned", "base", found.scales[0])
+    assert found.entries[0].wins[0].wins == own.wins
+    across = compare_models(second, "tuned", "tuned", found.scales[0], first)
+    assert found.direct[0].wins == across.wins
+    assert (found.direct[0].ours, found.direct[0].theirs) == ("random: tuned", "fifa: tuned")
+    assert [(i, j) for i, j, _ in found.matches] == [(0, 1), (1, 0)]
+    assert found.matches[0][2].step == 10  # a quarter of 0.6 is more than random ever gains
+    assert found.matches[1][2] is None
+    assert found.differences == ()
+
+
+def test_what_differs_between_runs_is_told(tmp_path):
+    a = write_evaluation(tmp_path / "a", ["one"], [0.5])
+    b = write_evaluation(tmp_path / "b", ["two"], [0.5], guidance=5.0)
+    found = compare_runs([a, b])
+    assert found.differences == ("guidance: 7.5 (a), 5.0 (b)",)
+    assert [entry.label for entry in found.entries] == ["one", "two"]
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    a = write_evaluation(tmp_path / "a", ["one"], [0.5], scorers=("s",))
+    b = write_evaluation(tmp_path / "b", ["one"], [0.5], scorers=("t",))
+    with pytest.raises(FifaError, match="share no scorer"):
+        compare_runs([a, b])
+    with pytest.raises(FifaError, match="no evaluation here"):
+        compare_runs([tmp_path / "c"])
+    with pytest.raises(FifaError, match="no run to compare"):
+        compare_runs([])
+
+
+def test_the_command_prints_one_table_and_writes_one_page(tmp_path, monkeypatch, capsys):
+    a = write_evaluation(tmp_path / "fifa", ["tuned"], [0.6], curve=(10, 20))
+    b = write_evaluation(tmp_path / "random", ["tuned"], [0.1], curve=(10, 20), seed=1)
+    page = tmp_path / "compare.html"
+    monkeypatch.setattr("sys.argv", ["fifa", "compare", str(a), str(b), "--out", str(page)])
+    main()
+    told = capsys.readouterr()
+    assert told.out.strip() == str(page)
+    lines = told.err.splitlines()
+    assert lines[0].split()[:4] == ["checkpoint", "t", "s", "*"]
+    assert [line.partition("  ")[0] for line in lines[1:3]] == ["fifa: tuned", "random: tuned"]
+    text = page.read_text("utf-8")
+    assert text.count('<svg class="plot"') == 1 + 3
+    assert "Time to match" in text
+    main()
+    assert page.read_text("utf-8") == text
