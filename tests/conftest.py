@@ -1,3 +1,6 @@
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,3 +23,46 @@ def real_data():
     if not folder.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
     return folder
+
+
+_QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--allow-file-access-from-files",
+    "--dump-dom",
+]
+# The frame is a window's width whatever the browser's least; scripts are this probe's own
+_PROBE = (
+    '<body style="margin:0"><iframe id="f" src="{page}" width="{width}" height="900"></iframe>'
+    "<script>f.onload = () => {{ const d = f.contentDocument.documentElement;"
+    "const t = document.createElement('p');"
+    "t.textContent = 'w=' + d.scrollWidth + '/' + d.clientWidth + '!';"
+    "document.body.append(t) }}</script>"
+)
+
+
+@pytest.fixture
+def page_widths(tmp_path):
+    """A function from a page and a window's width to the widths of its content and its window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+
+    def measure(page, width):
+        probe, copy = tmp_path / "probe.html", tmp_path / "probed.html"
+        copy.write_bytes(Path(page).read_bytes())
+        probe.write_text(_PROBE.format(page=copy.name, width=width), "utf-8")
+        options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]
+        command = [chromium, *_QUIET, *options, probe.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        found = re.search(r"w=(\d+)/(\d+)!", done.stdout)
+        assert found, done.stderr[-500:]
+        return int(found.group(1)), int(found.group(2))
+
+    return measure

@@ -4,7 +4,7 @@ import pytest
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A small Stable Diffusion in diffusers' layout."""
-    from models import write_model
+    from checkpoints import write_model
 
     return write_model(tmp_path_factory.mktemp("models") / "base", "sd15")
 
@@ -12,7 +12,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lora(base, tmp_path_factory):
     """A LoRA for it."""
-    from models import write_lora
+    from checkpoints import write_lora
 
     return write_lora(base, tmp_path_factory.mktemp("models") / "lora")
 
@@ -20,6 +20,6 @@ def lora(base, tmp_path_factory):
 @pytest.fixture(scope="session")
 def unet(base, tmp_path_factory):
     """Another UNet for it."""
-    from models import write_unet
+    from checkpoints import write_unet
 
     return write_unet(base, tmp_path_factory.mktemp("models") / "full")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from models import SMALL
+from checkpoints import SMALL
 
 from fifa.evaluate.config import Generate
 from fifa.evaluate.generate import generate

@@ -1,69 +1,11 @@
-import json
-
-import numpy as np
 import pytest
-from worlds import draw_index, measured, save
+from drawn import write_evaluation
 
 from fifa.cli import main
 from fifa.errors import FifaError
 from fifa.evaluate.compare import compare_runs
+from fifa.evaluate.measure import load_measured
 from fifa.evaluate.results import compare_models
-from fifa.shards.files import write_table
-
-SETTINGS = {
-    "steps": 2,
-    "guidance": 7.5,
-    "sampler": "DDIMScheduler",
-    "width": 32,
-    "height": 32,
-    "negative": "",
-    "device": "cpu",
-    "dtype": "float32",
-}
-
-
-def write_evaluation(run, models, gains, *, scorers=("s", "t"), curve=(), seed=0, **settings):
-    """A run folder with an evaluation of drawn scores: ``gains`` by model over the base."""
-    folder = run / "evaluate"
-    index = draw_index(["base", *models], prompts=12, seeds=2)
-    draw = np.random.default_rng(seed)
-    taste = np.tile(np.random.default_rng(99).normal(size=24), 1 + len(models))
-    level = np.repeat([0.0, *gains], 24)
-    columns = {name: taste + level + 0.3 * draw.normal(size=len(index)) for name in scorers}
-    looks = {name: draw.random(len(index)) for name in ("brightness", "contrast", "saturation")}
-    save(measured(index, {**columns, **looks}, picked=["s"]), folder)
-    write_table(folder / "images.parquet", index)
-    train = {"seconds": 60.0, "accelerator_hours": 1 / 60, "pairs_seen": 320, "processes": 1}
-    known = {
-        "train": train,
-        "steps": [{"step": float(s), "pairs": 8.0 * s, "seconds": 1.5 * s} for s in curve],
-        "log": {"margin": {"seconds": 5.0, "tokens": 0}},
-    }
-    base = {"name": "base", "method": "base", "source": "b", "weights": "w"}
-    tuned = [
-        {"name": name, "method": "lora", "source": name, "weights": name, **known}
-        for name in models
-    ]
-    facts = {
-        "format": 1,
-        "models": [base, *tuned],
-        "settings": {**SETTINGS, **settings},
-        "seeds": 2,
-        "first_seed": 0,
-        "picked": ["s"],
-        "prompts": {"source": "p.txt", "prompts": 12, "rows": 12, "dropped": {}},
-    }
-    if curve:
-        names = [f"{models[0]}@{step}" for step in curve]
-        steps = draw_index(["base", *names], prompts=6, seeds=2)
-        rise = np.repeat(np.linspace(0, gains[0], len(curve) + 1), 12)
-        save(
-            measured(steps, {n: rise + 0.01 * draw.normal(size=len(rise)) for n in scorers}),
-            folder,
-            "-curve",
-        )
-    (folder / "evaluation.json").write_text(json.dumps(facts))
-    return run
 
 
 def test_runs_beside_each_other(tmp_path):
@@ -74,8 +16,6 @@ def test_runs_beside_each_other(tmp_path):
     assert [e.label for e in found.entries] == ["fifa: tuned", "random: tuned"]
     assert found.entries[0].cost.scoring == 5.0
     assert (found.entries[0].cost.training, found.entries[0].cost.pairs) == (60.0, 320)
-    from fifa.evaluate.measure import load_measured
-
     first, second = (load_measured(run / "evaluate") for run in (a, b))
     own = compare_models(first, "tuned", "base", found.scales[0])
     assert found.entries[0].wins[0].wins == own.wins

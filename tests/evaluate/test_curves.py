@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from worlds import draw_index, measured
+from drawn import draw_index, measured
 
 from fifa.evaluate.costs import checkpoint_facts, cost_of
 from fifa.evaluate.curves import learning_curves, steps_of, time_to_match

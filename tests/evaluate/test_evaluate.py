@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from models import SMALL, write_clip
+from checkpoints import SMALL, write_clip
 from test_curves import write_training
 
 import fifa

@@ -4,8 +4,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from checkpoints import SMALL, write_lora, write_model, write_unet
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from models import SMALL, write_lora, write_model, write_unet
 from PIL import Image
 
 from fifa.errors import FifaError

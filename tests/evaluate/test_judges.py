@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from drawn import draw_images, draw_index, picture
 from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
-from worlds import draw_images, draw_index, picture
 
 from fifa.errors import FifaError
 from fifa.evaluate.judges import Detector, Judge, as_judges, looks

@@ -2,9 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
-from models import write_clip
+from checkpoints import write_clip
+from drawn import draw_images, draw_index
 from PIL import Image
-from worlds import draw_images, draw_index
 
 from fifa.errors import FifaError
 from fifa.evaluate.config import Measure

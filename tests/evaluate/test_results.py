@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from drawn import CATEGORIES, draw_index, measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import CATEGORIES, draw_index, measured
 
 from fifa.errors import FifaError
 from fifa.evaluate.results import (

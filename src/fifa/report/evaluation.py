@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fifa.evaluate.costs import cost_of
 from fifa.evaluate.curves import Curve, learning_curves, time_to_match
@@ -27,6 +27,9 @@ from fifa.evaluate.results import (
 from fifa.report import charts
 from fifa.report.grids import draw_grids
 from fifa.report.words import shorten
+
+if TYPE_CHECKING:
+    from fifa.evaluate.vote.results import Results
 
 MOST_CATEGORIES = 12
 
@@ -76,6 +79,7 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
         "prompts": len(set(images["prompt_id"].to_pylist())),
         "images": len(images),
         "head": head,
+        "people": _people(run, names),
         "others": [c for c in found if head and c.scale == head.scale and c is not head],
         "against": _by_scale([c for c in found if c.theirs == BASE], scales),
         "among": _by_scale([c for c in found if c.theirs != BASE], scales),
@@ -98,6 +102,19 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
         "costs": [cost_of(name, by_model[name]) for name in tuned],
         "settings": _settings(facts),
     }
+
+
+def _people(run: Path, names: list[str]) -> Results | None:
+    """What people voted so far, on models that are still in the index; None without votes."""
+    from fifa.evaluate.vote.results import vote_results
+    from fifa.evaluate.vote.store import FILE
+
+    if not (run / FOLDER / FILE).exists():
+        return None
+    results = vote_results(run)
+    known = [v for v in results.verdicts if v.ours in names and v.theirs in names and v.rate.n]
+    known.sort(key=lambda v: (v.theirs != BASE, -v.rate.share))
+    return replace(results, verdicts=tuple(known)) if known else None
 
 
 def headline(found: list[Comparison]) -> Comparison | None:
