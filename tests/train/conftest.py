@@ -1,5 +1,5 @@
 import pytest
-from tiny_models import write_model, write_pairs
+from tiny_diffusion import write_model, write_pairs
 from trainings import fresh_process
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_models import write_model
+from tiny_diffusion import write_model
 
 from fifa.errors import FifaError
 from fifa.train.adapters import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
-from tiny_models import KINDS, PROMPTS, write_model
+from tiny_diffusion import KINDS, PROMPTS, write_model
 
 from fifa.errors import FifaError
 from fifa.train.backbones import flux as flux_family

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import picture, write_model, write_pairs
+from tiny_diffusion import picture, write_model, write_pairs
 
 from fifa.errors import FifaError
 from fifa.pairs.images import open_image

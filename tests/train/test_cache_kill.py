@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from tiny_models import write_model, write_pairs
+from tiny_diffusion import write_model, write_pairs
 
 
 def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
@@ -43,7 +43,9 @@ def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
 @pytest.fixture(scope="module")
 def run():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fifa.train.cache", "tiny_models", "test_cache_kill"])
+    context.set_forkserver_preload(
+        ["torch", "fifa.train.cache", "tiny_diffusion", "test_cache_kill"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         path = [str(Path(__file__).parent), *sys.path]
         patch.setenv("PYTHONPATH", os.pathsep.join(path))

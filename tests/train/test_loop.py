@@ -207,7 +207,7 @@ def test_micro_batches_and_checkpointing_change_nothing_but_rounding(world, tmp_
 
 
 def test_the_folders_own_weights_enter_the_loss(world, tmp_path):
-    from tiny_models import write_pairs
+    from tiny_diffusion import write_pairs
 
     write_pairs(tmp_path / "weighted.parquet", weight=[2.0, 0.0, 1.0, 1.0])
     train = replace(quick(world), source=str(tmp_path / "weighted.parquet"))

@@ -3,10 +3,11 @@
 import hashlib
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_models import write_pairs
+from tiny_diffusion import write_pairs
 
 from fifa.errors import FifaError
 from fifa.train.pairs import read_training_pairs
@@ -45,9 +46,11 @@ def test_soft_labels_weights_and_rows_without_a_label(tmp_path):
         weight=[0.5, 2.0, 1.0, None],
         has_label=[True, True, True, False],
         pair_id=["x", "y", "z", "w"],
+        signed_margin=pa.array([0.5, None, 1.0, 1.0], pa.float32()),
     )
     pairs = read_training_pairs(path)
     assert pairs.pair_id == ["x", "y"]
+    assert pairs.margin[0] == 0.5 and np.isnan(pairs.margin[1])
     assert pairs.label.tolist() == [0.75, 0.75]
     assert pairs.weight.tolist() == [0.5, 2.0]
     assert pairs.dropped == {"no_label": 2}

@@ -21,7 +21,7 @@ from fifa.shards.files import digest
 from fifa.train.cells import IMAGES, Cells, cannot_read, open_parquet
 
 NEEDED = (*IMAGES, "label_0", "caption")
-OPTIONAL = ("label", "weight", "pair_id", "has_label")
+OPTIONAL = ("label", "weight", "pair_id", "has_label", "signed_margin")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class TrainingPairs:
         float32 [n], above 0.5: the probability that people prefer the winner.
     weight
         float32 [n], at least 0: each pair's weight in the loss; 1 where the source has none.
+    margin
+        float32 [n], the subset's ``signed_margin``: how much the scorers prefer the winner; NaN
+        where the source has none.
     digest
         16 hex characters that name all of the above.
     fingerprint
@@ -56,6 +59,7 @@ class TrainingPairs:
     caption: list[str]
     label: npt.NDArray[np.float32]
     weight: npt.NDArray[np.float32]
+    margin: npt.NDArray[np.float32]
     digest: str
     fingerprint: str
     dropped: dict[str, int]
@@ -107,7 +111,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         folder or a glob of them with the columns that public Diffusion-DPO trainers read:
         ``jpg_0``, ``jpg_1`` (bytes, or structs with ``bytes``), ``label_0`` (1: image 0 won, 0:
         image 1, 0.5: a tie) and ``caption``. Used if they are there: ``label`` (the probability
-        that people prefer image 0), ``weight``, ``pair_id``, ``has_label``.
+        that people prefer image 0), ``weight``, ``pair_id``, ``has_label``, ``signed_margin``.
 
     Raises
     ------
@@ -135,6 +139,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     ).astype(np.int64)
     label = _labels(table, winner[kept])
     weight = _weights(table, str(source))
+    margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
     ids = _ids(table, cells, places)
     note(training_pairs=len(ids), **{f"training_pairs_{k}": v for k, v in dropped.items()})
@@ -143,7 +148,8 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         caption=caption,
         label=label,
         weight=weight,
-        digest=digest(ids, caption, label.tobytes(), weight.tobytes()),
+        margin=margin,
+        digest=digest(ids, caption, label.tobytes(), weight.tobytes(), margin.tobytes()),
         fingerprint=digest([_fingerprint(file) for file in files]),
         dropped=dropped,
         cells=cells,
@@ -208,6 +214,7 @@ def _rows(file: Path, number: int) -> pa.Table:
             "weight": _column(table, "weight", pa.float64()),
             "pair_id": _column(table, "pair_id", pa.string()),
             "has_label": _column(table, "has_label", pa.bool_()),
+            "signed_margin": _column(table, "signed_margin", pa.float64()),
         }
     except (OSError, pa.ArrowException) as error:
         raise cannot_read(file, error) from error

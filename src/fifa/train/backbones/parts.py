@@ -96,9 +96,7 @@ class ModelFolder:
             Of its weights; default: the folder's.
         """
         kind = dtype or self.dtype
-        settings: dict[str, Any] = {"use_safetensors": True, "variant": self._variant(part)}
-        # transformers has renamed the argument that diffusers still calls torch_dtype
-        settings["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = kind
+        settings = {"use_safetensors": True, "variant": self._variant(part), "dtype": kind}
         module = self._loaded(part, lambda: cls.from_pretrained(self.path / part, **settings))
         return module.eval().requires_grad_(False).to(self.device)
 
