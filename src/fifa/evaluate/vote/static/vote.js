@@ -3,8 +3,6 @@
 (() => {
   const vote = document.getElementById("vote");
   const undo = document.getElementById("undo");
-  const left = document.getElementById("left");
-  const right = document.getElementById("right");
   const status = document.getElementById("status");
   const prompt = document.getElementById("prompt");
   const loaded = new Map(); // images by id, decoded before they are needed
@@ -13,12 +11,12 @@
   };
   let busy = false;
 
-  const address = (id) => `/image/${id}.png`;
-
   function load(id) {
     if (!loaded.has(id)) {
       const image = new Image();
-      image.src = address(id);
+      image.alt = "";
+      image.draggable = false;
+      image.src = `/image/${id}.png`;
       loaded.set(id, image.decode().then(() => image, (error) => {
         loaded.delete(id);
         throw error;
@@ -31,13 +29,22 @@
     for (const id of ids) load(id).catch(() => {}); // it is asked for again when it is shown
   }
 
+  function put(side, image) {
+    const button = vote.querySelector(`[value=${side}]`);
+    const old = button.querySelector("img"); // none if it has just moved to the other side
+    if (old) old.remove();
+    image.id = side;
+    button.prepend(image);
+  }
+
   async function show(state) {
     if (state.done) {
       location.reload();
       return new Promise(() => {}); // no vote before the page is gone
     }
-    await Promise.all(state.images.map(load)); // both at once, never one beside an old one
-    [left.src, right.src] = state.images.map(address);
+    const [left, right] = await Promise.all(state.images.map(load));
+    put("left", left); // both at once, never one beside an old one
+    put("right", right);
     prompt.textContent = state.prompt;
     prompt.scrollTop = 0;
     for (const form of [vote, undo]) form.elements.position.value = state.position;
@@ -49,7 +56,6 @@
     for (const id of loaded.keys()) {
       if (![...state.images, ...state.upcoming].includes(id)) loaded.delete(id);
     }
-    await Promise.all([left.decode(), right.decode()]);
     ahead(state.upcoming);
   }
 
