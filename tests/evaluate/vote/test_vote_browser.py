@@ -31,6 +31,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE = 60_000  # ms; a machine may be busy
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -43,6 +44,7 @@ LONG = "a {colour} {shape} on grass, number {i}, " + "with very many further det
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
+        expect.set_options(timeout=PATIENCE)
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -60,7 +62,7 @@ def page_for_many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pa
 def voter(browser: Any, link: str, **context: Any) -> Iterator[Any]:
     """A person with a browser of their own; no error and no other host by the end."""
     own = browser.new_context(**{"viewport": WIDE, **context})
-    own.set_default_timeout(10_000)
+    own.set_default_timeout(PATIENCE)
     page = own.new_page()
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
