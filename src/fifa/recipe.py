@@ -60,7 +60,8 @@ class Score:
     ----------
     margin
         Reward models, several for a committee: ``column:NAME_0,NAME_1``, ``pickscore``,
-        ``hpsv2.1``, ``imagereward``, ..., ``NAME:FOLDER``, ``proxy``, ``proxy:FOLDER``.
+        ``hpsv2.1``, ``imagereward``, ..., ``NAME:FOLDER``, ``proxy``, ``proxy@clip:MODEL``,
+        ``proxy:FOLDER``.
     quality
         The rater: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME`` or ``none``.
     diversity

@@ -105,3 +105,33 @@ def test_a_feature_that_never_changes_is_left_out():
     head = HeadPath(images, prompts, data, reads_prompts=False).fit(0.01)
     assert head.image[2].tolist() == [0.0]
     assert np.isfinite(head.logits(images, prompts, data)).all()
+
+
+def test_in_a_shared_space_the_head_finds_that_pictures_should_fit_prompts():
+    draw = np.random.default_rng(1)
+    images, prompts = (
+        (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        for vectors in (draw.normal(size=(400, 24)), draw.normal(size=(200, 24)))
+    )
+    image, prompt = draw.integers(0, 400, (900, 2)), draw.integers(0, 200, 900)
+    fit = (images[image] * prompts[prompt][:, None]).sum(-1)
+    data = Comparisons(image, prompt, (fit[:, 0] > fit[:, 1]).astype(float))
+    learn, asked = np.arange(600), np.arange(600, 900)
+    right = {}
+    for shared in (False, True):
+        path = HeadPath(images, prompts, data.part(learn), reads_prompts=True, shared=shared)
+        logits = path.fit(0.01).logits(images, prompts, data.part(asked))
+        right[shared] = np.mean((logits > 0) == (data.label[asked] > 0.5))
+    assert right[True] > 0.95 > right[False]
+
+
+def test_the_head_of_a_shared_space_is_its_design_times_its_coefficients():
+    images, _, data = drawn(d=6)
+    prompts = np.random.default_rng(2).normal(size=(12, 6)).astype(np.float32)
+    path = HeadPath(images, prompts, data, reads_prompts=True, shared=True)
+    head = path.fit(0.01)
+    rewards = path._x @ path._at
+    expected = rewards[path._first] - rewards[path._second]
+    assert head.logits(images, prompts, data) == pytest.approx(expected, abs=1e-6)
+    halved = head.over(2.0).logits(images, prompts, data)
+    assert halved == pytest.approx(expected / 2, abs=1e-6)

@@ -95,7 +95,7 @@ def check_scorers(scorers: Sequence[str], compute: Compute) -> dict[str, str]:
     scales = {}
     for spec in scorers:
         name, _, folder = spec.partition(":")
-        if name == "column" or spec == "proxy":
+        if name == "column" or spec == "proxy" or spec.startswith("proxy@"):
             raise FifaError(
                 f"{spec} does not look at images",
                 do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",

@@ -72,7 +72,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def _family(spec: str) -> str:
-    name = spec.partition(":")[0].lower()
+    name = spec.partition(":")[0].partition("@")[0].lower()  # proxy@clip:MODEL is a proxy
     if name in HPS_FILES:
         return "hps"
     return "clipscore" if name in CLIPS and name.startswith("clipscore") else name

@@ -48,7 +48,8 @@ class Head:
         (a, v) = x A + a_0,   u = t B + b_0,   reward = a + v . u
 
     ``a`` says how good the picture is, ``v . u`` how that depends on the prompt: products of a
-    few directions of both. Without directions the head does not read the prompt.
+    few directions of both and, where both lie in the one space of a CLIP, their similarity.
+    Without either the head does not read the prompt.
 
     Parameters
     ----------
@@ -117,6 +118,9 @@ class HeadPath:
         The pairs to learn from; every image of theirs has features.
     reads_prompts
         Multiply directions of images and prompts, too.
+    shared
+        Images and prompts are embedded in one space, so x . t says how well they fit: a feature
+        of its own, brought to mean 0 and deviation 1. Counts only where prompts are read.
     """
 
     def __init__(
@@ -126,8 +130,9 @@ class HeadPath:
         data: Comparisons,
         *,
         reads_prompts: bool,
+        shared: bool = False,
     ) -> None:
-        self._data = data
+        self._data, self._shared = data, shared and reads_prompts
         used = images[np.unique(data.image)].astype(np.float64)
         self._mean, deviation = used.mean(0), used.std(0)
         self._scale = np.where(deviation > 1e-6 * max(1.0, deviation.max()), deviation, np.inf)
@@ -156,10 +161,17 @@ class HeadPath:
         # reward = (x - m)/s . w / sqrt(d) + f' M t', M scaled by GAIN / sqrt(p q)
         own = coefficients[:d] / self._scale / np.sqrt(d)
         axes = self._image_axes / self._scale[:, None]
-        product = coefficients[d:].reshape(p, q) * GAIN / np.sqrt(max(1, p * q))
+        product = coefficients[d : d + p * q].reshape(p, q) * GAIN / np.sqrt(max(1, p * q))
         image = np.concatenate([own[:, None], axes], 1)
         prompt = self._prompt_axes @ product.T
-        return Head(image, -self._mean @ image, prompt, -self._prompt_mean @ prompt)
+        image_bias, prompt_bias = -self._mean @ image, -self._prompt_mean @ prompt
+        if self._shared:
+            # c (x . t) / s as x (I c / s) . (t I): d more directions, without a bias
+            eye, none = np.eye(d), np.zeros(d)
+            image = np.concatenate([image, eye * coefficients[-1] / self._spread], 1)
+            prompt = np.concatenate([prompt, eye], 1)
+            image_bias, prompt_bias = np.append(image_bias, none), np.append(prompt_bias, none)
+        return Head(image, image_bias, prompt, prompt_bias)
 
     def _design(self, images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32]) -> None:
         """A row for every (image, prompt) that occurs, turned so that no column is idle."""
@@ -174,6 +186,10 @@ class HeadPath:
             t = (prompts[prompt] - self._prompt_mean) @ self._prompt_axes
             joint = (f[:, :, None] * t[:, None, :]).reshape(len(x), p * q)
             x = np.concatenate([x, joint * GAIN / np.sqrt(p * q)], 1)
+        if self._shared:
+            fit = (images[image].astype(np.float64) * prompts[prompt]).sum(1)
+            self._spread = max(float(fit.std()), 1e-6)
+            x = np.concatenate([x, (fit - fit.mean())[:, None] / self._spread], 1)
         self._first, self._second = of_pair.reshape(-1, 2).T
         # With fewer rows than columns x = (x Q) Q', Q orthonormal: the same fit, smaller
         self._rotation = np.eye(x.shape[1])

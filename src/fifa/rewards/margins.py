@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,9 @@ def reward_scores(
     pairs
         The pairs, with images.
     spec
-        ``proxy``: trained here on the pairs' own labels and cross-fitted over prompts.
+        ``proxy``: trained here on the pairs' own labels and cross-fitted over prompts;
+        ``proxy@clip:MODEL``: the same on both towers of that CLIP, ``proxy@ENCODER`` on another
+        image encoder (`fifa.rewards.features.make_image_encoder`).
         ``proxy:FOLDER``: one that `fifa.rewards.train.train_reward` wrote. Otherwise a name as
         for `fifa.rewards.load.load_reward`.
     folder
@@ -62,7 +65,8 @@ def reward_scores(
         For a source without images and a spec that names no reward model.
     """
     compute = compute or Compute()
-    if spec.partition(":")[0] not in (*NAMES, "proxy"):
+    fitted_here = spec == "proxy" or spec.startswith("proxy@")
+    if not fitted_here and spec.partition(":")[0] not in (*NAMES, "proxy"):
         raise FifaError(
             f"no such reward model: {spec}",
             do=f"column:NAME_0,NAME_1 for score columns, proxy, or one of {', '.join(NAMES)}",
@@ -73,8 +77,11 @@ def reward_scores(
             where=pairs.origin.source,
             do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
         )
-    if spec == "proxy":
+    if fitted_here:
         train = TrainOptions(device=compute.device, allow_download=allow_download)
+        if image := spec.partition("@")[2]:
+            text = image if image.startswith("clip:") else train.text
+            train = replace(train, image=image, text=text)
         return crossfit_rewards(pairs, folder=folder, options=train)
     load = partial(_load, spec, compute)
     model, executor = load(), make_executor(compute)

@@ -97,6 +97,11 @@ class TrainOptions:
         if not 0 < self.held_out < 1:
             raise FifaError(f"held_out has to lie between 0 and 1, not be {self.held_out}")
 
+    @property
+    def shared(self) -> bool:
+        """Whether both frozen encoders are towers of one CLIP, so that images fit prompts."""
+        return self.image == self.text and self.image.startswith("clip:")
+
     def settings(self) -> dict[str, Any]:
         """The options that this kind of training reads, for the card and for file names."""
         head = ("image", "text", "folds")
@@ -251,25 +256,31 @@ def fit_head(
     fold = prompt_folds(ids, data.prompt, data.image, folds=folds, seed=options.seed)[data.prompt]
     best: tuple[float, bool, float, Array] | None = None
     for reads_prompts in (False, True) if features.prompts.shape[1] else (False,):
-        loss, penalty, logits = _walk(features, data, fold, reads_prompts)
+        loss, penalty, logits = _walk(features, data, fold, reads_prompts, options.shared)
         if best is None or loss < best[0]:
             best = (loss, reads_prompts, penalty, logits)
     assert best is not None
     _, reads_prompts, penalty, logits = best
-    path = HeadPath(features.images, features.prompts, data, reads_prompts=reads_prompts)
+    path = HeadPath(
+        features.images, features.prompts, data, reads_prompts=reads_prompts, shared=options.shared
+    )
     temperature = fit_temperature(logits, data.label)
     return FittedHead(path.fit(penalty).over(temperature), logits, temperature, penalty)
 
 
 def _walk(
-    features: Features, data: Comparisons, fold: npt.NDArray[np.int64], reads_prompts: bool
+    features: Features,
+    data: Comparisons,
+    fold: npt.NDArray[np.int64],
+    reads_prompts: bool,
+    shared: bool,
 ) -> tuple[float, float, Array]:
     """The smallest held-out loss, its penalty and the held-out logits."""
     weight = prompt_weights(data.prompt)
     groups = [fold == k for k in np.unique(fold)]
     images, prompts = features.images, features.prompts
     paths = [
-        HeadPath(images, prompts, data.part(~group), reads_prompts=reads_prompts)
+        HeadPath(images, prompts, data.part(~group), reads_prompts=reads_prompts, shared=shared)
         for group in groups
     ]
     best, since = (np.inf, PENALTIES[0], np.zeros(len(fold))), 0
