@@ -388,6 +388,14 @@ def test_an_invitation_becomes_a_cookie_and_leaves_the_address(public: TestClien
     assert cast(public, own, 0).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["//evil.example.com/", "/%5Cevil.example.com", "///x"])
+def test_an_invitation_leads_to_no_other_host(public: TestClient, path: str) -> None:
+    link = f"http://10.0.0.5{path}?invitation=" + TOKENS["invitation"]
+    answer = public.get(link, follow_redirects=False)
+    assert answer.status_code == 303
+    assert re.match(r"/[^/\\]", answer.headers["location"])
+
+
 def test_voters_do_not_see_results_but_their_owner_does(public: TestClient) -> None:
     public.get("/?invitation=" + TOKENS["invitation"])
     assert public.get("/").status_code == 200
@@ -440,3 +448,13 @@ def test_a_later_model_is_for_new_voters(ballot: Ballot, client: TestClient) -> 
         later.cookies.clear()
         begin(later)
         assert "1 of 18" in later.get("/").text
+
+
+def test_models_and_limit_choose_what_is_asked(tmp_path: Path) -> None:
+    run = make_run(tmp_path, models=("base", "a", "b"), prompts=5, seeds=2)
+    ballot = Ballot(run, VoteOptions(models=("b", "base"), limit=5))
+    asked = [ballot.comparisons[key] for key in ballot.asked]
+    assert {(one.ours, one.theirs) for one in asked} == {("b", "base")}
+    assert {one.prompt_id for one in asked} == {f"p{i}" for i in range(5)}
+    with pytest.raises(FifaError, match="no model 'c'"):
+        Ballot(run, VoteOptions(models=("c",)))

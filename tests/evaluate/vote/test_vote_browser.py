@@ -206,6 +206,10 @@ def test_a_phone_shows_both_images_large_and_nothing_to_scroll(
         boxes = [page.locator(f"#{side}").bounding_box() for side in ("left", "right")]
         assert min(box["height"] for box in boxes) > 270
         assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one above the other
+        page.locator("#prompt").focus()
+        page.keyboard.press("ArrowDown")  # scrolls the long prompt, and is no vote
+        page.wait_for_function("() => document.querySelector('#prompt').scrollTop > 0")
+        assert votes(run) == []
         tie = page.get_by_role("button", name="Tie")
         assert tie.bounding_box()["height"] >= 44
         page.get_by_role("button", name="Upper").tap()
@@ -279,7 +283,7 @@ CONTRAST = """() => {
     const own = rgb(getComputedStyle(e).backgroundColor);
     return own[3] === 0 && e.parentElement ? ground(e.parentElement) : own;
   };
-  return [...document.querySelectorAll("h1, p, button, kbd, small, label, th, td, a")]
+  return [...document.querySelectorAll("h1, p, #prompt, button, kbd, small, label, th, td, a")]
     .filter(e => e.offsetWidth > 2 && !e.disabled && !e.closest(":disabled"))
     .filter(e => e.textContent.trim())
     .map(e => {

@@ -106,7 +106,8 @@ class Ballot:
         self.options = options or VoteOptions()
         self.folder = evaluation_folder(run)
         every = load_comparisons(run)
-        asked = load_comparisons(run, self.options.models)
+        models = self.options.models
+        asked = load_comparisons(run, models) if models else every
         if self.options.limit is not None:
             asked = draw(asked, self.options.limit, self.options.seed)
         self.store = VoteStore(self.folder / FILE, create=True)

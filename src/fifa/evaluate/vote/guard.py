@@ -117,7 +117,8 @@ class Guard:
             for name, token in given.items():
                 if self._matches(name, token):
                     rest = urlencode(query, doseq=True)
-                    to = RedirectResponse(scope["path"] + ("?" + rest if rest else ""), 303)
+                    path = "/" + scope["path"].lstrip("/")  # "//name" would be another host
+                    to = RedirectResponse(path + ("?" + rest if rest else ""), 303)
                     set_cookie(to, f"fifa_{name}_{self.suffix}", token)
                     return to
         cookies = read_cookies(headers)

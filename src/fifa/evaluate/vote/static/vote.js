@@ -94,6 +94,8 @@
 
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
+    const scrolls = event.target === prompt && prompt.scrollHeight > prompt.clientHeight;
+    if (scrolls && event.key === "ArrowDown") return; // of a long prompt; 3 is a tie as well
     if (event.key === "u" || event.key === "U") {
       const button = undo.querySelector("button");
       if (!button.disabled) send(undo, button);
