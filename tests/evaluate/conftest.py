@@ -20,6 +20,6 @@ def lora(base, tmp_path_factory):
 @pytest.fixture(scope="session")
 def unet(base, tmp_path_factory):
     """Another UNet for it."""
-    from checkpoints import write_unet
+    from checkpoints import write_part
 
-    return write_unet(base, tmp_path_factory.mktemp("models") / "full")
+    return write_part(base, tmp_path_factory.mktemp("models") / "full")

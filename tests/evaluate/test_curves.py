@@ -61,7 +61,7 @@ def test_the_checkpoints_on_the_way_are_found_in_order(base, tmp_path):
     assert model.training == folder
     assert [step.name for step in steps_of(model)] == [f"ours@{step}" for step in STEPS]
     assert steps_of(model)[0].path.parent.name == "step-000010"
-    other = Model("x", "lora", "x", tmp_path / "nowhere.safetensors", base)
+    other = Model("x", "lora", "x", tmp_path / "nowhere.safetensors", base, "")
     assert (other.training, steps_of(other)) == (None, [])
 
 

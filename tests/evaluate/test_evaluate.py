@@ -3,13 +3,15 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoints import SMALL, write_clip
+from checkpoints import SMALL, write_clip, write_pairs
 from test_curves import write_training
 
 import fifa
 from fifa.cli import main
 from fifa.errors import FifaError
-from fifa.evaluate.generate import read_index
+from fifa.evaluate.costs import cost_of
+from fifa.evaluate.curves import learning_curves
+from fifa.evaluate.generate import CURVE, read_index
 from fifa.evaluate.measure import load_measured
 from fifa.evaluate.pipeline import CURVE_SUFFIX, load_facts
 
@@ -82,6 +84,34 @@ def test_the_curve_of_a_training(base, training, prompts, tmp_path):
     assert "accelerator hours" in (tmp_path / "report.html").read_text("utf-8")
     fifa.evaluate(base, training, prompts, tmp_path, judges={"red": red}, **LIGHT)
     assert load_measured(folder, CURVE_SUFFIX) is None  # no curve was asked for this time
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_our_trainer_leaves_is_evaluated_with_its_curve_and_cost(
+    base, prompts, tmp_path, method
+):
+    pairs = write_pairs(tmp_path / "pairs.parquet")
+    knobs = {"method": method, "steps": 4, "batch": 2, "checkpoint_every": 2, "lr": 1e-2}
+    quiet = {"device": "cpu", "tracker": "none", "resolution": 32}
+    out = fifa.train(pairs, base, tmp_path / "ours", **knobs, **quiet)
+    done = fifa.evaluate(
+        base, out, prompts, tmp_path / "run", judges={"red": red}, curve=2, **LIGHT
+    )
+    assert done.comparisons[0].wins.ties < done.comparisons[0].wins.n  # it has learnt something
+    folder = tmp_path / "run" / "evaluate"
+    facts = load_facts(folder)
+    ours = {model["name"]: model for model in facts["models"]}["ours"]
+    assert ours["method"] == {"lora": "lora", "full": "part"}[method]
+    (curve,) = learning_curves(load_measured(folder, CURVE_SUFFIX), {"ours": ours})
+    assert [(point.step, point.pairs) for point in curve.points] == [(0, 0), (2, 4), (4, 8)]
+    cost = cost_of("ours", ours)
+    assert (cost.steps, cost.pairs) == (4, 8)
+    assert curve.points[-1].hours == pytest.approx(cost.hours, rel=1e-3)
+    # the last checkpoint has the final weights: the same images
+    last = {
+        row["file"] for row in read_index(folder, CURVE).to_pylist() if row["model"] == "ours@4"
+    }
+    assert last <= set(done.images["file"].to_pylist())
 
 
 def test_who_picked_the_data_is_in_the_facts(base, training, prompts, tmp_path):

@@ -4,16 +4,19 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
-from drawn import write_evaluation
+from drawn import draw_index, write_evaluation
+from neighbours import helper
 
-from fifa.evaluate.generate import read_index
+from fifa.errors import FifaError
+from fifa.evaluate.generate import png, read_index
 from fifa.evaluate.measure import load_measured
 from fifa.evaluate.results import comparisons, diversity_levels, look_levels
 from fifa.evaluate.vote.ballot import Ballot
 from fifa.evaluate.vote.results import vote_results
 from fifa.report.evaluation import headline, signs
-from fifa.report.grids import draw_grids
+from fifa.report.grids import EACH, MODELS, draw_grids, picture
 from fifa.report.page import write_report
+from fifa.shards.files import write_table
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e {}'
 
@@ -182,6 +185,36 @@ def test_votes_of_people_come_first(run, text, tmp_path):
     assert re.search(r"People prefer \w+ to base in [\d.]+ % of their votes", told)
     assert f"{first.rate.wins}, {first.rate.ties}, {first.rate.losses}" in told
     assert "by 1 voter on" in told
+
+
+def test_a_run_that_was_filtered_and_evaluated_has_both_on_one_page(tmp_path):
+    runs = helper("report", "report_runs")
+    runs.make_run(tmp_path / "run")
+    alone = words(write_report(tmp_path / "run").read_text("utf-8"))
+    write_evaluation(tmp_path / "run", ["a"], [0.9])
+    text = write_report(tmp_path / "run").read_text("utf-8")
+    told = words(text)
+    places = [told.index(part) for part in ("a wins", "Win rates", "Kept 80 of 400")]
+    assert places == sorted(places)
+    for section in ("From rows to the subset", "Which prompts are left", "Time and tokens"):
+        assert section in alone
+        assert section in told
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_measures_of_other_images_are_refused(tmp_path):
+    run = write_evaluation(tmp_path / "run", ["a"], [0.9])
+    write_table(run / "evaluate" / "images.parquet", draw_index(["base", "b"]))
+    with pytest.raises(FifaError, match="other images were made"):
+        write_report(run)
+
+
+def test_the_page_is_light_enough_to_mail(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (768, 768, 3), np.uint8)
+    (tmp_path / "noise.png").write_bytes(png(noise))
+    heaviest = len(picture(tmp_path / "noise.png"))
+    assert 3 * EACH * MODELS * heaviest < 3_000_000
 
 
 def test_a_phone_need_not_scroll_sideways(run, text, page_widths):

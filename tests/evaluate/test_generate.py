@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, write_lora, write_model, write_unet
+from checkpoints import SMALL, write_lora, write_model, write_part
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -101,7 +101,7 @@ def test_a_model_is_named_by_its_content_wherever_it_lies(base, unet, tmp_path):
 def test_the_base_is_itself_again_after_a_checkpoint(base, lora, unet, tmp_path):
     alone = make(base, {}, tmp_path / "alone")
     again = write_model(tmp_path / "same", "sd15")  # the same weights, loaded as a checkpoint
-    tuned = {"lora": lora, "full": unet, "last": write_unet(again, tmp_path / "none", scale=0)}
+    tuned = {"lora": lora, "full": unet, "last": write_part(again, tmp_path / "none", scale=0)}
     table = make(base, tuned, tmp_path / "run")
     base_images = pixels(tmp_path / "alone", alone, "base")
     np.testing.assert_array_equal(pixels(tmp_path / "run", table, "last"), base_images)
@@ -110,10 +110,12 @@ def test_the_base_is_itself_again_after_a_checkpoint(base, lora, unet, tmp_path)
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell"])
 def test_every_family(kind, tmp_path):
     model = write_model(tmp_path / "model", kind)
-    table = make(model, {}, tmp_path / "run", count=2, seeds=2)
-    images = pixels(tmp_path / "run", table, "base")
-    assert images.shape == (4, 32, 32, 3)
-    assert len(np.unique(images.reshape(4, -1), axis=0)) == 4
+    tuned = {"lora": write_lora(model, tmp_path / "a"), "full": write_part(model, tmp_path / "b")}
+    table = make(model, tuned, tmp_path / "run", count=1, seeds=2)
+    images = [pixels(tmp_path / "run", table, name) for name in ("base", "lora", "full")]
+    flat = np.concatenate(images).reshape(6, -1)
+    assert images[0].shape == (2, 32, 32, 3)
+    assert len(np.unique(flat, axis=0)) == 6
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_models_that_are_none(base, lora, tmp_path):
     index = json.loads((code / "model_index.json").read_text())
     index["_class_name"] = ["pipeline", "Mine"]
     (code / "model_index.json").write_text(json.dumps(index))
-    wrong = write_unet(write_model(tmp_path / "xl", "sdxl"), tmp_path / "wrong")
+    wrong = write_part(write_model(tmp_path / "xl", "sdxl"), tmp_path / "wrong")
     with pytest.raises(FifaError, match="no pipeline in diffusers' layout"):
         find_models(str(tmp_path / "empty"), {})
     with pytest.raises(FifaError, match="code of its own"):
@@ -231,6 +233,6 @@ def test_a_lora_of_another_model_is_refused(base, tmp_path):
 
 
 def test_images_that_are_not_finite_are_told(base, tmp_path):
-    broken = write_unet(base, tmp_path / "broken", scale=float("nan"))
+    broken = write_part(base, tmp_path / "broken", scale=float("nan"))
     with pytest.raises(FifaError, match="not finite"):
         make(base, {"a": broken}, tmp_path / "run")

@@ -75,7 +75,7 @@ def steps_of(model: Model) -> list[Model]:
         match = STEP.search(path.name)
         if match:
             name = f"{model.name}{AT}{int(match.group(1))}"
-            found.append((int(match.group(1)), find_checkpoint(name, str(path), model.base)))
+            found.append((int(match.group(1)), find_checkpoint(name, str(path), model)))
     return [checkpoint for _, checkpoint in sorted(found, key=lambda entry: entry[0])]
 
 

@@ -48,6 +48,8 @@ class Model:
         The pipeline's or the part's folder, or the LoRA's file.
     base
         The base's folder.
+    base_weights
+        What names the base's weights: a LoRA or a part is nothing without them.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Model:
     source: str
     path: Path
     base: Path
+    base_weights: str
 
     @property
     def pipeline(self) -> Path:
@@ -64,13 +67,14 @@ class Model:
     @cached_property
     def weights(self) -> str:
         """16 hex characters that name all weights and settings, wherever they lie."""
-        whole = files_digest(_pipeline_files(self.pipeline))
+        if self.method == "base":
+            return self.base_weights
+        if self.method == "pipeline":
+            return files_digest(_pipeline_files(self.path))
         if self.method == "lora":
-            return digest(whole, files_digest({"lora": self.path}))
-        if self.method == "part":
-            files = {file.name: file for file in _model_files(self.path)}
-            return digest(whole, part_name(self.path), files_digest(files))
-        return whole
+            return digest(self.base_weights, files_digest({"lora": self.path}))
+        files = {file.name: file for file in _model_files(self.path)}
+        return digest(self.base_weights, part_name(self.path), files_digest(files))
 
     @property
     def training(self) -> Path | None:
@@ -99,8 +103,9 @@ def find_models(base: str, tuned: Mapping[str, str]) -> list[Model]:
     folder = find_pipeline(base)
     if BASE in tuned:
         raise FifaError("a checkpoint cannot be named base", do="--tuned NAME=PATH names it")
-    models = [Model(BASE, "base", base, folder, folder)]
-    return models + [find_checkpoint(name, path, folder) for name, path in tuned.items()]
+    whole = files_digest(_pipeline_files(folder))
+    first = Model(BASE, "base", base, folder, folder, whole)
+    return [first, *(find_checkpoint(name, path, first) for name, path in tuned.items())]
 
 
 def name_checkpoints(paths: Sequence[str]) -> dict[str, str]:
@@ -140,7 +145,7 @@ def class_name(folder: Path) -> str:
     return name
 
 
-def find_checkpoint(name: str, source: str, base: Path) -> Model:
+def find_checkpoint(name: str, source: str, base: Model) -> Model:
     """A checkpoint, told apart by what is there.
 
     A whole pipeline (``model_index.json``), a folder with ``unet/`` or ``transformer/`` or one
@@ -148,24 +153,28 @@ def find_checkpoint(name: str, source: str, base: Path) -> Model:
 
     Raises `FifaError` where none of these is there.
     """
+
+    def found(method: Method, path: Path) -> Model:
+        return Model(name, method, source, path, base.base, base.base_weights)
+
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
             raise FifaError(
                 "weights are read from .safetensors only", where=source, do="convert the file"
             )
-        return Model(name, "lora", source, path, base)
+        return found("lora", path)
     folder = path if path.is_dir() else model_folder(source, CHECKPOINT_FILES)
     if (folder / "model_index.json").is_file():
-        return Model(name, "pipeline", source, find_pipeline(source), base)
+        return found("pipeline", find_pipeline(source))
     if (folder / LORA).is_file():
-        return Model(name, "lora", source, folder / LORA, base)
+        return found("lora", folder / LORA)
     for part in (*(folder / part for part in PARTS), folder):
         if (part / "config.json").is_file() and part_name(part):
-            return Model(name, "part", source, part, base)
+            return found("part", part)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
-        return Model(name, "lora", source, loose[0], base)
+        return found("lora", loose[0])
     raise FifaError(
         "no checkpoint here",
         where=str(folder),

@@ -40,7 +40,7 @@ def draw_wins(rows: Sequence[Row], name: str, title: str) -> Markup:
     """Win rates as points with their intervals, one line a scorer or category."""
     most = max(len(row.wins) for row in rows)
     height = 0.62 + sum(0.16 + 0.2 * max(1, len(row.wins)) for row in rows)
-    figure, axes = canvas(name, size=(5.6, max(1.5, height)))
+    figure, axes = canvas(name, size=(4.6, max(1.5, height)))
     axes.axvline(0.5, color=COLOURS["dropped"], lw=1.1, ls=(0, (1, 2)))
     ticks, low, high = [], 0.42, 0.58
     place = 0.0
@@ -54,7 +54,7 @@ def draw_wins(rows: Sequence[Row], name: str, title: str) -> Markup:
             low, high = min(low, wins.low), max(high, wins.high)
         ticks.append(-(place + step * (len(row.wins) - 1) / 2))
         place += step * max(1, len(row.wins)) + 0.16
-    axes.set_yticks(ticks, [shorten(row.label, 26) for row in rows])
+    axes.set_yticks(ticks, [shorten(row.label, 20) for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.set_ylim(-(place - 0.16) + (0.02 if most > 1 else 0), 0.2)
     axes.set_xlim(max(0.0, low - 0.03), min(1.0, high + 0.03))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fifa.errors import FifaError
 from fifa.evaluate.costs import cost_of
 from fifa.evaluate.curves import Curve, learning_curves, time_to_match
 from fifa.evaluate.generate import FOLDER, read_index
@@ -63,6 +64,12 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
     if measured is None:
         return None
     images = read_index(folder)
+    if not images.select(["model", "file"]).equals(measured.table.select(["model", "file"])):
+        raise FifaError(
+            "other images were made after these were measured",
+            where=str(folder),
+            do="run the same `fifa evaluate` to its end",
+        )
     names = model_names(measured)
     tuned = names[1:]
     found = comparisons(measured)
