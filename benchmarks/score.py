@@ -41,8 +41,8 @@ PAIRS_A_PROMPT = 14
 BATCH = 32
 
 
-def write_clip(folder: Path, **towers: dict[str, int]) -> None:
-    """A CLIP of random weights (ViT-B/32 unless told); its tokenizer knows bytes only."""
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's tokenizer with a vocabulary of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -51,6 +51,11 @@ def write_clip(folder: Path, **towers: dict[str, int]) -> None:
     CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
     ).save_pretrained(folder)
+
+
+def write_clip(folder: Path, **towers: dict[str, int]) -> None:
+    """A CLIP of random weights (ViT-B/32 unless told); its tokenizer knows bytes only."""
+    write_tokenizer(folder)
     torch.manual_seed(0)
     config = CLIPConfig(**towers)
     config.text_config.eos_token_id = 2  # pool at the highest token id, as the published CLIPs do
