@@ -94,6 +94,7 @@ def write_evaluation(
     *,
     scorers=("s", "t"),
     curve=(),
+    curves=1,
     seed=0,
     images=False,
     unsafe=False,
@@ -147,13 +148,12 @@ def write_evaluation(
         "prompts": {"source": "p.txt", "prompts": 12, "rows": 12, "dropped": {}},
     }
     if curve:
-        names = [f"{models[0]}@{step}" for step in curve]
+        shown = list(zip(models, gains, strict=True))[:curves]
+        names = [f"{name}@{step}" for name, _ in shown for step in curve]
+        rise = [gain * (i + 1) / len(curve) for _, gain in shown for i in range(len(curve))]
         steps = draw_index(["base", *names], prompts=6, seeds=2)
-        rise = np.repeat(np.linspace(0, gains[0], len(curve) + 1), 12)
-        save(
-            measured(steps, {n: rise + 0.01 * draw.normal(size=len(rise)) for n in scorers}),
-            folder,
-            "-curve",
-        )
+        means = np.repeat([0.0, *rise], 12)
+        rows = {name: means + 0.01 * draw.normal(size=len(means)) for name in scorers}
+        save(measured(steps, rows), folder, "-curve")
     (folder / "evaluation.json").write_text(json.dumps(facts))
     return run

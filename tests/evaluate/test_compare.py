@@ -19,9 +19,9 @@ def test_runs_beside_each_other(tmp_path):
     first, second = (load_measured(run / "evaluate") for run in (a, b))
     own = compare_models(first, "tuned", "base", found.scales[0])
     assert found.entries[0].wins[0].wins == own.wins
-    across = compare_models(second, "tuned", "tuned", found.scales[0], first)
+    across = compare_models(first, "tuned", "tuned", found.scales[0], second)
     assert found.direct[0].wins == across.wins
-    assert (found.direct[0].ours, found.direct[0].theirs) == ("random: tuned", "fifa: tuned")
+    assert (found.direct[0].ours, found.direct[0].theirs) == ("fifa: tuned", "random: tuned")
     assert [(i, j) for i, j, _ in found.matches] == [(0, 1), (1, 0)]
     assert found.matches[0][2].step == 10  # a quarter of 0.6 is more than random ever gains
     assert found.matches[1][2] is None

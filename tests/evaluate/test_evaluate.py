@@ -43,7 +43,7 @@ def test_an_evaluation_from_models_to_the_page(base, lora, unet, prompts, tmp_pa
     assert [(c.ours, c.theirs) for c in done.comparisons] == [
         ("lora", "base"),
         ("full", "base"),
-        ("full", "lora"),
+        ("lora", "full"),
     ]
     for comparison in done.comparisons:
         values = {
@@ -68,7 +68,7 @@ def test_a_checkpoint_against_itself_ties_exactly(base, lora, prompts, tmp_path)
     tuned = {"one": lora, "two": tmp_path / "copy"}
     done = fifa.evaluate(base, tuned, prompts, tmp_path / "run", judges={"red": red}, **LIGHT)
     last = done.comparisons[-1]
-    assert (last.ours, last.theirs) == ("two", "one")
+    assert (last.ours, last.theirs) == ("one", "two")
     assert (last.wins.share, last.wins.ties, last.wins.n, last.wins.p) == (0.5, 12, 12, 1.0)
 
 

@@ -210,6 +210,20 @@ def test_measures_of_other_images_are_refused(tmp_path):
         write_report(run)
 
 
+def test_an_evaluation_without_measures_says_what_to_do(tmp_path):
+    run = write_evaluation(tmp_path / "run", ["a"], [0.9])
+    (run / "evaluate" / "measures.parquet").unlink()
+    with pytest.raises(FifaError, match="nothing is measured here yet"):
+        write_report(run)
+
+
+def test_two_trainings_have_their_time_to_match_with_selecting(tmp_path):
+    run = write_evaluation(tmp_path / "run", ["a", "b"], [0.9, 0.2], curve=(10, 20), curves=2)
+    told = words(write_report(run).read_text("utf-8"))
+    assert "Time to match another" in told
+    assert "20.0 s" in told  # ten steps of 1.5 s, and 5 s of scoring
+
+
 def test_the_page_is_light_enough_to_mail(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (768, 768, 3), np.uint8)
     (tmp_path / "noise.png").write_bytes(png(noise))

@@ -96,7 +96,7 @@ def test_all_pairs_of_models_are_compared_base_first():
     told = [(c.ours, c.theirs, c.scale.name) for c in comparisons(found)]
     assert told == [
         *[("a", "base", "t"), ("a", "base", "s"), ("b", "base", "t"), ("b", "base", "s")],
-        *[("b", "a", "t"), ("b", "a", "s")],
+        *[("a", "b", "t"), ("a", "b", "s")],
     ]
     assert [scale.name for scale in rewards(found)] == ["t", "s"]  # the picking scorer comes last
 

@@ -200,15 +200,15 @@ def _direct(runs: Sequence[_Run], entries: Sequence[Entry], scale: Scale) -> lis
     for early, late in combinations(entries, 2):
         try:
             comparison = compare_models(
-                by_name[late.run], late.model, early.model, scale, by_name[early.run]
+                by_name[early.run], early.model, late.model, scale, by_name[late.run]
             )
         except FifaError:  # no prompt and seed in common
             continue
         found.append(
             Comparison(
                 scale,
-                late.label,
                 early.label,
+                late.label,
                 comparison.wins,
                 comparison.difference,
                 comparison.categories,

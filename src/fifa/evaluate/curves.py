@@ -32,8 +32,10 @@ class Point:
         Of training; 0 is the base.
     pairs
         Seen until then, each time counted; NaN where it is not known.
+    seconds
+        Of training until then; NaN where it is not known.
     hours
-        Accelerator hours until then; NaN where it is not known.
+        Accelerator hours: the same on every process.
     mean
         The mean reward, with its interval over prompts.
     wins
@@ -42,6 +44,7 @@ class Point:
 
     step: int
     pairs: float
+    seconds: float
     hours: float
     mean: Mean
     wins: WinRate | None
@@ -113,12 +116,13 @@ def time_to_match(curve: Curve, target: float) -> Point | None:
 def _points(
     measured: Measured, name: str, steps: Sequence[int], scale: Scale, facts: dict[str, Any]
 ) -> list[Point]:
-    points = [Point(0, 0.0, 0.0, _mean(measured, BASE, scale), None)]
+    points = [Point(0, 0.0, 0.0, 0.0, _mean(measured, BASE, scale), None)]
     for step in sorted(steps):
         model = f"{name}{AT}{step}"
-        pairs, hours = _progress(step, facts)
+        pairs, seconds = _progress(step, facts)
+        hours = seconds * facts.get("train", {}).get("processes", 1) / 3600
         wins = compare_models(measured, model, BASE, scale).wins
-        points.append(Point(step, pairs, hours, _mean(measured, model, scale), wins))
+        points.append(Point(step, pairs, seconds, hours, _mean(measured, model, scale), wins))
     return points
 
 
@@ -129,15 +133,14 @@ def _mean(measured: Measured, model: str, scale: Scale) -> Mean:
 
 
 def _progress(step: int, facts: dict[str, Any]) -> tuple[float, float]:
-    """Pairs seen and accelerator hours at a step, from the training's own lines."""
-    train, lines = facts.get("train", {}), facts.get("steps", [])
+    """Pairs seen and seconds at a step, from the training's own lines."""
+    lines = facts.get("steps", [])
     last = max((line for line in lines if line["step"] <= step), key=_step, default=None)
     if last is None:
         return float("nan"), float("nan")
     # a line may be some steps old: what a step takes is then the mean of the steps before it
     scale = step / last["step"] if last["step"] else 1.0
-    processes = train.get("processes", 1)
-    return last["pairs"] * scale, last["seconds"] * scale * processes / 3600
+    return last["pairs"] * scale, last["seconds"] * scale
 
 
 def _step(line: dict[str, float]) -> float:

@@ -153,7 +153,7 @@ def comparisons(measured: Measured) -> list[Comparison]:
     """Every checkpoint against the base, then the checkpoints among themselves, by every scorer."""
     names = model_names(measured)
     against = [(name, BASE) for name in names[1:]]
-    among = [(late, early) for early, late in combinations(names[1:], 2)]
+    among = list(combinations(names[1:], 2))
     return [
         compare_models(measured, ours, theirs, scale)
         for ours, theirs in against + among

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.errors import FifaError
-from fifa.evaluate.costs import cost_of
+from fifa.evaluate.costs import Cost, cost_of
 from fifa.evaluate.curves import Curve, learning_curves, time_to_match
 from fifa.evaluate.generate import FOLDER, read_index
 from fifa.evaluate.measure import Measured, Scale, load_measured
@@ -27,7 +28,7 @@ from fifa.evaluate.results import (
 )
 from fifa.report import charts
 from fifa.report.grids import draw_grids
-from fifa.report.words import shorten
+from fifa.report.words import number, percent, shorten, signed
 
 if TYPE_CHECKING:
     from fifa.evaluate.vote.results import Results
@@ -78,6 +79,7 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
     by_model = {model["name"]: model for model in facts["models"]}
     curve = load_measured(folder, CURVE_SUFFIX)
     curves = learning_curves(curve, by_model) if curve is not None else []
+    costs = {name: cost_of(name, by_model[name]) for name in tuned}
     diversity, looks = diversity_levels(measured), look_levels(measured)
     grids, hidden = draw_grids(folder, images, measured, head.ours, head.scale) if head else ([], 0)
     return {
@@ -87,7 +89,7 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
         "images": len(images),
         "head": head,
         "people": _people(run, names),
-        "others": [c for c in found if head and c.scale == head.scale and c is not head],
+        "others": _others(found, head),
         "against": _by_scale([c for c in found if c.theirs == BASE], scales),
         "among": _by_scale([c for c in found if c.theirs != BASE], scales),
         "scales": scales,
@@ -101,12 +103,12 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
         ],
         "grids": grids,
         "hidden": hidden,
-        "curves": _curves(curves, names, head),
+        "curves": _curves(curves, names, head, costs),
         "safety": safety(measured),
         "diversity": diversity,
         "looks": looks,
         "signs": signs(tuned, found, diversity, looks),
-        "costs": [cost_of(name, by_model[name]) for name in tuned],
+        "costs": list(costs.values()),
         "settings": _settings(facts),
     }
 
@@ -151,7 +153,7 @@ def signs(
             lost = [c for c in free if c.wins.high < 0.5]
             worst = min(free, key=lambda c: c.wins.share)
             text = (
-                f"{high:.1%} by the scorer that picked the data, {low:.1%} by "
+                f"{percent(high)} by the scorer that picked the data, {percent(low)} by "
                 f"{shorten(worst.scale.name, 40)}"
             )
             told.append(Sign(model, "gain that independent scorers do not see", text, bool(lost)))
@@ -175,13 +177,13 @@ def _still(level: Level) -> bool:
 
 
 def _change(level: Level) -> str:
-    """``+0.031 (0.021 to 0.042), 0.4 standard deviations of the base's images``."""
+    """``+0.031 (+0.021 to +0.042), 0.41 of the base's standard deviation``."""
     shift = level.shift
     assert shift is not None
-    text = f"{shift.mean:+.3f} ({shift.low:+.3f} to {shift.high:+.3f})"
+    text = f"{signed(shift.mean)} ({signed(shift.low)} to {signed(shift.high)})"
     if level.spread > 0:
-        text += f", {abs(shift.mean) / level.spread:.1f} standard deviations of the base's"
-    return text.replace("-", "\u2212")
+        text += f", {number(abs(shift.mean) / level.spread)} of the base's standard deviation"
+    return text
 
 
 def _model(facts: dict[str, Any], place: int) -> dict[str, Any]:
@@ -198,6 +200,18 @@ def _model(facts: dict[str, Any], place: int) -> dict[str, Any]:
         "weights": facts["weights"],
         "colour": charts.role(place),
     }
+
+
+def _others(found: list[Comparison], head: Comparison | None) -> list[Comparison]:
+    """What stands beside the verdict: the other checkpoints against the base and against it."""
+    return [
+        c
+        for c in found
+        if head is not None
+        and c is not head
+        and c.scale == head.scale
+        and (c.theirs == BASE or head.ours in (c.ours, c.theirs))
+    ]
 
 
 def _by_scale(found: list[Comparison], scales: list[Scale]) -> list[Comparison]:
@@ -245,7 +259,7 @@ def _categories(found: list[Comparison], head: Comparison | None, tuned: list[st
 
 
 def _curves(
-    curves: list[Curve], names: list[str], head: Comparison | None
+    curves: list[Curve], names: list[str], head: Comparison | None, costs: dict[str, Cost]
 ) -> dict[str, Any] | None:
     """Figures for the verdict's scorer, and what the others say in tables."""
     if not curves or head is None:
@@ -257,12 +271,11 @@ def _curves(
         for x in charts.AXES
         if (figure := charts.draw_learning(placed, x, f"curve-{x}", head.scale.name)) is not None
     ]
-    matches = [
-        (ours, theirs, time_to_match(ours, theirs.best.mean.mean))
-        for ours in own
-        for theirs in own
-        if ours is not theirs
-    ]
+    matches = []
+    for ours, theirs in permutations(own, 2):
+        point = time_to_match(ours, theirs.best.mean.mean)
+        total = point.seconds + costs[ours.model].selecting if point else float("nan")
+        matches.append((ours, theirs, point, total))
     return {
         "figures": figures,
         "matches": matches,

@@ -78,6 +78,12 @@ def _context(folder: Path) -> dict[str, Any]:
         from fifa.report.evaluation import evaluation_context
 
         parts["evaluation"] = evaluation_context(folder)
+        if parts["evaluation"] is None and not selected:
+            raise FifaError(
+                "nothing is measured here yet",
+                where=str(folder),
+                do="run the same `fifa evaluate` to its end",
+            )
     log = data.read_log(folder / "log.jsonl")
     return {
         "evaluation": None,
