@@ -14,6 +14,7 @@ from fifa.evaluate.curves import learning_curves
 from fifa.evaluate.generate import CURVE, read_index
 from fifa.evaluate.measure import load_measured
 from fifa.evaluate.pipeline import CURVE_SUFFIX, load_facts
+from fifa.evaluate.stats import outcomes, win_rate
 
 LIGHT = {**SMALL, "seeds": 2, "encoder": "none"}
 
@@ -70,6 +71,21 @@ def test_a_checkpoint_against_itself_ties_exactly(base, lora, prompts, tmp_path)
     last = done.comparisons[-1]
     assert (last.ours, last.theirs) == ("one", "two")
     assert (last.wins.share, last.wins.ties, last.wins.n, last.wins.p) == (0.5, 12, 12, 1.0)
+
+
+def test_two_seeds_of_one_model_are_not_told_apart(base, lora, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"a cat number {i}\n" for i in range(24)))
+    values = []
+    for first in (0, 2):
+        out = tmp_path / str(first)
+        done = fifa.evaluate(base, lora, path, out, judges={"red": red}, first_seed=first, **LIGHT)
+        table = done.measured.table
+        values.append(table.filter([name == "base" for name in table["model"].to_pylist()]))
+    a, b = (table["judge:red"].to_numpy() for table in values)
+    assert not np.isclose(a, b).all()  # other noise, other images
+    wins = win_rate(outcomes(a, b), values[0]["prompt_id"].to_pylist())
+    assert wins.low <= 0.5 <= wins.high
 
 
 def test_the_curve_of_a_training(base, training, prompts, tmp_path):

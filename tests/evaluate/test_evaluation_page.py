@@ -13,9 +13,10 @@ from fifa.evaluate.measure import load_measured
 from fifa.evaluate.results import comparisons, diversity_levels, look_levels
 from fifa.evaluate.vote.ballot import Ballot
 from fifa.evaluate.vote.results import vote_results
-from fifa.report.evaluation import headline, signs
+from fifa.report.evaluation import headline
 from fifa.report.grids import EACH, MODELS, draw_grids, picture
 from fifa.report.page import write_report
+from fifa.report.signs import signs
 from fifa.shards.files import write_table
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e {}'
