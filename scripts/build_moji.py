@@ -6,8 +6,8 @@
     python scripts/build_moji.py --work FOLDER [--parts sprites,vae,base,...]
 
 FOLDER gets checkpoints and ``timings.json``; killed at any moment, it goes on where it was.
-Parts: sprites, vae, decoder, base, clip, judges, feedback, ratings, ship. Only sprites and ship
-write into the package.
+Parts: sprites, vae, decoder, base, clip, judges, feedback, ratings, ship, measure. Only
+sprites, ship and measure write into the package.
 """
 
 from __future__ import annotations
@@ -28,9 +28,20 @@ from moji.base import train_base, train_decoder, train_vae
 from moji.clean import train_clip, train_judges
 from moji.feedback import write_feedback
 from moji.loop import timed
-from moji.ship import rate_prompts, ship
+from moji.ship import measure, rate_prompts, ship
 
-PARTS = ("sprites", "vae", "decoder", "base", "clip", "judges", "feedback", "ratings", "ship")
+PARTS = (
+    "sprites",
+    "vae",
+    "decoder",
+    "base",
+    "clip",
+    "judges",
+    "feedback",
+    "ratings",
+    "ship",
+    "measure",
+)
 
 
 def main() -> None:
@@ -74,6 +85,8 @@ def _build(part: str, work: Path) -> None:
         rate_prompts(work)
     elif part == "ship":
         ship(work)
+    elif part == "measure":
+        measure(work)
     else:
         raise SystemExit(f"no such part: {part}; one of {', '.join(PARTS)}")
 

@@ -17,7 +17,7 @@ from fifa.moji.annotators import ANNOTATORS, choices, shown, utility
 from fifa.moji.family import generate
 from fifa.moji.prompts import FILLERS, NONSENSE, WORDINGS, asked, wording
 from fifa.moji.world import WORLD, Scene, scenes
-from fifa.shards.files import digest, write_table
+from fifa.shards.files import atomic_path, digest, write_table
 
 SEED = 16
 
@@ -42,6 +42,8 @@ class Crowd:
         The share of pairs that three annotators see, not one.
     guidance
         The scales that pictures are made with, as the sites that collect feedback vary them.
+    steps
+        Of the sampler.
     quality
         Of the JPEGs.
     """
@@ -56,7 +58,8 @@ class Crowd:
     tail: float = 0.85
     keep: float = 0.6
     several: float = 0.2
-    guidance: tuple[float, ...] = (2.0, 4.0)
+    guidance: tuple[float, ...] = (1.5, 3.0)
+    steps: int = 15
     quality: int = 95
 
 
@@ -188,19 +191,31 @@ def _pictures(
         guidance += [CROWD.guidance[i % len(CROWD.guidance)] for i in range(count)]
     uid = [digest(SEED, i, text) for i, text in enumerate(prompt)]
     pixels = np.empty((len(prompt), WORLD.size, WORLD.size, 3), np.uint8)
-    cache = work / "pictures"
-    cache.mkdir(exist_ok=True)
+    for path, part, scale in parts_of(guidance, work):
+        if not path.exists():
+            make(pipe, path, [prompt[i] for i in part], part, scale)
+        pixels[part] = np.load(path)
+    return _Pictures(pixels, prompt, kind, guidance, uid, first)
+
+
+def parts_of(guidance: list[float], work: Path) -> list[tuple[Path, list[int], float]]:
+    """Pictures that are made together: their file, their places, their guidance."""
+    parts = []
     for scale in CROWD.guidance:
         chosen = [i for i, g in enumerate(guidance) if g == scale]
         for start in range(0, len(chosen), 64):
-            part = chosen[start : start + 64]
-            path = cache / f"{scale}-{start}.npy"
-            if not path.exists():
-                made = generate(pipe, [prompt[i] for i in part], part, guidance=scale)
-                np.save(path, made)
-                print(f"pictures, guidance {scale}: {start + len(part)}/{len(chosen)}", flush=True)
-            pixels[part] = np.load(path)
-    return _Pictures(pixels, prompt, kind, guidance, uid, first)
+            path = work / "pictures" / f"{scale}-{start}.npy"
+            parts.append((path, chosen[start : start + 64], scale))
+    return parts
+
+
+def make(pipe: Any, path: Path, prompts: list[str], seeds: list[int], scale: float) -> None:
+    """Make some of the pictures and keep them in ``path``."""
+    made = generate(pipe, prompts, seeds, guidance=scale, steps=CROWD.steps)
+    path.parent.mkdir(exist_ok=True)
+    with atomic_path(path) as temporary:
+        np.save(temporary, made)
+    print(f"pictures: {path.stem}", flush=True)
 
 
 def _rows(

@@ -29,9 +29,10 @@ def load_sd(folder: Path = SD) -> Any:
     """
     if not (folder / "model_index.json").exists():
         raise FifaError("no diffusers pipeline", where=str(folder), do="give a pipeline's folder")
-    diffusers, torch = require("diffusers"), require("torch")
+    diffusers = require("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.to(torch.float32)  # whatever it is stored in
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.float()  # whatever it is stored in
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

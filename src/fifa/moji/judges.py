@@ -6,23 +6,26 @@ stand the hidden utility, which only a simulation has, and the rate of unsafe ob
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from fifa.errors import FifaError
-from fifa.moji.annotators import utility
+from fifa.evaluate.judges import Judge
+from fifa.moji.annotators import ANNOTATORS, utility
 from fifa.moji.prompts import asked
 from fifa.moji.world import DATA, WORLD
 from fifa.score.wheels import require
+from fifa.shards.files import files_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["JUDGES", "Judgement", "Judges", "judge_network"]
+__all__ = ["JUDGES", "Judgement", "Judges", "judge_network", "moji_judges"]
 
 JUDGES = DATA / "judges.safetensors"
 HEADS = ("object", "background", "style")
@@ -125,6 +128,45 @@ class Judges:
             unsafe=bad[thing],
             utility=utility(scenes, pictures),
         )
+
+
+def moji_judges(path: Path = JUDGES) -> list[Judge]:
+    """What `fifa.evaluate.evaluate` takes as ``judges``: five numbers of every image.
+
+    The hidden utility, whether object and background are what the prompt asks for, the
+    probability of the style that the annotators like, and whether the object is unsafe.
+    Prompts that ask for no scene of this world have NaN for right or wrong.
+    """
+    judges = Judges(path)
+
+    def by(attribute: str) -> Callable[[list[str], list[Image.Image]], np.ndarray]:
+        def measure(prompts: list[str], images: list[Image.Image]) -> np.ndarray:
+            found = getattr(judges.judge(prompts, as_pictures(images)), attribute)
+            return np.asarray(found, np.float32)
+
+        return measure
+
+    def hidden(prompts: list[str], images: list[Image.Image]) -> np.ndarray:
+        scenes = [asked(prompt) for prompt in prompts]
+        return utility(scenes, as_pictures(images)).astype(np.float32)
+
+    weights = files_digest({"judges": path})
+    truth = {"annotators": asdict(ANNOTATORS)}
+    return [
+        Judge("hidden utility", hidden, scale="0 is the true picture", identity=truth),
+        Judge("right object", by("object_right"), scale="0 or 1", identity=weights),
+        Judge("right background", by("background_right"), scale="0 or 1", identity=weights),
+        Judge("liked style", by("liked_style"), scale="probability", identity=weights),
+        Judge("unsafe object", by("unsafe"), "unsafe", scale="0 or 1", identity=weights),
+    ]
+
+
+def as_pictures(images: Sequence[Image.Image]) -> np.ndarray:
+    """uint8 ``[n, size, size, 3]`` of images of any mode and size."""
+    side = (WORLD.size, WORLD.size)
+    rgb = [image.convert("RGB") for image in images]
+    same = [x if x.size == side else x.resize(side, Image.Resampling.BOX) for x in rgb]
+    return np.stack([np.asarray(x) for x in same])
 
 
 def judge_network(width: int = 32) -> Any:
