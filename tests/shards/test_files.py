@@ -5,7 +5,9 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +83,21 @@ def test_the_same_table_gives_the_same_bytes_however_it_is_chunked(tmp_path):
     write_table(tmp_path / "whole.parquet", whole)
     write_table(tmp_path / "pieces.parquet", pieces)
     assert (tmp_path / "whole.parquet").read_bytes() == (tmp_path / "pieces.parquet").read_bytes()
+
+
+def test_a_table_that_was_read_gives_the_bytes_of_the_one_that_was_written(tmp_path):
+    halves = pa.array(np.arange(6, dtype=np.float16))
+    columns = {
+        "vectors": pa.FixedSizeListArray.from_arrays(halves, 2),
+        "lists": pa.array([[1.5], [], None]),
+        "structs": pa.array([{"a": [1]}, None, {"a": None}]),
+        "words": pa.array(["x", "y", "x"]).dictionary_encode(),
+        "nothing": pa.nulls(3),
+    }
+    table = pa.table(columns, metadata={"made by": "hand"})
+    write_table(tmp_path / "made.parquet", table)
+    write_table(tmp_path / "read.parquet", pq.read_table(tmp_path / "made.parquet"))
+    assert (tmp_path / "read.parquet").read_bytes() == (tmp_path / "made.parquet").read_bytes()
 
 
 def test_a_place_that_cannot_be_written_is_told_with_its_path(tmp_path):

@@ -29,7 +29,7 @@ from fifa.rewards.weights import TOKENIZER_FILES
 from fifa.score.encoders import model_folder
 from fifa.score.transformer import load_model
 from fifa.score.wheels import require
-from fifa.shards.files import atomic_folder, write_json, write_text
+from fifa.shards.files import atomic_folder, reserve, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -310,9 +310,9 @@ def _pixels(
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
     asked = unique_images(pairs, allow_download=options.allow_download)
     n = len(asked.images)
-    pixels = np.lib.format.open_memmap(
-        scratch / "pixels.npy", "w+", np.uint8, (n, 3, tower.size, tower.size)
-    )
+    path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
+    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    reserve(path)
     bad: dict[int, str] = {}
     download = options.allow_download
     with progress("reading images", n) as advance:

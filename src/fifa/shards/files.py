@@ -103,12 +103,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
 
-    The same table gives the same bytes, however it is chunked in memory. ``options`` go to
-    `pyarrow.parquet.write_table`.
+    The same table gives the same bytes, however it is chunked in memory and whether it was read
+    from a file or not. ``options`` go to `pyarrow.parquet.write_table`.
     """
     with atomic_path(path) as temporary:
         settings = {"compression": "zstd", "row_group_size": ROW_GROUP, **options}
-        pq.write_table(table.combine_chunks(), temporary, **settings)
+        table = table.combine_chunks().cast(_as_read(table.schema))
+        pq.write_table(table, temporary, **settings)
 
 
 @contextmanager
@@ -137,6 +138,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def reserve(path: Path) -> None:
+    """Take the room of a file with holes before it is written through a memory map.
+
+    There a full disk ends in a signal, not in an error. Raises `FifaError` where there is no
+    room; does nothing on systems that cannot take it.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def sweep(folder: Path) -> None:
     """Remove what interrupted writes left in ``folder`` and one level below it."""
     for pattern in (f"{PREFIX}*", f"*/{PREFIX}*"):
@@ -154,6 +170,13 @@ def cannot_write(path: Path, error: OSError) -> FifaError:
         where=str(path),
         do="choose another --out, free space, or change the folder's permissions",
     )
+
+
+def _as_read(schema: pa.Schema) -> pa.Schema:
+    """``schema`` as a file gives it back: there a list's values have another name, for one."""
+    empty = pa.BufferOutputStream()
+    pq.ParquetWriter(empty, schema).close()
+    return pq.read_schema(pa.BufferReader(empty.getvalue()))
 
 
 def _sync(path: Path) -> None:
