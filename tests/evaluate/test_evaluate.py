@@ -168,6 +168,19 @@ def test_wrong_knobs_are_told_before_an_image_is_made(base, lora, prompts, tmp_p
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_default_scorers_that_are_not_here_are_told(base, lora, prompts, tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FifaError, match="the default scorers are not here") as told:
+        fifa.evaluate(base, lora, prompts, tmp_path / "run", **LIGHT)
+    assert "--score none" in str(told.value)
+    done = fifa.evaluate(base, lora, prompts, tmp_path / "run", scorers=["none"], **LIGHT)
+    assert done.comparisons == ()
+    assert "nothing that tells which are better" in (done.folder / "report.html").read_text()
+
+
 def test_the_command(base, lora, prompts, tmp_path, monkeypatch, capsys):
     write_clip(tmp_path / "clip", image_size=32)
     run = tmp_path / "run"

@@ -20,7 +20,8 @@ Method = Literal["base", "lora", "part", "pipeline"]
 BASE = "base"
 LORA = "pytorch_lora_weights.safetensors"  # what diffusers' and our trainer write
 PARTS = ("unet", "transformer")
-CHECKPOINT_FILES = ("*.json", LORA, *(f"{part}/*" for part in PARTS))
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
+CHECKPOINT_FILES = ("*.json", LORA, *(f"{part}/{name}" for part in PARTS for name in WEIGHTS))
 # Pipelines whose defaults are known; any other is run with its own
 KINDS = {
     "StableDiffusionPipeline": "sd",

@@ -184,7 +184,16 @@ def _with_scorers(evaluation: Evaluation, judged: bool) -> Evaluation:
 
 def _check(asked: Evaluation, compute: Compute) -> None:
     """What can be wrong is told before hours of images."""
-    check_scorers(asked.measure.scorers, compute)
+    try:
+        check_scorers(asked.measure.scorers, compute)
+    except FifaError as error:
+        if asked.measure.scorers != SCORERS:
+            raise
+        raise FifaError(
+            f"the default scorers are not here: {error.what}",
+            where=error.where,
+            do="get online, name others with --score NAME:FOLDER, or none with --score none",
+        ) from error
     if asked.measure.detector:
         runtime = make_runtime(compute.device, compute.dtype, False, False)
         Detector(asked.measure.detector, asked.measure.unsafe_labels, runtime)
