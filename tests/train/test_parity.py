@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plain import Plain
-from tiny_models import write_model, write_pairs
+from tiny_diffusion import write_model, write_pairs
 from trainings import assemble, furthest, quick
 
 from fifa.train.losses import KINDS
