@@ -1,0 +1,112 @@
+"""SIGKILL at random moments of a training: resumed, it ends with the bytes of an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+from tiny_diffusion import write_model, write_pairs
+from trainings import quick
+
+KILLS = 10
+KNOBS = {"steps": 8, "save_every": 3, "checkpoint_every": 2, "draws": 2, "lora_dropout": 0.1}
+
+
+def work(world: Path, out: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from fifa.train.job import run_training
+
+    # one of every two waits for the reference's table, the other computes it at every step
+    pool = {} if out.name.endswith("1") else {"draws": 0}
+    run_training(quick(world, ema=0.9, prompt_dropout=0.2, **{**KNOBS, **pool}), out)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Processes that are there at once: forked from one that has loaded everything, run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    loaded = [
+        "torch",
+        "diffusers",
+        "peft",
+        "accelerate",
+        "pytest",
+        "tiny_diffusion",
+        "fifa.train.job",
+    ]
+    context.set_forkserver_preload([*loaded, "fifa.train.cache", "trainings", "test_train_kill"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+        forkserver.ensure_running()
+
+    def begin(*arguments):
+        process = context.Process(target=work, args=arguments)
+        process.start()
+        return process
+
+    return begin
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """In memory where that is possible: so many runs would wait for the disk most of their time."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
+
+
+def finish(process) -> None:
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What has to be the same: all tensors, and the statistics but for what a clock tells."""
+    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    clock = ("seconds", "pairs_per_second", "peak_bytes")
+    for text in (out / "stats.jsonl").read_text().splitlines():
+        line = {k: v for k, v in json.loads(text).items() if k not in clock}
+        assert f"step {line['step']}" not in found
+        found[f"step {line['step']}"] = json.dumps(line).encode()
+    return found
+
+
+@pytest.mark.timeout(1500)  # 22 runs of a second on an idle machine
+def test_ten_kills_at_random_moments_change_nothing(folder, start):
+    write_model(folder / "sd15")
+    write_pairs(folder / "pairs.parquet")
+    expected, durations = {}, {}
+    for kind in ("0", "1"):
+        begun = time.monotonic()
+        finish(start(folder, folder / f"unbroken-{kind}"))
+        durations[kind] = time.monotonic() - begun
+        expected[kind] = contents(folder / f"unbroken-{kind}")
+        assert sum(name.startswith("step ") for name in expected[kind]) == 8
+        assert sum(name.startswith("checkpoints") for name in expected[kind]) == 4
+    draw = random.Random(0)
+    interrupted = resumed = 0
+    for number in range(KILLS):
+        kind = str(number % 2)
+        out = folder / f"killed-{number}-{kind}"
+        process = start(folder, out)
+        time.sleep(draw.uniform(0.1, 1) * durations[kind])
+        process.kill()
+        process.join()
+        interrupted += not (out / "train.json").exists()
+        resumed += any((out / "state").glob("step-*"))
+        finish(start(folder, out))
+        assert contents(out) == expected[kind]
+    assert interrupted >= KILLS // 2
+    assert resumed >= 1
