@@ -121,12 +121,13 @@ def export_command(run: str, out: Path | None) -> None:
 @cli.command("rebuild")
 @click.argument("subset_json", type=click.Path(path_type=Path))
 @click.option("--source", help="Where the source is now, if it has moved.")
+@click.option("--allow-download", is_flag=True, help="Fetch images the source only names by URL.")
 @out_option
-def rebuild_command(subset_json: Path, source: str | None, out: Path) -> None:
+def rebuild_command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
     """Rebuild a subset from its subset.json and the source."""
     from fifa.select.export import rebuild
 
-    rebuild(subset_json, out, source=source)
+    rebuild(subset_json, out, source=source, allow_download=allow_download)
     click.echo(out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -287,8 +288,9 @@ def export_step(run: Run, out: Path | None = None) -> Path:
     """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers."""
     from fifa.select.export import export
     from fifa.select.folder import SELECTION_FILE
+    from fifa.select.readable import FETCHED
 
-    path = run.folder / SELECTION_FILE
+    path, fetched = run.folder / SELECTION_FILE, run.folder / FETCHED
     if not path.exists():
         raise FifaError(
             "nothing is selected yet", where=str(run.folder), do="run `fifa select` on it"
@@ -302,7 +304,9 @@ def export_step(run: Run, out: Path | None = None) -> Path:
             folder,
             recipe=run.recipe,
             allow_download=run.recipe.read.allow_download,
+            fetched=fetched,
         )
+    shutil.rmtree(fetched, ignore_errors=True)
     return folder
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -238,6 +239,30 @@ def test_a_source_that_lost_its_images_is_refused(source, tmp_path):
     pq.write_table(table, source)
     with pytest.raises(FifaError, match="only has their URLs"):
         rebuild(tmp_path / "subset/subset.json", tmp_path / "again")
+
+
+def test_an_image_is_fetched_once_to_be_looked_at_and_exported(tmp_path, monkeypatch):
+    make_source(tmp_path / "source.parquet", images=False)
+    asked = Counter()
+
+    def fetch(url, max_bytes):
+        asked[url] += 1
+        return encoded(len(url) + int(url.rpartition("/")[2]), "PNG")
+
+    monkeypatch.setattr("fifa.pairs.images.fetch", fetch)
+    recipe = Recipe(
+        read=Read(source=str(tmp_path / "source.parquet"), allow_download=True),
+        score=Score(margin=(SPEC,), quality="none", diversity="none"),
+        select=Select(keep=12),
+    )
+    filtered = fifa.filter_pairs(recipe, tmp_path / "run")
+    subset = read_back(filtered.subset)
+    urls = [url for side in (0, 1) for url in subset[f"image_{side}_url"].to_pylist()]
+    assert len(urls) == 24
+    assert asked == Counter(urls)
+    assert not (tmp_path / "run" / "fetched").exists()
+    rebuild(filtered.subset / "subset.json", tmp_path / "again", allow_download=True)
+    assert contents(tmp_path / "again") == contents(filtered.subset)
 
 
 def test_an_image_that_cannot_be_read_stops_the_export_and_is_named(source, tmp_path):

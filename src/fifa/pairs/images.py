@@ -8,7 +8,9 @@ import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,7 @@ from fifa.pairs.fetch import FetchError, fetch
 from fifa.pairs.records import tar_ref
 from fifa.pairs.source import Root, has_file, inside
 from fifa.pairs.table import Pairs
+from fifa.shards.files import digest, write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
@@ -136,7 +139,11 @@ def has_pixels(pairs: Pairs) -> bool:
 
 
 def read_images(
-    pairs: Pairs, rows: Sequence[int], *, allow_download: bool = False
+    pairs: Pairs,
+    rows: Sequence[int],
+    *,
+    allow_download: bool = False,
+    fetched: Path | None = None,
 ) -> Iterator[Found]:
     """The images of some pairs, as the original bytes.
 
@@ -148,6 +155,9 @@ def read_images(
         Rows of ``pairs.table``.
     allow_download
         Fetch images that are only known by URL, from public addresses.
+    fetched
+        A folder where fetched images are kept, by their URL, and looked for first; None keeps
+        none.
 
     Yields
     ------
@@ -177,7 +187,7 @@ def read_images(
                     others.append((row, side, ref))
         if cells:
             yield from _from_cells(root, file, cells)
-        yield from _from_refs(root, file, others, allow_download)
+        yield from _from_refs(root, file, others, allow_download, fetched)
 
 
 def _cell(pairs: Pairs, ref: str | None, row: int, side: int) -> tuple[int, str] | None:
@@ -255,7 +265,11 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
 
 
 def _from_refs(
-    root: Root, file: str, refs: list[tuple[int, int, str]], allow_download: bool
+    root: Root,
+    file: str,
+    refs: list[tuple[int, int, str]],
+    allow_download: bool,
+    fetched: Path | None,
 ) -> Iterator[Found]:
     """Tar members by offset, files below the root, URLs a few at a time."""
     members = [(tar_ref(ref), row, side) for row, side, ref in refs]
@@ -273,7 +287,7 @@ def _from_refs(
     waiting = iter(urls)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         while window := list(islice(waiting, 2 * DOWNLOADS)):
-            answers = pool.map(_url_bytes, (ref for *_, ref in window))
+            answers = pool.map(partial(_url_bytes, fetched), (ref for *_, ref in window))
             for (row, side, _), answer in zip(window, answers, strict=True):
                 yield row, side, answer
 
@@ -298,11 +312,17 @@ def _member_bytes(stream: IO[bytes], offset: int, size: int) -> bytes | BadImage
     return data if len(data) == size else BadImage("the tar file ends within the image")
 
 
-def _url_bytes(url: str) -> bytes | BadImage:
+def _url_bytes(fetched: Path | None, url: str) -> bytes | BadImage:
+    kept = fetched / digest(url.encode("utf-8", "surrogatepass")) if fetched else None
+    if kept and kept.exists():
+        return kept.read_bytes()
     try:
-        return fetch(url, max_bytes=MAX_BYTES)
+        data = fetch(url, max_bytes=MAX_BYTES)
     except FetchError as error:
         return BadImage(str(error))
+    if kept:
+        write_bytes(kept, data)
+    return data
 
 
 def _file_bytes(root: Root, ref: str) -> bytes | BadImage:

@@ -6,24 +6,32 @@ import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
 from fifa.console import note, say
 from fifa.errors import FifaError
-from fifa.pairs.images import has_pixels
+from fifa.pairs.images import has_pixels, read_images
 from fifa.pairs.read import read_pairs
 from fifa.pairs.table import Pairs
 from fifa.recipe import Read, Recipe, Score, Select, build
 from fifa.score.table import Scores, score_facts
 from fifa.select.card import dataset_card
-from fifa.select.subset import COLUMNS, FROM_SELECTION, Written, subset_rows, write_shards
+from fifa.select.subset import (
+    COLUMNS,
+    FROM_SELECTION,
+    Integers,
+    ReadImages,
+    Written,
+    subset_rows,
+    write_shards,
+)
 from fifa.select.table import reason_counts
 from fifa.shards.files import atomic_folder, digest, write_json, write_text
 
@@ -64,6 +72,7 @@ def export(
     *,
     recipe: Recipe | None = None,
     allow_download: bool = False,
+    fetched: Path | None = None,
 ) -> Exported:
     """Write the selected pairs as a data set for Diffusion-DPO trainers.
 
@@ -81,6 +90,8 @@ def export(
         How the pairs were read, scored and selected; None takes it from the three.
     allow_download
         Fetch images that the source only names by URL.
+    fetched
+        Where images that were fetched before are kept (`fifa.pairs.images.read_images`).
 
     Returns
     -------
@@ -113,7 +124,8 @@ def export(
         "reasons": reason_counts(selection),
     }
     images = allow_download or has_pixels(pairs)
-    return _write(folder, pairs, rows, columns, facts, images=images, allow_download=allow_download)
+    read = partial(read_images, pairs, allow_download=allow_download, fetched=fetched)
+    return _write(folder, pairs, rows, columns, facts, read if images else None)
 
 
 def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
@@ -157,51 +169,24 @@ def rebuild(
     known = _load(path)
     recipe: Recipe = build(Recipe, known["recipe"], where=str(path))
     _refuse_foreign(folder)
-    read = recipe.read
-    pairs = read_pairs(source or read.source, read.format, columns=read.columns)
-    ids = pa.array(known["pair_id"], pa.string())
-    rows = pc.index_in(ids, value_set=pairs.table["pair_id"].combine_chunks())
-    if rows.null_count:
-        first = ids.filter(rows.is_null())[0].as_py()
-        raise FifaError(
-            f"{rows.null_count:,} of the subset's {len(ids):,} pairs are not in the source",
-            where=f"{pairs.origin.source}; the first is pair {first}",
-            do="name the data set that the subset was made from with --source",
-        )
-    images = bool(known["images"])
-    if images and not (allow_download or has_pixels(pairs)):
+    was = recipe.read
+    pairs = read_pairs(source or was.source, was.format, columns=was.columns)
+    rows = _rows(pairs, known["pair_id"])
+    if known["images"] and not (allow_download or has_pixels(pairs)):
         raise FifaError(
             "the subset has images, and this source only has their URLs",
             where=pairs.origin.source,
             do="name a source with images, or add --allow-download",
         )
     columns = {
-        field.name: _unpacked(known["columns"][field.name], field.type, len(ids))
+        field.name: _unpacked(known["columns"][field.name], field.type, len(rows))
         for field in COLUMNS
         if field.name in FROM_SELECTION
     }
     facts = {name: known[name] for name in ("recipe", "source", "scores", "reasons")}
-
-    def same(written: Written) -> None:
-        then = np.frombuffer(base64.b64decode(known["content"]), "<u8")
-        changed = np.flatnonzero(then != written.content)
-        if len(changed):
-            raise FifaError(
-                f"{len(changed):,} of the subset's {len(ids):,} pairs have changed in the source",
-                where=f"{pairs.origin.source}; the first is pair {ids[int(changed[0])]}",
-                do="name the data set as it was with --source",
-            )
-
-    exported = _write(
-        folder,
-        pairs,
-        rows.to_numpy().astype(np.int64),
-        columns,
-        facts,
-        images=images,
-        allow_download=allow_download,
-        check=same,
-    )
+    read = partial(read_images, pairs, allow_download=allow_download) if known["images"] else None
+    check = partial(_refuse_changed, pairs, known)
+    exported = _write(folder, pairs, rows, columns, facts, read, check)
     if exported.digest != known["digest"]:
         say(
             f"every pair is the same, but the files are not byte for byte: they were written by "
@@ -213,27 +198,24 @@ def rebuild(
 def _write(
     folder: Path,
     pairs: Pairs,
-    rows: npt.NDArray[np.int64],
+    rows: Integers,
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
-    *,
-    images: bool,
-    allow_download: bool,
+    read: ReadImages | None,
     check: Callable[[Written], None] = lambda written: None,
 ) -> Exported:
+    """The subset of some rows; without ``read`` it has references instead of images."""
     from fifa import __version__
 
     table = subset_rows(pairs, rows, columns)
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
     with atomic_folder(folder) as made:
-        written = write_shards(
-            made, pairs, rows, table, images=images, allow_download=allow_download
-        )
+        written = write_shards(made, pairs, rows, table, read)
         check(written)
         subset = {
             "fifa_subset": FORMAT,
             "pairs": len(rows),
-            "images": images,
+            "images": read is not None,
             "digest": digest(written.files),
             "files": written.files,
             "versions": {"fifa": __version__, "pyarrow": pa.__version__},
@@ -245,13 +227,39 @@ def _write(
         write_text(made / "README.md", dataset_card(subset))
         write_json(made / SUBSET_FILE, subset)
     size = sum(file["bytes"] for file in written.files)
-    note(subset_pairs=len(rows), subset_bytes=size, subset_images=images)
-    if not images:
+    note(subset_pairs=len(rows), subset_bytes=size, subset_images=read is not None)
+    if read is None:
         say("the source has no images here: the subset keeps references (image_0_url, image_1_url)")
-    return Exported(folder, len(rows), images, size, str(subset["digest"]))
+    return Exported(folder, len(rows), read is not None, size, str(subset["digest"]))
 
 
-def _by_rank(selection: pa.Table) -> npt.NDArray[np.int64]:
+def _rows(pairs: Pairs, names: list[str]) -> Integers:
+    """Where the pairs with these ids are; raises `FifaError` if some are not there."""
+    ids = pa.array(names, pa.string())
+    rows = pc.index_in(ids, value_set=pairs.table["pair_id"].combine_chunks())
+    if rows.null_count:
+        first = ids.filter(rows.is_null())[0].as_py()
+        raise FifaError(
+            f"{rows.null_count:,} of the subset's {len(ids):,} pairs are not in the source",
+            where=f"{pairs.origin.source}; the first is pair {first}",
+            do="name the data set that the subset was made from with --source",
+        )
+    return np.asarray(rows.to_numpy(), np.int64)
+
+
+def _refuse_changed(pairs: Pairs, known: dict[str, Any], written: Written) -> None:
+    """Raises `FifaError` where a pair's content is not what it was."""
+    then = np.frombuffer(base64.b64decode(known["content"]), "<u8")
+    changed = np.flatnonzero(then != written.content)
+    if len(changed):
+        raise FifaError(
+            f"{len(changed):,} of the subset's {len(then):,} pairs have changed in the source",
+            where=f"{pairs.origin.source}; the first is pair {known['pair_id'][int(changed[0])]}",
+            do="name the data set as it was with --source",
+        )
+
+
+def _by_rank(selection: pa.Table) -> Integers:
     kept = np.flatnonzero(pc.equal(selection["status"].cast(pa.string()), "selected"))
     ranks = selection["rank"].take(kept).to_numpy()
     return np.asarray(kept[np.argsort(ranks)], np.int64)

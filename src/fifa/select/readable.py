@@ -23,6 +23,7 @@ UNREADABLE = pa.schema([("pair_id", pa.string()), ("side", pa.int8()), ("reason"
 UNREADABLE_FILE = "unreadable.parquet"
 CHECKED_FILE = "checked.parquet"  # verdicts of all images decoded so far; reason null: readable
 BATCH = 1024  # pairs looked at between two writes of the verdicts
+FETCHED = "fetched"  # the folder of what was downloaded to be looked at, until it is exported
 WAITING = 32  # images in memory at once
 
 Load = Callable[[npt.NDArray[np.int64]], Pairs]
@@ -49,7 +50,8 @@ def select_readable(
         From the ids of unreadable pairs to a selection.
     folder
         Verdicts are kept here (``checked.parquet``), so that no image is decoded twice;
-        ``unreadable.parquet`` gets the pairs that this selection had to do without.
+        ``unreadable.parquet`` gets the pairs that this selection had to do without, and
+        ``fetched`` the images that were downloaded, so that none is fetched twice.
     allow_download
         Fetch images that the source only names by URL.
 
@@ -80,7 +82,7 @@ def check_selected(
     with progress("decoding the selected images", len(fresh)) as advance:
         for start in range(0, len(fresh), BATCH):
             batch = load(fresh[start : start + BATCH])
-            verdicts = _verdicts(batch, allow_download=allow_download)
+            verdicts = _verdicts(batch, folder, allow_download=allow_download)
             known = pa.concat_tables([known, verdicts]).sort_by(_BY_ID)
             if folder is not None:
                 write_table(folder / CHECKED_FILE, known)
@@ -98,17 +100,21 @@ def _load_verdicts(folder: Path | None) -> pa.Table:
     return pq.read_table(folder / CHECKED_FILE)
 
 
-def _verdicts(pairs: Pairs, *, allow_download: bool) -> pa.Table:
+def _verdicts(pairs: Pairs, folder: Path | None, *, allow_download: bool) -> pa.Table:
     ids = pairs.table["pair_id"].to_pylist()
     found = [
         {"pair_id": ids[row], "side": side, "reason": reason}
-        for row, side, reason in _decoded(pairs, allow_download=allow_download)
+        for row, side, reason in _decoded(pairs, folder, allow_download=allow_download)
     ]
     return pa.Table.from_pylist(found, schema=UNREADABLE)
 
 
-def _decoded(pairs: Pairs, *, allow_download: bool) -> Iterator[tuple[int, int, str | None]]:
-    images = read_images(pairs, range(len(pairs)), allow_download=allow_download)
+def _decoded(
+    pairs: Pairs, folder: Path | None, *, allow_download: bool
+) -> Iterator[tuple[int, int, str | None]]:
+    fetched = folder / FETCHED if folder else None
+    rows = range(len(pairs))
+    images = read_images(pairs, rows, allow_download=allow_download, fetched=fetched)
     with ThreadPoolExecutor() as pool:  # decoders let other threads run
         while wave := list(islice(images, WAITING)):
             jobs: list[tuple[int, int, Future[Any]]] = [

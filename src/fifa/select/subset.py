@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +16,13 @@ import xxhash
 
 from fifa.console import progress
 from fifa.errors import FifaError
-from fifa.pairs.images import BadImage, read_images
+from fifa.pairs.images import BadImage, Found
 from fifa.pairs.records import tar_ref
 from fifa.pairs.table import Pairs
 from fifa.shards.files import digest
+
+Integers = npt.NDArray[np.int64]
+ReadImages = Callable[[list[int]], Iterable[Found]]  # from rows of the pairs to their images
 
 SHARD_BYTES = 256 << 20  # of images in a file
 GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
@@ -81,9 +84,7 @@ class Written:
     content: npt.NDArray[np.uint64]
 
 
-def subset_rows(
-    pairs: Pairs, rows: npt.NDArray[np.int64], columns: dict[str, pa.Array]
-) -> pa.Table:
+def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> pa.Table:
     """`COLUMNS` without the images, for some rows of the pairs.
 
     Parameters
@@ -130,11 +131,9 @@ def _named(refs: pa.ChunkedArray) -> pa.Array:
 def write_shards(
     folder: Path,
     pairs: Pairs,
-    rows: npt.NDArray[np.int64],
+    rows: Integers,
     table: pa.Table,
-    *,
-    images: bool,
-    allow_download: bool = False,
+    read: ReadImages | None,
 ) -> Written:
     """Write ``data/train-00000-of-0000N-<digest>.parquet`` and so on, in the order of ``rows``.
 
@@ -148,10 +147,9 @@ def write_shards(
         Where the images are.
     table
         `subset_rows` of them.
-    images
-        Write the image columns; otherwise the subset has references only.
-    allow_download
-        Fetch images that the source only names by URL.
+    read
+        Gives the images of rows, as `fifa.pairs.images.read_images` does; None writes no image
+        columns, and the subset has references only.
 
     Returns
     -------
@@ -166,27 +164,27 @@ def write_shards(
     with tempfile.TemporaryFile(dir=folder) as spool:
         # The source is read in its own order, once; the subset is written in rank order.
         places = np.zeros((len(rows), 2, 2), np.int64)  # offset and size of every image
-        if images:
-            _fill(spool, places, pairs, rows, allow_download=allow_download)
+        if read is not None:
+            _fill(spool, places, pairs, rows, read(rows.tolist()))
         shards = plan_shards(places[..., 1].sum(axis=1))
         content = np.zeros(len(rows), np.uint64)
         files = []
         for number, groups in enumerate(shards):
             name = f"train-{number:05d}-of-{len(shards):05d}"
-            schema = COLUMNS if images else table.schema
+            schema = COLUMNS if read is not None else table.schema
             with pq.ParquetWriter(folder / "data" / name, schema, **_settings(schema)) as writer:
                 for start, end in groups:
                     part = table.slice(start, end - start)
                     cells = [_read_both(spool, place) for place in places[start:end]]
                     content[start:end] = _content(part, cells)
-                    if images:
+                    if read is not None:
                         part = _with_images(part, cells)
                     writer.write_table(part, row_group_size=GROUP_ROWS)
             files.append(_file(folder, name))
     return Written(files, content)
 
 
-def plan_shards(sizes: Sequence[int] | npt.NDArray[np.int64]) -> list[list[tuple[int, int]]]:
+def plan_shards(sizes: Sequence[int] | Integers) -> list[list[tuple[int, int]]]:
     """Cut rows of given sizes in bytes into shards of row groups, ``(start, end)`` each."""
     shards: list[list[tuple[int, int]]] = [[]]
     start = group = shard = 0
@@ -228,16 +226,15 @@ def _settings(schema: pa.Schema) -> dict[str, object]:
 
 def _fill(
     spool: IO[bytes],
-    places: npt.NDArray[np.int64],
+    places: Integers,
     pairs: Pairs,
-    rows: npt.NDArray[np.int64],
-    *,
-    allow_download: bool,
+    rows: Integers,
+    found: Iterable[Found],
 ) -> None:
     position = {int(row): place for place, row in enumerate(rows)}
     bad: list[tuple[int, int, BadImage]] = []
     with progress("reading images", 2 * len(rows)) as advance:
-        for row, side, data in read_images(pairs, rows.tolist(), allow_download=allow_download):
+        for row, side, data in found:
             advance(1)
             if isinstance(data, BadImage):
                 bad.append((row, side, data))
@@ -253,7 +250,7 @@ def _fill(
         )
 
 
-def _read_both(spool: IO[bytes], place: npt.NDArray[np.int64]) -> tuple[bytes, bytes]:
+def _read_both(spool: IO[bytes], place: Integers) -> tuple[bytes, bytes]:
     found = []
     for offset, size in place.tolist():
         spool.seek(offset)
