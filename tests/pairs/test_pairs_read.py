@@ -158,10 +158,10 @@ def test_every_malformed_row_is_counted_with_its_reason(tmp_path: Path) -> None:
     bad: list[tuple[object, str]] = [
         ("{broken", "broken JSON"),
         ("[1, 2]", "not a JSON object"),
-        (dict(GOOD, prompt=None), "no prompt"),
+        (dict(GOOD, prompt=None), "no prompt, or no valid text"),
         (dict(GOOD, prompt=" \n "), "no prompt"),
-        (dict(GOOD, prompt=7), "no prompt"),
-        (dict(GOOD, prompt="\ud800"), "no prompt"),
+        (dict(GOOD, prompt=7), "no prompt, or no valid text"),
+        (dict(GOOD, prompt="\ud800"), "no prompt, or no valid text"),
         (dict(GOOD, prompt="x" * 10_000_000), "10,000,000 bytes"),
         (dict(GOOD, image_0=""), "image 0 is missing"),
         (dict(GOOD, image_1=None), "image 1 is missing"),
@@ -213,7 +213,7 @@ def test_csv_rows_break_one_by_one(tmp_path: Path) -> None:
     assert pairs.rejected["row"].to_pylist() == [1, 2, 3, 4]
     found = pairs.rejected["reason"].to_pylist()
     assert found[0] == "3 cells where the header has 4"
-    assert found[2] == "no prompt"
+    assert found[2] == "no prompt, or no valid text"
 
 
 def test_parquet_with_bytes_that_are_no_utf8(tmp_path: Path) -> None:
@@ -226,7 +226,10 @@ def test_parquet_with_bytes_that_are_no_utf8(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "b.parquet")
     pairs = read_pairs(tmp_path)
     assert len(pairs) == 1
-    assert pairs.rejected["reason"].to_pylist() == ["image 0 is missing", "no prompt"]
+    assert pairs.rejected["reason"].to_pylist() == [
+        "image 0 is missing",
+        "no prompt, or no valid text",
+    ]
 
 
 def test_labels_that_do_not_sum_to_one_and_rows_nobody_labelled(tmp_path: Path) -> None:
@@ -311,6 +314,44 @@ def test_rankings_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
     found = reasons(tmp_path)
     assert list(found) == [1, 2, 3, 4, 5, 6, 7]
     assert "300 images" in found[3]
+
+
+def test_columns_of_categories_are_text(tmp_path: Path) -> None:
+    texts = {"prompt": ["b", "a", "b"], "image_0": ["x", "y", "y"], "image_1": ["z", "z", "x"]}
+    small = pa.dictionary(pa.int8(), pa.large_string())
+    coded = {name: pa.array(values).cast(small) for name, values in texts.items()}
+    label = {"label": [1.0, 0.0, 0.5]}
+    pq.write_table(pa.table(coded | label), tmp_path / "a.parquet")
+    pq.write_table(pa.table(texts | {"image_0": ["p", "q", "r"]} | label), tmp_path / "b.parquet")
+    table = read_pairs(tmp_path).table
+    assert table["prompt"].to_pylist() == ["b", "a", "b"] * 2
+    assert table["image_0"].to_pylist() == ["x", "y", "y", "p", "q", "r"]
+    assert table["image_1"].to_pylist() == ["z", "z", "x"] * 2
+
+
+def test_prompts_are_numbered_as_the_rows_have_them_not_as_a_files_dictionary(
+    tmp_path: Path,
+) -> None:
+    codes = pa.array([2, 0, 2, 1, 4], pa.int32())
+    prompt = pa.DictionaryArray.from_arrays(codes, ["c", "", "b", "never", " B"])
+    row = {"image_0": list("vwxyz"), "image_1": list("VWXYZ"), "label": [1] * 5}
+    pq.write_table(pa.table({"prompt": prompt, **row}), tmp_path / "a.parquet")
+    pairs = read_pairs(tmp_path)
+    assert pairs.prompts["prompt"].to_pylist() == ["b", "c"]
+    assert pairs.table["prompt"].to_pylist() == ["b", "c", "b", " B"]
+    assert pairs.table["prompt_index"].to_pylist() == [0, 1, 0, 0]
+    assert [
+        word for chunk in pairs.table["prompt"].chunks for word in chunk.dictionary.to_pylist()
+    ] == ["b", "c", " B"]
+    assert pairs.rejected["row"].to_pylist() == [3]
+
+
+def test_a_column_of_two_kinds_is_told(tmp_path: Path) -> None:
+    row = {"prompt": ["p"], "image_0": ["x"], "image_1": ["y"], "label": [1]}
+    pq.write_table(pa.table(row | {"e": [[1.0, 2.0]]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table(row | {"e": [1.0]}), tmp_path / "b.parquet")
+    with pytest.raises(FifaError, match=r"column 'e' is list.* in an earlier file, double here"):
+        read_pairs(tmp_path, columns={"e": "e"})
 
 
 def test_the_columns_of_images_are_never_read(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fifa.console import progress
 from fifa.errors import FifaError
-from fifa.pairs.ids import hex_strings, pair_digests
+from fifa.pairs.ids import pair_ids
 from fifa.pairs.images import BadImage, open_image
 from fifa.pairs.table import PAIRS, PROMPTS, Origin, Pairs
 from fifa.score.table import score_path, scored_once
@@ -46,10 +46,11 @@ def image_pairs(images: pa.Table, folder: Path) -> Pairs:
         numbers.append(ids[name])
     file = images["file"].combine_chunks()
     prompt_id = images["prompt_id"].combine_chunks()
+    prompt = images["prompt"].combine_chunks()
     n = len(file)
     columns = {
-        "pair_id": hex_strings(pair_digests(prompt_id, file, file)[0]),
-        "prompt": images["prompt"].combine_chunks(),
+        "pair_id": pair_ids(prompt, file, file),
+        "prompt": prompt,
         "prompt_id": prompt_id,
         "prompt_index": numbers,
         "image_0": file,

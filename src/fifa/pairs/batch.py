@@ -55,9 +55,6 @@ class Batch:
         The source's order gives the winner away: sides are assigned by the images' keys.
     cells
         The columns with image bytes; None without.
-    order
-        What `fifa.pairs.assemble.clean` adds: whether key 0 is not above key 1 (bool [n]), the
-        lower and the higher key.
     rejected
         Rows that never became a pair; row None is the whole file.
     """
@@ -75,7 +72,6 @@ class Batch:
     swaps: list[tuple[str, str]] = field(default_factory=list)
     winner_first: bool = False
     cells: tuple[str, str] | None = None
-    order: tuple[pa.Array, Text, Text] | None = None
     rejected: list[tuple[int | None, str]] = field(default_factory=list)
 
     def __len__(self) -> int:

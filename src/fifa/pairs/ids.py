@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +11,14 @@ import pyarrow.compute as pc
 import xxhash
 
 from fifa.pairs.frames import Text
+from fifa.pairs.murmur import murmur3, murmur3_words
 
 HEX = 20  # characters of an id: 80 bits, so a million pairs collide once in 10^12 data sets
-SEPARATOR = b"\xff"  # in no UTF-8 text
-NEAR = 4_096  # rows hashed together: their bytes stay in the processor's cache
-MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio, odd
+# The four hex characters of every two bytes, as one number.
+QUADS = np.frombuffer(np.arange(1 << 16, dtype="<u2").tobytes().hex().encode(), np.uint32)
+# What folding changes beside the case: all but ASCII's printable characters, words further apart
+# than a space, spaces at either end.
+ODD = r"[^!-~ ]|^ |  | $"
 
 
 def fold_prompt(prompt: str) -> str:
@@ -24,14 +26,20 @@ def fold_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
+def prompt_hashes(prompts: pa.StringArray) -> np.ndarray:
+    """XXH3-128 over each folded prompt: uint64 [2, n], little-endian words of the digest."""
+    folded = pc.ascii_lower(prompts)
+    odd = pc.match_substring_regex(prompts, ODD)
+    by_hand = [fold_prompt(prompt) for prompt in prompts.filter(odd).to_pylist()]
+    folded = pc.replace_with_mask(folded, odd, pa.array(by_hand, pa.string()))
+    digests = map(xxhash.xxh3_128_digest, folded.cast(pa.binary()).to_pylist())
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2).T
+
+
 def prompt_ids(prompts: Iterable[str]) -> list[str]:
     """20 hex characters of XXH3-128 over each folded prompt."""
-    folded = [
-        # for ASCII the same, sooner
-        " ".join(prompt.lower().split()) if prompt.isascii() else fold_prompt(prompt)
-        for prompt in prompts
-    ]
-    return [xxhash.xxh3_128_hexdigest(prompt.encode())[:HEX] for prompt in folded]
+    ids: list[str] = hex_strings(prompt_hashes(pa.array(prompts, pa.string()))).to_pylist()
+    return ids
 
 
 def prompt_id(prompt: str) -> str:
@@ -39,76 +47,37 @@ def prompt_id(prompt: str) -> str:
     return prompt_ids([prompt])[0]
 
 
-def pair_digests(prompt_ids: pa.Array, low: Text, high: Text) -> tuple[np.ndarray, np.ndarray]:
-    """XXH3-128 of every pair, and a sketch of its two images.
+def pair_hashes(prompts: np.ndarray, codes: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """MurmurHash3_x64_128 of every pair, the same whichever image comes first.
 
     Parameters
     ----------
-    prompt_ids
-        Strings [n] of `HEX` characters.
-    low, high
-        Strings [n], the pair's two image keys in the order of their bytes.
+    prompts
+        `prompt_hashes` of m prompts, uint64 [2, m].
+    codes
+        Each pair's prompt, int32 [n].
+    images
+        The sum of `fifa.pairs.murmur.murmur3` of the pair's two keys, either word modulo 2^64:
+        uint64 [2, n].
 
     Returns
     -------
-    digests
-        uint8 [n, 16], XXH3-128 of prompt_id, 0xff, low, 0xff, high; the first 20 hex characters
-        are the pair's id.
-    sketches
-        uint64 [n], the same for the same two images; different ones may share it.
+    hashes
+        uint64 [2, n], over the 32 bytes of the prompt's hash and the images' sum.
     """
-    joined = pc.binary_join_element_wise(
-        *(column.cast(pa.binary()) for column in (prompt_ids, low, high)), SEPARATOR
-    )
-    if isinstance(joined, pa.ChunkedArray):
-        joined = joined.combine_chunks()
-    if not len(joined):
-        return np.empty((0, 16), np.uint8), np.empty(0, np.uint64)
-    data = np.frombuffer(joined.buffers()[2], np.uint8)
-    ends = np.frombuffer(joined.buffers()[1], np.int32)[: len(joined) + 1]
-    length = int(ends[1] - ends[0])
-    if (np.diff(ends) == length).all():  # ids of one length: the same rows, sooner
-        same = data[: ends[-1]].view(f"V{length}")
-        pieces = (same[at : at + NEAR].tolist() for at in range(0, len(same), NEAR))
-    else:
-        raw = data.tobytes()
-        cuts = list(pairwise(ends.tolist()))
-        pieces = (
-            [raw[start:end] for start, end in cuts[at : at + NEAR]]
-            for at in range(0, len(cuts), NEAR)
-        )
-    digests = b"".join([b"".join(map(xxhash.xxh3_128_digest, rows)) for rows in pieces])
-    return np.frombuffer(digests, np.uint8).reshape(-1, 16), _sketches(
-        data, ends, np.asarray(pc.binary_length(low))
-    )
+    codes = codes.astype(np.intp)
+    return murmur3_words([*(word.take(codes) for word in prompts), *images])
 
 
-def _sketches(data: np.ndarray, ends: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """A number for the two images of each row, from 8 bytes near the end of either key.
-
-    It is there to say cheaply that a million pairs have no two images in common: names of files
-    differ just before their ending, and ids differ everywhere. ``low`` is the lower key's length.
-    """
-    starts = ends[:-1].astype(np.int64) + HEX + len(SEPARATOR)
-    middle = starts + low
-    sketch = (ends[1:] - starts).astype(np.uint64)
-    for start, end in ((starts, middle), (middle + len(SEPARATOR), ends[1:])):
-        at = np.maximum(end - 12, start)
-        room = end - at
-        short = room.min() < 8
-        if short:
-            data = np.concatenate([data, np.zeros(8, np.uint8)])
-        word = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))[at]
-        if short:  # what follows a short key is not its own
-            own = word << (8 * (8 - np.clip(room, 1, 8))).astype(np.uint64)
-            word = np.where(room > 0, own, np.uint64(0))
-        sketch = (sketch ^ word) * MIX
-        sketch ^= sketch >> np.uint64(29)
-    return sketch
+def pair_ids(prompts: pa.StringArray, image_0: Text, image_1: Text) -> pa.StringArray:
+    """The ids of n pairs of image keys, strings [n]: 20 hex characters of `pair_hashes`."""
+    images = murmur3(image_0) + murmur3(image_1)
+    return hex_strings(pair_hashes(prompt_hashes(prompts), np.arange(len(prompts)), images))
 
 
-def hex_strings(digests: np.ndarray) -> pa.Array:
-    """The first `HEX` hex characters of digests (uint8 [n, 16]) as strings [n]."""
-    text = digests[:, : HEX // 2].tobytes().hex().encode()
-    ends = np.arange(len(digests) + 1, dtype=np.int32) * HEX
-    return pa.StringArray.from_buffers(len(digests), pa.py_buffer(ends), pa.py_buffer(text))
+def hex_strings(hashes: np.ndarray) -> pa.StringArray:
+    """The first `HEX` hex characters of hashes (uint64 [2, n]) as strings [n]."""
+    n = hashes.shape[1]
+    quads = hashes.T.astype("<u8", order="C").view("<u2")[:, : HEX // 4]
+    ends = np.arange(n + 1, dtype=np.int32) * HEX
+    return pa.StringArray.from_buffers(n, pa.py_buffer(ends), pa.py_buffer(QUADS.take(quads)))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.console import note, progress
 from fifa.errors import FifaError
-from fifa.pairs.assemble import Assembled, assemble, clean
-from fifa.pairs.batch import Batch
+from fifa.pairs.assemble import Assembled, assemble
 from fifa.pairs.formats import Layout, from_layout, plan
 from fifa.pairs.frames import Frame, ParquetFrame, RecordFrame, Text
 from fifa.pairs.layouts import LAYOUTS, own_layout
+from fifa.pairs.part import Part, make_part
 from fifa.pairs.rankings import RANKINGS, Ranked
 from fifa.pairs.records import read_records
 from fifa.pairs.source import Root, Source, SourceFile, find_files, has_file
@@ -30,7 +28,8 @@ PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 
 AHEAD = 8  # files that are open at a time
 THREADS = 3
-VERSION = 1  # of the way a source becomes pairs; part of every fingerprint
+BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
+VERSION = 2  # of the way a source becomes pairs; part of every fingerprint
 
 Format = Layout | Ranked
 Rejected = list[tuple[int | None, str]]
@@ -70,7 +69,7 @@ def read_pairs(
     found = find_files(source)
     reader = _Reader(found.root, format, columns)
     with progress("reading files", len(found.files)) as advance:
-        done = assemble(_batches(reader, found, advance))
+        done = assemble(_parts(reader, found, advance))
     if not len(done.table):
         raise _nothing(found, done)
     note(pairs=len(done.table), merged=done.merged, rejected=len(done.rejected))
@@ -116,64 +115,37 @@ class _Reader:
         if self._own:
             self.name = "columns"
 
-    def start(self, file: SourceFile, pool: Executor) -> Callable[[], tuple[str, Batch]]:
-        """Begin to read a file; what is returned gives its format and pairs.
+    def read(self, file: SourceFile) -> tuple[str, Part]:
+        """A file's format and pairs; one that cannot be read is one rejected row."""
+        try:
+            return self._read(file)
+        except FifaError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+            # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
+            brief = " ".join(str(error).split())[:300]
+            return "", Part(file.path, [(None, f"the file cannot be read: {brief}")])
 
-        A local Parquet file is opened here and decoded in the pool: decoding leaves the
-        interpreter to whoever makes pairs of the file before. A remote file is opened there too.
-        A file that cannot be read is one rejected row.
-        """
-
-        def guarded(step: Callable[[], tuple[str, Batch]]) -> tuple[str, Batch]:
-            try:
-                return step()
-            except FifaError:
-                raise
-            except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-                # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
-                brief = str(error).partition("\n")[0][:200]
-                return "", _refused(file.path, [(None, f"the file cannot be read: {brief}")])
-
-        if self.root.folder is None:
-            remote = pool.submit(guarded, lambda: self._begun(file, None)())
-            return remote.result
-        begun: list[Callable[[], tuple[str, Batch]]] = []
-
-        def begin() -> tuple[str, Batch]:
-            begun.append(self._begun(file, pool))
-            return "", _refused(file.path, [])
-
-        failed = guarded(begin)
-        return (lambda: guarded(begun[0])) if begun else (lambda: failed)
-
-    def _begun(self, file: SourceFile, pool: Executor | None) -> Callable[[], tuple[str, Batch]]:
+    def _read(self, file: SourceFile) -> tuple[str, Part]:
         frame, rejected = self._frame(file)
         form = self._form(frame)
         if form is None:
-            unknown = _refused(file.path, [*rejected, *_unknown(frame, bool(rejected))])
-            return lambda: ("", unknown)
+            return "", Part(file.path, [*rejected, *_unknown(frame, bool(rejected))])
         if isinstance(form, Ranked):
-            convert = form.convert
-            return lambda: (form.name, self._finished(file, convert(frame), rejected))
-        what = plan(frame, form, self.carried)
-        read = frame.prepare(what.wanted, prompt=form.prompt)
-        done = pool.submit(read).result if pool else read
-
-        def finish() -> tuple[str, Batch]:
-            done()
-            return form.name, self._finished(file, from_layout(frame, what), rejected)
-
-        return finish
-
-    def _finished(self, file: SourceFile, batch: Batch, rejected: Rejected) -> Batch:
+            batch = form.convert(frame)
+        else:
+            what = plan(frame, form, self.carried)
+            frame.load(what.wanted, prompt=form.prompt)
+            batch = from_layout(frame, what)
         batch.rejected += rejected
         batch.refs = self._placed(file, batch.refs)
-        return clean(batch)
+        return form.name, make_part(batch)
 
     def _frame(self, file: SourceFile) -> tuple[Frame, Rejected]:
         if file.kind == "parquet":
             local = self.root.folder is not None
-            opened = self.root.name(file.path) if local else self.root.open(file.path)
+            name = self.root.name(file.path)
+            opened = name if local else self.root.open(file.path, ahead=file.size < BLOCK)
             return ParquetFrame(opened, file.path), []
         with self.root.open(file.path) as stream:
             records = read_records(stream, file.kind)
@@ -225,18 +197,16 @@ def _prefixed(refs: Text, prefix: str) -> Text:
     return pc.if_else(whole, refs, pc.binary_join_element_wise(prefix, refs, ""))
 
 
-def _batches(reader: _Reader, found: Source, advance: Callable[[int], None]) -> Iterator[Batch]:
-    """Every file's batch, in order, read a few files ahead; all files have one format."""
+def _parts(reader: _Reader, found: Source, advance: Callable[[int], None]) -> Iterator[Part]:
+    """Every file's part, in order, made a few files ahead; all files have one format."""
     forms: Counter[str] = Counter()
-    if found.refused:
-        yield from (_refused(path, [(None, reason)]) for path, reason in found.refused)
-    waiting: deque[Callable[[], tuple[str, Batch]]] = deque()
+    yield from (Part(path, [(None, reason)]) for path, reason in found.refused)
     files = iter(found.files)
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting.extend(reader.start(file, pool) for file in islice(files, AHEAD))
+        waiting = deque(pool.submit(reader.read, file) for file in islice(files, AHEAD))
         while waiting:
-            name, batch = waiting.popleft()()
-            waiting.extend(reader.start(file, pool) for file in islice(files, 1))
+            name, part = waiting.popleft().result()
+            waiting.extend(pool.submit(reader.read, file) for file in islice(files, 1))
             if name:
                 forms[name] += 1
             if len(forms) > 1:
@@ -247,23 +217,8 @@ def _batches(reader: _Reader, found: Source, advance: Callable[[int], None]) -> 
                     do="name one with --format, or a glob that matches one",
                 )
             advance(1)
-            yield batch
+            yield part
     reader.name = next(iter(forms), reader.name)
-
-
-def _refused(file: str, rejected: Rejected) -> Batch:
-    none = pa.nulls(0, pa.string())
-    empty = np.empty(0)
-    return Batch(
-        file,
-        empty.astype(np.int64),
-        none,
-        (none, none),
-        (none, none),
-        empty,
-        empty.astype(np.int32),
-        rejected=rejected,
-    )
 
 
 def _unknown(frame: Frame, explained: bool) -> Rejected:
