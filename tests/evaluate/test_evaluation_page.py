@@ -62,6 +62,12 @@ def test_a_difference_that_is_not_established_is_not_sold(tmp_path):
     assert "The interval holds 50 %" in words(write_report(run).read_text("utf-8"))
 
 
+def test_a_checkpoint_that_loses_is_not_called_a_winner(tmp_path):
+    run = write_evaluation(tmp_path / "run", ["a"], [-0.9], scorers=("t",))
+    told = words(write_report(run).read_text("utf-8"))
+    assert "No checkpoint wins more often than the base; the best of them, a," in told
+
+
 def test_every_win_rate_is_on_the_page(run, text):
     told = words(text)
     for c in comparisons(load_measured(run / "evaluate")):

@@ -202,7 +202,9 @@ def _curves(
     matches = []
     for ours, theirs in permutations(own, 2):
         point = time_to_match(ours, theirs.best.mean.mean)
-        total = point.seconds + costs[ours.model].selecting if point else float("nan")
+        # what selecting took is 0 where no run of ours did it: then the sum is not known
+        selecting = costs[ours.model].selecting or float("nan")
+        total = point.seconds + selecting if point else float("nan")
         matches.append((ours, theirs, point, total))
     return {
         "figures": figures,
