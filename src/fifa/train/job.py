@@ -21,6 +21,7 @@ from fifa.train.card import training_card, training_facts
 from fifa.train.config import Train
 from fifa.train.folder import CARD, FACTS_FILE, check_folder, is_finished, start_folder
 from fifa.train.loop import Loop
+from fifa.train.memory import keep_freed_memory
 from fifa.train.optim import Average, make_optimizer
 from fifa.train.plan import Plan, check_memory, make_plan, memory_of_model
 from fifa.train.reference import (
@@ -75,6 +76,7 @@ class Job:
         return Source(self.train, self.backbone, self.pairs, self.encoded, device)
 
 
+@keep_freed_memory()
 def run_training(train: Train, out: str | Path) -> Path:
     """Train, or go on with the training that is in ``out``; returns ``out``.
 

@@ -1,0 +1,50 @@
+"""Freed memory comes back without page faults while training, and goes home afterwards."""
+
+import gc
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fifa.train.memory import keep_freed_memory
+
+NUMBERS = 25_000_000  # 100 MB
+
+
+def faults(function):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
+def test_freed_memory_is_used_again_inside_the_block_only():
+    def step():
+        torch.ones(NUMBERS)
+
+    step()
+    outside = faults(step)
+    before = resident()
+    with keep_freed_memory():
+        step()
+        inside = faults(step)
+        kept = resident()
+    gc.collect()
+    assert outside > 10 * max(inside, 1)
+    assert kept - before > 90e6 > 50e6 > resident() - before
+    assert faults(step) > 10 * max(inside, 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
+def test_an_error_inside_the_block_ends_it_as_well():
+    with pytest.raises(KeyError), keep_freed_memory():
+        raise KeyError
+    torch.ones(NUMBERS)
+    again = resident()
+    assert torch.ones(NUMBERS).numel() and resident() - again < 50e6
