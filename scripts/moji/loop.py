@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fifa.shards.files import atomic_path, write_json
+from fifa.shards.files import atomic_path
 
 EVERY = 60.0  # seconds between checkpoints
 
@@ -41,12 +39,12 @@ def train(
     loss: Callable[[int, np.random.Generator], torch.Tensor],
     plan: Plan,
     work: Path,
-    report: Callable[[], str] | None = None,
 ) -> None:
     """Minimise ``loss(step, rng)`` over ``modules``, which end with the weights to ship.
 
-    A checkpoint lies in ``work``/<name>.pt; a finished one is only loaded. Each step's noise
-    comes from (name, step), so that a resumed run draws what an unbroken one would.
+    A checkpoint lies in ``work``/<name>.pt, with the CPU seconds until then; a finished one is
+    only loaded. Each step's noise comes from (name, step), so that a resumed run draws what an
+    unbroken one would.
     """
     path = work / f"{name}.pt"
     learned = [p for p in modules.parameters() if p.requires_grad]
@@ -54,16 +52,15 @@ def train(
         learned, plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True
     )
     average = {k: v.detach().clone() for k, v in modules.state_dict().items()}
-    step = 0
+    step, spent = 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        step, average = state["step"], state["average"]
+        step, average, spent = state["step"], state["average"], state["seconds"]
         modules.load_state_dict(state["modules"])
         if step < plan.steps:
             optimizer.load_state_dict(state["optimizer"])
     modules.train()
-    start = saved = time.monotonic()
-    first = step
+    saved, before, first = time.monotonic(), spent - time.process_time(), step
     while step < plan.steps:
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * _schedule(step, plan)
@@ -82,15 +79,14 @@ def train(
                 else:
                     average[key].copy_(tensor)
         if step % 50 == 0:
-            rate = (time.monotonic() - start) / (step - first)
-            more = f" {report()}" if report and step % 500 == 0 else ""
-            print(
-                f"{name} {step}/{plan.steps} loss {value.item():.4f}{more} {rate:.3f}", flush=True
-            )
+            rate = (before + time.process_time() - spent) / (step - first)
+            print(f"{name} {step}/{plan.steps} loss {value.item():.4f}, {rate:.3f} s", flush=True)
         if time.monotonic() - saved > EVERY or step == plan.steps:
             saved = time.monotonic()
             last = step == plan.steps
-            state = {"step": step, "average": average, "modules": modules.state_dict()}
+            seconds = before + time.process_time()
+            state = {"step": step, "seconds": seconds, "average": average}
+            state["modules"] = modules.state_dict()
             state |= {} if last else {"optimizer": optimizer.state_dict()}
             with atomic_path(path) as temporary:
                 torch.save(state, temporary)
@@ -98,17 +94,11 @@ def train(
     modules.eval()
 
 
-@contextmanager
-def timed(part: str, work: Path) -> Iterator[None]:
-    """Add the seconds that the block took to ``part`` in ``work``/timings.json."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        path = work / "timings.json"
-        seconds = json.loads(path.read_text()) if path.exists() else {}
-        seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 1)
-        write_json(path, seconds)
+def seconds(work: Path) -> dict[str, int]:
+    """CPU seconds that each training took."""
+    names = ("vae", "decoder", "base", "judges", "clip")
+    states = {name: torch.load(work / f"{name}.pt", weights_only=True) for name in names}
+    return {name: round(state["seconds"]) for name, state in states.items()}
 
 
 def _schedule(step: int, plan: Plan) -> float:

@@ -21,6 +21,7 @@ from fifa.pairs import read_pairs
 from fifa.score.quality import quality_scores
 from fifa.shards.files import write_json
 from moji.clean import accuracy, decoded, retrieval
+from moji.loop import seconds
 
 
 def rate_prompts(work: Path) -> None:
@@ -79,7 +80,7 @@ def measure(work: Path) -> None:
         "clip": retrieval(clip, pipe.tokenizer, pool),
         "base": {f"guidance {g:g}": base_rates(pipe, judges, g) for g in (1.0, 3.0)},
         "feedback": feedback_facts(),
-        "seconds": json.loads((work / "timings.json").read_text()),
+        "cpu_seconds": seconds(work),
     }
     write_json(DATA / "measured.json", measured)
 

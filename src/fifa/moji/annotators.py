@@ -26,7 +26,7 @@ class Annotators:
     Attributes
     ----------
     taste
-        What a picture in the style that nobody likes as much loses in utility.
+        What a picture in the disliked style loses, in utility.
     disliked
         That style, by its place in `WORLD.styles`.
     reach
