@@ -16,7 +16,14 @@ from tiny_diffusion import write_model, write_pairs
 from trainings import quick
 
 KILLS = 10
-KNOBS = {"steps": 8, "save_every": 3, "checkpoint_every": 2, "draws": 2, "lora_dropout": 0.1}
+KNOBS = {
+    "steps": 8,
+    "save_every": 3,
+    "checkpoint_every": 2,
+    "draws": 2,
+    "lora_dropout": 0.1,
+    "log_every": 2,
+}
 
 
 def work(world: Path, out: Path) -> None:
@@ -68,7 +75,7 @@ def folder(tmp_path):
 
 
 def finish(process) -> None:
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
 
 
@@ -93,7 +100,7 @@ def test_ten_kills_at_random_moments_change_nothing(folder, start):
         finish(start(folder, folder / f"unbroken-{kind}"))
         durations[kind] = time.monotonic() - begun
         expected[kind] = contents(folder / f"unbroken-{kind}")
-        assert sum(name.startswith("step ") for name in expected[kind]) == 8
+        assert sum(name.startswith("step ") for name in expected[kind]) == 4
         assert sum(name.startswith("checkpoints") for name in expected[kind]) == 4
     draw = random.Random(0)
     interrupted = resumed = 0

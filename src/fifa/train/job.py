@@ -111,7 +111,7 @@ def run_training(train: Train, out: str | Path) -> Path:
     )
     try:
         done = loop.run()
-    except require("torch", "train").OutOfMemoryError as error:
+    except require("torch", "train").cuda.OutOfMemoryError as error:
         raise FifaError(
             f"out of memory: {str(error).splitlines()[0]}",
             where=str(accelerator.device),

@@ -77,40 +77,36 @@ class Loop:
         main = trainee.accelerator.is_main_process
         stats = Stats(train, self.out, done.step) if main else None
         trainee.model.train()
-        begun = last = time.perf_counter()
-        before, total, pairs = done.seconds, [0.0], 0
+        begun = time.perf_counter() - done.seconds
         try:
             with progress_bar("training", self.steps) as advance:
                 advance(done.step)
                 for step in range(done.step, self.steps):
                     rate = learning_rate(train, step, self.steps)
                     told, norm = self.step(step, rate)
-                    now = time.perf_counter()
-                    total = [a + b for a, b in zip(total, told, strict=True)] if pairs else told
-                    pairs += train.batch
-                    done = Progress(step + 1, done.pairs + train.batch, before + now - begun)
-                    if stats and (done.step % train.log_every == 0 or done.step == self.steps):
-                        line = stats_line(total, pairs)
-                        stats.log(
-                            done.step,
-                            {
-                                **line,
-                                "gradient_norm": norm,
-                                "lr": rate,
-                                "pairs": done.pairs,
-                                "seconds": round(done.seconds, 3),
-                                "pairs_per_second": pairs / (now - last),
-                                "peak_bytes": peak_bytes(self.source.device),
-                            },
-                        )
-                    if done.step % train.log_every == 0:
-                        pairs, last = 0, now
+                    done = done.after(told, train.batch, time.perf_counter() - begun)
+                    if done.step % train.log_every == 0 or done.step == self.steps:
+                        if stats:
+                            stats.log(done.step, self.line(done, rate, norm))
+                        done = done.told()
                     self.between(done)
                     advance(1)
         finally:
             if stats:
                 stats.close()
         return done
+
+    def line(self, done: Progress, rate: float, norm: float) -> dict[str, float | None]:
+        """What is told of the steps since the last line; rate and norm are the last step's."""
+        return {
+            **stats_line(done.sums, done.window),
+            "gradient_norm": norm,
+            "lr": rate,
+            "pairs": done.pairs,
+            "seconds": round(done.seconds, 3),
+            "pairs_per_second": done.window / (done.seconds - done.since),
+            "peak_bytes": peak_bytes(self.source.device),
+        }
 
     def step(self, step: int, rate: float) -> tuple[list[float], float]:
         """One step: every micro-batch forward and backward, then the optimiser.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ STATE = "state"
 CHECKPOINTS = "checkpoints"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far a training is.
 
@@ -33,11 +34,33 @@ class Progress:
         Pairs presented.
     seconds
         Time spent in the loop, over all its interruptions.
+    window, since, sums
+        Since the last line of statistics: pairs, the time at that line, and what
+        `fifa.train.track.sums` has added up.
     """
 
     step: int = 0
     pairs: int = 0
     seconds: float = 0.0
+    window: int = 0
+    since: float = 0.0
+    sums: tuple[float, ...] = ()
+
+    def after(self, told: Sequence[float], pairs: int, seconds: float) -> Progress:
+        """After one more step of so many pairs, at that time."""
+        known = self.sums or (0.0,) * len(told)
+        return replace(
+            self,
+            step=self.step + 1,
+            pairs=self.pairs + pairs,
+            seconds=seconds,
+            window=self.window + pairs,
+            sums=tuple(a + b for a, b in zip(known, told, strict=True)),
+        )
+
+    def told(self) -> Progress:
+        """After a line of statistics."""
+        return replace(self, window=0, since=self.seconds, sums=())
 
 
 def step_name(step: int) -> str:
@@ -56,7 +79,8 @@ def read_progress(out: Path) -> Progress:
     state = latest_state(out)
     if state is None:
         return Progress()
-    return Progress(**json.loads((state / "state.json").read_text("utf-8")))
+    known = json.loads((state / "state.json").read_text("utf-8"))
+    return Progress(**{**known, "sums": tuple(known["sums"])})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -58,7 +59,7 @@ def distance(prediction: Tensor, reference: Tensor) -> Tensor:
     return squared.view(2, -1).mean(0)
 
 
-def stats_line(total: list[float], pairs: int) -> dict[str, float | None]:
+def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
     """The means over ``pairs`` of what `sums` added up; None for what is not known.
 
     ``winner_minus_reference`` and ``loser_minus_reference`` tell likelihood displacement: both
