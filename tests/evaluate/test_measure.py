@@ -107,7 +107,7 @@ def test_unsafe_prompts_by_category_and_rater(tmp_path):
 
 
 def test_scorers_that_look_at_no_images_are_refused():
-    for spec in ("column:a,b", "proxy", "nothing"):
+    for spec in ("column:a,b", "proxy", "proxy@clip:MODEL", "nothing"):
         with pytest.raises(FifaError):
             check_scorers([spec], HERE)
 
@@ -127,6 +127,7 @@ def test_a_judge_with_a_wrong_answer_is_told(tmp_path):
         ("hpsv2.1", ["hpsv2"], True),
         ("hpsv2.1", ["column:hpsv2_0,hpsv2_1"], True),
         ("proxy:A", ["proxy"], True),
+        ("proxy:A", ["proxy@clip:MODEL"], True),
         ("clipscore-b32", ["clipscore"], True),
         ("clipscore", ["column:clip_0,clip_1"], True),
         ("imagereward", ["column:imagereward_0,imagereward_1"], True),
