@@ -27,6 +27,8 @@ from fifa.errors import FifaError
 from fifa.pairs.table import PAIRS, Pairs
 from fifa.pairs.table import PROMPTS as PROMPTS_SCHEMA
 from fifa.score.quality import quality_scores
+from fifa.score.raters import endpoint
+from fifa.score.raters.answers import Answers
 from fifa.score.raters.endpoint import EndpointRater, make_endpoint, public_url
 from fifa.score.rubric import Answer, load_rubric, parse_answer, response_format
 
@@ -285,6 +287,24 @@ def test_an_endpoint_that_dies_on_the_way_is_given_up_and_resumed(tmp_path: Path
         alive[:] = [True, True]
         assert mine.rate(PROMPTS)["flags"].null_count == 0
     assert good == Counter(PROMPTS)
+
+
+def test_a_full_disk_is_told_and_what_was_answered_is_kept(tmp_path, monkeypatch) -> None:
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.json_response(completion(json.dumps(grade(asked(body)))))
+
+    def small(folder: Path | None) -> Answers:
+        answers = Answers(folder)
+        answers.base.execute("PRAGMA max_page_count = 4")  # SQLite's own full disk
+        return answers
+
+    with server(answer) as url, collect_facts() as facts:
+        with monkeypatch.context() as patch:
+            patch.setattr(endpoint, "Answers", small)
+            with pytest.raises(FifaError, match=r"disk is full[^$]*free space"):
+                rater(url, folder=tmp_path).rate(PROMPTS)
+        rater(url, folder=tmp_path).rate(PROMPTS)
+    assert 0 < facts["answers_from_cache"] < len(PROMPTS)
 
 
 @pytest.mark.parametrize(("status", "told"), [(401, "refuses the key"), (404, "know the model")])

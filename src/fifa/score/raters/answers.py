@@ -58,9 +58,16 @@ class Answers:
         return known
 
     def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keep an answer."""
+        """Keep an answer; raises `FifaError` where there is no room for it."""
         row = (key, model, answer.model_dump_json())
-        self.base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+        try:
+            self.base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise FifaError(
+                f"cannot keep a rating: {error}",
+                where=str(self.path),
+                do="free space and run again: what was answered before is kept",
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
