@@ -142,7 +142,10 @@ class Loop:
             told = told + sums_of_part if counts else told
         totals: list[float] = accelerator.reduce(told, reduction="sum").tolist()
         clip = train.clip if train.clip and train.optimizer != "adafactor" else math.inf
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
+        total_norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+        if hasattr(total_norm, "full_tensor"):  # of shards: each process knows its own part
+            total_norm = total_norm.full_tensor()
+        norm = float(total_norm)
         self._must_be_finite(step, totals, norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
