@@ -99,6 +99,7 @@ def write_evaluation(
     images=False,
     unsafe=False,
     prompt="a cat number {}",
+    spread=0.3,
     **settings,
 ):
     """A run folder with an evaluation of drawn scores: ``gains`` by model over the base.
@@ -113,7 +114,7 @@ def write_evaluation(
     draw = np.random.default_rng(seed)
     taste = np.tile(np.random.default_rng(99).normal(size=24), 1 + len(models))
     level = np.repeat([0.0, *gains], 24)
-    columns = {name: taste + level + 0.3 * draw.normal(size=len(index)) for name in scorers}
+    columns = {name: taste + level + spread * draw.normal(size=len(index)) for name in scorers}
     looks = {name: draw.random(len(index)) for name in ("brightness", "contrast", "saturation")}
     if unsafe:
         columns["detector"] = [0.9 if i % 48 == 4 else 0.1 for i in range(len(index))]

@@ -1,10 +1,11 @@
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from drawn import draw_index, write_evaluation
+from drawn import draw_index, save, write_evaluation
 from neighbours import helper
 
 from fifa.errors import FifaError
@@ -66,6 +67,19 @@ def test_a_checkpoint_that_loses_is_not_called_a_winner(tmp_path):
     run = write_evaluation(tmp_path / "run", ["a"], [-0.9], scorers=("t",))
     told = words(write_report(run).read_text("utf-8"))
     assert "No checkpoint wins more often than the base; the best of them, a," in told
+
+
+def test_wins_and_mean_that_disagree_are_told(tmp_path):
+    run = write_evaluation(tmp_path / "run", ["a"], [-0.05], scorers=("t",), spread=0.0)
+    folder = run / "evaluate"
+    found = load_measured(folder)
+    values = found.table["t"].to_numpy().copy()
+    values[24:34] += 2  # of five prompts' images, far more than all the others lose
+    place = found.table.schema.get_field_index("t")
+    table = found.table.set_column(place, "t", pa.array(values, pa.float32()))
+    save(replace(found, table=table), folder)
+    told = words(write_report(run).read_text("utf-8"))
+    assert "loses often by little and wins rarely by much" in told
 
 
 def test_every_win_rate_is_on_the_page(run, text):

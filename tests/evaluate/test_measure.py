@@ -17,6 +17,7 @@ from fifa.evaluate.measure import (
     scorer_name,
 )
 from fifa.evaluate.picked import is_picked
+from fifa.evaluate.results import comparisons
 from fifa.recipe import Compute
 from fifa.rewards.features import make_image_encoder
 from fifa.rewards.load import load_reward, score
@@ -66,6 +67,20 @@ def test_what_is_measured_is_kept_and_read_again(clip, tmp_path):
         assert other.scales == first.scales
         assert other.diversity.equals(first.diversity)
     assert load_measured(tmp_path, "-curve") is None
+
+
+def test_differences_that_a_judge_calls_too_small_are_ties(tmp_path):
+    index = draw_images(draw_index(["base", "a"], prompts=4, seeds=2), tmp_path)
+    gain = iter([0.0] * 8 + [0.1, -0.1, 0.3, -0.3, 0.25, 0.05, 0.0, 1.0])
+
+    def value(prompts, images):
+        return [next(gain) for _ in images]
+
+    judge = Judge("value", value, tie=0.25)
+    found = measure(index, tmp_path, Measure(encoder="none"), judges=[judge], compute=HERE)
+    (wins,) = [comparison.wins for comparison in comparisons(found)]
+    assert (wins.wins, wins.ties, wins.losses) == (2, 5, 1)
+    assert load_measured(tmp_path).scales == found.scales
 
 
 def test_looks_and_diversity(tmp_path):

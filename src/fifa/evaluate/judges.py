@@ -45,6 +45,8 @@ class Judge:
         What the number is, in words.
     identity
         JSON that changes whenever a number could; None: it is asked again every time.
+    tie
+        The largest difference between two images that is too small to matter: a tie.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Judge:
     kind: Literal["reward", "unsafe"] = "reward"
     scale: str = ""
     identity: Any = None
+    tie: float = 0.0
 
 
 def as_judges(judges: Sequence[Judge] | dict[str, Measure | Judge] | None) -> list[Judge]:

@@ -56,6 +56,8 @@ class Scale:
         The scorer, or a relative of it, picked the training data.
     source
         ``scorer``, ``judge``, ``detector`` or ``pixels``.
+    tie
+        The largest difference that counts as a tie in a win rate.
     """
 
     column: str
@@ -64,6 +66,7 @@ class Scale:
     scale: str = ""
     picked: bool = False
     source: str = "scorer"
+    tie: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,9 @@ def measure(
         column = f"judge:{judge.name}"
         found = [_judged(part, folder, judge, scores) for part in parts]
         columns[column] = np.concatenate(found)
-        scales.append(Scale(column, judge.name, judge.kind, judge.scale, source="judge"))
+        scales.append(
+            Scale(column, judge.name, judge.kind, judge.scale, source="judge", tie=judge.tie)
+        )
     if asked.detector:
         runtime = make_runtime(compute.device, compute.dtype, False, False)
         detector = Detector(asked.detector, asked.unsafe_labels, runtime).judge

@@ -138,7 +138,7 @@ def compare_models(
     x, y = _values(a, scale.column)[rows_a], _values(b, scale.column)[rows_b]
     prompts = np.asarray(a["prompt_id"].to_pylist(), object)[rows_a]
     category = [a["category"][int(row)].as_py() for row in rows_a]
-    outcome = stats.outcomes(x, y)
+    outcome = stats.outcomes(x, y, scale.tie)
     return Comparison(
         scale=scale,
         ours=ours,
