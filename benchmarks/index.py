@@ -148,7 +148,7 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="keep the input here")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

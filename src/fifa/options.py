@@ -101,7 +101,10 @@ score_options = _options(
 )
 select_options = _options(
     click.option("--keep", type=_Keep(), help="How many pairs: a count, a fraction or a per cent."),
-    click.option("--strategy", help="fifa, random, low, middle, high, consensus, facility, ..."),
+    click.option(
+        "--strategy",
+        help="fifa, random, low, middle, high, consensus, facility, farthest, weights.",
+    ),
     click.option("--alpha", type=float, help="Weight of text quality beside the margin's 1."),
     click.option("--gamma", type=float, help="Weight of text diversity beside the margin's 1."),
     click.option("--normalize", help="none, z, rank or robust."),
