@@ -1,5 +1,5 @@
 # Two commands on a bare machine with Python 3.11+ and make:
-#   make demo   set up, then filter the feedback that the package ships
+#   make demo   set up, then filter, train and judge in the built-in small world
 #   make test   set up, then run the tests
 PYTHON ?= python3
 VENV := .venv

@@ -245,11 +245,16 @@ def batch_read_command(run: str, file: Path) -> None:
 
 @cli.command("demo")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
-def demo_command(out: Path) -> None:
-    """The main job on the few hundred pairs that the package ships."""
-    from fifa.demo import demo
+@click.option(
+    "--arms", default="fifa,random", show_default=True, help="Of fifa,margin,random,full."
+)
+@click.option("--seed", default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--fresh", is_flag=True, help="Rate the prompts here; takes a few minutes more.")
+def demo_command(out: Path, arms: str, seed: int, fresh: bool) -> None:
+    """All of it in a built-in world: filter, train, generate, judge, report. No GPU needed."""
+    from fifa.demo import Demo, demo
 
-    click.echo(demo(out))
+    click.echo(demo(out, Demo(arms=tuple(filter(None, arms.split(","))), seed=seed, fresh=fresh)))
 
 
 cli.add_command(evaluate_command)

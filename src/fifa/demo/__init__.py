@@ -1,26 +1,32 @@
-"""The main job on a few hundred preference pairs that the package ships."""
+"""`fifa demo`: the whole road in the built-in small world, from feedback to a verdict."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fifa.console import say
-from fifa.pipeline import filter_pairs
-from fifa.recipe import Read, Recipe, Score, Select
+from fifa.demo.settings import ARMS, Demo
 
+__all__ = ["ARMS", "PAIRS", "Demo", "demo"]
+
+# A few hundred drawn pairs with score columns, for trying what needs no model.
 PAIRS = Path(__file__).with_name("pairs.parquet")
 
 
-def demo(out: Path) -> Path:
-    """Filter the shipped pairs into ``out`` and return the report's path.
+def demo(out: str | Path, knobs: Demo | None = None) -> Path:
+    """Filter, train, evaluate and report in the small world `fifa.moji`; returns the report.
 
-    The pairs are drawn by ``scripts/draw_demo.py``: shapes instead of generated images, a
-    simulated annotator, and two simulated reward models as score columns.
+    Parameters
+    ----------
+    out
+        The run folder. A demo that was stopped goes on where it was.
+    knobs
+        What is compared, and how much of it; None is the default.
+
+    Raises
+    ------
+    FifaError
+        For an arm that there is not, and a folder with other things in it.
     """
-    say("360 preference pairs in the Pick-a-Pic schema: drawn shapes, a simulated annotator")
-    recipe = Recipe(
-        read=Read(source=str(PAIRS)),
-        score=Score(margin=("column:sim_a_0,sim_a_1", "column:sim_b_0,sim_b_1")),
-        select=Select(keep=0.1, per_prompt=3),
-    )
-    return filter_pairs(recipe, out).folder / "report.html"
+    from fifa.demo.story import tell_story
+
+    return tell_story(Path(out), knobs or Demo())

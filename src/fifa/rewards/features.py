@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 IMAGE_SPECS = "efficientnet-lite0, efficientnet-lite0:SIDE, clip:MODEL or image:MODEL"
 SHARD = 512  # images embedded between two points where a run can be resumed
 DIGEST_SHARD = 16_384
-BATCH = 8  # images a forward pass: more only fills the processor's caches
+BATCH = 8  # images of 224 x 224 a forward pass: more only fills the processor's caches
+MOST = 256  # smaller images share a pass until they weigh as much, up to so many
+AREA = 224 * 224
 WAITING = 64  # images decoded ahead
 
 Floats = npt.NDArray[np.float32]
@@ -232,7 +234,9 @@ def read_unique(
 
     with ThreadPoolExecutor(cores()) as pool:
         decoded = decode_ahead(read(), preprocess, pool, WAITING)
-        yield from batched(decoded, lambda h, w: BATCH, bad)
+        yield from batched(
+            decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad
+        )
 
 
 def _matrix(table: pa.Table, pairs: Pairs) -> Floats:
