@@ -47,7 +47,7 @@ def test_a_head_learns_the_taste_and_says_how_well(feedback, tmp_path):
 def test_the_engine_scores_with_what_was_saved(feedback, reads_prompts, tmp_path, monkeypatch):
     pairs, options = feedback
     walk = train._walk  # one kind of head wins, whatever held-out prompts say
-    monkeypatch.setattr(train, "_walk", lambda *a: (float(a[-1] != reads_prompts), *walk(*a)[1:]))
+    monkeypatch.setattr(train, "_walk", lambda *a: (float(a[3] != reads_prompts), *walk(*a)[1:]))
     train_reward(pairs, tmp_path / "reward", options)
     features = features_of(pairs, options)
     data, _ = comparisons(pairs, features)
