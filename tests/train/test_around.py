@@ -202,6 +202,33 @@ def test_full_fine_tuning_has_a_frozen_copy_or_a_table(world, tmp_path):
     assert furthest(final, weights_of(table)) < 1e-5
 
 
+def test_pairs_of_several_shapes_share_a_step(tmp_path):
+    write_model(tmp_path / "sd15")
+    wide, tall = ((96, 48), (96, 48)), ((48, 96), (64, 96))
+    write_pairs(tmp_path / "pairs.parquet", (wide, tall, wide, wide, tall))
+    knobs = {"buckets": True, "flips": True, "prompt_dropout": 0.5, "epsilon": 1e-4}
+    train = quick(tmp_path, batch=5, lr=1e-4, **knobs)
+    loop = assemble(train, tmp_path / "a")
+    sizes = [len(part) for part, _ in loop.parts(0)]
+    shapes = [{loop.source.encoded.shape(i) for i, _ in part} for part, _ in loop.parts(0)]
+    assert sorted(sizes) == [1, 2, 2]
+    assert all(len(one) == 1 for one in shapes)
+    assert len(set.union(*shapes)) == 2
+    loop.run()
+    alone = assemble(replace(train, micro_batch=1), tmp_path / "b")
+    alone.run()
+    assert furthest(loop.trainee.weights(), alone.trainee.weights()) < 1e-5
+
+
+def test_a_damaged_state_is_told(world, tmp_path):
+    loop = assemble(quick(world), tmp_path)
+    loop.run()
+    path = tmp_path / "state" / "step-000003" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FifaError, match=r"(?s)the state cannot be read.*step-000003"):
+        assemble(quick(world), tmp_path).run()
+
+
 def test_mapo_needs_no_reference(world, tmp_path):
     loop = assemble(quick(world, loss="mapo"), tmp_path)
     assert loop.reference is None

@@ -146,7 +146,9 @@ class Trainee:
                 save_file(_contiguous(weights), folder / "weights.safetensors")
                 if average is not None:
                     save_file(_contiguous(average), folder / "average.safetensors")
-                require("torch", "train").save(optimizer, folder / "optimizer.pt")
+                scaler = self.accelerator.scaler
+                kept = {"optimizer": optimizer, "scaler": scaler.state_dict() if scaler else None}
+                require("torch", "train").save(kept, folder / "optimizer.pt")
                 write_json(folder / "state.json", asdict(progress))
             for older in (out / STATE).glob("step-*"):
                 if older != target:
@@ -166,11 +168,11 @@ class Trainee:
         try:
             progress = read_progress(out)
             weights = load_file(state / "weights.safetensors")
-            optimizer = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+            kept = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
             average = None
             if self.average is not None:
                 average = load_file(state / "average.safetensors")
-        except (OSError, ValueError, RuntimeError, EOFError) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
             raise FifaError(
                 f"the state cannot be read: {error}",
                 where=str(state),
@@ -182,7 +184,9 @@ class Trainee:
                 for value, weight in zip(self.average.values, self.average.parameters, strict=True):
                     value.copy_(weight)
         self._put(weights)
-        self._put_optimizer_state(optimizer)
+        self._put_optimizer_state(kept["optimizer"])
+        if self.accelerator.scaler is not None and kept["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(kept["scaler"])
         return progress
 
     def _put(self, weights: dict[str, Any]) -> None:
