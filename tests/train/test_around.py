@@ -220,6 +220,24 @@ def test_pairs_of_several_shapes_share_a_step(tmp_path):
     assert furthest(loop.trainee.weights(), alone.trainee.weights()) < 1e-5
 
 
+def test_a_run_folder_is_a_source(shipped, world, tmp_path):
+    options = ["--margin", "column:sim_a_0,sim_a_1", "--keep", "3", "--quality", "none"]
+    filtered = run("filter", shipped, *options, "--diversity", "none", "--out", tmp_path / "run")
+    assert filtered.exit_code == 0
+    train = replace(quick(world, draws=1, steps=1), source=str(tmp_path / "run"))
+    out = run_training(train, tmp_path / "out")
+    kept = {path.name.partition("-")[0] for path in (tmp_path / "run" / "train").iterdir()}
+    assert kept == {"images", "moments", "prompts", "reference"}
+    assert not (out / "cache").exists()
+    selection = json.loads((out / "train.json").read_text())["selection"]
+    subset = json.loads((tmp_path / "run" / "subset" / "subset.json").read_text())
+    assert selection["digest"] == subset["digest"]
+    assert selection["recipe"]["score"]["margin"] == ["column:sim_a_0,sim_a_1"]
+    card = (out / "README.md").read_text()
+    assert f"3 pairs, strategy fifa, alpha 0.5, gamma 0.5 (subset {subset['digest']}" in card
+    assert str(tmp_path) not in card
+
+
 def test_a_damaged_state_is_told(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
     loop.run()

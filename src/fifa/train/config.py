@@ -86,7 +86,7 @@ class Train:
     seed
         Of everything random.
     device
-        A torch device; None for what accelerate chooses.
+        ``cpu``; None for what accelerate chooses.
     dtype
         ``float32``, or ``bfloat16`` or ``float16`` under autocast; None: as accelerate is
         configured, which is ``float32`` unless it was told otherwise.
@@ -139,7 +139,7 @@ class Train:
     clip: _NotNegative = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: int = 0
-    device: str | None = None
+    device: Literal["cpu"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     compile: bool = False
     channels_last: bool = False

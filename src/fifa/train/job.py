@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,16 +11,16 @@ from fifa.console import say
 from fifa.errors import FifaError
 from fifa.run import is_run
 from fifa.score.wheels import require
-from fifa.shards.files import files_digest, write_json, write_text
-from fifa.train.adapters import Lora, add_lora, save_full, save_lora, train_all
+from fifa.shards.files import files_digest
+from fifa.train.adapters import add_lora, train_all
 from fifa.train.backbones import Backbone, load_backbone
 from fifa.train.batches import Source
-from fifa.train.card import training_card, training_facts
 from fifa.train.config import Train
-from fifa.train.folder import CARD, FACTS_FILE, check_folder, is_finished, start_folder
+from fifa.train.folder import check_folder, is_finished, start_folder
 from fifa.train.loop import Loop
 from fifa.train.memory import keep_freed_memory
 from fifa.train.optim import Average, make_optimizer
+from fifa.train.output import adapter, finish, write_weights
 from fifa.train.plan import Plan, check_memory, make_plan, memory_of_model
 from fifa.train.reference import (
     AdaptersOff,
@@ -31,11 +29,9 @@ from fifa.train.reference import (
     Table,
     precompute,
     scalars_path,
-    with_denoiser,
 )
 from fifa.train.samples import Samples
-from fifa.train.state import CHECKPOINTS, Progress, Trainee, step_name
-from fifa.train.track import read_stats
+from fifa.train.state import CHECKPOINTS, Trainee, step_name
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
 PRECISIONS = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -257,11 +253,6 @@ def make_reference(job: Job) -> Reference | None:
     return AdaptersOff(job.backbone, accelerator.unwrap_model)
 
 
-def adapter(train: Train) -> Lora:
-    """The adapter that the training asks for."""
-    return Lora(train.rank, train.alpha, train.targets or None, train.lora_dropout)
-
-
 def make_trainee(job: Job) -> Trainee:
     """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
     train, backbone, accelerator = job.train, job.backbone, job.accelerator
@@ -283,56 +274,3 @@ def make_trainee(job: Job) -> Trainee:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None
     return Trainee(accelerator, model, optimizer, average)
-
-
-def write_weights(job: Job, trainee: Trainee, folder: Path) -> None:
-    """Write the weights as diffusers reads them, into ``folder``; every process calls it.
-
-    The average of the weights, if there is one.
-    """
-    save = save_lora if job.train.method == "lora" else save_full
-    whole = trainee.averaged() if trainee.sharded else {}
-    if job.accelerator.is_main_process:
-        plain = job.accelerator.unwrap_model(trainee.model)
-        if trainee.sharded:
-            plain = _whole(job, plain, whole)
-        with trainee.average.in_place() if trainee.average and not whole else nullcontext():
-            save(with_denoiser(job.backbone, plain), folder)
-    job.accelerator.wait_for_everyone()
-
-
-def _whole(job: Job, sharded: Any, weights: dict[str, Any]) -> Any:
-    """A denoiser on the CPU with the trained weights that all shards together are."""
-    model = type(sharded).from_config(sharded.config)
-    if job.train.method == "lora":
-        add_lora(with_denoiser(job.backbone, model), adapter(job.train))
-    model.load_state_dict(weights, strict=False)
-    return model
-
-
-def finish(job: Job, trainee: Trainee, done: Progress) -> None:
-    """Write the final weights, the card, and ``train.json``, which says that all is there."""
-    write_weights(job, trainee, job.out)
-    if job.accelerator.is_main_process:
-        facts = training_facts(
-            job.train,
-            kind=job.backbone.kind,
-            progress=done,
-            pairs=job.pairs,
-            processes=job.accelerator.num_processes,
-            device=device_name(job.accelerator.device),
-            dtype=job.plan.dtype,
-            stats=read_stats(job.out),
-        )
-        facts = json.loads(json.dumps(facts))
-        write_text(job.out / CARD, training_card(facts))
-        write_json(job.out / FACTS_FILE, facts)
-        say(f"trained {done.step:,} steps on {len(job.pairs):,} pairs; weights in {job.out}")
-    job.accelerator.wait_for_everyone()
-
-
-def device_name(device: Any) -> str:
-    """What people call the device."""
-    if device.type == "cuda":
-        return str(require("torch", "train").cuda.get_device_name(device))
-    return str(device.type).upper()
