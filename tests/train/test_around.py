@@ -1,6 +1,7 @@
 """What stands around the loop: samples, trackers, optimisers, precision, plan, command line."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -159,6 +160,18 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
     for scalars in read_stats(tmp_path / "table"):
         assert scalars["kl"] is None
         assert scalars["kl_bound"] is not None
+
+
+def test_training_on_a_pool_follows_the_online_curve():
+    from measure_draws import measure
+
+    curves, _ = measure(16, 8, 1, [0, 4])
+    online, pool = (curves[draws, "trained on"][0, :, 0] for draws in (0, 4))
+    gained = math.log(2) - online
+    assert gained[-1] > 0.05
+    # the first epochs are the very same, the later ones see again what the pool has
+    assert pool[2] == pytest.approx(online[2], abs=1e-4)
+    assert (np.abs(pool - online) < 0.2 * gained.max()).all()
 
 
 def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monkeypatch):
