@@ -18,7 +18,6 @@ from fifa.train.batches import Source
 from fifa.train.config import Train
 from fifa.train.folder import check_folder, is_finished, start_folder
 from fifa.train.loop import Loop
-from fifa.train.memory import keep_freed_memory
 from fifa.train.optim import Average, make_optimizer
 from fifa.train.output import adapter, finish, write_weights
 from fifa.train.plan import Plan, check_memory, make_plan, memory_of_model
@@ -72,7 +71,6 @@ class Job:
         return Source(self.train, self.backbone, self.pairs, self.encoded, device)
 
 
-@keep_freed_memory()
 def run_training(train: Train, out: str | Path) -> Path:
     """Train, or go on with the training that is in ``out``; returns ``out``.
 

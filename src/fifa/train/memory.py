@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fifa.score.wheels import require
@@ -31,32 +28,3 @@ def free_bytes(device: Any) -> int | None:
     except ImportError:
         return None
     return int(psutil.virtual_memory().available)
-
-
-# Of glibc's malloc.h. Outside the block: what its thresholds grow to by themselves.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
-USUAL = ((M_MMAP_MAX, 65_536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20))
-
-
-@contextmanager
-def keep_freed_memory() -> Iterator[None]:
-    """Have memory that is freed inside the block used again, not given back to the kernel.
-
-    glibc gives large blocks back as soon as they are free, so on a CPU every step's activations
-    come as fresh pages, each a fault and to be zeroed: 350,000 faults and a tenth of the time of
-    a step of SD1.5 on four pairs at 256 x 256. What was kept is given back at the end. Without
-    glibc, nothing happens.
-    """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    for option in KEEP:
-        libc.mallopt(*option)
-    try:
-        yield
-    finally:
-        for option in USUAL:
-            libc.mallopt(*option)
-        libc.malloc_trim(0)
