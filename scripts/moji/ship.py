@@ -61,6 +61,10 @@ def ship(work: Path) -> None:
     vae = json.loads((SD / "vae" / "config.json").read_text())
     vae.pop("block_out_channels", None)  # derived; diffusers warns when it reads it back
     write_json(SD / "vae" / "config.json", vae)
+    for config in SD.rglob("*.json"):  # where it was built is nobody's business
+        named = json.loads(config.read_text())
+        if named.pop("_name_or_path", None) is not None:
+            write_json(config, named)
     shutil.copy(work / "feedback.parquet", FEEDBACK)
     shutil.copy(work / "truth.parquet", TRUTH)
     RATINGS.mkdir()
