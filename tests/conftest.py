@@ -1,11 +1,16 @@
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+
+from fifa.moji.family import FEEDBACK
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -14,9 +19,21 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def shipped():
-    """The 360 pairs that the package ships."""
-    return ROOT / "src" / "fifa" / "demo" / "pairs.parquet"
+def shipped(tmp_path_factory):
+    """The first 360 rows of the feedback that the package ships."""
+    file = tmp_path_factory.mktemp("shipped") / "feedback.parquet"
+    pq.write_table(pq.read_table(FEEDBACK).slice(0, 360), file)
+    return file
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in memory if there is one: many runs would wait for the disk most of the time."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

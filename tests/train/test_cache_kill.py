@@ -1,14 +1,13 @@
 """SIGKILL while the cache is filled: the next run ends with the bytes of an unbroken one."""
 
-import multiprocessing
 import os
 import signal
-import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from tiny_diffusion import write_model, write_pairs
+
+from forked import forked
 
 
 def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
@@ -42,18 +41,10 @@ def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
 
 @pytest.fixture(scope="module")
 def run():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "fifa.train.cache", "tiny_diffusion", "test_cache_kill"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        path = [str(Path(__file__).parent), *sys.path]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))
-        forkserver.ensure_running()
+    start = forked(fill, "fifa.train.cache", "tiny_diffusion")
 
     def to_its_end(*arguments):
-        process = context.Process(target=fill, args=arguments)
-        process.start()
+        process = start(*arguments)
         process.join(60)
         return process.exitcode
 

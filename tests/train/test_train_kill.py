@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
-import tempfile
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from tiny_diffusion import write_model, write_pairs
 from trainings import quick
+
+from forked import finish, forked
 
 KILLS = 10
 KNOBS = {
@@ -39,44 +37,8 @@ def work(world: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """Processes that are there at once: forked from one that has loaded everything, run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    loaded = [
-        "torch",
-        "diffusers",
-        "peft",
-        "accelerate",
-        "pytest",
-        "tiny_diffusion",
-        "fifa.train.job",
-    ]
-    context.set_forkserver_preload([*loaded, "fifa.train.cache", "trainings", "test_train_kill"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
-        forkserver.ensure_running()
-
-    def begin(*arguments):
-        process = context.Process(target=work, args=arguments)
-        process.start()
-        return process
-
-    return begin
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """In memory where that is possible: so many runs would wait for the disk most of their time."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
-
-
-def finish(process) -> None:
-    process.join(600)
-    assert process.exitcode == 0
+    loaded = ("diffusers", "peft", "accelerate", "tiny_diffusion", "trainings", "fifa.train.job")
+    return forked(work, *loaded, "fifa.train.cache")
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -91,23 +53,23 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(1500)  # 22 runs of a second on an idle machine
-def test_ten_kills_at_random_moments_change_nothing(folder, start):
-    write_model(folder / "sd15")
-    write_pairs(folder / "pairs.parquet")
+def test_ten_kills_at_random_moments_change_nothing(memory, start):
+    write_model(memory / "sd15")
+    write_pairs(memory / "pairs.parquet")
     expected, durations = {}, {}
     for kind in ("0", "1"):
         begun = time.monotonic()
-        finish(start(folder, folder / f"unbroken-{kind}"))
+        finish(start(memory, memory / f"unbroken-{kind}"))
         durations[kind] = time.monotonic() - begun
-        expected[kind] = contents(folder / f"unbroken-{kind}")
+        expected[kind] = contents(memory / f"unbroken-{kind}")
         assert sum(name.startswith("step ") for name in expected[kind]) == 4
         assert sum(name.startswith("checkpoints") for name in expected[kind]) == 4
     draw = random.Random(0)
     interrupted = resumed = 0
     for number in range(KILLS):
         kind = str(number % 2)
-        out = folder / f"killed-{number}-{kind}"
-        process = start(folder, out)
+        out = memory / f"killed-{number}-{kind}"
+        process = start(memory, out)
         if number % 3 == 0:  # some time after its first state, so that there is one to go on from
             while process.is_alive() and not any((out / "state").glob("step-*")):
                 time.sleep(0.002)
@@ -118,7 +80,7 @@ def test_ten_kills_at_random_moments_change_nothing(folder, start):
         process.join()
         interrupted += not (out / "train.json").exists()
         resumed += any((out / "state").glob("step-*"))
-        finish(start(folder, out))
+        finish(start(memory, out))
         assert contents(out) == expected[kind]
     assert interrupted >= KILLS // 2
     assert resumed >= 1
