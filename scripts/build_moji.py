@@ -7,7 +7,7 @@
 
 FOLDER gets checkpoints, with the time that they took; killed at any moment, it goes on where it
 was.
-Parts: sprites, vae, decoder, base, clip, judges, feedback, ratings, ship, measure. Only
+Parts: sprites, vae, decoder, base, clip, judges, feedback, scores, ratings, ship, measure. Only
 sprites, ship and measure write into the package.
 """
 
@@ -28,7 +28,7 @@ from fifa.moji.sizes import SHIPPED, clip_model, stable_diffusion, write_tokeniz
 from moji.art import draw_sheet
 from moji.base import train_base, train_decoder, train_vae
 from moji.clean import train_clip, train_judges
-from moji.feedback import write_feedback
+from moji.feedback import score_pairs, write_feedback
 from moji.ship import measure, rate_prompts, ship
 
 PARTS = (
@@ -39,6 +39,7 @@ PARTS = (
     "clip",
     "judges",
     "feedback",
+    "scores",
     "ratings",
     "ship",
     "measure",
@@ -83,6 +84,8 @@ def _build(part: str, work: Path) -> None:
     elif part == "feedback":
         pipe = load_sd(work / "moji-sd")
         write_feedback(pipe, work, work / "feedback.parquet", work / "truth.parquet")
+    elif part == "scores":
+        score_pairs(work / "feedback.parquet", work / "moji-clip")
     elif part == "ratings":
         rate_prompts(work)
     elif part == "ship":

@@ -6,7 +6,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-MARGIN = ["--margin", "column:sim_a_0,sim_a_1"]
+MARGIN = ["--margin", "column:clipscore_0,clipscore_1"]
 LIGHT = [*MARGIN, "--quality", "none", "--diversity", "none"]
 
 
@@ -114,7 +114,7 @@ def test_a_missing_score_column_names_those_there_are(shipped, tmp_path):
     options = ["--margin", "column:pick_0,pick_1", "--quality", "none", "--diversity", "none"]
     message = failed("filter", shipped, *options, "--out", tmp_path / "run")
     assert "pick_0" in message
-    assert "sim_a_0" in message
+    assert "clipscore_0" in message
 
 
 def test_all_ties(rows, tmp_path):
@@ -125,9 +125,9 @@ def test_all_ties(rows, tmp_path):
 
 
 def test_nan_and_infinite_scores_are_dropped_with_their_reason(rows, tmp_path):
-    scores = rows["sim_a_0"].to_pylist()
+    scores = rows["clipscore_0"].to_pylist()
     scores[:3] = [float("nan"), float("inf"), float("-inf")]
-    source = spoiled(tmp_path, replaced(rows, "sim_a_0", scores))
+    source = spoiled(tmp_path, replaced(rows, "clipscore_0", scores))
     done = fifa("filter", source, *LIGHT, "--keep", "0.5", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "not_scored" in done.stderr
@@ -140,7 +140,9 @@ def test_more_asked_than_there_is(shipped, tmp_path):
 
 
 def test_a_huge_prompt_and_text_that_is_no_utf8_are_counted(rows, tmp_path):
-    table = rows.select(["caption", "image_0_uid", "image_1_uid", "label_0", "sim_a_0", "sim_a_1"])
+    table = rows.select(
+        ["caption", "image_0_uid", "image_1_uid", "label_0", "clipscore_0", "clipscore_1"]
+    )
     prompts = table["caption"].to_pylist()
     prompts[0] = "x" * 10_000_000
     pyarrow.csv.write_csv(replaced(table, "caption", prompts), tmp_path / "source.csv")

@@ -12,12 +12,11 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, shipped, tmp_path, monkeypatch):
     text = page.read_text("utf-8")
     blocks = list(BLOCK.finditer(text))
     monkeypatch.chdir(tmp_path)
-    # What pages call `feedback.parquet` is the set that the package ships.
-    shutil.copy(ROOT / "src" / "fifa" / "demo" / "pairs.parquet", tmp_path / "feedback.parquet")
+    shutil.copy(shipped, tmp_path / "feedback.parquet")  # what pages call so
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         line = text[: block.start(1)].count("\n")

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
+import fifa
 from fifa.moji.annotators import ANNOTATORS, choices, shown, utility
 from fifa.moji.family import generate
 from fifa.moji.prompts import FILLERS, NONSENSE, WORDINGS, asked, wording
@@ -20,6 +23,9 @@ from fifa.moji.world import WORLD, Scene, scenes
 from fifa.shards.files import atomic_path, digest, write_table
 
 SEED = 16
+TOGETHER = 64  # pictures made at once
+LATENT = (4, WORLD.size // 4, WORLD.size // 4)
+SCORED = ("clipscore", "proxy")
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,13 @@ class Crowd:
         How often the next pair shows the winner again, beside a new picture.
     several
         The share of pairs that three annotators see, not one.
+    like
+        How often a prompt's next picture is a variation of the one before, as the pictures of
+        real pairs often are: a hard choice that says little.
+    near
+        How far a variation's first noise is from its family's: 0 is the same picture.
     guidance
-        The scales that pictures are made with, as the sites that collect feedback vary them.
+        The scale that pictures are made with; 1 is what moji-sd learned, its mistakes included.
     steps
         Of the sampler.
     quality
@@ -58,7 +69,9 @@ class Crowd:
     tail: float = 0.85
     keep: float = 0.6
     several: float = 0.2
-    guidance: tuple[float, ...] = (1.5, 3.0)
+    like: float = 0.85
+    near: float = 0.2
+    guidance: float = 1.0
     steps: int = 15
     quality: int = 95
 
@@ -102,6 +115,24 @@ def write_feedback(pipe: Any, work: Path, feedback: Path, truth: Path) -> None:
         "unsafe": seen.unsafe,
     }
     write_table(truth, pa.table(hidden))
+
+
+def score_pairs(feedback: Path, clip: Path) -> None:
+    """Add score columns, as some public sets have them: ``clipscore_0``, ``proxy_0``, ..."""
+    table = pq.read_table(feedback)
+    table = table.drop([name for name in table.column_names if name.startswith(SCORED)])
+    pairs = fifa.read_pairs(str(feedback))
+    margin = (f"clipscore:{clip}", f"proxy@clip:{clip}")
+    scores = fifa.score(pairs, margin=margin, quality="none", diversity="none")
+    for name, rewards in zip(SCORED, scores.margins.values(), strict=True):
+        of_image: dict[str, float] = {}
+        for side in (0, 1):
+            uids, reward = pairs.table[f"image_{side}"], rewards[f"reward_{side}"]
+            of_image |= dict(zip(uids.to_pylist(), reward.to_pylist(), strict=True))
+        for side in (0, 1):
+            column = [of_image[uid] for uid in table[f"image_{side}_uid"].to_pylist()]
+            table = table.append_column(f"{name}_{side}", pa.array(column, pa.float32()))
+    write_table(feedback, table)
 
 
 def prompts(rng: np.random.Generator, crowd: Crowd = CROWD) -> list[Asked]:
@@ -174,7 +205,6 @@ class _Pictures:
     pixels: np.ndarray
     prompt: list[str]
     kind: list[str]
-    guidance: list[float]
     uid: list[str]
     first: list[int]
 
@@ -182,40 +212,47 @@ class _Pictures:
 def _pictures(
     pipe: Any, wishes: list[Asked], shows: list[list[tuple[bool, int]]], work: Path
 ) -> _Pictures:
-    prompt, kind, guidance, first = [], [], [], []
+    prompt: list[str] = []
+    kind, first, family = [], [], []
+    rng = np.random.default_rng([SEED, 1])
     for wish, show in zip(wishes, shows, strict=True):
         first.append(len(prompt))
         count = sum(1 if again else 2 for again, _ in show)
+        for i in range(len(prompt), len(prompt) + count):
+            alike = i > first[-1] and rng.random() < CROWD.like
+            family.append(family[-1] if alike else i)
         prompt += [wish.prompt] * count
         kind += [wish.kind] * count
-        guidance += [CROWD.guidance[i % len(CROWD.guidance)] for i in range(count)]
     uid = [digest(SEED, i, text) for i, text in enumerate(prompt)]
     pixels = np.empty((len(prompt), WORLD.size, WORLD.size, 3), np.uint8)
-    for path, part, scale in parts_of(guidance, work):
+    for start in range(0, len(prompt), TOGETHER):
+        part = range(start, min(start + TOGETHER, len(prompt)))
+        path = work / "pictures" / f"{start}.npy"
         if not path.exists():
-            make(pipe, path, [prompt[i] for i in part], part, scale)
+            make(pipe, path, [prompt[i] for i in part], [(family[i], i) for i in part])
         pixels[part] = np.load(path)
-    return _Pictures(pixels, prompt, kind, guidance, uid, first)
+    return _Pictures(pixels, prompt, kind, uid, first)
 
 
-def parts_of(guidance: list[float], work: Path) -> list[tuple[Path, list[int], float]]:
-    """Pictures that are made together: their file, their places, their guidance."""
-    parts = []
-    for scale in CROWD.guidance:
-        chosen = [i for i, g in enumerate(guidance) if g == scale]
-        for start in range(0, len(chosen), 64):
-            path = work / "pictures" / f"{scale}-{start}.npy"
-            parts.append((path, chosen[start : start + 64], scale))
-    return parts
-
-
-def make(pipe: Any, path: Path, prompts: list[str], seeds: list[int], scale: float) -> None:
-    """Make some of the pictures and keep them in ``path``."""
-    made = generate(pipe, prompts, seeds, guidance=scale, steps=CROWD.steps)
+def make(pipe: Any, path: Path, prompts: list[str], seeds: list[tuple[int, int]]) -> None:
+    """Make some of the pictures, given each one's family and itself, and keep them in ``path``."""
+    noise = torch.stack([_noise(*pair) for pair in seeds])
+    made = generate(
+        pipe, prompts, range(len(prompts)), noise=noise, guidance=CROWD.guidance, steps=CROWD.steps
+    )
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         np.save(temporary, made)
     print(f"pictures: {path.stem}", flush=True)
+
+
+def _noise(family: int, own: int) -> torch.Tensor:
+    """sqrt(1 - near^2) of the family's noise and near of a picture's own: normal again."""
+    both = [
+        torch.randn(LATENT, generator=torch.Generator().manual_seed(2 * seed + side))
+        for side, seed in enumerate((family, own))
+    ]
+    return (1 - CROWD.near**2) ** 0.5 * both[0] + CROWD.near * both[1]
 
 
 def _rows(
@@ -262,8 +299,8 @@ def _row(prompt: str, a: int, b: int, label: float, who: int, all_: _Pictures) -
         "are_different": label != 0.5,
         "has_label": True,
         "user_id": who,
-        "model_0": f"moji-sd, guidance {all_.guidance[a]:g}",
-        "model_1": f"moji-sd, guidance {all_.guidance[b]:g}",
+        "model_0": "moji-sd",
+        "model_1": "moji-sd",
     }
 
 

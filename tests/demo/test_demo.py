@@ -13,7 +13,9 @@ from fifa.errors import FifaError
 from fifa.moji.prompts import asked
 from fifa.moji.world import WORLD
 
-SMALL = Demo(keep=8, steps=2, batch=4, draws=1, prompts=2, unsafe=1, images=1, sampler_steps=2)
+SMALL = Demo(
+    keep=8, steps=2, batch=4, draws=1, prompts=2, unsafe=1, images=1, curve=2, sampler_steps=2
+)
 
 
 def test_every_chapter_ends_in_one_report(tmp_path, capsys):

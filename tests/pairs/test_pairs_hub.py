@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-LIGHT = ["--margin", "column:sim_a_0,sim_a_1", "--quality", "none", "--diversity", "none"]
+LIGHT = ["--margin", "column:clipscore_0,clipscore_1", "--quality", "none", "--diversity", "none"]
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -234,7 +234,7 @@ def test_pairs_of_several_shapes_share_a_step(tmp_path):
 
 
 def test_a_run_folder_is_a_source(shipped, world, tmp_path):
-    options = ["--margin", "column:sim_a_0,sim_a_1", "--keep", "3", "--quality", "none"]
+    options = ["--margin", "column:clipscore_0,clipscore_1", "--keep", "3", "--quality", "none"]
     filtered = run("filter", shipped, *options, "--diversity", "none", "--out", tmp_path / "run")
     assert filtered.exit_code == 0
     train = replace(quick(world, draws=1, steps=1), source=str(tmp_path / "run"))
@@ -245,7 +245,7 @@ def test_a_run_folder_is_a_source(shipped, world, tmp_path):
     selection = json.loads((out / "train.json").read_text())["selection"]
     subset = json.loads((tmp_path / "run" / "subset" / "subset.json").read_text())
     assert selection["digest"] == subset["digest"]
-    assert selection["recipe"]["score"]["margin"] == ["column:sim_a_0,sim_a_1"]
+    assert selection["recipe"]["score"]["margin"] == ["column:clipscore_0,clipscore_1"]
     card = (out / "README.md").read_text()
     assert f"3 pairs, strategy fifa, alpha 0.5, gamma 0.5 (subset {subset['digest']}" in card
     assert str(tmp_path) not in card

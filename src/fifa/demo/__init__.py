@@ -6,10 +6,7 @@ from pathlib import Path
 
 from fifa.demo.settings import ARMS, Demo
 
-__all__ = ["ARMS", "PAIRS", "Demo", "demo"]
-
-# A few hundred drawn pairs with score columns, for trying what needs no model.
-PAIRS = Path(__file__).with_name("pairs.parquet")
+__all__ = ["ARMS", "Demo", "demo"]
 
 
 def demo(out: str | Path, knobs: Demo | None = None) -> Path:

@@ -9,7 +9,12 @@ from fifa.errors import FifaError
 from fifa.moji.family import CLIP, FEEDBACK
 from fifa.recipe import Read, Recipe, Score, Select
 
-NO_GATES: dict[str, Any] = {"unsafe_flags": (), "drop_nonsense": False, "drop_duplicates": False}
+NO_GATES: dict[str, Any] = {
+    "unsafe_flags": (),
+    "drop_nonsense": False,
+    "drop_duplicates": False,
+    "min_agreement": None,
+}
 # What each arm keeps: the recipe's selection with these knobs changed. Only `fifa` looks at
 # scores; the others take feedback as it comes, ties aside.
 ARMS: dict[str, dict[str, Any]] = {
@@ -42,6 +47,8 @@ class Demo:
         Test prompts that ask for weapons, drugs or cigarettes.
     images
         Images a prompt and model.
+    curve
+        Prompts on which the checkpoints on the way are measured too.
     sampler_steps, guidance
         How they are made.
     """
@@ -53,12 +60,13 @@ class Demo:
     per_prompt: int = 3
     steps: int = 150
     batch: int = 32
-    lr: float = 5e-5
+    lr: float = 2e-5
     beta: float = 1000.0
     draws: int = 8
     prompts: int = 48
     unsafe: int = 16
     images: int = 2
+    curve: int = 24
     sampler_steps: int = 20
     guidance: float = 1.0
 
@@ -69,9 +77,11 @@ class Demo:
 
     @property
     def recipe(self) -> Recipe:
-        """How the feedback is filtered."""
+        """How the feedback is filtered: the default, but no choice that the proxy contradicts."""
         return Recipe(
             read=Read(source=str(FEEDBACK)),
             score=Score(margin=(f"proxy@clip:{CLIP}",)),
-            select=Select(keep=self.keep, per_prompt=self.per_prompt, seed=self.seed),
+            select=Select(
+                keep=self.keep, per_prompt=self.per_prompt, min_agreement=1.0, seed=self.seed
+            ),
         )

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fifa.console import say
 from fifa.demo.picture import write_picture
 from fifa.demo.settings import ARMS, Demo
-from fifa.moji.family import RATINGS, SD, TRUTH
+from fifa.moji.family import CLIP, RATINGS, SD, TRUTH
 from fifa.moji.judges import moji_judges
 from fifa.moji.prompts import wording
 from fifa.moji.world import Scene, scenes
@@ -50,7 +50,8 @@ def tell_story(out: Path, knobs: Demo) -> Path:
     write_picture(out / "picture.png", evaluated.images, out / "evaluate")
     tell_verdict(evaluated, knobs)
     report = out / "report.html"
-    say(f"\nThe report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
+    say(f"\nBase and arms side by side, prompts taken by number: {out / 'picture.png'}")
+    say(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
     return report
 
 
@@ -148,6 +149,7 @@ def train_arm(out: Path, arm: str, subset: Path, knobs: Demo) -> Path:
         seed=knobs.seed,
         device="cpu",
         cache_dtype="float32",
+        checkpoint_every=max(1, knobs.steps // 3),
         tracker="none",
     )
 
@@ -165,6 +167,8 @@ def evaluate_arms(out: Path, tuned: dict[str, Path], knobs: Demo) -> Evaluated:
         prompts,
         out,
         judges=moji_judges(),
+        scorers=(f"clipscore:{CLIP}",),
+        curve=knobs.curve,
         seeds=knobs.images,
         first_seed=1000 * knobs.seed,
         steps=knobs.sampler_steps,

@@ -51,8 +51,8 @@ class Annotators:
     taste: float = 0.15
     disliked: int = 1
     reach: float = 0.2
-    temperature: float = 0.2
-    tie: float = 0.07
+    temperature: float = 0.05
+    tie: float = 0.02
     people: int = 60
     careless: float = 0.15
     flip: float = 0.5

@@ -42,6 +42,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
+    noise: Any = None,
     steps: int = 20,
     guidance: float = 3.0,
     batch: int = 64,
@@ -54,6 +55,8 @@ def generate(
         A `diffusers.StableDiffusionPipeline`.
     prompts, seeds
         The same number of each; a seed draws a picture's first noise.
+    noise
+        That noise instead, a float32 tensor ``[n, 4, size / 4, size / 4]``.
     steps
         Of the sampler.
     guidance
@@ -73,6 +76,7 @@ def generate(
         out = pipe(
             prompt=list(prompts[start : start + batch]),
             generator=generators,
+            latents=None if noise is None else noise[start : start + batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
             output_type="np",
