@@ -32,7 +32,7 @@ def main() -> None:
             out.mkdir(parents=True)
             shutil.copy(options.folder / "seed-0" / "recipe.yaml", out)
             shutil.copytree(scores, out / "scores")
-        demo(out, Demo(arms=arms, seed=seed))
+        demo(out, Demo(arms=arms, seed=seed, curve=0))
         found = json.loads((out / "evaluate" / "results.json").read_text("utf-8"))
         wins = {
             c["ours"]: c["wins"]
