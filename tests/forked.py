@@ -19,6 +19,7 @@ def forked(function, *loaded):
     with pytest.MonkeyPatch.context() as patch:
         here = str(Path(function.__code__.co_filename).parent)
         patch.setenv("PYTHONPATH", os.pathsep.join([here, *sys.path]))
+        forkserver._forkserver._stop()  # another module's, which has loaded other things
         forkserver.ensure_running()
 
     def start(*arguments):
