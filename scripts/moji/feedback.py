@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def _pictures(
     pixels = np.empty((len(prompt), WORLD.size, WORLD.size, 3), np.uint8)
     for start in range(0, len(prompt), TOGETHER):
         part = range(start, min(start + TOGETHER, len(prompt)))
-        path = work / "pictures" / f"{start}.npy"
+        path = work / "pictures" / f"{digest(SEED, asdict(CROWD))}-{start}.npy"
         if not path.exists():
             make(pipe, path, [prompt[i] for i in part], [(family[i], i) for i in part])
         pixels[part] = np.load(path)
