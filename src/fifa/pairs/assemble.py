@@ -105,7 +105,6 @@ def _joined(parts: list[Part]) -> dict[str, pa.ChunkedArray]:
         ]
         columns[name] = pa.chunked_array([piece for some in pieces for piece in some], kind)
     columns["file"] = columns["file"].unify_dictionaries()
-    columns["prompt"] = columns["prompt"].unify_dictionaries()
     return columns
 
 
