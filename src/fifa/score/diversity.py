@@ -237,7 +237,7 @@ def _distances(
 
     def measure(start: int) -> pa.Table:
         rows = np.arange(start, min(start + QUERIES, n))
-        found = build()(vectors[rows], k + 1)
+        found = build()(vectors[start : start + QUERIES], k + 1)
         return pa.table({"distance": kth_distances(vectors, rows, found)})
 
     shards = [(f"from-{start}", start) for start in range(0, n, QUERIES)]

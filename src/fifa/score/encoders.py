@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -121,7 +121,7 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
     encoder = make_encoder(spec) if isinstance(spec, str) else spec
     path = embeddings_path(pairs, encoder, folder)
     if path is not None and path.exists():
-        return _vectors(pq.read_table(path, columns=["embedding"]))
+        return _read(path)
     prompts = pairs.prompts
     if prompts.num_rows == 0:
         return np.empty((0, 1), np.float32)
@@ -142,7 +142,8 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
     if path is not None and parts is not None:
         _write(path, table)
         forget(parts)
-    return _vectors(table)
+    column = table["embedding"]
+    return _vectors(column.chunks, len(column), column.type.list_size)
 
 
 def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Path) -> None:
@@ -215,11 +216,23 @@ def _write(path: Path, table: pa.Table) -> None:
     write_table(path, table, use_dictionary=False, compression="none")
 
 
-def _vectors(table: pa.Table) -> Vectors:
-    column = table["embedding"]
-    width = column.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    return normalised(np.concatenate(chunks).reshape(-1, width).astype(np.float32))
+def _read(path: Path) -> Vectors:
+    # A thousand rows at a time: a whole column's levels and numbers are fresh memory, which costs
+    # four times as much as decoding them.
+    with pq.ParquetFile(path) as file:
+        width = file.schema_arrow.field("embedding").type.list_size
+        batches = file.iter_batches(1024, columns=["embedding"])
+        return _vectors((b["embedding"] for b in batches), file.metadata.num_rows, width)
+
+
+def _vectors(lists: Iterable[pa.FixedSizeListArray], rows: int, width: int) -> Vectors:
+    vectors = np.empty((rows, width), np.float32)
+    start = 0
+    for part in lists:
+        flat = part.flatten().to_numpy(zero_copy_only=False)
+        vectors[start : start + len(part)] = flat.reshape(-1, width)
+        start += len(part)
+    return normalised(vectors)
 
 
 def _is_fixed(kind: pa.DataType) -> bool:

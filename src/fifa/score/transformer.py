@@ -206,10 +206,10 @@ def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
 
 
 def normalised(vectors: Vectors) -> Vectors:
-    """``vectors`` over their L2 norms; a zero vector stays zero."""
+    """``vectors`` (float32) over their L2 norms, in place; a zero vector stays zero."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
-    unit: Vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    return unit
+    vectors /= np.maximum(norms, np.finfo(np.float32).tiny)
+    return vectors
 
 
 def best_device() -> str:
