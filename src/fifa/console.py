@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 _facts: ContextVar[dict[str, object] | None] = ContextVar("fifa_facts", default=None)
 
@@ -41,6 +42,27 @@ def note(**facts: object) -> None:
 def say(text: str) -> None:
     """A line for the person at the terminal (standard error: results go to standard output)."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet(*libraries: Any, warnings: bool = False) -> Iterator[None]:
+    """Without the bars and notes of ``libraries`` (diffusers, transformers) inside the block.
+
+    ``warnings`` stay where nothing here checks what they would warn of.
+    """
+    loggers = [library.utils.logging for library in libraries]
+    before = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
+    for log in loggers:
+        log.disable_progress_bar()
+        if not warnings:
+            log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level, bars in before:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.evaluate.config import SAMPLERS, Generate
 from fifa.evaluate.models import KINDS, Model, class_name, part_name
@@ -112,7 +113,7 @@ class Pipelines:
     @contextmanager
     def use(self, model: Model) -> Iterator[Any]:
         """The pipeline with the model's weights; the base is as it was when the block ends."""
-        with _quiet():
+        with quiet(*(require(name, "train") for name in ("diffusers", "transformers"))):
             if model.method == "pipeline":
                 self._base = None  # not two whole models in memory
                 yield self._load(model.path)
@@ -265,22 +266,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and notes of diffusers and transformers: what matters is checked here."""
-    loggers = [require(name, "train").utils.logging for name in ("diffusers", "transformers")]
-    before = [
-        (logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers
-    ]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level, bars in before:
-            logger.set_verbosity(level)
-            if bars:
-                logger.enable_progress_bar()

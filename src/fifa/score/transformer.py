@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fifa.console import note
+from fifa.console import note, quiet
 from fifa.errors import FifaError
 from fifa.score.wheels import require
 from fifa.shards.files import files_digest
@@ -146,7 +145,7 @@ class ModelEncoder:
         transformers = require("transformers")
         folder = self.model_folder
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        with _quiet(transformers):
+        with quiet(transformers):
             try:
                 config = transformers.AutoConfig.from_pretrained(folder, **options)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
@@ -187,7 +186,7 @@ def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
         For weights that are missing, damaged or not whole.
     """
     torch, transformers = require("torch"), require("transformers")
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             model, found = kind.from_pretrained(
                 folder,
@@ -289,18 +288,3 @@ def _json(path: Path) -> Any:
         return None
     except (OSError, ValueError) as error:
         raise FifaError(f"cannot read the encoder's settings: {error}", where=str(path)) from error
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and load reports: what is missing is checked here."""
-    logs = transformers.utils.logging
-    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.score.encoders import model_folder
 from fifa.score.raters.gguf import load_gguf
@@ -75,9 +76,10 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
     transformers = require("transformers")
     safe = {"trust_remote_code": False, "local_files_only": True}
     try:
-        net = transformers.AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, dtype="auto", **safe
-        )
+        with quiet(transformers, warnings=True):
+            net = transformers.AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, dtype="auto", **safe
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
     except (OSError, ValueError, ImportError) as error:
         raise FifaError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.score.encoders import model_folder
 from fifa.score.wheels import require
@@ -122,8 +123,10 @@ class ModelFolder:
         return "fp16" if names and all(".fp16" in name for name in names) else None
 
     def _loaded(self, part: str, load: Any) -> Any:
+        libraries = (require(name, "train") for name in ("diffusers", "transformers"))
         try:
-            return load()
+            with quiet(*libraries, warnings=True):
+                return load()
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise FifaError(
                 f"cannot load the model's {part}: {str(error).strip().splitlines()[0][:200]}",
