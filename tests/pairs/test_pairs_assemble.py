@@ -34,10 +34,10 @@ ROW = st.fixed_dictionaries(
 
 def naive_id(prompt: str, *keys: str) -> str:
     folded = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    hashes = [struct.unpack("<2Q", xxhash.xxh3_128_digest(folded.encode()))]
-    hashes += [murmur3_by_hand(key.encode()) for key in keys]
-    sums = [sum(words) % 2**64 for words in zip(*hashes, strict=True)]
-    return struct.pack("<2Q", *sums).hex()[:20]
+    images = [murmur3_by_hand(key.encode()) for key in keys]
+    sums = [sum(word) % 2**64 for word in zip(*images, strict=True)]
+    name = xxhash.xxh3_128_digest(folded.encode()) + struct.pack("<2Q", *sums)
+    return struct.pack("<2Q", *murmur3_by_hand(name)).hex()[:20]
 
 
 def is_pair(row: dict[str, object]) -> bool:
