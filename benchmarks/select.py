@@ -7,14 +7,14 @@ the script first. So it steps out of the way, for itself and for the other bench
 import sys
 from pathlib import Path
 
-here = str(Path(__file__).parent)
+here = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.append(sys.path.pop(0))
     from selection import main
 
     main()
 else:
-    elsewhere, sys.path = sys.path, [path for path in sys.path if path != here]
+    elsewhere, sys.path = sys.path, [path for path in sys.path if Path(path).resolve() != here]
     del sys.modules["select"]
     import select  # noqa: F401  the real one, which the importing script gets
 
