@@ -24,7 +24,7 @@ from fifa.errors import FifaError
 from fifa.evaluate.models import Model
 from fifa.evaluate.pipelines import Pipelines, Settings, make_images
 from fifa.evaluate.prompts import Prompts, draw_seeds
-from fifa.shards.files import PREFIX, digest, write_bytes, write_table
+from fifa.shards.files import PREFIX, digest, sweep, write_bytes, write_table
 
 FOLDER = "evaluate"  # in the run folder
 INDEX = "images.parquet"
@@ -100,6 +100,7 @@ def generate(
         For models that cannot be loaded, images that are not finite, and too little memory;
         what was made until then is kept.
     """
+    sweep(folder)  # a write of the index that was killed
     pipelines = Pipelines(models[0].base, settings, device)
     plans = [plan(model, prompts, settings, seeds, first_seed, batch) for model in models]
     if most is not None:
