@@ -9,6 +9,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from murmur_by_hand import murmur3_by_hand
 
 from fifa.pairs import read_pairs
+from fifa.pairs.assemble import _repeats
 from fifa.pairs.ids import fold_prompt, hex_strings, pair_ids, prompt_hashes, prompt_id
 from fifa.pairs.table import PAIRS, load_pairs, save_pairs
 
@@ -34,10 +36,31 @@ ROW = st.fixed_dictionaries(
 
 def naive_id(prompt: str, *keys: str) -> str:
     folded = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    images = [murmur3_by_hand(key.encode()) for key in keys]
-    sums = [sum(word) % 2**64 for word in zip(*images, strict=True)]
-    name = xxhash.xxh3_128_digest(folded.encode()) + struct.pack("<2Q", *sums)
-    return struct.pack("<2Q", *murmur3_by_hand(name)).hex()[:20]
+    hashes = [struct.unpack("<2Q", xxhash.xxh3_128_digest(folded.encode()))]
+    hashes += [murmur3_by_hand(key.encode()) for key in keys]
+    sums = [sum(words) % 2**64 for words in zip(*hashes, strict=True)]
+    return struct.pack("<2Q", *sums).hex()[:20]
+
+
+# Hashes that share their first word of 32 bits, all 64, the 80 that count, or all 128.
+HASH = st.tuples(
+    st.sampled_from([0, 1, 1 << 32, (1 << 63) + 7, (1 << 63) + 8, (1 << 64) - 1]),
+    st.sampled_from([0, 1, 1 << 16, (1 << 16) + 1]),
+)
+
+
+@given(st.lists(st.lists(HASH, max_size=12), min_size=1, max_size=4))
+def test_repeats_are_those_of_a_dictionary(pieces: list[list[tuple[int, int]]]) -> None:
+    seen: dict[tuple[int, int], int] = {}
+    expected = []
+    for row, (key, tail) in enumerate(each for piece in pieces for each in piece):
+        first = seen.setdefault((key, tail % 2**16), row)
+        if first != row:
+            expected.append((row, first))
+    again, first_rows = _repeats(
+        [np.array(piece, np.uint64).reshape(-1, 2).T.copy() for piece in pieces]
+    )
+    assert list(zip(again.tolist(), first_rows.tolist(), strict=True)) == expected
 
 
 def is_pair(row: dict[str, object]) -> bool:

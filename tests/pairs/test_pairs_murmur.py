@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from murmur_by_hand import murmur3_by_hand
 
-from fifa.pairs.murmur import NEAR, murmur3, murmur3_words
+from fifa.pairs.murmur import NEAR, murmur3
 
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -57,13 +54,3 @@ def test_rows_beyond_the_first_thousands() -> None:
         found = murmur3(pa.array(keys))
         for i in (0, 1, NEAR - 1, NEAR, len(keys) - 1):
             assert tuple(found[:, i].tolist()) == murmur3_by_hand(keys[i].encode())
-
-
-def test_words_are_hashed_as_their_bytes() -> None:
-    words = np.random.default_rng(0).integers(0, 2**64, (4, NEAR + 5), np.uint64)
-    before = words.copy()
-    found = murmur3_words(words)
-    for i in (0, 7, NEAR, NEAR + 4):
-        assert tuple(found[:, i].tolist()) == murmur3_by_hand(struct.pack("<4Q", *words[:, i]))
-    assert (words == before).all()
-    assert murmur3_words(words[:, :0]).shape == (2, 0)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fifa.errors import FifaError
 from fifa.pairs.ids import hex_strings
@@ -16,7 +15,8 @@ from fifa.pairs.part import Part
 from fifa.pairs.table import PAIRS, PROMPTS, REJECTED
 
 MAX_PIECES = 2_000  # of a column
-LAST_BITS = np.uint64(0xFFFF)
+LAST_BITS = 0xFFFF
+HALVES = (0, 1)  # of all hashes, by their first bit
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,18 @@ def assemble(parts: Iterable[Part]) -> Assembled:
 
 def _tables(parts: list[Part]) -> tuple[pa.Table, pa.Table]:
     """The pairs, those met again merged, and the prompts."""
-    with ThreadPoolExecutor(1) as pool:  # most of either half leaves the interpreter alone
-        search = pool.submit(_first_of, _side_by_side([part.images for part in parts]))
+    images = [part.images for part in parts]
+    words = _words(images)
+    with ThreadPoolExecutor(len(HALVES)) as pool:  # sorting leaves the interpreter alone
+        search = [pool.submit(_met_again, words, half) for half in HALVES]
         columns = _joined(parts)
         prompts = _prompts(columns, parts)
-        first = search.result()
-    columns["repeat"] = pc.or_(columns["repeat"], pa.array(first != np.arange(len(first))))
-    merged = _merge(columns, _same_pairs(parts, first), parts)
-    columns["label"] = columns["label"].cast(pa.float32())
+        shared = [each.result() for each in search]
+    same_images = _repeats(images, words, shared)
+    repeat = columns["repeat"].to_numpy()
+    repeat[same_images[0]] = True
+    columns["repeat"] = pa.chunked_array([repeat])
+    merged = _merge(columns, *_same_pairs(parts, *same_images), parts)
     scores = [(name, columns[name].type) for name in columns if name not in PAIRS.names]
     schema = pa.schema([*PAIRS, *scores])
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
@@ -113,11 +117,13 @@ def _prompts(columns: dict[str, pa.ChunkedArray], parts: list[Part]) -> pa.Table
 
     Returns `PROMPTS`, a row a prompt, with its first spelling.
     """
-    hashes = _side_by_side([part.prompts for part in parts])
-    first = _first_of(hashes)
-    new = first == np.arange(len(first))
+    hashes = np.concatenate([part.prompts for part in parts], axis=1)
+    again, first = _repeats([hashes])
+    new = np.ones(hashes.shape[1], bool)
+    new[again] = False
     ids = hex_strings(hashes[:, new])
-    number = (np.cumsum(new, dtype=np.int32) - 1)[first]  # of every part's every spelling
+    number = np.cumsum(new, dtype=np.int32) - 1  # of every part's every spelling
+    number[again] = number[first]
     ends = np.cumsum([part.prompts.shape[1] for part in parts])
     index = [
         pa.array(own.take(part.columns["prompt"].indices.to_numpy()))
@@ -130,69 +136,101 @@ def _prompts(columns: dict[str, pa.ChunkedArray], parts: list[Part]) -> pa.Table
     return pa.table([ids, words.filter(pa.array(new))], schema=PROMPTS)
 
 
-def _side_by_side(hashes: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(hashes, axis=1)
+def _words(hashes: list[np.ndarray]) -> np.ndarray:
+    """The first 32 bits of hashes (uint64 [2, n] each) one after the other: uint32 [sum of n]."""
+    return np.concatenate([(key >> np.uint64(32)).astype(np.uint32) for key, _ in hashes])
 
 
-def _first_of(hashes: np.ndarray) -> np.ndarray:
-    """For each of n hashes (uint64 [2, n]) the first one with the same 80 bits: int64 [n]."""
-    key, tail = hashes
-    first = np.arange(len(key))
-    ordered = np.sort(key)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not len(twice):
-        return first
+def _met_again(words: np.ndarray, half: int) -> np.ndarray:
+    """Those of the words (uint32 [n]) with this first bit that are there twice: sorted.
+
+    Words are sorted much faster than whole hashes, and either half in a thread of its own.
+    """
+    some = words[words >> np.uint32(31) == half]
+    some.sort()
+    twice: np.ndarray = some[1:][some[1:] == some[:-1]]
+    return twice
+
+
+def _repeats(
+    hashes: list[np.ndarray],
+    words: np.ndarray | None = None,
+    shared: list[np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which hashes (uint64 [2, n] each, one after the other) have the 80 bits of an earlier one.
+
+    Returns their rows, ascending, and for each the first row with these bits: int64 [m] both.
+    ``shared`` is what `_met_again` finds in the halves of their `_words`; only rows with such a
+    word are compared.
+    """
+    words = _words(hashes) if words is None else words
+    twice = np.concatenate(shared or [_met_again(words, half) for half in HALVES])
     likely = np.zeros(1 << 16, bool)
     likely[twice & LAST_BITS] = True
-    rows = np.flatnonzero(likely[key & LAST_BITS])
-    rows = rows[np.isin(key[rows], twice)]
-    some, ends = key[rows], tail[rows] & LAST_BITS
-    order = np.lexsort((ends, some))  # stable: equal rows stay in their order
-    rows, some, ends = rows[order], some[order], ends[order]
+    rows = np.flatnonzero(likely[words & LAST_BITS])
+    rows = rows[np.isin(words[rows], twice)]
+    key, tail = _of_rows(hashes, rows)
+    tail &= np.uint64(LAST_BITS)
+    order = np.lexsort((tail, key))  # stable: equal rows stay in their order
+    rows, key, tail = rows[order], key[order], tail[order]
     new = np.ones(len(rows), bool)
-    new[1:] = (some[1:] != some[:-1]) | (ends[1:] != ends[:-1])
-    first[rows] = rows[new][np.cumsum(new) - 1]
-    return first
+    new[1:] = (key[1:] != key[:-1]) | (tail[1:] != tail[:-1])
+    again, first = rows[~new], rows[new][np.cumsum(new) - 1][~new]
+    order = np.argsort(again)
+    return again[order], first[order]
 
 
-def _same_pairs(parts: list[Part], first_images: np.ndarray) -> np.ndarray:
-    """For every row the first row with the same pair: int64 [n].
+def _same_pairs(
+    parts: list[Part], again: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows that have an earlier row's images, those that have its prompt too.
 
-    The same pair has the same images, so only rows that share them are looked at.
+    Returns them, ascending, and the first row with the same pair.
     """
-    first = np.arange(len(first_images))
-    shared = np.zeros(len(first), bool)
-    shared[first_images[first_images != first]] = True
-    shared = shared[first_images]
-    ends = np.cumsum([part.pairs.shape[1] for part in parts])
-    some = zip(parts, np.split(shared, ends[:-1]), strict=True)
-    hashes = _side_by_side([part.pairs[:, own] for part, own in some])
-    rows = np.flatnonzero(shared)
-    first[rows] = rows[_first_of(hashes)]
-    return first
+    rows = np.union1d(again, first)
+    again, first = _repeats([_of_rows([part.pairs for part in parts], rows)])
+    return rows[again], rows[first]
 
 
-def _merge(columns: dict[str, pa.ChunkedArray], first: np.ndarray, parts: list[Part]) -> np.ndarray:
+def _of_rows(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Some ``rows``, ascending, of arrays that follow one another in their last dimension."""
+    ends = np.cumsum([array.shape[-1] for array in arrays])
+    own = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    starts = (ends - [array.shape[-1] for array in arrays]).tolist()
+    found = [
+        array[..., some - start] for array, some, start in zip(arrays, own, starts, strict=True)
+    ]
+    return np.concatenate(found, axis=-1)
+
+
+def _merge(
+    columns: dict[str, pa.ChunkedArray], again: np.ndarray, first: np.ndarray, parts: list[Part]
+) -> np.ndarray:
     """Average the labels of repeated pairs into their first row; returns the other rows.
 
     label = sum(votes * label) / sum(votes), with 1 - label where a repeat has the sides
     the other way round.
     """
-    later = np.flatnonzero(first != np.arange(len(first)))
-    if not len(later):
-        return later
-    rows = np.concatenate([np.unique(first[later]), later])
-    ahead = first[rows]
-    high = np.concatenate([part.high for part in parts])
-    label, votes = columns["label"].to_numpy().copy(), columns["votes"].to_numpy().copy()
-    share = np.where(high[rows] != high[ahead], 1.0 - label[rows], label[rows]) * votes[rows]
-    heads, of_row = np.unique(ahead, return_inverse=True)
-    weight = np.bincount(of_row, weights=votes[rows])
-    label[heads] = np.bincount(of_row, weights=share) / weight
-    votes[heads] = weight
-    columns["label"] = pa.chunked_array([pa.array(label)])
-    columns["votes"] = pa.chunked_array([pa.array(votes)])
-    return later
+    heads = np.unique(first)
+    rows = np.union1d(heads, again)
+    at = np.searchsorted(rows, heads)
+    head = np.arange(len(rows))  # of every row, by its place in rows
+    head[np.searchsorted(rows, again)] = np.searchsorted(rows, first)
+    high = _of_rows([part.high for part in parts], rows)
+    own, weight = (
+        _of_rows([np.asarray(part.columns[name]) for part in parts], rows)
+        for name in ("label", "votes")
+    )
+    share = np.where(high != high[head], 1.0 - own, own) * weight
+    weight = np.bincount(head, weights=weight)[at]
+    label = columns["label"].to_numpy().astype(np.float32)
+    label[heads] = np.bincount(head, weights=share)[at] / weight
+    columns["label"] = pa.chunked_array([label])
+    if len(again):
+        votes = columns["votes"].to_numpy().copy()
+        votes[heads] = weight
+        columns["votes"] = pa.chunked_array([votes])
+    return again
 
 
 def _without(table: pa.Table, gone: np.ndarray) -> pa.Table:

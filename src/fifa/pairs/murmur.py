@@ -8,8 +8,6 @@ Source: Austin Appleby, MurmurHash3.cpp (github.com/aappleby/smhasher, in the pu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 
@@ -34,18 +32,6 @@ def murmur3(keys: Text) -> np.ndarray:
             near = ends[at : min(at + NEAR, len(chunk)) + 1].astype(np.int64)
             _strings(hashes[:, row : row + len(near) - 1], data[near[0] :], near - near[0])
             row += len(near) - 1
-    return hashes
-
-
-def murmur3_words(words: Sequence[np.ndarray]) -> np.ndarray:
-    """The same of n rows of an even number of ``words`` (uint64 [n] each): uint64 [2, n]."""
-    hashes = np.zeros((2, len(words[0])), np.uint64)
-    for at in range(0, len(words[0]), NEAR):
-        h = hashes[:, at : at + NEAR]
-        near = [word[at : at + NEAR].copy() for word in words]
-        for k1, k2 in zip(near[::2], near[1::2], strict=True):
-            _mix(h[0], h[1], k1, k2)
-        _finish(h, np.uint64(WORD * len(words)))
     return hashes
 
 

@@ -29,7 +29,7 @@ PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
-VERSION = 2  # of the way a source becomes pairs; part of every fingerprint
+VERSION = 3  # of the way a source becomes pairs; part of every fingerprint
 
 Format = Layout | Ranked
 Rejected = list[tuple[int | None, str]]
