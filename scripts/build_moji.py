@@ -21,8 +21,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: others work
 
+import diffusers
 import torch
+import transformers
 
+from fifa.console import quiet
 from fifa.moji.family import load_sd, save_clip
 from fifa.moji.sizes import SHIPPED, clip_model, stable_diffusion, write_tokenizer
 from moji.art import draw_sheet
@@ -54,10 +57,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work = options.work
-    for part in options.parts.split(","):
-        start = time.process_time()
-        _build(part, work)
-        print(f"{part}: {time.process_time() - start:.0f} CPU seconds", flush=True)
+    with quiet(diffusers, transformers):
+        for part in options.parts.split(","):
+            start = time.process_time()
+            _build(part, work)
+            print(f"{part}: {time.process_time() - start:.0f} CPU seconds", flush=True)
 
 
 def _build(part: str, work: Path) -> None:

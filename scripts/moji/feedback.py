@@ -69,7 +69,7 @@ class Crowd:
     tail: float = 0.85
     keep: float = 0.6
     several: float = 0.2
-    like: float = 0.85
+    like: float = 0.93
     near: float = 0.2
     guidance: float = 1.0
     steps: int = 15

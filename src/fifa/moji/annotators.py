@@ -51,10 +51,10 @@ class Annotators:
     taste: float = 0.15
     disliked: int = 1
     reach: float = 0.2
-    temperature: float = 0.05
-    tie: float = 0.02
+    temperature: float = 0.015
+    tie: float = 0.01
     people: int = 60
-    careless: float = 0.15
+    careless: float = 0.4
     flip: float = 0.5
     fond: float = 0.25
     fondness: float = 0.3
