@@ -21,7 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/fifa demo
 
-# A process a core and one thread in each: threads that share a core wait for one another.
+# A process a core, up to four (each holds models of its own in memory), and one thread in each:
+# threads that share a core wait for one another.
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
