@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from sklearn.neighbors import NearestNeighbors
 
 from common import peak_mb, report
-from fifa.pairs.ids import prompt_id
-from fifa.pairs.table import PAIRS, PROMPTS, Pairs
-from fifa.score.diversity import diversity_scores
-from fifa.score.encoders import Encoder, prompt_embeddings
+from fifa.data.ids import prompt_id
+from fifa.data.table import PAIRS, PROMPTS, Pairs
+from fifa.scoring.diversity import diversity_scores
+from fifa.scoring.encoders import Encoder, prompt_embeddings
 
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"
 SIZE = (20_346, 384)  # of the real prompts' vectors, for a machine without them

@@ -23,9 +23,9 @@ from statistics import median
 from typing import Any
 
 from common import peak_mb, report
-from fifa.score.raters.endpoint import EndpointRater, request_body
-from fifa.score.raters.models import load_reader, precision, smollm_path
-from fifa.score.rubric import QUALITIES, load_rubric
+from fifa.scoring.raters.endpoint import EndpointRater, request_body
+from fifa.scoring.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.rubric import QUALITIES, load_rubric
 
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"
 CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -29,11 +29,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from common import peak_mb, report
-from fifa.pairs import read_pairs
-from fifa.pairs.images import open_image
-from fifa.rewards.engine import EngineOptions, score_images
-from fifa.rewards.load import load_reward
-from fifa.rewards.pixels import convert_crop
+from fifa.data import read_pairs
+from fifa.data.images import open_image
+from fifa.scoring.rewards.engine import EngineOptions, score_images
+from fifa.scoring.rewards.load import load_reward
+from fifa.scoring.rewards.pixels import convert_crop
 
 SIDE = 512
 PAIRS_AN_IMAGE = 1.7

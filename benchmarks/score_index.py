@@ -13,8 +13,8 @@ import psutil
 import pyarrow as pa
 
 from common import peak_mb, report
-from fifa.pairs.table import PROMPTS, Pairs
-from fifa.rewards.unique import ask, image_keys
+from fifa.data.table import PROMPTS, Pairs
+from fifa.scoring.rewards.dedup import ask, image_keys
 
 PAIRS_A_PROMPT = 14
 IMAGES_A_PROMPT = 8

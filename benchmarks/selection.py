@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common import report
-from fifa.pairs.table import FILES, PAIRS, PROMPTS, REJECTED, Origin
-from fifa.score.table import DIVERSITY, MARGIN, QUALITY
+from fifa.data.table import FILES, PAIRS, PROMPTS, REJECTED, Origin
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY
 from fifa.shards.files import ROW_GROUP, write_table
 
 CHUNK = 1_000_000
@@ -157,8 +157,8 @@ duckdb.sql(f'''
 ''')
 """,
     "fifa select": """
-from fifa.recipe import Select
-from fifa.select.folder import select_folder
+from fifa.config import Select
+from fifa.selection.folder import select_folder
 start = time.perf_counter()
 select_folder(
     folder,

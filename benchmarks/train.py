@@ -98,7 +98,7 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import CLIPTextModel  # noqa: F401
 
-    from fifa.train import job, train
+    from fifa.training import job, train
 
     torch.set_num_threads(given.threads)
     _ = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL

@@ -17,17 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa.pairs.ids import prompt_id
-from fifa.pairs.table import PAIRS, PROMPTS, Pairs
-from fifa.score.diversity import (
+from fifa.data.ids import prompt_id
+from fifa.data.table import PAIRS, PROMPTS, Pairs
+from fifa.models.transformer import normalised
+from fifa.scoring.diversity import (
     FLOOR,
     approximate_search,
     exact_search,
     kth_distances,
     sampled_recall,
 )
-from fifa.score.encoders import make_encoder, prompt_embeddings
-from fifa.score.transformer import normalised
+from fifa.scoring.encoders import make_encoder, prompt_embeddings
 
 KS = (1, 2, 3, 5, 10, 20, 50)
 

@@ -24,13 +24,13 @@ import torch
 
 from fifa import train
 from fifa.moji.family import FEEDBACK, SD
-from fifa.train.adapters import load_lora
-from fifa.train.backbones import load_backbone
-from fifa.train.batches import Source, predict
-from fifa.train.cache import encode
-from fifa.train.config import Train
-from fifa.train.losses import Loss, logits
-from fifa.train.pairs import read_training_pairs
+from fifa.training.adapters import load_lora
+from fifa.training.backbones import load_backbone
+from fifa.training.batches import Source, predict
+from fifa.training.cache import encode
+from fifa.training.config import Train
+from fifa.training.losses import Loss, logits
+from fifa.training.pairs import read_training_pairs
 
 KNOBS = Train(
     model=str(SD),

@@ -13,9 +13,9 @@ import argparse
 
 import numpy as np
 
-from fifa.pairs import read_pairs
-from fifa.score.agreement import agreement_by_margin
-from fifa.score.margin import CommitteeMargin, committee, margin_scores
+from fifa.data import read_pairs
+from fifa.scoring.agreement import agreement_by_margin
+from fifa.scoring.margin import CommitteeMargin, committee, margin_scores
 
 SCORERS = {
     "PickScore": "column:pickscore_prob_0,pickscore_prob_1",

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fifa.pairs import read_pairs
-from fifa.pairs.table import Pairs
-from fifa.rewards.calibrate import Metrics, measure
-from fifa.rewards.crossfit import crossfit_folds
-from fifa.rewards.train import TrainOptions
+from fifa.data import read_pairs
+from fifa.data.table import Pairs
+from fifa.scoring.rewards.calibrate import Metrics, measure
+from fifa.scoring.rewards.crossfit import crossfit_folds
+from fifa.scoring.rewards.fit import TrainOptions
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import pyarrow as pa
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from fifa.score.encoders import make_encoder
-from fifa.score.raters.local import default_ratings, harm_line, load_heads, logit_ratings
-from fifa.score.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.encoders import make_encoder
+from fifa.scoring.raters.local import default_ratings, harm_line, load_heads, logit_ratings
+from fifa.scoring.raters.models import load_reader, precision, smollm_path
 from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
 
 Array = npt.NDArray[np.float64]

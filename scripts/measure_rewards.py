@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from fifa.rewards.clip import ImageTower
-from fifa.rewards.pixels import convert_crop, crop_convert, fit_area, pad
-from fifa.rewards.runtime import Runtime
+from fifa.models.runtime import Runtime
+from fifa.scoring.rewards.clip import ImageTower
+from fifa.scoring.rewards.pixels import convert_crop, crop_convert, fit_area, pad
 
 B32 = {
     "vision_config": {"image_size": 224, "patch_size": 32},

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fifa.score.encoders import make_encoder
-from fifa.score.raters.local import nonsense_features
-from fifa.score.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.encoders import make_encoder
+from fifa.scoring.raters.local import nonsense_features
+from fifa.scoring.raters.models import load_reader, precision, smollm_path
 from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
 
 OUT = Path(__file__).parents[1] / "src/fifa/score/harm_head.json"

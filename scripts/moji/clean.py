@@ -12,7 +12,7 @@ import torch
 from fifa.moji.judges import HEADS, judge_network, standard
 from fifa.moji.prompts import FILLERS, WORDINGS, wording
 from fifa.moji.world import WORLD, Scene
-from fifa.rewards.pixels import MEAN, STD
+from fifa.scoring.rewards.pixels import MEAN, STD
 from moji.base import Tokens
 from moji.loop import Plan, train
 from moji.pictures import all_pictures, tensor, worn

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
+from fifa.data import read_pairs
 from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH, generate, load_sd, save_clip
 from fifa.moji.judges import JUDGES, Judges, judge_network
 from fifa.moji.world import DATA, WORLD, Scene, caption
-from fifa.pairs import read_pairs
-from fifa.score.quality import quality_scores
+from fifa.scoring.quality import quality_scores
 from fifa.shards.files import write_json
 from moji.clean import accuracy, decoded, retrieval
 from moji.loop import seconds
@@ -32,7 +32,7 @@ def rate_prompts(work: Path) -> None:
     """
     pairs = read_pairs(str(work / "feedback.parquet"))
     for dtype in ("bfloat16", "float32"):
-        with patch("fifa.score.raters.local.precision", lambda dtype=dtype: ("cpu", dtype)):
+        with patch("fifa.scoring.raters.local.precision", lambda dtype=dtype: ("cpu", dtype)):
             quality_scores(pairs, "local", folder=work / "scores")
 
 

@@ -16,18 +16,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fifa.errors import FifaError
-from fifa.evaluate import evaluate
-from fifa.score import score  # these packages share their function's name: bound here,
-from fifa.select import select  # before anything else could bind the package itself
-from fifa.train import train
 
 if TYPE_CHECKING:
-    from fifa.pairs.read import read_pairs
-    from fifa.pairs.table import Pairs
-    from fifa.pipeline import filter_pairs
-    from fifa.recipe import Recipe
-    from fifa.score.table import Scores
-    from fifa.select.export import export, rebuild
+    from fifa.config import Recipe
+    from fifa.data.read import read_pairs
+    from fifa.data.table import Pairs
+    from fifa.evaluation import evaluate
+    from fifa.run.filtering import filter_pairs
+    from fifa.scoring import score
+    from fifa.scoring.table import Scores
+    from fifa.selection import select
+    from fifa.selection.export import export, rebuild
+    from fifa.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,13 +47,17 @@ __all__ = [
 
 # Imported when first used, so that `import fifa` and `fifa --help` are quick.
 _HOMES = {
-    "Pairs": "fifa.pairs.table",
-    "Recipe": "fifa.recipe",
-    "Scores": "fifa.score.table",
-    "export": "fifa.select.export",
-    "filter_pairs": "fifa.pipeline",
-    "read_pairs": "fifa.pairs.read",
-    "rebuild": "fifa.select.export",
+    "Pairs": "fifa.data.table",
+    "Recipe": "fifa.config",
+    "Scores": "fifa.scoring.table",
+    "evaluate": "fifa.evaluation",
+    "export": "fifa.selection.export",
+    "filter_pairs": "fifa.run.filtering",
+    "read_pairs": "fifa.data.read",
+    "rebuild": "fifa.selection.export",
+    "score": "fifa.scoring",
+    "select": "fifa.selection",
+    "train": "fifa.training",
 }
 
 

@@ -39,7 +39,7 @@ def note(**facts: object) -> None:
             known[name] = value
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """A line for the person at the terminal (standard error: results go to standard output)."""
     print(text, file=sys.stderr, flush=True)
 
@@ -105,7 +105,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
                 bar.update(bar.task_ids[0], completed=done)
         elif now - told > 30:
             told = now
-            say(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
+            echo(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
 
     try:
         yield advance

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fifa.data import read_pairs
 from fifa.moji.annotators import shown, utility
 from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH, generate, load_sd
 from fifa.moji.judges import Judges
 from fifa.moji.prompts import asked
 from fifa.moji.world import DATA, STYLES, WORLD, Scene, caption, render
-from fifa.pairs import read_pairs
-from fifa.score.quality import quality_scores
-from fifa.score.raters.local import DefaultRater
+from fifa.scoring.quality import quality_scores
+from fifa.scoring.raters.local import DefaultRater
 from moji.pictures import worn
 
 SOME = [Scene(i, (i * 5) % 8) for i in range(0, 120, 2)]
@@ -75,7 +75,7 @@ def test_the_judges_know_clean_renderings_and_worn_ones(judges):
 
 
 def test_the_clip_prefers_the_right_caption():
-    from fifa.rewards.load import load_reward, score
+    from fifa.scoring.rewards.load import load_reward, score
 
     reward = load_reward(f"clipscore:{CLIP}", device="cpu")
     images = [Image.fromarray(render(s, 0)) for s in SOME]

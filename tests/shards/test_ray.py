@@ -56,7 +56,7 @@ def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
     monkeypatch.syspath_prepend(REWARDS)
     from tiny import Fragile, Tiny, recurring
 
-    from fifa.rewards.engine import EngineOptions, score_images
+    from fifa.scoring.rewards.engine import EngineOptions, score_images
 
     pairs, _ = recurring(tmp_path / "data", pairs=60)
     options = EngineOptions(batch=4, workers=1, shard=5)

@@ -25,7 +25,7 @@ def write_picture(path: Path, images: pa.Table, folder: Path) -> None:
     path
         Of the PNG.
     images
-        `fifa.evaluate.generate.IMAGES`.
+        `fifa.evaluation.generate.IMAGES`.
     folder
         What its files are below.
     """

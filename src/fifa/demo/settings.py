@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fifa.config import Read, Recipe, Score, Select
 from fifa.errors import FifaError
 from fifa.moji.family import CLIP, FEEDBACK
-from fifa.recipe import Read, Recipe, Score, Select
 
 NO_GATES: dict[str, Any] = {
     "unsafe_flags": (),
@@ -40,7 +40,7 @@ class Demo:
     keep, per_prompt
         Pairs that an arm trains on, and how many of one prompt at most.
     steps, batch, lr, beta, draws
-        Of the training (`fifa.train.config.Train`): all weights of the UNet.
+        Of the training (`fifa.training.config.Train`): all weights of the UNet.
     prompts
         Test prompts of each kind: scenes that training pictures showed, and others.
     unsafe

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.console import say
+from fifa.console import echo
 from fifa.demo.picture import write_picture
 from fifa.demo.settings import ARMS, Demo
 from fifa.moji.family import CLIP, RATINGS, SD, TRUTH
@@ -25,9 +25,9 @@ from fifa.moji.world import Scene, scenes
 from fifa.shards.files import write_text
 
 if TYPE_CHECKING:
-    from fifa.evaluate.pipeline import Evaluated
-    from fifa.evaluate.results import Comparison
-    from fifa.run import Run
+    from fifa.evaluation.results import Comparison
+    from fifa.evaluation.steps import Evaluated
+    from fifa.run.steps import Run
 
 CHAPTERS = 4
 UTILITY = "hidden utility"  # the first of `moji_judges`
@@ -36,7 +36,7 @@ UTILITY = "hidden utility"  # the first of `moji_judges`
 def tell_story(out: Path, knobs: Demo) -> Path:
     """Run the demo in ``out``; returns the report."""
     began = time.monotonic()
-    say(
+    echo(
         "Moji is a text-to-image world small enough for a processor: emoji on plain backgrounds,\n"
         "a real Stable Diffusion of 4 million weights, and simulated annotators who compared its\n"
         "pictures. Their choices are noisy, as people's are. Here the truth is known, so that\n"
@@ -50,24 +50,24 @@ def tell_story(out: Path, knobs: Demo) -> Path:
     write_picture(out / "picture.png", evaluated.images, out / "evaluate")
     tell_verdict(evaluated, knobs)
     report = out / "report.html"
-    say(f"\nBase and arms side by side, prompts taken by number: {out / 'picture.png'}")
-    say(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
+    echo(f"\nBase and arms side by side, prompts taken by number: {out / 'picture.png'}")
+    echo(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
     return report
 
 
 def filter_feedback(out: Path, knobs: Demo) -> Run:
     """Chapter 1: read, score, select, export."""
-    from fifa.pipeline import filter_pairs
+    from fifa.run.filtering import filter_pairs
 
     _chapter(1, "which of the annotators' choices are worth training on?")
-    say(
+    echo(
         "  margin     a proxy reward learns from the choices themselves, on the towers of\n"
         "             moji-clip; no pair is scored by a model that saw its label\n"
         "  quality    a small language model rates the prompts, a harm head beside it\n"
         "  diversity  how far a prompt is from its neighbours, in MiniLM's space"
     )
     if RATINGS.is_dir() and not knobs.fresh:
-        say("  (ratings come with the package, made by the same code; --fresh makes them again)")
+        echo("  (ratings come with the package, made by the same code; --fresh makes them again)")
         (out / "scores").parent.mkdir(parents=True, exist_ok=True)
         _ready(out, knobs)
     return filter_pairs(knobs.recipe, out)
@@ -75,7 +75,7 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
 
 def _ready(out: Path, knobs: Demo) -> None:
     """Begin the run and put the shipped ratings where its quality step looks for them."""
-    from fifa.run import start_run
+    from fifa.run.steps import start_run
 
     run = start_run(out, knobs.recipe)
     run.scores.mkdir(exist_ok=True)
@@ -87,8 +87,8 @@ def _ready(out: Path, knobs: Demo) -> None:
 def subset_of(run: Run, arm: str, knobs: Demo) -> Path:
     """The pairs of an arm, as trainers read them."""
     import fifa
-    from fifa.pairs.table import load_pairs
-    from fifa.run import load_scores
+    from fifa.data.table import load_pairs
+    from fifa.run.steps import load_scores
 
     if arm == "fifa":
         return run.subset
@@ -106,7 +106,7 @@ def tell_truth(run: Run, subsets: dict[str, Path]) -> None:
     truth = pq.read_table(TRUTH, columns=["image_uid", "utility"])
     columns = ["image_0", "image_1", "label"]
     table = pq.read_table(run.folder / "pairs.parquet", columns=columns)
-    say("\nThe hidden utility, which no arm sees, says how many of the choices were right:")
+    echo("\nThe hidden utility, which no arm sees, says how many of the choices were right:")
     _tell_right("all", table, truth)
     names = {"image_0_uid": "image_0", "image_1_uid": "image_1", "label": "label"}
     for arm, folder in subsets.items():
@@ -122,7 +122,7 @@ def _tell_right(name: str, pairs: pa.Table, truth: pa.Table) -> None:
     label = pairs["label"].to_numpy()
     untied = label != 0.5
     right = np.mean((label > 0.5) == (first > second), where=untied)
-    say(f"  {name:<8}{untied.sum():>6,} pairs, {right:.0%} right")
+    echo(f"  {name:<8}{untied.sum():>6,} pairs, {right:.0%} right")
 
 
 def train_arm(out: Path, arm: str, subset: Path, knobs: Demo) -> Path:
@@ -131,7 +131,7 @@ def train_arm(out: Path, arm: str, subset: Path, knobs: Demo) -> Path:
 
     if arm == knobs.arms[0]:
         _chapter(2, f"the same training for {' and '.join(knobs.arms)}")
-        say(
+        echo(
             f"  Diffusion-DPO, {knobs.steps} steps of {knobs.batch} pairs. The arms differ in\n"
             "  their pairs alone, so the reader sees what the selection buys, not the training"
         )
@@ -204,10 +204,10 @@ def tell_verdict(evaluated: Evaluated, knobs: Demo) -> None:
     _chapter(4, "the verdict, by the hidden utility that nobody selected or trained with")
     for c in _by_utility(evaluated):
         if c.theirs == "base":
-            say(f"  {c.ours:<8} beats the base    {_share(c)}")
+            echo(f"  {c.ours:<8} beats the base    {_share(c)}")
     for c in _by_utility(evaluated):
         if {c.ours, c.theirs} == {"fifa", "random"}:
-            say(f"  {c.ours:<8} beats {c.theirs:<11} {_share(c)}")
+            echo(f"  {c.ours:<8} beats {c.theirs:<11} {_share(c)}")
 
 
 def _by_utility(evaluated: Evaluated) -> list[Comparison]:
@@ -220,4 +220,4 @@ def _share(c: Comparison) -> str:
 
 
 def _chapter(number: int, title: str) -> None:
-    say(f"\n[{number}/{CHAPTERS}] {title}")
+    echo(f"\n[{number}/{CHAPTERS}] {title}")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fifa.errors import FifaError
+from fifa.models.optional import require
 from fifa.moji.sizes import TINY, Size, clip_model, stable_diffusion, write_tokenizer
 from fifa.moji.world import DATA
-from fifa.score.wheels import require
 
 __all__ = ["CLIP", "FEEDBACK", "RATINGS", "SD", "TRUTH", "generate", "load_sd", "write_tiny"]
 

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
-from fifa.evaluate.judges import Judge
+from fifa.evaluation.judges import Judge
+from fifa.models.optional import require
 from fifa.moji.annotators import ANNOTATORS, utility
 from fifa.moji.prompts import asked
 from fifa.moji.world import DATA, WORLD
-from fifa.score.wheels import require
 from fifa.shards.files import files_digest
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Judges:
 
 
 def moji_judges(path: Path = JUDGES) -> list[Judge]:
-    """What `fifa.evaluate.evaluate` takes as ``judges``: five numbers of every image.
+    """What `fifa.evaluate` takes as ``judges``: five numbers of every image.
 
     The hidden utility, whether object and background are what the prompt asks for, the
     probability of the style that the annotators like, and whether the object is unsafe.

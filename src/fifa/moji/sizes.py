@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fifa.models.optional import require
 from fifa.moji.prompts import vocabulary
 from fifa.moji.world import WORLD
-from fifa.score.wheels import require
 from fifa.shards.files import write_json, write_text
 
 __all__ = [

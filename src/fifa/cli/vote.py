@@ -1,0 +1,114 @@
+"""`fifa vote RUN`, and what is done with the votes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _ServeByDefault(click.Group):
+    """A group where ``vote RUN`` is ``vote serve RUN``; a run named like a command is ./NAME."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("vote", cls=_ServeByDefault)
+def vote_group() -> None:
+    """People vote: two images, one prompt.
+
+    `fifa vote RUN` serves the page on this machine; its options are those of `fifa vote serve`.
+    """
+
+
+@vote_group.command("serve")
+@click.argument("run")
+@click.option("--models", help="Compare these only: names with commas.  [default: all]")
+@click.option(
+    "--limit", type=click.IntRange(1), help="So many comparisons a voter, the same for all."
+)
+@click.option(
+    "--repeats",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Show this share again, sides swapped: are voters consistent?  [default: 0]",
+)
+@click.option(
+    "--checks",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Add this share of pairs with a destroyed image: do voters look?  [default: 0]",
+)
+@click.option("--question", help="What stands above the images.")
+@click.option("--seed", default=0, show_default=True, help="Of every voter's order and sides.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8750, show_default=True)
+@click.option(
+    "--allow-host", multiple=True, help="A name that the server goes by, say behind a proxy."
+)
+@click.option("--new-invitation", is_flag=True, help="End the links that were given out.")
+def serve_command(
+    run: str,
+    models: str | None,
+    question: str | None,
+    host: str,
+    port: int,
+    allow_host: tuple[str, ...],
+    new_invitation: bool,
+    **options: Any,
+) -> None:
+    """Serve the page where people vote on RUN's images (what `fifa vote RUN` does)."""
+    from fifa.evaluation.vote.ballot import VoteOptions
+    from fifa.evaluation.vote.serve import serve_votes
+
+    if models:
+        options["models"] = tuple(name.strip() for name in models.split(","))
+    if question:
+        options["question"] = question
+    serve_votes(
+        run,
+        VoteOptions(**options),
+        host=host,
+        port=port,
+        allow_hosts=allow_host,
+        new_invitation=new_invitation,
+        tell=click.echo,
+    )
+
+
+everybody_option = click.option(
+    "--everybody", is_flag=True, help="Count voters who failed their checks as well."
+)
+
+
+@vote_group.command("results")
+@click.argument("run")
+@everybody_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def results_command(run: str, everybody: bool, as_json: bool) -> None:
+    """Win rates, intervals and agreement of the votes on RUN so far."""
+    import json
+
+    from fifa.evaluation.vote.results import vote_results
+    from fifa.evaluation.vote.text import told
+
+    found = vote_results(run, everybody=everybody)
+    click.echo(json.dumps(found.plain(), indent=2) if as_json else told(found))
+
+
+@vote_group.command("export")
+@click.argument("run")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .parquet file.")
+@everybody_option
+def export_command(run: str, out: Path, everybody: bool) -> None:
+    """Write the votes on RUN as a preference data set that `fifa filter` reads."""
+    from fifa.console import echo
+    from fifa.evaluation.vote.export import export_votes
+
+    done = export_votes(run, out, everybody=everybody)
+    echo(f"{done.pairs:,} pairs from {done.votes:,} votes; {done.left_out:,} votes left out")
+    click.echo(done.path)

@@ -1,1 +1,0 @@
-"""Groups of commands; each imports what it does when it does it."""

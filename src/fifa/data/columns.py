@@ -1,0 +1,320 @@
+"""One view of a source file's columns, whether it is Parquet or records.
+
+A frame gives text, numbers and Python values by column name; a dot goes into a struct. Cells
+with image bytes are never read: only whether they are there (from Parquet's statistics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import IO, Any, Protocol, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fifa.data.records import Records
+
+Text: TypeAlias = "pa.Array | pa.ChunkedArray"
+
+
+class Frame(Protocol):
+    """A file's columns."""
+
+    file: str
+    kind: str
+    names: frozenset[str]
+    rows: np.ndarray  # int64 [n], the records' numbers in the file
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Read these columns (``prompt`` as a dictionary); others stay unread."""
+
+    def text(self, name: str) -> Text:
+        """A column as strings (the prompt maybe dictionary-encoded), null for no valid text."""
+
+    def number(self, name: str) -> np.ndarray:
+        """A column as float64 [n], NaN where it is no number."""
+
+    def values(self, name: str) -> list[Any]:
+        """A column as Python values."""
+
+    def image(self, name: str) -> str:
+        """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
+
+    def holds_bytes(self, name: str) -> bool:
+        """True if the image column has bytes in at least one row."""
+
+    def extra(self, name: str) -> pa.Array:
+        """A column of numbers (float64) or of lists of numbers (float32), null for the rest."""
+
+    def numeric(self) -> list[str]:
+        """The top-level columns of numbers (not of truth values), in the file's order."""
+
+
+class ParquetFrame:
+    """A Parquet file. ``source`` is a path, or an open file for what is not local."""
+
+    kind = "parquet"
+
+    def __init__(self, source: str | IO[bytes], file: str) -> None:
+        self.file = file
+        self._source = source
+        opened = pq.ParquetFile(source)
+        self._metadata = opened.metadata
+        self._schema: pa.Schema = opened.schema_arrow
+        self._leaves = {
+            self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
+        }
+        self._table: pa.Table | None = None
+        self.names = frozenset(self._schema.names)
+        self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Read these columns in one go."""
+        opened = pq.ParquetFile(
+            self._source,
+            metadata=self._metadata,
+            read_dictionary=[prompt] if prompt and self._plain(prompt) else [],
+            pre_buffer=not isinstance(self._source, str),  # few requests where each one costs
+        )
+        table = opened.read(columns=sorted(set(names)))
+        opened.close()
+        for i, field in enumerate(table.schema):  # categories that the file itself has
+            if pa.types.is_dictionary(field.type) and field.name != prompt:
+                table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
+        self._table = table
+
+    def text(self, name: str) -> Text:
+        """Strings; bytes and large strings are taken as strings where they are UTF-8."""
+        column = self._column(name)
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        return column if pa.types.is_string(kind) and _is_utf8(column) else valid_text(column)
+
+    def number(self, name: str) -> np.ndarray:
+        """Numbers, truth values and text that reads as a number."""
+        column = self._column(name)
+        kind = column.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            column = column.cast(pa.float64())
+        elif pa.types.is_boolean(kind):
+            column = column.cast(pa.uint8()).cast(pa.float64())
+        else:
+            return _numbers(column.to_pylist())
+        return np.asarray(column.to_numpy(), np.float64)
+
+    def values(self, name: str) -> list[Any]:
+        """Python values."""
+        return list(self._column(name).to_pylist())
+
+    def image(self, name: str) -> str:
+        """From the column's type."""
+        kind = self._type(name)
+        if pa.types.is_struct(kind):
+            return "struct"
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return "cell"
+        return "text"
+
+    def holds_bytes(self, name: str) -> bool:
+        """From the row groups' null counts; where a file has none, the bytes are assumed."""
+        leaf = self._leaves.get(name, self._leaves.get(f"{name}.bytes"))
+        if leaf is None:
+            return False
+        for group in range(self._metadata.num_row_groups):
+            column = self._metadata.row_group(group).column(leaf)
+            counts = column.statistics
+            if counts is None or not counts.has_null_count or counts.null_count < column.num_values:
+                return True
+        return False
+
+    def extra(self, name: str) -> pa.Array:
+        """Lists as they are, in float32."""
+        kind = self._type(name)
+        if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
+            return pa.array(self.number(name))
+        return _whole(self._column(name).cast(pa.list_(pa.float32())))
+
+    def numeric(self) -> list[str]:
+        """From the schema."""
+        return [
+            field.name
+            for field in self._schema
+            if pa.types.is_integer(field.type)
+            or pa.types.is_floating(field.type)
+            or pa.types.is_decimal(field.type)
+        ]
+
+    def _plain(self, name: str) -> bool:
+        return name in self.names and pa.types.is_string(self._schema.field(name).type)
+
+    def _type(self, name: str) -> pa.DataType:
+        if name in self.names:
+            return self._schema.field(name).type
+        top, *rest = name.split(".")
+        kind = self._schema.field(top).type
+        for part in rest:
+            kind = kind.field(part).type
+        return kind
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        assert self._table is not None, "load() comes first"
+        if name in self._table.column_names:
+            return self._table[name]
+        top, *rest = name.split(".")
+        return pc.struct_field(self._table[top], rest)
+
+
+class RecordFrame:
+    """The records of a JSON, JSON lines, CSV or WebDataset file."""
+
+    def __init__(self, records: Records, kind: str, file: str) -> None:
+        self.file, self.kind = file, kind
+        self._columns = records.columns
+        self.names = frozenset(records.columns)
+        self.rows = np.asarray(records.rows, np.int64)
+
+    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
+        """Nothing to do: records are read whole."""
+
+    def text(self, name: str) -> Text:
+        """Strings as they are; null for every other value."""
+        return text_array(self.values(name))
+
+    def number(self, name: str) -> np.ndarray:
+        """Numbers, truth values and text that reads as a number."""
+        return _numbers(self.values(name))
+
+    def values(self, name: str) -> list[Any]:
+        """Python values."""
+        if name in self._columns:
+            return self._columns[name]
+        top, *rest = name.split(".")
+        values = self._columns[top]
+        for part in rest:
+            values = [value.get(part) if isinstance(value, dict) else None for value in values]
+        return values
+
+    def image(self, name: str) -> str:
+        """``struct`` if a value is an object, otherwise ``text``."""
+        return "struct" if any(isinstance(v, dict) for v in self.values(name)) else "text"
+
+    def holds_bytes(self, name: str) -> bool:
+        """Never: text holds no image bytes."""
+        return False
+
+    def extra(self, name: str) -> pa.Array:
+        """Lists of numbers if any value is a list."""
+        values = self.values(name)
+        if not any(isinstance(value, list) for value in values):
+            return pa.array(self.number(name))
+        lists = [_numbers(value).tolist() if isinstance(value, list) else None for value in values]
+        return pa.array(lists, pa.list_(pa.float32()))
+
+    def numeric(self) -> list[str]:
+        """Columns whose every value that is there is a number (in CSV: reads as one)."""
+        loose = self.kind in ("csv", "tar")
+        return [name for name, values in self._columns.items() if _all_numbers(values, loose)]
+
+
+def text_array(values: Iterable[Any]) -> pa.Array:
+    """The values that are text as strings, null for every other one and for lone surrogates."""
+    texts = [value if isinstance(value, str) else None for value in values]
+    try:
+        return pa.array(texts, pa.string())
+    except (UnicodeEncodeError, pa.ArrowInvalid):
+        return pa.array([_encodable(text) for text in texts], pa.string())
+
+
+def valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings (dictionary-encoded stays so) with null for what is no text or no valid UTF-8."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        parts = []
+        for part in column.unify_dictionaries().chunks:
+            words = _whole(valid_text(pa.chunked_array([part.dictionary])))
+            parts.append(pa.DictionaryArray.from_arrays(part.indices.cast(pa.int32()), words))
+        return pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.string()))
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(is_text(kind) for is_text in (*texts, pa.types.is_binary, pa.types.is_large_binary)):
+        return pa.chunked_array([pa.nulls(len(column), pa.string())])
+    column = column.cast(options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = column.cast(pa.binary()).to_pylist()
+        return pa.chunked_array([pa.array([_decoded(value) for value in raw], pa.string())])
+    return column
+
+
+def _is_utf8(column: pa.ChunkedArray) -> bool:
+    """True for strings (dictionary-encoded or not) in valid UTF-8; nothing checked them before."""
+    plain = [getattr(chunk, "dictionary", chunk) for chunk in column.chunks]
+    bytes_ = (np.frombuffer(chunk.buffers()[2] or b"", np.int8) for chunk in plain)
+    if all(values.min(initial=0) >= 0 for values in bytes_):  # ASCII, three times as fast
+        return True
+    with suppress(pa.ArrowInvalid):
+        column.validate(full=True)
+        return True
+    return False
+
+
+def encoded(column: Text) -> pa.DictionaryArray:
+    """A column of strings as one dictionary-encoded array, its indices int32."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    one = _whole(column) if isinstance(column, pa.ChunkedArray) else column
+    return pa.DictionaryArray.from_arrays(one.indices.cast(pa.int32()), one.dictionary)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.unify_dictionaries()
+    return column.combine_chunks()
+
+
+def _decoded(value: bytes | None) -> str | None:
+    if value is not None:
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return None
+
+
+def _encodable(value: str | None) -> str | None:
+    if value is not None:
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+    return None
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    return np.fromiter((_number(value) for value in values), np.float64, len(values))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        value = {"true": "1", "false": "0"}.get(value.strip().lower(), value)
+    if isinstance(value, int | float | str):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return float("nan")
+
+
+def _all_numbers(values: list[Any], loose: bool) -> bool:
+    seen = False
+    for value in values:
+        if value is None:
+            continue
+        if isinstance(value, str):
+            if not loose or value.strip().lower() in ("true", "false"):
+                return False
+            if np.isnan(_number(value)) and value.strip().lower() != "nan":
+                return False
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        seen = True
+    return seen

@@ -1,0 +1,178 @@
+"""The public preference data sets: which columns each is recognised by, and what a label means.
+
+The rules, with their sources, are a table in docs/data-sets.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fifa.data.columns import Frame
+from fifa.data.formats import Labels, Layout
+
+VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
+
+
+def own_layout(columns: dict[str, str]) -> Layout:
+    """A table of the user's own; what ``columns`` leaves out goes by its own name."""
+    label = columns.get("label", "label")
+    return Layout(
+        "columns",
+        columns.get("prompt", "prompt"),
+        (columns.get("image_0", "image_0"), columns.get("image_1", "image_1")),
+        lambda frame: Labels(frame.number(label), {}),
+        needs=(label,),
+    )
+
+
+def _first_wins(frame: Frame) -> Labels:
+    return Labels(np.ones(len(frame.rows)), {})
+
+
+def _two_labels(frame: Frame) -> Labels:
+    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
+
+    ``label_votes``, which `fifa vote export` writes, says how many votes label_0 averages.
+    """
+    label, wrong = frame.number("label_0"), {}
+    if "label_1" in frame.names:
+        other = frame.number("label_1")
+        bad = np.isfinite(label) & ~(np.abs(label + other - 1.0) <= 1e-6)
+        wrong = dict.fromkeys(np.flatnonzero(bad).tolist(), "label_0 and label_1 do not sum to 1")
+    if "has_label" in frame.names:
+        without = np.flatnonzero(frame.number("has_label") == 0)
+        wrong |= dict.fromkeys(without.tolist(), "nobody labelled it (has_label is false)")
+    if "label_votes" not in frame.names:
+        return Labels(label, wrong)
+    votes = frame.number("label_votes")
+    known = (votes >= 1) & (votes < 2**31)
+    return Labels(label, wrong, np.where(known, votes, 1.0).astype(np.int32))
+
+
+def _weighted_results(frame: Frame) -> Labels:
+    """Rapidata: the annotators' weights for either image, label = p1 / (p1 + p2)."""
+    first = frame.number("weighted_results_image1_preference")
+    second = frame.number("weighted_results_image2_preference")
+    total = first + second
+    wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
+    negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
+    wrong |= dict.fromkeys(negative, "negative votes")
+    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=total > 0), wrong)
+
+
+def _best_index(frame: Frame) -> Labels:
+    """MJ-Bench: the label is the index of the better image."""
+    index = frame.number("label")
+    bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
+    return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
+
+
+def _by_value(column: str, function: Callable[[Any], tuple[float, int] | str]) -> Any:
+    """Labels from a column's Python values; ``function`` gives (label, votes) or what is wrong."""
+
+    def labels(frame: Frame) -> Labels:
+        values = frame.values(column)
+        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
+        wrong = {}
+        for i, value in enumerate(values):
+            found = function(value)
+            if isinstance(found, str):
+                wrong[i] = found
+            else:
+                label[i], votes[i] = found
+        return Labels(label, wrong, votes)
+
+    return labels
+
+
+def _arena_vote(vote: Any) -> tuple[float, int] | str:
+    known = VOTES.get(vote) if isinstance(vote, str) else None
+    return (known, 1) if known is not None else f"unknown vote_type {str(vote)[:40]!r}"
+
+
+def _responses(answers: Any) -> tuple[float, int] | str:
+    """open-image-preferences: the mean over the annotators, either kind of "both" a half."""
+    if not isinstance(answers, list) or not answers:
+        return "no responses"
+    known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in answers]
+    shares = [share for share in known if share is not None]
+    if len(shares) < len(known):
+        return "an unknown response"
+    return sum(shares) / len(shares), len(shares)
+
+
+_PICKAPIC = frozenset(
+    ("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
+)
+_UIDS = ("image_0_uid", "image_1_uid")
+_URLS = ("image_0_url", "image_1_url")
+
+# In this order: the first that fits is the file's format.
+LAYOUTS = (
+    Layout(
+        "rapidata",
+        "prompt",
+        ("image1", "image2"),
+        _weighted_results,
+        needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
+    ),
+    Layout(
+        "genai-arena",
+        "prompt",
+        ("left_image", "right_image"),
+        _by_value("vote_type", _arena_vote),
+        needs=("vote_type",),
+    ),
+    Layout(
+        "open-image-preferences",
+        "images.prompt",
+        ("images.image_1", "images.image_2"),
+        _by_value("preference.responses", _responses),
+        needs=("preference.responses",),
+    ),
+    Layout("hpdv3", "prompt", ("path1", "path2"), _first_wins, winner_first=True),
+    Layout(
+        "pickapic",
+        "caption",
+        ("jpg_0", "jpg_1"),
+        _two_labels,
+        needs=("label_0", "image_0_uid", "image_1_uid"),
+        reads=("label_1", "has_label", "label_votes"),
+        keys=_UIDS,
+        links=_URLS,
+        ignore=_PICKAPIC,
+    ),
+    Layout(
+        "diffusers",
+        "caption",
+        ("jpg_0", "jpg_1"),
+        _two_labels,
+        needs=("label_0",),
+        reads=("label_1", "has_label", "label_votes"),
+        links=_URLS,
+        ignore=_PICKAPIC,
+    ),
+    Layout(
+        "mj-bench",
+        "caption",
+        ("image0", "image1"),
+        _best_index,
+        needs=("label",),
+        winner_first=True,
+    ),
+    Layout(
+        "open-image-preferences",
+        "prompt",
+        ("chosen", "rejected"),
+        _first_wins,
+        needs=("chosen_model", "rejected_model", "category"),
+        winner_first=True,
+        ignore=frozenset(("id",)),
+    ),
+    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), _first_wins, winner_first=True),
+    own_layout({}),
+)

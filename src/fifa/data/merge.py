@@ -1,0 +1,243 @@
+"""From files' parts to the table of pairs: prompts numbered, repeats merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fifa.data.clean import Part
+from fifa.data.ids import hex_strings
+from fifa.data.table import PAIRS, PROMPTS, REJECTED
+from fifa.errors import FifaError
+
+MAX_PIECES = 2_000  # of a column
+LAST_BITS = 0xFFFF
+HALVES = (0, 1)  # of all hashes, by their first bit
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The tables, and how many rows went into them.
+
+    Parameters
+    ----------
+    table, prompts, rejected
+        As in `fifa.data.table.Pairs`.
+    scores
+        The table's columns beyond `PAIRS`.
+    cells
+        The columns with image bytes, if a file has any.
+    rows, merged
+        Rows read, and how many repeated an earlier pair.
+    """
+
+    table: pa.Table
+    prompts: pa.Table
+    rejected: pa.Table
+    scores: tuple[str, ...]
+    cells: tuple[str, str] | None
+    rows: int
+    merged: int
+
+
+def assemble(parts: Iterable[Part]) -> Assembled:
+    """Join files' parts into one table of pairs.
+
+    A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
+    one's label and goes; everything else is the first one's.
+    """
+    full: list[Part] = []
+    rejected: list[tuple[str, int | None, str]] = []
+    cells: tuple[str, str] | None = None
+    for part in parts:
+        rejected += [(part.file, row, reason) for row, reason in part.rejected]
+        cells = cells or part.cells
+        if part.columns:
+            full.append(part)
+    table, prompts = _tables(full) if full else (PAIRS.empty_table(), PROMPTS.empty_table())
+    pairs = sum(part.pairs.shape[1] for part in full)
+    rejected.sort(key=lambda row: (row[0], -1 if row[1] is None else row[1]))
+    by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
+    return Assembled(
+        table=table,
+        prompts=prompts,
+        rejected=pa.table(by_column, schema=REJECTED),
+        scores=tuple(table.column_names[len(PAIRS) :]),
+        cells=cells,
+        rows=pairs + len(rejected),
+        merged=pairs - len(table),
+    )
+
+
+def _tables(parts: list[Part]) -> tuple[pa.Table, pa.Table]:
+    """The pairs, those met again merged, and the prompts."""
+    images = [part.images for part in parts]
+    words = _words(images)
+    with ThreadPoolExecutor(len(HALVES)) as pool:  # sorting leaves the interpreter alone
+        search = [pool.submit(_met_again, words, half) for half in HALVES]
+        columns = _joined(parts)
+        prompts = _prompts(columns, parts)
+        shared = [each.result() for each in search]
+    same_images = _repeats(images, words, shared)
+    repeat = columns["repeat"].to_numpy()
+    repeat[same_images[0]] = True
+    columns["repeat"] = pa.chunked_array([repeat])
+    merged = _merge(columns, *_same_pairs(parts, *same_images), parts)
+    scores = [(name, columns[name].type) for name in columns if name not in PAIRS.names]
+    schema = pa.schema([*PAIRS, *scores])
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    return _without(table, merged), prompts
+
+
+def _joined(parts: list[Part]) -> dict[str, pa.ChunkedArray]:
+    """All parts' columns one after the other; a score that a part lacks is null there."""
+    types: dict[str, pa.DataType] = {}
+    for part in parts:
+        for name, values in part.columns.items():
+            if types.setdefault(name, values.type) != values.type:
+                kinds = f"{types[name]} in an earlier file, {values.type} here"
+                raise FifaError(f"column {name!r} is {kinds}", where=part.file)
+    columns = {}
+    for name, kind in types.items():
+        found = [part.columns.get(name, pa.nulls(part.pairs.shape[1], kind)) for part in parts]
+        pieces = [
+            column.chunks if isinstance(column, pa.ChunkedArray) else [column] for column in found
+        ]
+        columns[name] = pa.chunked_array([piece for some in pieces for piece in some], kind)
+    columns["file"] = columns["file"].unify_dictionaries()
+    return columns
+
+
+def _prompts(columns: dict[str, pa.ChunkedArray], parts: list[Part]) -> pa.Table:
+    """Number the prompts in order of first appearance (``prompt_index``, ``prompt_id``).
+
+    Returns `PROMPTS`, a row a prompt, with its first spelling.
+    """
+    hashes = np.concatenate([part.prompts for part in parts], axis=1)
+    again, first = _repeats([hashes])
+    new = np.ones(hashes.shape[1], bool)
+    new[again] = False
+    ids = hex_strings(hashes[:, new])
+    number = np.cumsum(new, dtype=np.int32) - 1  # of every part's every spelling
+    number[again] = number[first]
+    ends = np.cumsum([part.prompts.shape[1] for part in parts])
+    index = [
+        pa.array(own.take(part.columns["prompt"].indices.to_numpy()))
+        for part, own in zip(parts, np.split(number, ends[:-1]), strict=True)
+    ]
+    named = [pa.DictionaryArray.from_arrays(own, ids, safe=False) for own in index]
+    columns["prompt_index"] = pa.chunked_array(index)
+    columns["prompt_id"] = pa.chunked_array(named)
+    words = pa.chunked_array([part.columns["prompt"].dictionary for part in parts])
+    return pa.table([ids, words.filter(pa.array(new))], schema=PROMPTS)
+
+
+def _words(hashes: list[np.ndarray]) -> np.ndarray:
+    """The first 32 bits of hashes (uint64 [2, n] each) one after the other: uint32 [sum of n]."""
+    return np.concatenate([(key >> np.uint64(32)).astype(np.uint32) for key, _ in hashes])
+
+
+def _met_again(words: np.ndarray, half: int) -> np.ndarray:
+    """Those of the words (uint32 [n]) with this first bit that are there twice: sorted.
+
+    Words are sorted much faster than whole hashes, and either half in a thread of its own.
+    """
+    some = words[words >> np.uint32(31) == half]
+    some.sort()
+    twice: np.ndarray = some[1:][some[1:] == some[:-1]]
+    return twice
+
+
+def _repeats(
+    hashes: list[np.ndarray],
+    words: np.ndarray | None = None,
+    shared: list[np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which hashes (uint64 [2, n] each, one after the other) have the 80 bits of an earlier one.
+
+    Returns their rows, ascending, and for each the first row with these bits: int64 [m] both.
+    ``shared`` is what `_met_again` finds in the halves of their `_words`; only rows with such a
+    word are compared.
+    """
+    words = _words(hashes) if words is None else words
+    twice = np.concatenate(shared or [_met_again(words, half) for half in HALVES])
+    likely = np.zeros(1 << 16, bool)
+    likely[twice & LAST_BITS] = True
+    rows = np.flatnonzero(likely[words & LAST_BITS])
+    rows = rows[np.isin(words[rows], twice)]
+    key, tail = _of_rows(hashes, rows)
+    tail &= np.uint64(LAST_BITS)
+    order = np.lexsort((tail, key))  # stable: equal rows stay in their order
+    rows, key, tail = rows[order], key[order], tail[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (key[1:] != key[:-1]) | (tail[1:] != tail[:-1])
+    again, first = rows[~new], rows[new][np.cumsum(new) - 1][~new]
+    order = np.argsort(again)
+    return again[order], first[order]
+
+
+def _same_pairs(
+    parts: list[Part], again: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows that have an earlier row's images, those that have its prompt too.
+
+    Returns them, ascending, and the first row with the same pair.
+    """
+    rows = np.union1d(again, first)
+    again, first = _repeats([_of_rows([part.pairs for part in parts], rows)])
+    return rows[again], rows[first]
+
+
+def _of_rows(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Some ``rows``, ascending, of arrays that follow one another in their last dimension."""
+    ends = np.cumsum([array.shape[-1] for array in arrays])
+    own = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    starts = (ends - [array.shape[-1] for array in arrays]).tolist()
+    found = [
+        array[..., some - start] for array, some, start in zip(arrays, own, starts, strict=True)
+    ]
+    return np.concatenate(found, axis=-1)
+
+
+def _merge(
+    columns: dict[str, pa.ChunkedArray], again: np.ndarray, first: np.ndarray, parts: list[Part]
+) -> np.ndarray:
+    """Average the labels of repeated pairs into their first row; returns the other rows.
+
+    label = sum(votes * label) / sum(votes), with 1 - label where a repeat has the sides
+    the other way round.
+    """
+    heads = np.unique(first)
+    rows = np.union1d(heads, again)
+    at = np.searchsorted(rows, heads)
+    head = np.arange(len(rows))  # of every row, by its place in rows
+    head[np.searchsorted(rows, again)] = np.searchsorted(rows, first)
+    high = _of_rows([part.high for part in parts], rows)
+    own, weight = (
+        _of_rows([np.asarray(part.columns[name]) for part in parts], rows)
+        for name in ("label", "votes")
+    )
+    share = np.where(high != high[head], 1.0 - own, own) * weight
+    weight = np.bincount(head, weights=weight)[at]
+    label = columns["label"].to_numpy().astype(np.float32)
+    label[heads] = np.bincount(head, weights=share)[at] / weight
+    columns["label"] = pa.chunked_array([label])
+    if len(again):
+        votes = columns["votes"].to_numpy().copy()
+        votes[heads] = weight
+        columns["votes"] = pa.chunked_array([votes])
+    return again
+
+
+def _without(table: pa.Table, gone: np.ndarray) -> pa.Table:
+    """The other rows: as slices of what is there, unless that makes too many pieces."""
+    if len(gone) > MAX_PIECES:
+        stays = np.ones(len(table), bool)
+        stays[gone] = False
+        return table.filter(pa.array(stays))
+    bounds = zip([0, *(gone + 1)], [*gone, len(table)], strict=True)
+    return pa.concat_tables([table.slice(start, stop - start) for start, stop in bounds])

@@ -1,0 +1,147 @@
+"""How a checkpoint got there: reward against steps, pairs seen and accelerator hours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from fifa.evaluation import stats
+from fifa.evaluation.measure import Measured, Scale
+from fifa.evaluation.models import BASE, Model, find_checkpoint
+from fifa.evaluation.results import compare_models
+from fifa.evaluation.stats import Mean, WinRate
+
+CHECKPOINTS = "checkpoints"
+STEP = re.compile(r"step-0*(\d+)$")
+AT = "@"  # between a checkpoint's name and its step
+LAST = 5  # checkpoints whose spread says how stable a training was
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint on the way.
+
+    Parameters
+    ----------
+    step
+        Of training; 0 is the base.
+    pairs
+        Seen until then, each time counted; NaN where it is not known.
+    seconds
+        Of training until then; NaN where it is not known.
+    hours
+        Accelerator hours: the same on every process.
+    mean
+        The mean reward, with its interval over prompts.
+    wins
+        The win rate against the base; None for the base.
+    """
+
+    step: int
+    pairs: float
+    seconds: float
+    hours: float
+    mean: Mean
+    wins: WinRate | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one training by one scorer, in the order of steps."""
+
+    model: str
+    scale: Scale
+    points: tuple[Point, ...]
+
+    @property
+    def best(self) -> Point:
+        """The point with the highest mean reward; the earliest of several."""
+        return max(self.points, key=lambda point: (point.mean.mean, -point.step))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the mean reward over the last checkpoints; NaN below three."""
+        means = [point.mean.mean for point in self.points if point.step][-LAST:]
+        return float(np.std(means, ddof=1)) if len(means) >= 3 else float("nan")
+
+
+def steps_of(model: Model) -> list[Model]:
+    """The checkpoints that a training left on its way, named ``NAME@STEP``, in order."""
+    folder = model.training
+    found = []
+    for path in (folder / CHECKPOINTS).glob("step-*") if folder else ():
+        match = STEP.search(path.name)
+        if match:
+            name = f"{model.name}{AT}{int(match.group(1))}"
+            found.append((int(match.group(1)), find_checkpoint(name, str(path), model)))
+    return [checkpoint for _, checkpoint in sorted(found, key=lambda entry: entry[0])]
+
+
+def learning_curves(measured: Measured, facts: dict[str, dict[str, Any]]) -> list[Curve]:
+    """The curves in what was measured on the checkpoints of `steps_of`, by model and scorer.
+
+    Parameters
+    ----------
+    measured
+        Of the base and of models named ``NAME@STEP``.
+    facts
+        `fifa.evaluation.costs.checkpoint_facts` by checkpoint's name.
+    """
+    names: dict[str, list[int]] = {}
+    for name in dict.fromkeys(measured.table["model"].to_pylist()):
+        model, at, step = name.rpartition(AT)
+        if at:
+            names.setdefault(model, []).append(int(step))
+    scales = [scale for scale in measured.scales if scale.kind == "reward"]
+    return [
+        Curve(name, scale, tuple(_points(measured, name, steps, scale, facts.get(name, {}))))
+        for name, steps in names.items()
+        for scale in scales
+    ]
+
+
+def time_to_match(curve: Curve, target: float) -> Point | None:
+    """The first checkpoint whose mean reward is at least ``target``; None if none is.
+
+    Nothing is interpolated: the answer is no finer than the checkpoints are apart.
+    """
+    return next((point for point in curve.points if point.mean.mean >= target), None)
+
+
+def _points(
+    measured: Measured, name: str, steps: Sequence[int], scale: Scale, facts: dict[str, Any]
+) -> list[Point]:
+    points = [Point(0, 0.0, 0.0, 0.0, _mean(measured, BASE, scale), None)]
+    for step in sorted(steps):
+        model = f"{name}{AT}{step}"
+        pairs, seconds = _progress(step, facts)
+        hours = seconds * facts.get("train", {}).get("processes", 1) / 3600
+        wins = compare_models(measured, model, BASE, scale).wins
+        points.append(Point(step, pairs, seconds, hours, _mean(measured, model, scale), wins))
+    return points
+
+
+def _mean(measured: Measured, model: str, scale: Scale) -> Mean:
+    own = measured.table.filter(pc.equal(measured.table["model"], model))
+    values = own[scale.column].to_numpy(zero_copy_only=False)
+    return stats.mean_difference(values, own["prompt_id"].to_pylist())
+
+
+def _progress(step: int, facts: dict[str, Any]) -> tuple[float, float]:
+    """Pairs seen and seconds at a step, from the training's own lines."""
+    lines = facts.get("steps", [])
+    last = max((line for line in lines if line["step"] <= step), key=_step, default=None)
+    if last is None:
+        return float("nan"), float("nan")
+    # a line may be some steps old: what a step takes is then the mean of the steps before it
+    scale = step / last["step"] if last["step"] else 1.0
+    return last["pairs"] * scale, last["seconds"] * scale
+
+
+def _step(line: dict[str, float]) -> float:
+    return line["step"]

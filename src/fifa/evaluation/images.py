@@ -1,0 +1,145 @@
+"""Generated images as what the rest of the house reads: pairs for scorers, pictures for judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fifa.console import progress
+from fifa.data.ids import pair_ids
+from fifa.data.images import BadImage, open_image
+from fifa.data.table import PAIRS, PROMPTS, Origin, Pairs
+from fifa.errors import FifaError
+from fifa.scoring.table import score_path, scored_once
+from fifa.shards.files import column_digest, digest
+from fifa.shards.ledger import forget, map_shards
+
+SHARD = 64  # images measured between two points where a run can be resumed
+
+Look = Callable[[list[str], list[Image.Image]], dict[str, Any]]
+
+
+def image_pairs(images: pa.Table, folder: Path) -> Pairs:
+    """Every image as a pair with itself: what `fifa.scoring.rewards` scores once each.
+
+    Parameters
+    ----------
+    images
+        Rows of `fifa.evaluation.generate.IMAGES`.
+    folder
+        What their files are below.
+    """
+    ids: dict[str, int] = {}
+    first: list[str] = []
+    numbers: list[int] = []
+    for name, prompt in zip(
+        images["prompt_id"].to_pylist(), images["prompt"].to_pylist(), strict=True
+    ):
+        if name not in ids:
+            ids[name] = len(first)
+            first.append(prompt)
+        numbers.append(ids[name])
+    file = images["file"].combine_chunks()
+    prompt_id = images["prompt_id"].combine_chunks()
+    prompt = images["prompt"].combine_chunks()
+    n = len(file)
+    columns = {
+        "pair_id": pair_ids(prompt, file, file),
+        "prompt": prompt,
+        "prompt_id": prompt_id,
+        "prompt_index": numbers,
+        "image_0": file,
+        "image_1": file,
+        "image_0_ref": file,
+        "image_1_ref": file,
+        "file": ["images"] * n,
+        "row": np.arange(n),
+        "swapped": np.zeros(n, bool),
+        "label": np.full(n, 0.5, np.float32),
+        "votes": np.zeros(n, np.int32),
+        "repeat": np.zeros(n, bool),
+    }
+    arrays = [_cast(columns[field.name], field.type) for field in PAIRS]
+    prompts = pa.table([list(ids), first], schema=PROMPTS)
+    origin = Origin(
+        source=str(folder),
+        root=str(folder.resolve()),
+        format="generated",
+        fingerprint=column_digest(images["file"]),  # files are named by their content
+        rows=n,
+    )
+    return Pairs(pa.table(arrays, schema=PAIRS), prompts, origin=origin)
+
+
+def each_image(
+    images: pa.Table,
+    folder: Path,
+    scores: Path,
+    kind: str,
+    name: str,
+    identity: object,
+    look: Look,
+) -> pa.Table:
+    """What ``look`` says of every image, kept in ``scores`` and resumable.
+
+    Parameters
+    ----------
+    images, folder
+        As for `image_pairs`.
+    scores
+        Where the finished table is kept.
+    kind, name, identity
+        Name the table, and all that its numbers depend on beside the images.
+    look
+        From the prompts and images of a shard (RGB) to float32 columns.
+    """
+    files = images["file"].to_pylist()
+    prompts = images["prompt"].to_pylist()
+    path = score_path(scores, kind, name, identity, files, prompts)
+    parts = path.parent / f".parts-{path.stem}"
+
+    def measure(start: int) -> pa.Table:
+        part = slice(start, start + SHARD)
+        found = look(prompts[part], [open_picture(folder / file) for file in files[part]])
+        count = len(files[part])
+        columns = {key: np.asarray(value, np.float32) for key, value in found.items()}
+        if any(column.shape != (count,) for column in columns.values()):
+            shapes = {key: column.shape for key, column in columns.items()}
+            raise FifaError(f"{name} gave {shapes} for {count} images", do="one number an image")
+        return pa.table(columns)
+
+    def make() -> pa.Table:
+        starts = range(0, len(files), SHARD)
+        shards = [
+            (digest(identity, files[i : i + SHARD], prompts[i : i + SHARD]), i) for i in starts
+        ]
+        with progress(f"images through {name}", len(files)) as advance:
+            return map_shards(measure, shards, parts, advance)
+
+    table = scored_once(path, make)
+    forget(parts)
+    return table
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A generated image, RGB; `FifaError` where it is missing or damaged."""
+    try:
+        with open_image(path.read_bytes()) as image:
+            return image.convert("RGB")
+    except (OSError, BadImage) as error:
+        raise FifaError(
+            f"cannot open a generated image: {error}",
+            where=str(path),
+            do="delete it, if it is there, and run `fifa evaluate` again",
+        ) from error
+
+
+def _cast(values: Any, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(kind):
+        return pa.array(values, pa.string()).dictionary_encode().cast(kind)
+    return pa.array(values, kind)

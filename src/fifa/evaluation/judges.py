@@ -1,0 +1,168 @@
+"""What is said of an image beside the reward models: judges, the detector, how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.runtime import Runtime
+from fifa.models.transformer import load_model
+from fifa.scoring.encoders import model_folder
+from fifa.scoring.rewards.features import model_digest
+
+Floats = npt.NDArray[np.float32]
+Measure = Callable[[list[str], list[Image.Image]], Any]
+
+# ITU-R BT.709 luma of R'G'B' as they stand in the file
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
+LOOKS = ("brightness", "contrast", "saturation")
+BATCH = 16  # images in a forward pass of the detector
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Anything that says a number of an image: a classifier, a rule, the truth of a small world.
+
+    Parameters
+    ----------
+    name
+        For people: the heading of its column.
+    measure
+        From prompts and RGB images to float32 [n]; NaN where it has nothing to say.
+    kind
+        ``reward``: higher is better, and it enters win rates. ``unsafe``: the probability that
+        the image is unsafe.
+    scale
+        What the number is, in words.
+    identity
+        JSON that changes whenever a number could; None: it is asked again every time.
+    tie
+        The largest difference between two images that is too small to matter: a tie.
+    """
+
+    name: str
+    measure: Measure
+    kind: Literal["reward", "unsafe"] = "reward"
+    scale: str = ""
+    identity: Any = None
+    tie: float = 0.0
+
+
+def as_judges(judges: Sequence[Judge] | dict[str, Measure | Judge] | None) -> list[Judge]:
+    """Judges from a list, or from functions by name."""
+    if isinstance(judges, dict):
+        named = [j if isinstance(j, Judge) else Judge(name, j) for name, j in judges.items()]
+    else:
+        named = list(judges or ())
+    names = [judge.name for judge in named]
+    if len(set(names)) < len(names):
+        raise FifaError(f"two judges have the same name: {', '.join(names)}")
+    return named
+
+
+def looks(prompts: list[str], images: list[Image.Image]) -> dict[str, Floats]:
+    """Brightness, contrast and saturation of images, each in [0, 1], float32 [n]."""
+    rows = []
+    for image in images:
+        rgb = np.asarray(image.convert("RGB"), np.float32) / 255
+        # Y = 0.2126 R + 0.7152 G + 0.0722 B; contrast is its standard deviation
+        luma = rgb @ LUMA
+        high, low = rgb.max(-1), rgb.min(-1)
+        # S = (max - min) / max, 0 for black, as in HSV
+        saturation = np.where(high > 0, (high - low) / np.where(high > 0, high, 1), 0)
+        rows.append((luma.mean(), luma.std(), saturation.mean()))
+    table = np.asarray(rows, np.float32).reshape(-1, len(LOOKS))
+    return {name: table[:, i] for i, name in enumerate(LOOKS)}
+
+
+class Detector:
+    """A transformers image classifier as a judge of what is unsafe.
+
+    Parameters
+    ----------
+    model
+        A folder or hub id with safetensors weights and a preprocessor_config.json.
+    labels
+        Its labels that mean unsafe. The probability is the sum of theirs (softmax), or the
+        largest of theirs where each label has one of its own (sigmoid).
+    runtime
+        Where and how it computes.
+
+    Raises
+    ------
+    FifaError
+        For a model that is not there or no classifier, and for labels that it does not have.
+    """
+
+    def __init__(self, model: str, labels: Sequence[str], runtime: Runtime) -> None:
+        self.name = f"detector {Path(model).name}"
+        self._folder, self._runtime = model_folder(model), runtime
+        transformers = require("transformers")
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                self._folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise FifaError(f"cannot load the detector: {error}", where=str(model)) from error
+        known = {str(label).lower(): int(i) for i, label in (config.id2label or {}).items()}
+        wrong = [label for label in labels if label.lower() not in known]
+        if wrong or not labels:
+            raise FifaError(
+                f"the detector has no label {', '.join(wrong)}" if wrong else "which labels?",
+                where=str(model),
+                do=f"--unsafe-labels with some of: {', '.join(config.id2label.values())}",
+            )
+        self._columns = sorted(known[label.lower()] for label in labels)
+        self._many = config.problem_type == "multi_label_classification"
+        self.labels = tuple(config.id2label[i] for i in self._columns)
+
+    @property
+    def judge(self) -> Judge:
+        """The detector as a judge."""
+        scale = f"probability of {' or '.join(self.labels)}"
+        identity = {
+            "detector": model_digest(self._folder),
+            "labels": list(self.labels),
+            "dtype": self._runtime.dtype,
+        }
+        return Judge(self.name, self.measure, "unsafe", scale, identity)
+
+    def measure(self, prompts: list[str], images: list[Image.Image]) -> Floats:
+        """The probability that each image is unsafe, float32 [n]; prompts are not read."""
+        torch = require("torch")
+        found = []
+        for start in range(0, len(images), BATCH):
+            part = [image.convert("RGB") for image in images[start : start + BATCH]]
+            pixels = self._processor(images=part, return_tensors="pt")["pixel_values"]
+            with torch.inference_mode(), self._runtime.autocast():
+                logits = self._model(pixel_values=self._runtime.pixels(pixels)).logits.float()
+            if self._many:
+                unsafe = logits.sigmoid()[:, self._columns].amax(1)
+            else:
+                unsafe = logits.softmax(-1)[:, self._columns].sum(1)
+            found.append(unsafe.cpu().numpy())
+        return np.concatenate(found) if found else np.empty(0, np.float32)
+
+    @cached_property
+    def _processor(self) -> Any:
+        transformers = require("transformers")
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(
+                self._folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FifaError(f"cannot load the detector: {error}", where=self.name) from error
+
+    @cached_property
+    def _model(self) -> Any:
+        kind = require("transformers").AutoModelForImageClassification
+        return self._runtime.place(load_model(kind, self._folder))

@@ -1,0 +1,268 @@
+"""Pipelines of diffusers, loaded with whichever weights are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.console import quiet
+from fifa.errors import FifaError
+from fifa.evaluation.config import SAMPLERS, Generate
+from fifa.evaluation.models import KINDS, Model, class_name, part_name
+from fifa.models.optional import require
+from fifa.models.runtime import make_runtime
+from fifa.scoring.rewards.worker import out_of_memory
+
+GUIDANCE = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "flux": 3.5}
+STEPS = {"sd": 50, "sdxl": 50, "sd3": 28, "flux": 28}
+DISTILLED_STEPS = 4  # FLUX schnell, which has no guidance either
+# What a model was trained with; the rest of a scheduler's settings belong to the sampler
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+)
+ADAPTER = "tuned"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`Generate` with nothing left open: what names an image beside its weights.
+
+    Parameters
+    ----------
+    steps, guidance, width, height, negative, dtype
+        As in `Generate`; ``guidance``, ``width`` and ``height`` are None for a pipeline whose
+        own defaults are taken.
+    sampler
+        The scheduler's class.
+    device
+        ``cpu``, ``cuda`` or ``mps``: the same seed gives nearly, not quite, the same image on
+        another.
+    """
+
+    steps: int | None
+    guidance: float | None
+    sampler: str
+    width: int | None
+    height: int | None
+    negative: str
+    device: str
+    dtype: str
+
+
+def settle(asked: Generate, base: Path) -> Settings:
+    """The settings for a base model: what was asked for, and its kind's defaults for the rest.
+
+    Raises `FifaError` for a device that this machine does not have.
+    """
+    kind = KINDS.get(class_name(base))
+    device = make_runtime(asked.device, None, False, False).device.partition(":")[0]
+    half = "float16" if kind in ("sd", "sdxl") else "bfloat16"
+    steps, guidance = STEPS.get(kind or ""), GUIDANCE.get(kind or "")
+    if kind == "flux" and not _json(base / "transformer" / "config.json").get("guidance_embeds"):
+        steps, guidance = DISTILLED_STEPS, 0.0
+    own = _json(base / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    return Settings(
+        steps=steps if asked.steps is None else asked.steps,
+        guidance=guidance if asked.guidance is None else asked.guidance,
+        sampler=SAMPLERS[asked.sampler] if asked.sampler else str(own),
+        width=asked.width,
+        height=asked.height,
+        negative=asked.negative,
+        device=device,
+        dtype=asked.dtype or ("float32" if device == "cpu" else half),
+    )
+
+
+class Pipelines:
+    """Loads models one at a time; the base stays, and checkpoints go in and out of it.
+
+    Parameters
+    ----------
+    base
+        The base's folder.
+    settings
+        How images are made.
+    device
+        The torch device.
+    """
+
+    def __init__(self, base: Path, settings: Settings, device: str | None = None) -> None:
+        self._folder, self._settings = base, settings
+        self._device = make_runtime(device, None, False, False).device
+        self._base: Any = None
+
+    @contextmanager
+    def use(self, model: Model) -> Iterator[Any]:
+        """The pipeline with the model's weights; the base is as it was when the block ends."""
+        with quiet(*(require(name, "train") for name in ("diffusers", "transformers"))):
+            if model.method == "pipeline":
+                self._base = None  # not two whole models in memory
+                yield self._load(model.path)
+                return
+            if self._base is None:
+                self._base = self._load(self._folder)
+            if model.method == "lora":
+                with _adapted(self._base, model.path):
+                    yield self._base
+            elif model.method == "part":
+                with _exchanged(self._base, model.path, self._dtype, self._device):
+                    yield self._base
+            else:
+                yield self._base
+
+    @property
+    def _dtype(self) -> Any:
+        return getattr(require("torch"), self._settings.dtype)
+
+    def _load(self, folder: Path) -> Any:
+        diffusers = require("diffusers", "train")
+        options: dict[str, Any] = {"dtype": self._dtype, **_safe(folder)}
+        if class_name(folder) == "StableDiffusionPipeline":
+            # what it would blacken is measured instead
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        if class_name(folder) == "StableDiffusionXLPipeline":
+            options["add_watermarker"] = False
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+        except Exception as error:  # diffusers', torch's and safetensors' own
+            raise _cannot_load("the pipeline", folder, error) from error
+        self._set_sampler(pipe, diffusers)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self._device)
+
+    def _set_sampler(self, pipe: Any, diffusers: Any) -> None:
+        """The same sampler for all, on each model's own noise schedule."""
+        own = dict(pipe.scheduler.config)
+        base = _json(self._folder / "scheduler" / "scheduler_config.json")
+        mixed = {**base, **{name: own[name] for name in SCHEDULE if name in own}}
+        kind = getattr(diffusers, self._settings.sampler, None)
+        if kind is None:
+            raise FifaError(f"diffusers has no sampler {self._settings.sampler}", do="--sampler")
+        if ("FlowMatch" in kind.__name__) != ("FlowMatch" in type(pipe.scheduler).__name__):
+            raise FifaError(
+                f"{kind.__name__} does not sample this model, {type(pipe.scheduler).__name__} does",
+                where=str(self._folder),
+                do="choose a sampler of its family, or none",
+            )
+        pipe.scheduler = kind.from_config(mixed)
+
+
+def make_images(
+    pipe: Any, settings: Settings, prompts: list[str], seeds: list[int]
+) -> npt.NDArray[np.uint8]:
+    """The images of some prompts, made together: uint8 [n, height, width, 3].
+
+    Every image has a generator of its own on the CPU, so the noise depends on its seed alone.
+
+    Raises
+    ------
+    FifaError
+        Where memory runs out, and where an image is not finite.
+    """
+    torch = require("torch")
+    options: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "width": settings.width,
+        "height": settings.height,
+        "negative_prompt": [settings.negative] * len(prompts) if settings.negative else None,
+    }
+    known = {name: value for name, value in options.items() if value is not None}
+    noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    try:
+        found = pipe(prompt=prompts, generator=noise, output_type="np", **known).images
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FifaError(
+            f"out of memory with {len(prompts)} images at a time", do="a smaller --batch"
+        ) from error
+    if not np.isfinite(found).all():
+        raise FifaError(
+            f"the model makes images that are not finite in {settings.dtype}",
+            do="--dtype float32 or bfloat16; if it is a checkpoint, its training has diverged",
+        )
+    pixels: npt.NDArray[np.uint8] = (np.asarray(found) * 255).round().astype(np.uint8)
+    return pixels
+
+
+@contextmanager
+def _adapted(pipe: Any, file: Path) -> Iterator[None]:
+    try:
+        pipe.load_lora_weights(
+            str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
+        )
+    except Exception as error:  # diffusers', torch's and safetensors' own
+        raise _cannot_load("the LoRA", file, error) from error
+    try:
+        # diffusers only warns of a file that has nothing for this model
+        if not any(ADAPTER in names for names in pipe.get_list_adapters().values()):
+            raise FifaError("the LoRA has no weights for this model", where=str(file))
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+@contextmanager
+def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[None]:
+    name = part_name(folder)
+    own = getattr(pipe, name, None)
+    if own is None:
+        raise FifaError(f"the base model has no {name}", where=str(folder))
+    try:
+        tuned = type(own).from_pretrained(folder, dtype=dtype, **_safe(folder))
+    except Exception as error:  # diffusers', torch's and safetensors' own
+        raise _cannot_load(f"the {name}", folder, error) from error
+    changed = [
+        key
+        for key in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim")
+        if tuned.config.get(key) != own.config.get(key)
+    ]
+    if changed:
+        raise FifaError(f"not a {name} of this base: {', '.join(changed)}", where=str(folder))
+    try:
+        pipe.register_modules(**{name: tuned.to(device)})
+        yield
+    finally:
+        pipe.register_modules(**{name: own})
+
+
+def _safe(folder: Path) -> dict[str, Any]:
+    """Safetensors from the disk only; half-precision files where there are no others."""
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    files = [file.name for file in folder.rglob("diffusion_pytorch_model*.safetensors")]
+    if files and all(".fp16" in name for name in files):
+        options["variant"] = "fp16"
+    return options
+
+
+def _cannot_load(what: str, path: Path, error: Exception) -> FifaError:
+    brief = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+    return FifaError(f"cannot load {what}: {brief}", where=str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,134 @@
+"""Votes as feedback: a preference data set in Pick-a-Pic's columns, which `fifa filter` reads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from fifa.console import progress
+from fifa.errors import FifaError
+from fifa.evaluation.vote.ballot import changed_images
+from fifa.evaluation.vote.comparisons import Comparison, read_file
+from fifa.evaluation.vote.results import count_votes, counted_votes, outcome
+from fifa.evaluation.vote.store import FILE, VoteStore
+from fifa.shards.files import atomic_path
+
+COLUMNS = pa.schema(
+    [
+        ("jpg_0", pa.binary()),  # the original bytes, whatever the image format
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),  # the share of votes for image 0; a tie is half a vote
+        ("label_1", pa.float64()),
+        ("caption", pa.string()),
+        ("has_label", pa.bool_()),  # Pick-a-Pic's; always true
+        ("image_0_uid", pa.string()),  # XXH3-128 of the bytes
+        ("image_1_uid", pa.string()),
+        ("label_votes", pa.int32()),  # averaged into the labels
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("category", pa.string()),
+    ]
+)
+GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
+GROUP_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class ExportedVotes:
+    """Feedback that was written: how many pairs, the votes in them, and those left out."""
+
+    path: Path
+    pairs: int
+    votes: int
+    left_out: int
+
+
+def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) -> ExportedVotes:
+    """Write every comparison with a vote as a preference pair with a soft label.
+
+    Images are on sides by the digest of their bytes, so the side says nothing of the model. The
+    same votes and images give the same bytes.
+
+    Parameters
+    ----------
+    run
+        A run folder that people voted on.
+    path
+        The Parquet file to write.
+    everybody
+        Count voters who failed their attention checks as well.
+
+    Raises
+    ------
+    FifaError
+        Where nobody has voted, or an image is gone or another one than was voted on.
+    """
+    folder, path = Path(run) / "evaluate", Path(path)
+    store = VoteStore(folder / FILE)
+    changed_images(store, folder)
+    counted = counted_votes(store.votes(), count_votes(store, everybody=everybody).voters)
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for vote in counted:
+        outcomes[vote.card.comparison].append(outcome(vote))
+    if not outcomes:
+        raise FifaError("no vote counts yet", where=str(store.path), do="run `fifa vote RUN`")
+    rows = _rows(folder, store.comparisons(), outcomes)
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, COLUMNS, compression="zstd") as writer,
+        progress("writing pairs", len(outcomes)) as advance,
+    ):
+        for table in _groups(rows):
+            writer.write_table(table)
+            advance(table.num_rows)
+    everything = sum(vote.card.kind == "compare" for vote in store.votes())
+    return ExportedVotes(path, len(outcomes), len(counted), everything - len(counted))
+
+
+def _rows(
+    folder: Path, comparisons: dict[str, Comparison], outcomes: dict[str, list[float]]
+) -> Iterator[dict[str, object]]:
+    for key, one in comparisons.items():
+        if key not in outcomes:
+            continue
+        votes = outcomes[key]
+        # label = (votes for ours + half of the ties) / votes
+        share = sum(votes) / len(votes)
+        sides = []
+        for name, model, label in (
+            (one.file_0, one.ours, share),
+            (one.file_1, one.theirs, 1 - share),
+        ):
+            data = read_file(folder, name)
+            sides.append((xxhash.xxh3_128_hexdigest(data), model, label, data))
+        sides.sort(key=lambda side: side[:2])
+        yield {
+            "caption": one.prompt,
+            "has_label": True,
+            "label_votes": len(votes),
+            "category": one.category,
+            **{f"image_{i}_uid": side[0] for i, side in enumerate(sides)},
+            **{f"model_{i}": side[1] for i, side in enumerate(sides)},
+            **{f"label_{i}": side[2] for i, side in enumerate(sides)},
+            **{f"jpg_{i}": side[3] for i, side in enumerate(sides)},
+        }
+
+
+def _groups(rows: Iterator[dict[str, object]]) -> Iterator[pa.Table]:
+    """The rows as tables of `GROUP_BYTES` of images each."""
+    group: list[dict[str, object]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += sum(len(data) for data in row.values() if isinstance(data, bytes))
+        if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
+            yield pa.Table.from_pylist(group, schema=COLUMNS)
+            group, size = [], 0
+    if group:
+        yield pa.Table.from_pylist(group, schema=COLUMNS)

@@ -1,0 +1,1 @@
+"""What every model needs: optional imports, the hub, device and dtype."""

@@ -1,0 +1,88 @@
+"""Where and how a reward model computes: device, precision, memory format, compiler."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.transformer import best_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to compute. Only ``dtype`` changes a reward by more than rounding.
+
+    Parameters
+    ----------
+    device
+        A torch device.
+    dtype
+        ``float32``, or ``bfloat16`` or ``float16`` under autocast.
+    compile
+        True for `torch.compile`, or the name of its backend.
+    channels_last
+        Convolutions with channels last in memory.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool | str = False
+    channels_last: bool = False
+
+    def place(self, module: Any) -> Any:
+        """``module`` on the device, for inference, laid out and compiled as asked."""
+        torch = require("torch")
+        module = module.eval().requires_grad_(False).to(self.device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        if self.compile:
+            backend = "inductor" if self.compile is True else self.compile
+            module = torch.compile(module, backend=backend)
+        return module
+
+    def pixels(self, pixels: Tensor) -> Tensor:
+        """``pixels`` on the device in the memory format asked for."""
+        torch = require("torch")
+        there = pixels.to(self.device, non_blocking=True)
+        if self.channels_last:
+            there = there.contiguous(memory_format=torch.channels_last)
+        return there
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model runs; none for ``float32``."""
+        torch = require("torch")
+        kind: AbstractContextManager[Any] = torch.autocast(
+            torch.device(self.device).type,
+            dtype=getattr(torch, self.dtype),
+            enabled=self.dtype != "float32",
+        )
+        return kind
+
+
+def make_runtime(
+    device: str | None, dtype: str | None, compile: bool | str, channels_last: bool
+) -> Runtime:
+    """A `Runtime`; without a device the fastest one, without a precision ``float32``.
+
+    Raises
+    ------
+    FifaError
+        For an unknown precision or a device that this machine does not have.
+    """
+    torch = require("torch")
+    if dtype is not None and dtype not in DTYPES:
+        raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
+    device = best_device() if device in (None, "auto") else str(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FifaError(f"no such device here: {device}", do="cpu, cuda, cuda:N or mps") from error
+    return Runtime(device, dtype or "float32", compile, channels_last)

@@ -1,0 +1,290 @@
+"""A transformer's text encoder: batched, pooled as its own files say, from safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.console import note, quiet
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.shards.files import files_digest
+
+Vectors = npt.NDArray[np.float32]
+
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
+BATCH_TOKENS = 8192  # padded tokens a forward pass
+CHARACTERS_PER_TOKEN = 100  # a prompt is cut here before tokenizing: a 10 MB prompt costs nothing
+POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean",  # the mean times sqrt(tokens): one direction
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True)
+class ModelEncoder:
+    """A transformer's text encoder in a local folder, loaded when it is first used.
+
+    Parameters
+    ----------
+    name
+        For people and file names.
+    folder
+        Safetensors weights, config and tokenizer.
+    kind
+        ``text``: token states, pooled as the folder's ``modules.json`` says (their mean where
+        there is none). ``clip``: the projected text embedding.
+    device
+        ``auto`` (cuda, then mps, then cpu) or a torch device.
+    dtype
+        What the model computes in: ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    device: str = "auto"
+    dtype: str = "float32"
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """Name, kind, precision and a digest of the model's files: content, not path."""
+        return {
+            "encoder": self.name,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "files": folder_digest(self.folder),
+        }
+
+    def embed(self, prompts: Sequence[str]) -> Vectors:
+        """The L2-normalised vectors of ``prompts``, float32 [n, d].
+
+        Prompts are sorted by length and batched by `BATCH_TOKENS`, so little is padding; one
+        longer than the model reads is cut, and counted as ``prompts_at_token_limit``.
+        """
+        settings = self._settings
+        tokenizer, model, device = self._loaded
+        limit = int(settings["max_tokens"])
+        texts = [settings["prefix"] + p[: limit * CHARACTERS_PER_TOKEN] for p in prompts]
+        if settings["lower"]:
+            texts = [text.lower() for text in texts]
+        tokens = tokenizer(texts, truncation=True, max_length=limit)["input_ids"] if texts else []
+        filler = tokenizer.pad_token_id or 0
+        tokens = [ids or [filler] for ids in tokens]  # some tokenizers give "" no token at all
+        note(prompts_at_token_limit=sum(len(ids) >= limit for ids in tokens))
+        vectors = np.empty((len(tokens), 0), np.float32)
+        for batch in _batches([len(ids) for ids in tokens], BATCH_TOKENS):
+            part = self._forward(model, [tokens[i] for i in batch], filler, device)
+            if vectors.shape[1] == 0:
+                vectors = np.empty((len(tokens), part.shape[1]), np.float32)
+            vectors[batch] = part
+        if not np.isfinite(vectors).all():
+            raise FifaError(
+                f"the encoder {self.name} gives numbers that are not finite in {self.dtype}",
+                where=str(self.folder),
+                do="compute in float32, or choose another",
+            )
+        return normalised(vectors)
+
+    def _forward(self, model: Any, tokens: list[list[int]], filler: int, device: str) -> Vectors:
+        torch = require("torch")
+        longest = max(map(len, tokens))
+        ids = torch.full((len(tokens), longest), filler, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, own in enumerate(tokens):
+            ids[row, : len(own)] = torch.tensor(own)
+            mask[row, : len(own)] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        with torch.inference_mode():
+            out = model(input_ids=ids, attention_mask=mask)
+            if self.kind == "clip":
+                pooled = out.text_embeds
+            else:
+                pooled = _pool(out.last_hidden_state.float(), mask, self._settings["pooling"])
+        vectors: Vectors = pooled.float().cpu().numpy()
+        return vectors
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """Pooling, prefix, case and token limit, from the folder's own files."""
+        settings: dict[str, Any] = {"pooling": "mean", "prefix": "", "lower": False}
+        modules = _json(self.folder / "modules.json") or []
+        if self.kind == "text":
+            settings |= _sentence_settings(self.folder, modules)
+        config = _json(self.model_folder / "config.json") or {}
+        config = config.get("text_config") or config
+        reads = _json(self.model_folder / "tokenizer_config.json") or {}
+        limits = [
+            settings.get("max_tokens"),
+            config.get("max_position_embeddings", 77 if self.kind == "clip" else None),
+            reads.get("model_max_length"),
+            512,
+        ]
+        settings["max_tokens"] = min(limit for limit in limits if limit)
+        return settings
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the transformer lies: the folder, or the place that its modules.json names."""
+        modules = (_json(self.folder / "modules.json") or []) if self.kind == "text" else []
+        return self.folder / (modules[0].get("path", "") if modules else "")
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, str]:
+        require("torch")
+        transformers = require("transformers")
+        folder = self.model_folder
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        with quiet(transformers):
+            try:
+                config = transformers.AutoConfig.from_pretrained(folder, **options)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                raise FifaError(f"cannot load the encoder: {error}", where=str(folder)) from error
+        if self.kind == "clip" and config.model_type not in ("clip", "clip_text_model"):
+            raise FifaError(
+                f"this is a {config.model_type} model, not a CLIP",
+                where=str(folder),
+                do="name it text:..., or choose a CLIP",
+            )
+        kind = transformers.AutoModel
+        if self.kind == "clip":
+            kind = transformers.CLIPTextModelWithProjection
+        elif config.is_encoder_decoder:
+            kind = transformers.AutoModelForTextEncoding
+        model = load_model(kind, folder, self.dtype)
+        device = self.device if self.device != "auto" else best_device()
+        return tokenizer, model.eval().to(device), device
+
+
+def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
+    """A transformers model from a local folder, from safetensors and no remote code.
+
+    Parameters
+    ----------
+    kind
+        A class with ``from_pretrained``. What the folder holds beyond it is left out; a pooler
+        may be missing, for nothing here reads one.
+    folder
+        Config and weights.
+    dtype
+        What it computes in.
+
+    Raises
+    ------
+    FifaError
+        For weights that are missing, damaged or not whole.
+    """
+    torch, transformers = require("torch"), require("transformers")
+    with quiet(transformers):
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FifaError(f"cannot load the model: {error}", where=str(folder)) from error
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise FifaError(f"the weights lack {', '.join(missing[:3])}", where=str(folder))
+    return model
+
+
+def normalised(vectors: Vectors) -> Vectors:
+    """``vectors`` (float32) over their L2 norms, in place; a zero vector stays zero."""
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    vectors /= np.maximum(norms, np.finfo(np.float32).tiny)
+    return vectors
+
+
+def best_device() -> str:
+    """The fastest torch device of this machine: ``cuda``, ``mps`` or ``cpu``."""
+    torch = require("torch")
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _pool(states: Any, mask: Any, mode: str) -> Any:
+    """Token states [n, t, d] to vectors [n, d], as sentence-transformers does it."""
+    torch = require("torch")
+    weight = mask.unsqueeze(-1).to(states.dtype)
+    if mode == "cls":
+        return states[:, 0]
+    if mode == "max":
+        return states.masked_fill(weight == 0, -torch.inf).amax(1)
+    if mode == "lasttoken":  # the padding is on the right
+        return states[torch.arange(len(states)), mask.sum(1) - 1]
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def _sentence_settings(folder: Path, modules: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a sentence-transformers folder says of pooling, case, prefix and length."""
+    if not modules:
+        return {}
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    beyond = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    own = _json(folder / modules[0].get("path", "") / "sentence_bert_config.json") or {}
+    whole = _json(folder / "config_sentence_transformers.json") or {}
+    prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name") or "", "")
+    modes = ["mean"]
+    if "Pooling" in kinds:
+        config = _json(folder / modules[kinds.index("Pooling")]["path"] / "config.json") or {}
+        named = config.get("pooling_mode", [m for m in POOLINGS if config.get(m)] or ["mean"])
+        named = [named] if isinstance(named, str) else list(named)
+        modes = [POOLINGS.get(mode, mode.removesuffix("_sqrt_len_tokens")) for mode in named]
+        if config.get("include_prompt", True) is False and prompt:
+            beyond.append("a prompt left out of the pooling")
+        if config.get("pooling_mode_weightedmean_tokens"):
+            modes.append("weightedmean")
+    if beyond or len(modes) != 1 or modes[0] not in POOLINGS.values():
+        raise FifaError(
+            f"the encoder needs what is not supported: {', '.join(beyond) or ' + '.join(modes)}",
+            where=str(folder),
+            do=f"a model of one transformer, pooled by one of {sorted(set(POOLINGS.values()))}",
+        )
+    limit = own.get("max_seq_length")
+    lower = bool(own.get("do_lower_case"))
+    return {"pooling": modes[0], "prefix": prompt, "lower": lower, "max_tokens": limit}
+
+
+def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Rows in order of length, in batches whose padded size stays within ``budget`` tokens."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def folder_digest(folder: Path) -> str:
+    """16 hex characters that name the content of a model's files, wherever they lie."""
+    files = (p for p in folder.rglob("*") if p.suffix in MODEL_FILES and p.is_file())
+    return files_digest({path.relative_to(folder).as_posix(): path for path in files})
+
+
+def _json(path: Path) -> Any:
+    """The JSON in ``path``; None if there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FifaError(f"cannot read the encoder's settings: {error}", where=str(path)) from error

@@ -1,0 +1,254 @@
+"""The page's figures: drawn by matplotlib, then made to follow the page's fonts and colours.
+
+Colours are drawn as stand-ins and replaced by the style sheet's variables, so one figure serves a
+light and a dark page; text stays text. Nothing in a figure comes from the data set but numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET  # of what matplotlib has written, never of a file
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from fifa.reporting.data import Curve, Floats, Histogram, Plane
+from fifa.scoring.agreement import Agreement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What stands for each of the style sheet's variables while matplotlib draws
+COLOURS = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "line": "#030303",
+    "kept": "#040404",
+    "all": "#050505",
+    "dropped": "#060606",
+    **{f"scorer-{i}": f"#1{i}1{i}1{i}" for i in range(7)},
+}
+SCORERS = 7  # lines that can be told apart in one figure
+SIZE = (4.3, 2.9)  # inches of 72 units: about a phone's width, so that text keeps its size there
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fifa",
+    "font.size": 11,
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "text.color": COLOURS["ink"],
+    "text.parse_math": False,
+}
+
+
+def draw_curve(curves: Sequence[Curve], cut: tuple[float, Agreement] | None, name: str) -> Markup:
+    """Agreement among the top x by margin: the first curve with its band, the others as lines.
+
+    ``cut`` is the share of the labelled pairs that was kept and the agreement among them.
+    """
+    figure, axes = canvas(name)
+    first = curves[0]
+    axes.fill_between(first.top, first.low, first.high, color=COLOURS["kept"], alpha=0.16, lw=0)
+    for i, other in list(enumerate(curves))[1 : SCORERS + 1]:
+        axes.plot(other.top, other.share, color=COLOURS[f"scorer-{i - 1}"], lw=1.3)
+    axes.plot(first.top, first.share, color=COLOURS["kept"], lw=2.2)
+    low = min([float(c.share.min()) for c in curves] + [float(first.low.min())])
+    if cut is not None:
+        x, share = cut
+        low = min(low, share.low)
+        axes.axvline(x, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)))
+        axes.errorbar(
+            [x],
+            [share.share],
+            _whiskers([share]),
+            fmt="o",
+            color=COLOURS["ink"],
+            ms=6,
+            lw=1.4,
+            capsize=3.5,
+        )
+    axes.set_xscale("log")
+    start = min([float(c.top[0]) for c in curves] + ([cut[0]] if cut else []))
+    start *= 0.9
+    ticks = _ticks_1_3_10(start)
+    axes.set_xlim(start, 1.06)
+    axes.set_xticks(ticks, [_percent(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("share of pairs, largest margins first")
+    _agreement_axis(axes, low)
+    return svg(figure, name, "Agreement with the people's labels against the share kept by margin")
+
+
+def draw_deciles(shares: Sequence[Agreement], name: str) -> Markup:
+    """Agreement in each tenth by margin, with intervals and the line of a coin toss."""
+    figure, axes = canvas(name)
+    x = np.arange(1, len(shares) + 1)
+    middle = np.array([s.share for s in shares])
+    axes.bar(x, middle, width=0.74, color=COLOURS["kept"], alpha=0.35, lw=0)
+    axes.errorbar(x, middle, _whiskers(shares), fmt="o", color=COLOURS["kept"], ms=4, capsize=2.5)
+    axes.set_xticks(x)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("tenth by margin, smallest first")
+    _agreement_axis(axes, min(s.low for s in shares))
+    return svg(figure, name, "Agreement with the people's labels in each tenth by margin")
+
+
+def _whiskers(shares: Sequence[Agreement]) -> Floats:
+    """The intervals below and above their shares, float64 [2, n]."""
+    # Where all agree, rounding may put an end of the interval on the wrong side of the share
+    ends = [(max(0.0, s.share - s.low), max(0.0, s.high - s.share)) for s in shares]
+    return np.array(ends).T
+
+
+def _agreement_axis(axes: Axes, low: float) -> None:
+    bottom = max(0.0, np.floor(min(low, 0.48) * 10) / 10)
+    axes.axhline(0.5, color=COLOURS["dropped"], lw=1.1, ls=(0, (1, 2)))
+    ticks = np.arange(round(bottom * 10), 11, 1 if bottom > 0.25 else 2) / 10
+    axes.set_yticks(ticks, [f"{t:.0%}" for t in ticks])
+    axes.set_ylim(bottom, 1.015)
+
+
+def draw_histogram(histogram: Histogram, label: str, name: str) -> Markup:
+    """Before as a grey area, after as a line, both as shares; medians as ticks on the axis."""
+    figure, axes = canvas(name)
+    axes.stairs(histogram.before, histogram.edges, fill=True, color=COLOURS["all"], alpha=0.45)
+    axes.stairs(histogram.after, histogram.edges, color=COLOURS["kept"], lw=2, baseline=None)
+    top = max(float(histogram.before.max()), float(histogram.after.max())) * 1.14
+    for value, colour in ((histogram.median_before, "all"), (histogram.median_after, "kept")):
+        if np.isfinite(value):
+            axes.plot([value], [top * 0.965], marker="v", color=COLOURS[colour], ms=7, lw=0)
+    axes.set_ylim(0, top)
+    axes.yaxis.set_major_locator(locator(4))
+    axes.yaxis.set_major_formatter(lambda value, _: _percent(value))
+    axes.xaxis.set_major_locator(locator(6))
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel(label)
+    return svg(figure, name, f"Distribution of {label}: all pairs and kept pairs")
+
+
+def draw_plane(plane: Plane, name: str) -> Markup:
+    """All prompts as grey points and the kept ones over them; the points are a bitmap."""
+    figure, axes = canvas(name, size=(6.2, 4.4), dpi=120)
+    # A bitmap cannot follow the style sheet: these two are seen on a light and on a dark page
+    size = float(np.clip(20_000 / max(len(plane.before), 1), 5, 28))
+    for points, colour, alpha in (
+        (plane.before, "#8d97a5", 0.5),
+        (plane.after, "#3b82f6", 0.8),
+    ):
+        axes.scatter(
+            points[:, 0], points[:, 1], s=size, c=colour, alpha=alpha, lw=0, rasterized=True
+        )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.margins(0.03)
+    return svg(figure, name, "Prompts in two dimensions: all in grey, kept in blue")
+
+
+def canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
+    """Empty axes in the page's style, ``size`` in inches of 72 units."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+        axes = figure.add_subplot()
+        axes.tick_params(length=3)
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def locator(bins: int) -> Any:
+    """At most ``bins`` intervals between round ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(bins)
+
+
+def _ticks_1_3_10(start: float) -> list[float]:
+    ticks = [m * 10.0**e for e in range(-7, 1) for m in (1, 3)]
+    inside = [t for t in ticks if start <= t <= 1]
+    # Few decades: add more steps; many decades: only the tens
+    if len(inside) < 3:
+        inside = [t for t in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0) if t >= start]
+    if len(inside) > 7:
+        inside = [t for t in inside if abs(np.log10(t) - round(np.log10(t))) < 1e-9]
+    return inside
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.4g} %"
+
+
+def svg(figure: Figure, name: str, title: str) -> Markup:
+    """The figure as inline SVG: no style attributes, the page's colours, identifiers its own."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(
+            buffer,
+            format="svg",
+            dpi=figure.dpi,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    root = ET.fromstring(buffer.getvalue())
+    _plain(root, name)
+    view = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib.update({"class": "plot", "viewBox": view, "role": "img", "aria-label": title})
+    text = ET.tostring(root, encoding="unicode")
+    for role, colour in COLOURS.items():
+        text = text.replace(f'"{colour}"', f'"var(--{role})"')
+    return Markup(text)  # our own drawing, serialised by ElementTree: safe as it stands
+
+
+def _plain(element: ET.Element, name: str) -> None:
+    """Strip namespaces, style sheets and unused identifiers; style attributes become plain ones."""
+    element.tag = element.tag.rpartition("}")[2]
+    for child in list(element):
+        if child.tag.rpartition("}")[2] in ("metadata", "style"):
+            element.remove(child)
+        else:
+            _plain(child, name)
+    found: dict[str, str] = {}
+    for key, value in element.attrib.items():
+        key = key.rpartition("}")[2]
+        if key == "style":
+            for part in value.split(";"):
+                rule, _, setting = (piece.strip() for piece in part.partition(":"))
+                if rule == "font":  # "10.5px 'DejaVu Sans', ...": the page has its own family
+                    size = re.search(r"([\d.]+)px", setting)
+                    found["font-size"] = size.group(1) if size else "10"
+                elif rule and rule not in ("font-family", "image-rendering"):
+                    found[rule] = setting
+        elif key == "id" and element.tag not in ("path", "clipPath", "image"):
+            continue
+        elif key == "id":
+            found["id"] = f"{name}-{value}"
+        elif key == "href" and value.startswith("#"):
+            found["href"] = f"#{name}-{value[1:]}"
+        else:
+            found[key] = value.replace("url(#", f"url(#{name}-")
+    found.pop("xmlns", None)
+    element.attrib.clear()
+    element.attrib.update(found)

@@ -1,0 +1,250 @@
+"""Text diversity: how far every prompt is from its neighbours, and the set's entropy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.console import echo, note, progress
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.transformer import Vectors
+from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
+from fifa.scoring.table import DIVERSITY, score_path, scored_once
+from fifa.shards.files import digest
+from fifa.shards.ledger import forget, map_shards
+
+Rows = npt.NDArray[np.int64]
+Search = Callable[[Vectors, int], Rows]  # (queries [q, d], k) -> the rows of the k nearest [q, k]
+
+FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
+EXACT_UP_TO = 200_000  # prompts; docs/diversity.md has the times it comes from
+BLOCK = 1024  # prompts whose vectors stay in the processor's cache
+QUERIES = 32_768  # prompts searched between two points where a run can be resumed
+PROBES = 128  # cells of the approximate index that a query looks into
+REFINE = 20  # candidates a neighbour whose distance is then computed exactly
+FEWEST = 1000  # prompts that an approximate index can be trained on
+SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
+
+
+def diversity_scores(
+    pairs: Pairs,
+    spec: str | Encoder,
+    *,
+    k: int = 10,
+    folder: Path | None = None,
+    knn: Literal["auto", "exact", "approx"] = "auto",
+) -> pa.Table:
+    """How much every unique prompt adds to the diversity of all of them.
+
+    With z_c the L2-normalised embedding of prompt c and z_c^(k) its k-th nearest neighbour among
+    the other unique prompts: distance = ||z_c - z_c^(k)||, entropy = h_c = log(max(distance,
+    0.001)), in nats. The mean of h_c is, up to constants, the set's entropy
+    (`entropy_estimate`), which is put into the table's facts.
+
+    Parameters
+    ----------
+    pairs
+        The pairs; ``prompts`` holds each prompt once, so that no pair counts twice.
+    spec
+        The encoder: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME``, or one of yours.
+    k
+        The neighbour. More than there are other prompts: the farthest of them, and said.
+    folder
+        Where scores and embeddings are kept; None keeps nothing.
+    knn
+        ``exact``; ``approx`` (an inverted file of product codes, candidates compared exactly;
+        its recall on a sample is told and kept beside the result); ``auto`` is exact up to
+        200,000 prompts.
+
+    Returns
+    -------
+    pyarrow.Table
+        `fifa.scoring.table.DIVERSITY`, row by row with ``pairs.prompts``. A single prompt has no
+        neighbour: distance NaN, entropy 0.
+
+    Raises
+    ------
+    FifaError
+        For an unknown encoder, and where the ``local`` extra is missing.
+    """
+    n = pairs.prompts.num_rows
+    if k < 1 or knn not in ("auto", "exact", "approx"):
+        raise FifaError(f"no such neighbours: k={k}, knn={knn}", do="k >= 1; auto, exact, approx")
+    method = ("exact" if n <= EXACT_UP_TO else "approx") if knn == "auto" else knn
+    nearest = min(k, n - 1)
+    if 0 < nearest < k:
+        echo(f"diversity: {n:,} prompts have no {k}-th neighbours; k is {nearest}")
+
+    given: Vectors | None = None
+    if isinstance(spec, str) and spec.startswith("column:"):
+        given = prompt_embeddings(pairs, spec)
+        name = spec
+        identity: dict[str, object] = {"encoder": spec, "content": digest(given.tobytes())}
+    else:
+        encoder = make_encoder(spec) if isinstance(spec, str) else spec
+        name, identity = encoder.name, encoder.identity
+    path = None
+    if folder is not None:
+        content = (identity, *prompts_identity(pairs), method)
+        path = score_path(folder, "diversity", f"{name}-k{k}", *content)
+
+    def make() -> pa.Table:
+        found = prompt_embeddings(pairs, encoder, folder) if given is None else given
+        parts = path.parent / f".parts-{path.stem}" if path else None
+        distance, facts = _distances(found, nearest, method, parts)
+        # h_c = log ||z_c - z_c^(k)||, bounded below
+        entropy = np.log(np.maximum(distance, np.float32(FLOOR)))
+        if n == 1:
+            entropy = np.zeros(1, np.float32)
+        elif n > 1:
+            facts["mean_log_distance"] = float(np.mean(entropy, dtype=np.float64))
+            facts["entropy"] = entropy_estimate(entropy, nearest, found.shape[1])
+            note(**{f"diversity_{fact}": value for fact, value in facts.items()})
+        columns = [pairs.prompts["prompt_id"].combine_chunks(), pa.array(distance)]
+        metadata = {"fifa.score": json.dumps(facts)}
+        return pa.table([*columns, pa.array(entropy)], schema=DIVERSITY.with_metadata(metadata))
+
+    table = scored_once(path, make, {"encoder": identity, "k": k, "floor": FLOOR})
+    if path is not None:
+        forget(path.parent / f".parts-{path.stem}")
+    return table
+
+
+def entropy_estimate(log_distances: Vectors, k: int, dimensions: int) -> float:
+    """The Kozachenko-Leonenko estimate of a sample's differential entropy, in nats::
+
+        H = psi(n) - psi(k) + log V_d + d * mean_c log ||z_c - z_c^(k)||
+
+    V_d = pi^(d/2) / Gamma(d/2 + 1) is the volume of the unit ball, psi the digamma function.
+    d is the encoder's dimension. Prompts fill far fewer, so the number is comparable between
+    sets seen through one encoder with one k, and says nothing across encoders.
+
+    Parameters
+    ----------
+    log_distances
+        log ||z_c - z_c^(k)||, [n], n >= 2.
+    k
+        The neighbour.
+    dimensions
+        d.
+
+    References
+    ----------
+    Kozachenko, Leonenko, "Sample estimate of the entropy of a random vector", Problems of
+    Information Transmission 23 (1987), for k = 1; this form for any k: Kraskov, Stoegbauer,
+    Grassberger, Physical Review E 69 (2004), equation 20.
+    """
+    n, d = len(log_distances), dimensions
+    # psi(n) - psi(k) = sum of 1/i for k <= i < n
+    digammas = float(np.sum(1 / np.arange(k, n, dtype=np.float64)))
+    log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    return digammas + log_ball + d * float(np.mean(log_distances, dtype=np.float64))
+
+
+def kth_distances(vectors: Vectors, rows: Rows, found: Rows) -> Vectors:
+    """||z_c - z_c^(k)|| for the prompts ``rows``, float32 [q].
+
+    The nearest of a prompt is itself, unless duplicates at distance 0 push it down or off the
+    list; the k-th neighbour is the last but itself.
+
+    Parameters
+    ----------
+    vectors
+        All prompts, [n, d].
+    rows
+        The prompts searched, [q].
+    found
+        Their k + 1 nearest, nearest first, [q, k + 1].
+    """
+    itself = (found[:, :-1] == rows[:, None]).any(axis=1)
+    kth = np.where(itself, found[:, -1], found[:, -2])
+    distances = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), BLOCK):
+        block = slice(start, start + BLOCK)
+        # From the difference and not from 2 - 2 <z, z'>: near 0 that has no digits left.
+        apart = vectors[rows[block]] - vectors[kth[block]]
+        distances[block] = np.sqrt(np.einsum("ij,ij->i", apart, apart))
+    return distances
+
+
+def exact_search(vectors: Vectors) -> Search:
+    """Brute force over ``vectors`` [n, d] by faiss."""
+    faiss = require("faiss")
+
+    def search(queries: Vectors, k: int) -> Rows:
+        found: Rows = faiss.knn(queries, vectors, k, metric=faiss.METRIC_L2)[1]
+        return found
+
+    return search
+
+
+def approximate_search(vectors: Vectors) -> Search:
+    """An inverted file with 4-bit product codes over ``vectors`` [n, d]; candidates re-ranked.
+
+    About 2 sqrt(n) cells, of which `PROBES` are read; codes of 1 bit a number, and `REFINE`
+    candidates a neighbour compared exactly. The same vectors give the same index. A prompt for
+    which it finds too few is searched exactly, and so is a set of fewer than `FEWEST`.
+    """
+    faiss = require("faiss")
+    n, d = vectors.shape
+    if n < FEWEST:
+        return exact_search(vectors)
+    cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(n))), n // 39))
+    width = next(w for w in (4, 3, 2, 1) if d % w == 0)
+    index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,RFlat", faiss.METRIC_L2)
+    index.train(vectors[:: max(1, n // (64 * cells))])
+    index.add(vectors)
+    index.k_factor = REFINE
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(PROBES, cells))
+    exact = exact_search(vectors)
+
+    def search(queries: Vectors, k: int) -> Rows:
+        found: Rows = index.search(queries, k)[1]
+        short = (found < 0).any(axis=1)
+        if short.any():
+            found[short] = exact(queries[short], k)
+        return found
+
+    return search
+
+
+def sampled_recall(vectors: Vectors, search: Search, k: int) -> float:
+    """The share of `SAMPLE` prompts' k nearest neighbours that ``search`` finds too."""
+    rows = np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors))).astype(np.int64)
+    truth, found = (s(vectors[rows], k + 1) for s in (exact_search(vectors), search))
+    shared = sum(len(np.intersect1d(*both)) - 1 for both in zip(truth, found, strict=True))
+    return max(0, shared) / (len(rows) * k)
+
+
+def _distances(
+    vectors: Vectors, k: int, method: str, parts: Path | None
+) -> tuple[Vectors, dict[str, Any]]:
+    """The distance to the k-th neighbour of every prompt, and how it was found."""
+    n = len(vectors)
+    if k < 1:  # one prompt, or none
+        return np.full(n, np.nan, np.float32), {"prompts": n, "knn": "none"}
+    build = cache(lambda: (exact_search if method == "exact" else approximate_search)(vectors))
+
+    def measure(start: int) -> pa.Table:
+        rows = np.arange(start, min(start + QUERIES, n))
+        found = build()(vectors[start : start + QUERIES], k + 1)
+        return pa.table({"distance": kth_distances(vectors, rows, found)})
+
+    shards = [(f"from-{start}", start) for start in range(0, n, QUERIES)]
+    with progress(f"{k} nearest neighbours ({method})", n) as advance:
+        table = map_shards(measure, shards, parts if len(shards) > 1 else None, advance)
+    facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
+    if method == "approx":
+        facts["recall"] = sampled_recall(vectors, build(), k)
+        echo(f"diversity: approximate neighbours, recall@{k} {facts['recall']:.3f} on a sample")
+    return table["distance"].to_numpy(), facts

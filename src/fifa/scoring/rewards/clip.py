@@ -1,0 +1,241 @@
+"""The CLIP family: two towers and a cosine. PickScore, CLIPScore, and the image half of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.runtime import Runtime
+from fifa.models.transformer import ModelEncoder, folder_digest, load_model
+from fifa.scoring.encoders import make_encoder
+from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClipFormula:
+    """What a member of the family does with a cosine.
+
+    Parameters
+    ----------
+    scale
+        The formula, for people.
+    factor
+        What the cosine is multiplied by; None for the model's own ``exp(logit_scale)``.
+    floor
+        The smallest reward, if there is one.
+    prefix
+        Put in front of every prompt.
+    clean
+        Mend mojibake and HTML entities first, as the tokenizers of OpenAI's CLIP and open_clip.
+    preprocessing
+        A key of `fifa.scoring.rewards.pixels.PREPROCESSING`.
+    """
+
+    scale: str
+    factor: float | None
+    floor: float | None = None
+    prefix: str = ""
+    clean: bool = False
+    preprocessing: str = "convert-crop"
+
+
+FORMULAS = {
+    # PickScore's README and criterion: text_embs @ image_embs.T, both L2-normalised
+    "pickscore": ClipFormula("exp(logit_scale) * cos(prompt, image)", None),
+    # torchmetrics.functional.multimodal.clip_score
+    "clipscore": ClipFormula("max(100 * cos(prompt, image), 0), as in torchmetrics", 100.0, 0.0),
+    # jmhessel/clipscore
+    "clipscore-b32": ClipFormula(
+        "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021",
+        2.5,
+        0.0,
+        prefix="A photo depicts ",
+        clean=True,
+        preprocessing="crop-convert",
+    ),
+    # hpsv2: the diagonal of image_features @ text_features.T; its tables print it times 100
+    "hpsv2": ClipFormula("cos(prompt, image)", 1.0, clean=True, preprocessing="pad"),
+    "hpsv2.1": ClipFormula("cos(prompt, image)", 1.0, clean=True, preprocessing="pad"),
+}
+
+
+class ImageTower:
+    """A CLIP's image half in a local folder, loaded when it is first used.
+
+    Parameters
+    ----------
+    folder
+        A transformers CLIP: config and safetensors.
+    preprocessing
+        A key of `fifa.scoring.rewards.pixels.PREPROCESSING`.
+    runtime
+        Where and how it computes.
+
+    Raises
+    ------
+    FifaError
+        For a folder that is no CLIP, or whose images want other preprocessing than CLIP's.
+    """
+
+    def __init__(self, folder: Path, preprocessing: str, runtime: Runtime) -> None:
+        self.folder, self.runtime = folder, runtime
+        config = read_json(folder / "config.json")
+        if config.get("model_type") not in ("clip", "clip_vision_model"):
+            raise FifaError(
+                f"this is a {config.get('model_type')} model, not a CLIP", where=str(folder)
+            )
+        self.size = int((config.get("vision_config") or config).get("image_size", 224))
+        self._preprocess = PREPROCESSING[preprocessing]
+        self.description = f"{preprocessing} {self.size}, mean {MEAN}, std {STD}"
+        _check_processor(folder, self.size)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the content of the folder's files."""
+        return folder_digest(self.folder)
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """``[3, size, size]``, uint8 or (where the original resizes floats) float32."""
+        return self._preprocess(image, self.size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """L2-normalised embeddings, float32 ``[b, d]``, of preprocessed images."""
+        torch = require("torch")
+        with torch.inference_mode(), self.runtime.autocast():
+            out = self._model(pixel_values=standardise(self.runtime.pixels(pixels)))
+            embeddings: Tensor = out.image_embeds.float()
+            # x / |x|
+            unit: Tensor = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return unit
+
+    @cached_property
+    def _model(self) -> Any:
+        transformers = require("transformers")
+        model = load_model(transformers.CLIPVisionModelWithProjection, self.folder)
+        return self.runtime.place(model)
+
+
+class ClipReward:
+    """A reward that is a cosine of two towers: a `fifa.scoring.rewards.base.RewardModel`.
+
+    Parameters
+    ----------
+    name
+        A key of `FORMULAS`.
+    model
+        A folder or hub id of a transformers CLIP.
+    runtime
+        Where and how the image tower computes. The text tower stays in float32: prompts are few,
+        and their vectors are then those of the encoder ``clip:MODEL``.
+
+    Attributes
+    ----------
+    encoder
+        The encoder whose vectors `prompt_features` are, the one that the diversity step makes of
+        ``clip:MODEL``: `fifa.scoring.encoders.keep_embeddings` takes them. None where the scorer
+        changes a prompt before it reads it.
+    """
+
+    def __init__(self, name: str, model: str, runtime: Runtime) -> None:
+        self.name, self.formula = name, FORMULAS[name]
+        self.scale = self.formula.scale
+        self.runtime = runtime
+        self._text: ModelEncoder = make_encoder(f"clip:{model}", device=runtime.device)
+        changed = self.formula.clean or self.formula.prefix
+        self.encoder = None if changed else self._text
+        self._images = ImageTower(self._text.folder, self.formula.preprocessing, runtime)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digest of weights and tokenizer, preprocessing, formula and precision."""
+        return {
+            "scorer": self.name,
+            "weights": self._images.digest,
+            "preprocessing": self._images.description,
+            "scale": self.scale,
+            "dtype": self.runtime.dtype,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels ``[3, size, size]`` of an image of any mode."""
+        return self._images.preprocess(image)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """L2-normalised embeddings, float32 ``[b, d]``."""
+        return self._images.embed(pixels)
+
+    def prompt_features(self, prompts: Sequence[str]) -> Tensor:
+        """L2-normalised embeddings, float32 ``[n, d]``."""
+        torch = require("torch")
+        texts = [clean(p) for p in prompts] if self.formula.clean else prompts
+        vectors = self._text.embed([self.formula.prefix + text for text in texts])
+        features: Tensor = torch.from_numpy(vectors).to(self.runtime.device)
+        return features
+
+    def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
+        """float32 ``[n]``: the formula, of the cosines of prompts i and images i."""
+        # cos = t . v of unit vectors
+        cosine = (prompts * images).sum(-1)
+        reward = cosine * (self._own_factor if self.formula.factor is None else self.formula.factor)
+        return reward if self.formula.floor is None else reward.clamp(min=self.formula.floor)
+
+    @cached_property
+    def _own_factor(self) -> float:
+        """exp(logit_scale), from the weights."""
+        safetensors = require("safetensors")
+        for path in sorted(self._text.folder.glob("*.safetensors")):
+            with safetensors.safe_open(path, framework="pt") as tensors:
+                if "logit_scale" in tensors.keys():  # noqa: SIM118 - it is no dict
+                    return float(tensors.get_tensor("logit_scale").float().exp())
+        raise FifaError("the weights lack logit_scale", where=str(self._text.folder))
+
+
+def clean(prompt: str) -> str:
+    """The prompt as OpenAI's CLIP and open_clip read it: mended, unescaped, single spaces."""
+    import html
+
+    mended = require("ftfy").fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(mended)).split())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model's settings file; `FifaError` where there is none."""
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FifaError(f"cannot read the model's settings: {error}", where=str(path)) from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _check_processor(folder: Path, size: int) -> None:
+    """Refuse a model whose preprocessor_config.json asks for anything but CLIP's own."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return
+    settings = read_json(path)
+    crop = settings.get("crop_size", size)
+    known: dict[str, tuple[Any, Any]] = {
+        "image_mean": (settings.get("image_mean", MEAN), MEAN),
+        "image_std": (settings.get("image_std", STD), STD),
+        "resample": (settings.get("resample", 3), 3),
+        "crop_size": (crop.get("height", size) if isinstance(crop, dict) else crop, size),
+    }
+    for name, (own, ours) in known.items():
+        if not np.allclose(own, ours, atol=1e-6):
+            raise FifaError(
+                f"the model wants {name} {own}, scorers of the CLIP family use {ours}",
+                where=str(path),
+                do="choose a CLIP with OpenAI's preprocessing",
+            )

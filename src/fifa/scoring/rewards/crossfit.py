@@ -1,0 +1,194 @@
+"""Cross-fitting: a proxy scores every pair, and never one whose label it has seen."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.console import note, progress
+from fifa.data.table import Pairs
+from fifa.models.runtime import make_runtime
+from fifa.scoring.encoders import make_encoder, model_folder
+from fifa.scoring.rewards.engine import score_images
+from fifa.scoring.rewards.features import make_image_encoder, model_digest, unique_images
+from fifa.scoring.rewards.fit import (
+    TrainOptions,
+    comparisons,
+    features_of,
+    fit_head,
+    train_reward,
+)
+from fifa.scoring.rewards.split import prompt_folds
+from fifa.scoring.table import MARGIN, score_path, scored_once
+from fifa.shards.files import column_digest, digest
+from fifa.shards.ledger import forget, map_shards
+
+FOLD = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("reward_0", pa.float32()),
+        ("reward_1", pa.float32()),
+        ("fold", pa.int32()),
+        ("temperature", pa.float32()),  # what the fold's rewards were divided by
+    ]
+)
+
+
+def crossfit_rewards(
+    pairs: Pairs,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    folder: Path | None = None,
+    options: TrainOptions | None = None,
+) -> pa.Table:
+    """What a proxy gives both images of every pair, trained on the other prompts' pairs.
+
+    Parameters
+    ----------
+    pairs
+        The pairs, with labels and images.
+    folds
+        A model each. Its own choices (penalty, temperature, when to stop) are made within the
+        other folds.
+    seed
+        Of the folds.
+    folder
+        Where scores are kept; a run that was killed goes on with the fold it was at. None keeps
+        nothing.
+    options
+        How each model is trained.
+
+    Returns
+    -------
+    pyarrow.Table
+        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``: calibrated log-odds, so that
+        folds are on one scale. NaN where an image could not be read.
+
+    Notes
+    -----
+    Prompts that share an image are in one fold (`fifa.scoring.rewards.split.prompt_folds`). Those
+    that say almost the same are not looked for, nor are images that look almost the same: neither
+    carries the label of the pair itself.
+    """
+    options = options or TrainOptions()
+    path = None
+    if folder is not None:
+        path = score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
+    facts = {"scorer": "proxy", "folds": folds, "seed": seed, "options": options.settings()}
+
+    def make() -> pa.Table:
+        table = crossfit_folds(pairs, folds=folds, seed=seed, folder=folder, options=options)
+        rewards = (table[f"reward_{side}"].combine_chunks() for side in (0, 1))
+        return pa.table([pairs.table["pair_id"].combine_chunks(), *rewards], schema=MARGIN)
+
+    table = scored_once(path, make, facts)
+    if folder is not None:
+        forget(_parts(folder, _identity(pairs, options, folds, seed)))
+    return table
+
+
+def crossfit_folds(
+    pairs: Pairs,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    folder: Path | None = None,
+    options: TrainOptions | None = None,
+) -> pa.Table:
+    """As `crossfit_rewards`, with the fold and its temperature beside every pair: `FOLD`.
+
+    Finished folds stay in ``folder`` until `crossfit_rewards` has written its table.
+    """
+    options = options or TrainOptions()
+    identity = _identity(pairs, options, folds, seed)
+    run = _ClipFolds if options.base != "features" else _HeadFolds
+    fitting = run(pairs, options, folder)
+    ids = pairs.prompts["prompt_id"]
+    prompt = pairs.table["prompt_index"].to_numpy().astype(np.int64)
+    fold = prompt_folds(ids, prompt, fitting.images, folds=folds, seed=seed)[prompt]
+
+    def one(k: int) -> pa.Table:
+        rows = np.flatnonzero(fold == k)
+        rewards, temperature = fitting.score(fold != k, rows)
+        constant = np.ones(len(rows), np.float32)
+        columns = [rows, *rewards, (k * constant).astype(np.int32), temperature * constant]
+        return pa.table([pa.array(c) for c in columns], names=FOLD.names).cast(FOLD)
+
+    shards = [(digest(identity, k), k) for k in range(folds)]
+    parts = _parts(folder, identity) if folder is not None else None
+    with progress("cross-fitting", len(pairs)) as advance:
+        table = map_shards(one, shards, parts, advance)
+    note(crossfit_folds=folds, crossfit_pairs=len(pairs))
+    return table.sort_by("row")
+
+
+class _HeadFolds:
+    """A head a fold; the features, which know no labels, once for all."""
+
+    def __init__(self, pairs: Pairs, options: TrainOptions, folder: Path | None) -> None:
+        self._pairs, self._options = pairs, options
+        self._features, _ = features_of(pairs, options, folder)
+        self._data, self._readable = comparisons(pairs, self._features)
+        self.images = self._data.image
+
+    def score(
+        self, training: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]
+    ) -> tuple[list[npt.NDArray[Any]], float]:
+        """Rewards of both sides of ``rows`` by a head trained on ``training``."""
+        learn = self._data.part(training & self._readable)
+        fitted = fit_head(self._pairs, self._features, learn, self._options)
+        images, prompts = self._features.images, self._features.prompts
+        asked = self._data.part(rows)
+        rewards: list[npt.NDArray[Any]] = [
+            fitted.head.rewards(images[asked.image[:, side]], prompts[asked.prompt])
+            for side in (0, 1)
+        ]
+        return rewards, fitted.temperature
+
+
+class _ClipFolds:
+    """A fine-tuned CLIP a fold."""
+
+    def __init__(self, pairs: Pairs, options: TrainOptions, folder: Path | None) -> None:
+        self._pairs, self._options = pairs, options
+        asked = unique_images(pairs, folder=folder, allow_download=options.allow_download)
+        self.images = asked.image[asked.of_slot].reshape(-1, 2)
+
+    def score(
+        self, training: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]
+    ) -> tuple[list[npt.NDArray[Any]], float]:
+        """Rewards of both sides of ``rows`` by a CLIP trained on ``training``."""
+        with tempfile.TemporaryDirectory() as scratch:
+            learn = self._part(np.flatnonzero(training))
+            trained = train_reward(learn, Path(scratch) / "reward", self._options)
+            table = score_images(self._part(rows), trained.load())
+        rewards = [table[f"reward_{side}"].to_numpy() for side in (0, 1)]
+        return rewards, trained.temperature
+
+    def _part(self, rows: npt.NDArray[np.int64]) -> Pairs:
+        pairs = self._pairs
+        return Pairs(pairs.table.take(pa.array(rows)), pairs.prompts, origin=pairs.origin)
+
+
+def _identity(pairs: Pairs, options: TrainOptions, folds: int, seed: int) -> list[Any]:
+    """Everything that the rewards depend on."""
+    models: list[Any]
+    if options.base == "features":
+        runtime = make_runtime("cpu", None, False, False)
+        text = None if options.text == "none" else make_encoder(options.text).identity
+        models = [make_image_encoder(options.image, runtime).identity, text]
+    else:
+        models = [model_digest(model_folder(options.base))]
+    labels = pairs.table["label"].cast(pa.string())
+    content = [pairs.pairs_digest, column_digest(labels), pairs.origin.fingerprint]
+    return [options.settings(), folds, seed, models, content]
+
+
+def _parts(folder: Path, identity: list[Any]) -> Path:
+    return folder / f".parts-proxy-{digest(identity)}"

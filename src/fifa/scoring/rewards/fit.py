@@ -1,0 +1,360 @@
+"""`fifa reward train`: a reward model from the feedback itself, by PickScore's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.console import echo, note
+from fifa.data.read import read_pairs
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.runtime import Runtime, make_runtime
+from fifa.scoring.encoders import make_encoder
+from fifa.scoring.rewards.base import RewardModel
+from fifa.scoring.rewards.calibrate import Metrics, fit_temperature, measure
+from fifa.scoring.rewards.card import model_card
+from fifa.scoring.rewards.features import (
+    Features,
+    ImageEncoder,
+    frozen_features,
+    make_image_encoder,
+)
+from fifa.scoring.rewards.head import Comparisons, Head, HeadPath, prompt_weights
+from fifa.scoring.rewards.proxy import load_proxy, save_head
+from fifa.scoring.rewards.split import prompt_folds
+from fifa.shards.files import atomic_folder
+
+PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
+PLACES = ("device", "allow_download")  # options that change no result
+PATIENCE = 2  # penalties that may pass without gain on held-out prompts
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a reward is trained.
+
+    Parameters
+    ----------
+    base
+        ``features``: a head on frozen features. Otherwise the folder or hub id of a transformers
+        CLIP to fine-tune.
+    image, text
+        The frozen encoders (`fifa.scoring.rewards.features.make_image_encoder`,
+        `fifa.scoring.encoders.make_encoder`); text may be ``none``.
+    folds
+        Of the prompts, each held out once; it decides how free the head may be, and its card.
+    parts
+        Of a CLIP: ``full``, or ``heads`` (both projections and logit_scale).
+    lr, weight_decay, warmup, steps, batch, clip
+        AdamW's; ``warmup`` steps, then linear decay to 0 at ``steps``; ``batch`` pairs a step;
+        gradients clipped to the norm ``clip``. The defaults are PickScore's.
+    bf16
+        Fine-tune under bfloat16 autocast.
+    held_out
+        The share of the prompts that a CLIP is not trained on.
+    evaluate_every, patience
+        Steps between two looks at the held-out prompts; fine-tuning ends after so many looks
+        without gain. The best of them is kept.
+    seed
+        Of folds, order and bootstrap.
+    device
+        A torch device; None for the fastest.
+    allow_download
+        Fetch images that the source only names by URL.
+    """
+
+    base: str = "features"
+    image: str = "efficientnet-lite0"
+    text: str = "minilm"
+    folds: int = 5
+    parts: str = "full"
+    lr: float = 3e-6
+    weight_decay: float = 0.3
+    warmup: int = 500
+    steps: int = 4000
+    batch: int = 128
+    clip: float = 1.0
+    bf16: bool = False
+    held_out: float = 0.1
+    evaluate_every: int = 100
+    patience: int = 10
+    seed: int = 0
+    device: str | None = None
+    allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parts not in ("full", "heads"):
+            raise FifaError(f"no such part of a CLIP: {self.parts}", do="full or heads")
+        for name in ("steps", "batch", "evaluate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise FifaError(f"{name} has to be at least 1")
+        if self.warmup >= self.steps:
+            raise FifaError(
+                f"{self.warmup} warm-up steps of {self.steps}", do="fewer of them, or more steps"
+            )
+        if not 0 < self.held_out < 1:
+            raise FifaError(f"held_out has to lie between 0 and 1, not be {self.held_out}")
+
+    @property
+    def shared(self) -> bool:
+        """Whether both frozen encoders are towers of one CLIP, so that images fit prompts."""
+        return self.image == self.text and self.image.startswith("clip:")
+
+    def settings(self) -> dict[str, Any]:
+        """The options that this kind of training reads, for the card and for file names."""
+        head = ("image", "text", "folds")
+        if self.base == "features":
+            return {name: getattr(self, name) for name in ("base", *head, "seed")}
+        return {k: v for k, v in asdict(self).items() if k not in (*head, *PLACES)}
+
+
+@dataclass(frozen=True)
+class TrainedReward:
+    """A reward that has just been trained.
+
+    Parameters
+    ----------
+    folder
+        Where it lies.
+    metrics
+        On prompts it was not trained on, after calibration.
+    before
+        The same before it.
+    temperature
+        What the rewards were divided by.
+    """
+
+    folder: Path
+    metrics: Metrics
+    before: Metrics
+    temperature: float
+
+    def load(self, runtime: Runtime | None = None) -> RewardModel:
+        """The reward model."""
+        return load_proxy(self.folder, runtime)
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """A head, and how it was chosen.
+
+    Parameters
+    ----------
+    head
+        Calibrated, fitted to all pairs.
+    held_out
+        Before calibration: reward_0 - reward_1 of every pair by the head that had not seen its
+        prompt, float64 [pairs].
+    temperature
+        Fitted to ``held_out``; the head's rewards are already divided by it.
+    penalty
+        The penalty that held-out prompts liked best.
+    """
+
+    head: Head
+    held_out: Array
+    temperature: float
+    penalty: float
+
+
+def train_reward(
+    source_or_pairs: str | Path | Pairs,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    cache: Path | None = None,
+) -> TrainedReward:
+    """Train a reward model on people's labels and write it to a folder.
+
+    The loss is the Bradley-Terry cross-entropy against soft labels, so a tie pulls towards
+    1/2 : 1/2, each pair weighted by 1 / (pairs of its prompt): PickScore's (Kirstain et al.
+    2023, arXiv:2305.01569). Held-out prompts decide when to stop, set the temperature, and are
+    what the model card reports.
+
+    Parameters
+    ----------
+    source_or_pairs
+        A source as for `fifa.read_pairs`, or pairs.
+    out
+        The folder; one that a former training wrote is replaced.
+    options
+        How.
+    cache
+        Where features are kept between runs; None keeps nothing.
+
+    Raises
+    ------
+    FifaError
+        For a folder that is not ours, pairs without images, and too few prompts.
+    """
+    options, out = options or TrainOptions(), Path(out)
+    check_out(out)
+    pairs = source_or_pairs if isinstance(source_or_pairs, Pairs) else read_pairs(source_or_pairs)
+    if options.base != "features":
+        from fifa.scoring.rewards.finetune import finetune_clip
+
+        settings = finetune_clip(pairs, out, options)
+    else:
+        settings = _train_head(pairs, out, options, cache)
+    before, after = (Metrics(**settings["metrics"][when]) for when in ("before", "after"))
+    note(reward_pairs=after.pairs, reward_accuracy=after.accuracy, reward_ece=after.ece)
+    echo(
+        f"reward: accuracy {after.accuracy:.3f} ({after.low:.3f} to {after.high:.3f}) on "
+        f"{after.prompts:,} held-out prompts, calibration error {after.ece:.3f}; in {out}"
+    )
+    return TrainedReward(out, after, before, settings["temperature"])
+
+
+def check_out(out: Path) -> None:
+    """Raise `FifaError` for a folder with other people's files."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if "reward.json" not in names:
+            raise FifaError(
+                "the folder is not empty and holds no reward",
+                where=str(out),
+                do="choose another --out",
+            )
+
+
+def comparisons(pairs: Pairs, features: Features) -> tuple[Comparisons, npt.NDArray[np.bool_]]:
+    """The pairs as a head sees them, and which of them have both images."""
+    data = Comparisons(
+        features.of_pair,
+        pairs.table["prompt_index"].to_numpy().astype(np.int64),
+        pairs.table["label"].to_numpy().astype(np.float64),
+    )
+    unreadable = np.isnan(features.images[:, 0])
+    return data, ~(unreadable[data.image[:, 0]] | unreadable[data.image[:, 1]])
+
+
+def fit_head(
+    pairs: Pairs, features: Features, data: Comparisons, options: TrainOptions
+) -> FittedHead:
+    """The head that held-out prompts like best.
+
+    The prompts are dealt into ``options.folds``. From the strongest penalty on, one head a fold
+    is fitted to the others, until the cross-entropy on the held-out prompts has not fallen for
+    `PATIENCE` penalties: early stopping. With and without products with the prompt; whichever
+    held-out prompts like better, without if in doubt. Then one head is fitted to all pairs.
+
+    Parameters
+    ----------
+    pairs
+        Where ``data`` comes from; only ``prompts`` is read.
+    features
+        Of all images and prompts.
+    data
+        The pairs to learn from, all with both images.
+    options
+        ``folds``, ``text`` and ``seed`` are read.
+    """
+    ids = pairs.prompts["prompt_id"]
+    folds = min(options.folds, len(np.unique(data.prompt)))
+    fold = prompt_folds(ids, data.prompt, data.image, folds=folds, seed=options.seed)[data.prompt]
+    best: tuple[float, bool, float, Array] | None = None
+    for reads_prompts in (False, True) if features.prompts.shape[1] else (False,):
+        loss, penalty, logits = _walk(features, data, fold, reads_prompts, options.shared)
+        if best is None or loss < best[0]:
+            best = (loss, reads_prompts, penalty, logits)
+    assert best is not None
+    _, reads_prompts, penalty, logits = best
+    path = HeadPath(
+        features.images, features.prompts, data, reads_prompts=reads_prompts, shared=options.shared
+    )
+    temperature = fit_temperature(logits, data.label)
+    return FittedHead(path.fit(penalty).over(temperature), logits, temperature, penalty)
+
+
+def _walk(
+    features: Features,
+    data: Comparisons,
+    fold: npt.NDArray[np.int64],
+    reads_prompts: bool,
+    shared: bool,
+) -> tuple[float, float, Array]:
+    """The smallest held-out loss, its penalty and the held-out logits."""
+    weight = prompt_weights(data.prompt)
+    groups = [fold == k for k in np.unique(fold)]
+    images, prompts = features.images, features.prompts
+    paths = [
+        HeadPath(images, prompts, data.part(~group), reads_prompts=reads_prompts, shared=shared)
+        for group in groups
+    ]
+    best, since = (np.inf, PENALTIES[0], np.zeros(len(fold))), 0
+    for penalty in PENALTIES:
+        logits = np.empty(len(fold))
+        for group, path in zip(groups, paths, strict=True):
+            logits[group] = path.fit(penalty).logits(images, prompts, data.part(group))
+        losses = np.logaddexp(0, logits) - data.label * logits
+        loss = float(weight @ losses / weight.sum())
+        if loss < best[0]:
+            best, since = (loss, penalty, logits), 0
+        elif (since := since + 1) >= PATIENCE:
+            break
+    return best
+
+
+def features_of(
+    pairs: Pairs, options: TrainOptions, cache: Path | None
+) -> tuple[Features, ImageEncoder]:
+    """The frozen features that ``options`` ask for, and the image encoder."""
+    runtime = make_runtime(options.device, None, False, False)
+    encoder = make_image_encoder(options.image, runtime)
+    download = options.allow_download
+    found = frozen_features(pairs, encoder, options.text, folder=cache, allow_download=download)
+    return found, encoder
+
+
+def _train_head(
+    pairs: Pairs, out: Path, options: TrainOptions, cache: Path | None
+) -> dict[str, Any]:
+    features, encoder = features_of(pairs, options, cache)
+    data, readable = comparisons(pairs, features)
+    data = data.part(readable)
+    fitted = fit_head(pairs, features, data, options)
+    before = measure(fitted.held_out, data.label, data.prompt, seed=options.seed)
+    calibrated = fitted.held_out / fitted.temperature
+    after = measure(calibrated, data.label, data.prompt, seed=options.seed)
+    reads = fitted.head.reads_prompts
+    text = make_encoder(options.text).identity if reads else None
+    what = f"A linear head on frozen {encoder.name} features"
+    settings: dict[str, Any] = {
+        "image": {"spec": options.image, "identity": encoder.identity},
+        "text": {"spec": options.text, "identity": text} if reads else None,
+        "options": options.settings(),
+        "training": training_facts(pairs, data.label, data.prompt, int((~readable).sum()))
+        | {"penalty": fitted.penalty, "reads the prompt": reads},
+        "temperature": fitted.temperature,
+        "metrics": {"before": before.as_dict(), "after": after.as_dict()},
+        "judged": "each by a head that was not trained on its prompt, with the same penalty",
+        "what": what + (" and their products with the prompt's." if reads else "."),
+        "limits": ""
+        if reads
+        else "It does not read the prompt: on held-out prompts that bought nothing here. It says\n"
+        "which picture is the better one, not which fits the prompt.\n",
+    }
+    with atomic_folder(out) as folder:
+        save_head(folder, fitted.head, settings, model_card(settings))
+    return settings
+
+
+def training_facts(
+    pairs: Pairs, label: npt.NDArray[Any], prompt: npt.NDArray[Any], unreadable: int
+) -> dict[str, Any]:
+    """What a card says of the training data."""
+    return {
+        "source": Path(pairs.origin.source).name or "memory",
+        "fingerprint": pairs.origin.fingerprint,
+        "pairs": len(label),
+        "of them ties": int((label == 0.5).sum()),
+        "prompts": len(np.unique(prompt)),
+        "pairs without both images": unreadable,
+    }

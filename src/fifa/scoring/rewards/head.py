@@ -1,0 +1,255 @@
+"""A small Bradley-Terry head on frozen features: convex, so there is one answer and no luck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.models.optional import require
+
+Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+IMAGE_AXES, PROMPT_AXES = 16, 8  # directions of image and prompt features that are multiplied
+GAIN = 0.3  # of the products beside the image's own features
+TOLERANCE = 1e-6  # of the gradient
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What people said, pair by pair.
+
+    Parameters
+    ----------
+    image
+        The image on either side, a row of the image features, int64 [pairs, 2].
+    prompt
+        A row of the prompt features, int64 [pairs].
+    label
+        The probability that a person prefers the first image, float64 [pairs].
+    """
+
+    image: Integers
+    prompt: Integers
+    label: Array
+
+    def part(self, chosen: npt.NDArray[np.bool_] | Integers) -> Comparisons:
+        """Some of the pairs."""
+        return Comparisons(self.image[chosen], self.prompt[chosen], self.label[chosen])
+
+
+@dataclass(frozen=True)
+class Head:
+    """The reward of an image x for a prompt t, on frozen features::
+
+        (a, v) = x A + a_0,   u = t B + b_0,   reward = a + v . u
+
+    ``a`` says how good the picture is, ``v . u`` how that depends on the prompt: products of a
+    few directions of both and, where both lie in the one space of a CLIP, their similarity.
+    Without either the head does not read the prompt.
+
+    Parameters
+    ----------
+    image, image_bias
+        A and a_0, float64 [d, 1 + p] and [1 + p].
+    prompt, prompt_bias
+        B and b_0, float64 [t, p] and [p].
+    """
+
+    image: Array
+    image_bias: Array
+    prompt: Array
+    prompt_bias: Array
+
+    @property
+    def reads_prompts(self) -> bool:
+        """False for a reward of the image alone."""
+        return bool(self.prompt.shape[1])
+
+    def rewards(self, images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32]) -> Array:
+        """The reward of image i for prompt i, float64 [n]."""
+        joint = images @ self.image + self.image_bias
+        own = joint[:, 0]
+        if self.reads_prompts:
+            own = own + (joint[:, 1:] * (prompts @ self.prompt + self.prompt_bias)).sum(1)
+        return np.asarray(own, np.float64)
+
+    def logits(
+        self, images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32], of: Comparisons
+    ) -> Array:
+        """reward_0 - reward_1 of every pair, float64 [pairs]; NaN where an image is missing."""
+        first, second = (self.rewards(images[of.image[:, s]], prompts[of.prompt]) for s in (0, 1))
+        return first - second
+
+    def over(self, temperature: float) -> Head:
+        """The head with its rewards divided by ``temperature``."""
+        return Head(
+            np.concatenate([self.image[:, :1] / temperature, self.image[:, 1:]], 1),
+            np.concatenate([self.image_bias[:1] / temperature, self.image_bias[1:]]),
+            self.prompt / temperature,
+            self.prompt_bias / temperature,
+        )
+
+
+def prompt_weights(prompt: Integers) -> Array:
+    """1 / (examples of its prompt) for every pair, as PickScore is trained, float64 [pairs]."""
+    _, codes, counts = np.unique(prompt, return_inverse=True, return_counts=True)
+    weights: Array = 1.0 / counts[codes.reshape(-1)]
+    return weights
+
+
+class HeadPath:
+    """A head to be fitted under one penalty after the other.
+
+    Every image feature is brought to mean 0 and deviation 1 over the training images, divided by
+    sqrt(d); the products are those of the first principal components, likewise scaled, times
+    `GAIN`. The loss is that of PickScore: softmax cross-entropy of the two rewards against
+    ``(label, 1 - label)``, each pair weighted by `prompt_weights`, and half the penalty times the
+    squared length of the coefficients.
+
+    Parameters
+    ----------
+    images, prompts
+        Features, float32 [images, d] and [prompts, t].
+    data
+        The pairs to learn from; every image of theirs has features.
+    reads_prompts
+        Multiply directions of images and prompts, too.
+    shared
+        Images and prompts are embedded in one space, so x . t says how well they fit: a feature
+        of its own, brought to mean 0 and deviation 1. Counts only where prompts are read.
+    """
+
+    def __init__(
+        self,
+        images: npt.NDArray[np.float32],
+        prompts: npt.NDArray[np.float32],
+        data: Comparisons,
+        *,
+        reads_prompts: bool,
+        shared: bool = False,
+    ) -> None:
+        self._data, self._shared = data, shared and reads_prompts
+        used = images[np.unique(data.image)].astype(np.float64)
+        self._mean, deviation = used.mean(0), used.std(0)
+        self._scale = np.where(deviation > 1e-6 * max(1.0, deviation.max()), deviation, np.inf)
+        p = q = 0
+        if reads_prompts:
+            asked = prompts[np.unique(data.prompt)].astype(np.float64)
+            self._prompt_mean = asked.mean(0)
+            self._image_axes = _axes((used - self._mean) / self._scale, IMAGE_AXES)
+            self._prompt_axes = _axes(asked - self._prompt_mean, PROMPT_AXES)
+            p, q = self._image_axes.shape[1], self._prompt_axes.shape[1]
+        else:
+            self._prompt_mean = np.zeros(prompts.shape[1])
+            self._image_axes = np.empty((used.shape[1], 0))
+            self._prompt_axes = np.empty((prompts.shape[1], 0))
+        self._shape = (p, q)
+        weight = prompt_weights(data.prompt)
+        self._weight = weight / weight.sum()
+        self._design(images, prompts)
+        self._at = np.zeros(self._x.shape[1])
+
+    def fit(self, penalty: float) -> Head:
+        """The head under a penalty, from where the last one ended."""
+        self._at = _minimise(self._loss, self._at, penalty)
+        coefficients = self._rotation @ self._at
+        d, (p, q) = len(self._mean), self._shape
+        # reward = (x - m)/s . w / sqrt(d) + f' M t', M scaled by GAIN / sqrt(p q)
+        own = coefficients[:d] / self._scale / np.sqrt(d)
+        axes = self._image_axes / self._scale[:, None]
+        product = coefficients[d : d + p * q].reshape(p, q) * GAIN / np.sqrt(max(1, p * q))
+        image = np.concatenate([own[:, None], axes], 1)
+        prompt = self._prompt_axes @ product.T
+        image_bias, prompt_bias = -self._mean @ image, -self._prompt_mean @ prompt
+        if self._shared:
+            # c (x . t) / s as x (I c / s) . (t I): d more directions, without a bias
+            eye, none = np.eye(d), np.zeros(d)
+            image = np.concatenate([image, eye * coefficients[-1] / self._spread], 1)
+            prompt = np.concatenate([prompt, eye], 1)
+            image_bias, prompt_bias = np.append(image_bias, none), np.append(prompt_bias, none)
+        return Head(image, image_bias, prompt, prompt_bias)
+
+    def _design(self, images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32]) -> None:
+        """A row for every (image, prompt) that occurs, turned so that no column is idle."""
+        data, (p, q) = self._data, self._shape
+        both = data.image * max(1, len(prompts)) + data.prompt[:, None]
+        rows, of_pair = np.unique(both, return_inverse=True)
+        image, prompt = np.divmod(rows, max(1, len(prompts)))
+        v = (images[image] - self._mean) / self._scale
+        x = v / np.sqrt(v.shape[1])
+        if p * q:
+            f = v @ self._image_axes
+            t = (prompts[prompt] - self._prompt_mean) @ self._prompt_axes
+            joint = (f[:, :, None] * t[:, None, :]).reshape(len(x), p * q)
+            x = np.concatenate([x, joint * GAIN / np.sqrt(p * q)], 1)
+        if self._shared:
+            fit = (images[image].astype(np.float64) * prompts[prompt]).sum(1)
+            self._spread = max(float(fit.std()), 1e-6)
+            x = np.concatenate([x, (fit - fit.mean())[:, None] / self._spread], 1)
+        self._first, self._second = of_pair.reshape(-1, 2).T
+        # With fewer rows than columns x = (x Q) Q', Q orthonormal: the same fit, smaller
+        self._rotation = np.eye(x.shape[1])
+        if len(x) < x.shape[1]:
+            self._rotation, _ = np.linalg.qr(x.T)
+            x = x @ self._rotation
+        self._x = x
+
+    def _loss(self, at: Array, penalty: float) -> tuple[float, Array]:
+        """The loss and its gradient."""
+        reward = self._x @ at
+        z = reward[self._first] - reward[self._second]
+        y, w = self._data.label, self._weight
+        # -y log s(z) - (1 - y) log s(-z) = log(1 + e^z) - y z, its slope s(z) - y
+        loss = float(w @ (np.logaddexp(0, z) - y * z) + penalty / 2 * at @ at)
+        slope = w * (_sigmoid(z) - y)
+        rows = len(self._x)
+        back = np.bincount(self._first, slope, rows) - np.bincount(self._second, slope, rows)
+        return loss, self._x.T @ back + penalty * at
+
+
+def _minimise(
+    loss: Callable[[Array, float], tuple[float, Array]], start: Array, penalty: float
+) -> Array:
+    """Where ``loss(at, penalty)`` is least, by L-BFGS with a strong Wolfe line search."""
+    torch = require("torch")
+    at = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [at],
+        max_iter=500,
+        history_size=20,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        value, gradient = loss(at.detach().numpy(), penalty)
+        at.grad = torch.from_numpy(gradient)
+        return float(value)
+
+    search.step(closure)
+    found: Array = at.detach().numpy().copy()
+    return found
+
+
+def _axes(centred: Array, most: int) -> Array:
+    """The first principal directions, each scaled so that the projection has deviation 1."""
+    n, d = centred.shape
+    # The eigenvectors of X'X / n, by way of those of XX' / n where that is smaller
+    values, vectors = np.linalg.eigh((centred @ centred.T if n < d else centred.T @ centred) / n)
+    order = np.argsort(-values)[:most]
+    order = order[values[order] > 1e-9 * max(values.max(), 1e-300)]
+    kept = vectors[:, order] if n >= d else centred.T @ vectors[:, order]
+    kept = kept / np.linalg.norm(kept, axis=0)
+    axes: Array = kept / np.sqrt(values[order])
+    return axes
+
+
+def _sigmoid(z: Array) -> Array:
+    # s(z) = (1 + tanh(z / 2)) / 2, which cannot overflow
+    out: Array = 0.5 * (1 + np.tanh(z / 2))
+    return out

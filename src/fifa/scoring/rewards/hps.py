@@ -1,0 +1,214 @@
+"""HPSv2 and HPSv2.1: an open_clip ViT-H-14 checkpoint as a transformers CLIP.
+
+The checkpoint is converted once, into a folder that transformers and every other part of FiFA
+read like any CLIP. The mapping of names is that of open_clip's ``CLIP`` and ``VisionTransformer``
+(the copies in hpsv2 1.2.0) to transformers' `CLIPModel`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fifa.console import echo
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.scoring.rewards.clip import read_json
+from fifa.scoring.rewards.weights import (
+    TOKENIZER_FILES,
+    cache_folder,
+    companion_folder,
+    find_weights,
+    read_weights,
+)
+from fifa.shards.files import atomic_folder, files_digest, write_json
+
+HUB = "xswu/HPSv2"
+FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # open_clip's H, g and bigG; 64 for all others
+
+# the pieces of a transformer block: open_clip's name and transformers'
+BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OUTSIDE = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    # transformers spells it so
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+# open_clip multiplies from the left (x @ proj), a linear layer holds the transpose
+TRANSPOSED = {
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
+TOWERS = {
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+
+
+def hps_folder(name: str, model: str | None = None) -> Path:
+    """A folder with HPSv2 as a transformers CLIP, converted if it has to be.
+
+    Parameters
+    ----------
+    name
+        ``hpsv2`` or ``hpsv2.1``.
+    model
+        A hub id, a folder with the checkpoint, the checkpoint itself, or a folder that is a
+        transformers CLIP already; None for the published one. The tokenizer's files lie beside
+        the checkpoint or come from the hub's `TOKENIZER_HUB`, an ``open_clip_config.json`` beside
+        it may name a head width or QuickGELU.
+    """
+    if model is not None and (Path(model).expanduser() / "config.json").is_file():
+        return Path(model).expanduser()
+    stem = FILES[name]
+    checkpoint = find_weights(model or HUB, (stem, stem.replace(".pt", ".safetensors")))
+    tokenizer = companion_folder(
+        checkpoint, ("tokenizer.json", "vocab.json"), TOKENIZER_HUB, TOKENIZER_FILES
+    )
+    settings = checkpoint.with_name("open_clip_config.json")
+    files = {p.name: p for p in (tokenizer / n for n in TOKENIZER_FILES) if p.is_file()}
+    if not files:
+        raise FifaError(
+            "no tokenizer beside the checkpoint",
+            where=str(tokenizer),
+            do=f"put tokenizer.json of {TOKENIZER_HUB} there",
+        )
+    known = {"checkpoint": checkpoint, **files, **({"cfg": settings} if settings.exists() else {})}
+    folder = cache_folder() / f"{name}-{files_digest(known)}"
+    if not (folder / "model.safetensors").exists():
+        echo(f"{name}: converting {checkpoint.name} once, into {folder}")
+        own = read_json(settings).get("model_cfg", {}) if settings.exists() else {}
+        config, tensors = convert_open_clip(
+            read_weights(checkpoint),
+            head_width=own.get("vision_cfg", {}).get("head_width"),
+            text_heads=own.get("text_cfg", {}).get("heads"),
+            quick_gelu=bool(own.get("quick_gelu")),
+        )
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / "config.json", config)
+            for file in files.values():
+                shutil.copyfile(file, temporary / file.name)
+            save = require("safetensors.torch").save_file
+            save(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def convert_open_clip(
+    tensors: dict[str, Any],
+    *,
+    head_width: int | None = None,
+    text_heads: int | None = None,
+    quick_gelu: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An open_clip CLIP's state dict as the config and state dict of a transformers `CLIPModel`.
+
+    Parameters
+    ----------
+    tensors
+        ``visual.*``, ``transformer.*``, ... as open_clip names them.
+    head_width, text_heads
+        What shapes do not tell. Default: open_clip's own (`HEAD_WIDTHS`; text width / 64).
+    quick_gelu
+        The activation; open_clip's ViT-H-14, and so HPSv2, has the exact GELU.
+
+    Raises
+    ------
+    FifaError
+        For a tensor whose name open_clip's plain CLIP does not have, or one that is missing.
+    """
+    out: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        if key in ("attn_mask", "input_resolution", "context_length", "vocab_size"):
+            continue  # constants that some versions saved as well
+        for name, value in _renamed(key, tensor):
+            out[name] = value.float().contiguous().clone()
+    try:
+        width, _, patch, _ = tensors["visual.conv1.weight"].shape
+        positions = tensors["visual.positional_embedding"].shape[0]
+        text_width = tensors["positional_embedding"].shape[1]
+        shape = {
+            "vision": _tower(
+                out, "vision_model", width // (head_width or HEAD_WIDTHS.get(width, 64))
+            ),
+            "text": _tower(out, "text_model", text_heads or text_width // 64),
+        }
+        dimension = tensors["text_projection"].shape[1]
+        context, vocabulary = (
+            tensors["positional_embedding"].shape[0],
+            len(tensors["token_embedding.weight"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise FifaError(f"not the weights of an open_clip ViT: {error} is missing") from error
+    common = {"hidden_act": "quick_gelu" if quick_gelu else "gelu", "projection_dim": dimension}
+    vision = {
+        **shape["vision"],
+        **common,
+        "patch_size": patch,
+        "image_size": patch * round((positions - 1) ** 0.5),
+    }
+    text = {
+        **shape["text"],
+        **common,
+        "max_position_embeddings": context,
+        "vocab_size": vocabulary,
+        # transformers' sign for open_clip's pooling: at the highest token id
+        "eos_token_id": 2,
+    }
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": dimension,
+        "vision_config": {"model_type": "clip_vision_model", **vision},
+        "text_config": {"model_type": "clip_text_model", **text},
+    }
+    return config, out
+
+
+def _renamed(key: str, tensor: Any) -> list[tuple[str, Any]]:
+    """What one tensor of open_clip is called in transformers; q, k and v are three there."""
+    if key in OUTSIDE:
+        return [(OUTSIDE[key], tensor)]
+    if key in TRANSPOSED:
+        return [(TRANSPOSED[key], tensor.T)]
+    for prefix, target in TOWERS.items():
+        if key.startswith(prefix):
+            number, _, rest = key.removeprefix(prefix).partition(".")
+            block = f"{target}{number}"
+            if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+                kind = rest.rpartition("_")[2]
+                parts = zip("qkv", tensor.chunk(3), strict=True)
+                return [(f"{block}.self_attn.{p}_proj.{kind}", part) for p, part in parts]
+            piece, _, kind = rest.rpartition(".")
+            if piece in BLOCK:
+                return [(f"{block}.{BLOCK[piece]}.{kind}", tensor)]
+    raise FifaError(f"not the weights of an open_clip ViT: {key} is unknown")
+
+
+def _tower(tensors: dict[str, Any], name: str, heads: int) -> dict[str, int]:
+    """Width, depth and heads of a converted tower."""
+    first = tensors[f"{name}.encoder.layers.0.mlp.fc1.weight"]
+    layers = sum(k.startswith(f"{name}.") and k.endswith(".mlp.fc1.weight") for k in tensors)
+    return {
+        "hidden_size": first.shape[1],
+        "intermediate_size": first.shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }

@@ -1,0 +1,210 @@
+"""A reward model trained here, in a folder: loaded like any other, wherever the folder goes.
+
+``reward.json`` says what it is, ``README.md`` (its model card) what it is worth. Beside them is
+either ``head.safetensors``, a small head on frozen encoders, or ``model/``, a fine-tuned CLIP.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.models.runtime import Runtime
+from fifa.models.transformer import MODEL_FILES
+from fifa.scoring.encoders import Encoder, make_encoder
+from fifa.scoring.rewards.base import RewardModel
+from fifa.scoring.rewards.clip import ClipReward, read_json
+from fifa.scoring.rewards.features import ImageEncoder, make_image_encoder
+from fifa.scoring.rewards.head import Head
+from fifa.scoring.rewards.weights import read_weights
+from fifa.shards.files import files_digest, write_bytes, write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+SCALE = "log-odds that people prefer the image, calibrated on prompts held out of its training"
+HEAD, SETTINGS, CARD, MODEL, ENCODERS = (
+    "head.safetensors",
+    "reward.json",
+    "README.md",
+    "model",
+    "encoders",
+)
+
+
+def load_proxy(folder: str | Path, runtime: Runtime | None = None) -> RewardModel:
+    """The reward model in a folder that `fifa.scoring.rewards.fit.train_reward` wrote.
+
+    Parameters
+    ----------
+    folder
+        The folder, wherever it is now.
+    runtime
+        Where and how it computes.
+
+    Raises
+    ------
+    FifaError
+        For a folder that holds no reward of ours, an encoder that is not installed or is not the
+        one it was trained on.
+    """
+    folder = Path(folder).expanduser()
+    settings = read_json(folder / SETTINGS)
+    if settings.get("format") != FORMAT or settings.get("kind") not in ("head", "clip"):
+        raise FifaError(
+            "no reward model that this version of fifa knows",
+            where=str(folder / SETTINGS),
+            do="train one: fifa reward train SOURCE --out FOLDER",
+        )
+    if settings["kind"] == "head":
+        return HeadReward(folder, settings, runtime or Runtime())
+    return ClipProxy(folder, runtime or Runtime())
+
+
+class HeadReward:
+    """A head on frozen encoders: a `fifa.scoring.rewards.base.RewardModel`.
+
+    Parameters
+    ----------
+    folder
+        Where it lies.
+    settings
+        Its ``reward.json``.
+    runtime
+        Where and how the image encoder computes; the head always in float32.
+    """
+
+    name = "proxy"
+    scale = SCALE
+
+    def __init__(self, folder: Path, settings: dict[str, Any], runtime: Runtime) -> None:
+        self.runtime, self._weights = runtime, folder / HEAD
+        image, text = settings["image"], settings["text"]
+        self._images: ImageEncoder = make_image_encoder(_found(folder, image["spec"]), runtime)
+        _check_same(image["identity"], self._images.identity, folder)
+        self._texts: Encoder | None = None
+        if text is not None:
+            self._texts = make_encoder(_found(folder, text["spec"]), device=runtime.device)
+            _check_same(text["identity"], self._texts.identity, folder)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digest of the head, and the identities of the encoders."""
+        return {
+            "scorer": self.name,
+            "weights": files_digest({"head": self._weights}),
+            "image": self._images.identity,
+            "text": self._texts.identity if self._texts else None,
+            "scale": self.scale,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels for the image encoder."""
+        return self._images.preprocess(image)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """``[b, 1 + p]``: the image's own reward, and what a prompt is multiplied with."""
+        head = self._head
+        joint: Tensor = self._images.embed(pixels) @ head["image"] + head["image_bias"]
+        return joint
+
+    def prompt_features(self, prompts: Sequence[str]) -> Tensor:
+        """``[n, p]``; one idle column for a reward of the image alone."""
+        torch = require("torch")
+        head = self._head
+        features: Tensor = torch.zeros(len(prompts), 1, device=self.runtime.device)
+        if self._texts is not None:
+            vectors = torch.from_numpy(self._texts.embed(prompts)).to(self.runtime.device)
+            features = vectors @ head["prompt"] + head["prompt_bias"]
+        return features
+
+    def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
+        """float32 ``[n]``: a + v . u (`fifa.scoring.rewards.head.Head`)."""
+        return images[:, 0] + (images[:, 1:] * prompts).sum(-1)
+
+    @cached_property
+    def _head(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = read_weights(self._weights)
+        missing = {"image", "image_bias", "prompt", "prompt_bias"} - set(tensors)
+        if missing:
+            raise FifaError(f"the head lacks {min(missing)}", where=str(self._weights))
+        return {name: tensor.to(self.runtime.device) for name, tensor in tensors.items()}
+
+
+class ClipProxy(ClipReward):
+    """A CLIP fine-tuned on the feedback: ``exp(logit_scale) * cos``, the temperature within.
+
+    Parameters
+    ----------
+    folder
+        Where it lies; its ``model`` is a transformers CLIP, which ``pickscore:FOLDER/model``
+        reads as well.
+    runtime
+        Where and how it computes.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        super().__init__("pickscore", str(folder / MODEL), runtime)
+        self.name, self.scale = "proxy", f"{self.formula.scale}: {SCALE}"
+
+
+def save_head(folder: Path, head: Head, settings: dict[str, Any], card: str) -> None:
+    """Write a head's folder; ``reward.json``, by which it is recognised, last.
+
+    Encoders that are local folders are copied in, so that the folder can go anywhere; those of
+    the hub or of a wheel stay where they are.
+    """
+    save = require("safetensors.numpy").save
+    arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in vars(head).items()}
+    settings = {"format": FORMAT, "kind": "head", **settings}
+    for part in ("image", "text"):
+        if settings[part] is not None:
+            spec = _carried(folder, settings[part]["spec"])
+            settings[part] = {**settings[part], "spec": spec}
+    write_bytes(folder / HEAD, save(arrays, metadata={"format": "pt"}))
+    write_text(folder / CARD, card)
+    write_json(folder / SETTINGS, settings)
+
+
+def _carried(folder: Path, spec: str) -> str:
+    """``spec`` with a local model copied into ``folder``; as it is for any other."""
+    kind, _, model = spec.partition(":")
+    local = Path(model).expanduser()
+    if not model or model.isdigit() or not local.is_dir():
+        return spec
+    local = local.resolve()
+    for file in sorted(p for p in local.rglob("*") if p.suffix in MODEL_FILES and p.is_file()):
+        copy = folder / ENCODERS / local.name / file.relative_to(local)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    return f"{kind}:{ENCODERS}/{local.name}"
+
+
+def _found(folder: Path, spec: str) -> str:
+    """``spec`` with the place of an encoder that lies in ``folder``."""
+    kind, _, model = spec.partition(":")
+    inside = folder / model
+    if model.startswith(f"{ENCODERS}/") and inside.is_dir():
+        return f"{kind}:{inside}"
+    return spec
+
+
+def _check_same(trained: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
+    """Raise `FifaError` unless an encoder is the one that the head was trained on."""
+    different = [k for k in trained if k != "dtype" and trained[k] != here.get(k)]
+    if different:
+        raise FifaError(
+            f"the encoder {here.get('encoder')} is not the one that this reward was trained on "
+            f"(another {', '.join(different)})",
+            where=str(folder / SETTINGS),
+            do="install that one, or train the reward again",
+        )

@@ -1,0 +1,116 @@
+"""Weights of reward models: found in a folder or on the hub, read without pickle's powers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.scoring.encoders import model_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+
+def find_weights(model: str, names: Sequence[str]) -> Path:
+    """The file with a model's weights.
+
+    Parameters
+    ----------
+    model
+        A file, a folder or a hub id.
+    names
+        What the file may be called, the best first; in a folder of one's own any other
+        ``.safetensors``, ``.pt`` or ``.pth`` file will do if it is the only one.
+
+    Raises
+    ------
+    FifaError
+        Where there is none, or no saying which.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else model_folder(model, names)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+    if len(found) != 1:
+        raise FifaError(
+            f"no weights called {' or '.join(names)}" if not found else "which of the weights?",
+            where=str(folder),
+            do=f"name the file itself{': ' if found else ''}{', '.join(p.name for p in found)}",
+        )
+    return found[0]
+
+
+def companion_folder(
+    weights: Path, wanted: Sequence[str], model: str, patterns: Sequence[str]
+) -> Path:
+    """Where what belongs to ``weights`` is: beside them if one of ``wanted`` is, or on the hub."""
+    if any((weights.parent / name).is_file() for name in wanted):
+        return weights.parent
+    return model_folder(model, patterns)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file or a torch checkpoint (``weights_only``, memory-mapped).
+
+    A checkpoint that holds them under ``state_dict`` or ``model`` is unwrapped. Raises
+    `FifaError` for a file that is damaged or holds anything but tensors and plain values.
+    """
+    torch = require("torch")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Any = require("safetensors.torch").load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        brief = str(error).partition("\n")[0]
+        raise FifaError(f"cannot read the weights: {brief}", where=str(path)) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise FifaError(f"cannot read the weights: {error}", where=str(path)) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise FifaError("no tensors in the file", where=str(path))
+    return tensors
+
+
+def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
+    """Give ``module`` (on the meta device) its weights; `FifaError` unless all fit."""
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise FifaError(
+            f"the weights do not fit: {str(error).splitlines()[-1].strip()}", where=str(where)
+        ) from error
+    wrong = [*(f"no {key}" for key in missing), *(f"{key} too much" for key in unexpected)]
+    if wrong:
+        raise FifaError(f"the weights do not fit: {', '.join(wrong[:3])}", where=str(where))
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$FIFA_CACHE``, else ``fifa`` in the user's cache."""
+    named = os.environ.get("FIFA_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fifa"

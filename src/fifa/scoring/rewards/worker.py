@@ -1,0 +1,289 @@
+"""What a worker does: bytes to digests, prompts to features, images to rewards, shard by shard."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from fifa.console import echo
+from fifa.data.images import BadImage, read_images
+from fifa.data.prefetch import Ahead, Batch, batched, decode_ahead
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.scoring.rewards.base import RewardModel
+from fifa.shards.pool import cores
+
+if TYPE_CHECKING:
+    import torch
+
+DIGESTS = pa.schema([("content", pa.string())])  # null where the image could not be read
+REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
+SIDE = 224  # pixels; what `EngineOptions.batch` counts in
+PROMPTS = 8  # times the batch: prompts are shorter than images
+
+Load = Callable[[], RewardModel]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How images are fed to a reward model. None of it changes a reward by more than rounding.
+
+    Parameters
+    ----------
+    batch
+        Images of 224 x 224 in a forward pass. Larger ones go fewer at a time: what a pass costs
+        is its tokens, and those are pixels over the area of a patch. After the device runs out
+        of memory half as many, from then on.
+    workers
+        Threads that decode and preprocess; 0 for one a core.
+    shard
+        Images between two points where a run can be resumed.
+    trust_keys
+        True: an image key is one image. False: images are told apart by their bytes, by a pass
+        that reads them all and decodes none. None: True for Pick-a-Pic, whose keys are uids, and
+        for images that have to be fetched.
+    allow_download
+        Fetch images that the source only names by URL.
+    store
+        Where finished shards are kept meanwhile: a folder or URL that all workers reach. None:
+        beside the scores.
+    """
+
+    batch: int = 32
+    workers: int = 0
+    shard: int = 512
+    trust_keys: bool | None = None
+    allow_download: bool = False
+    store: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "shard"):
+            if getattr(self, name) < 1:
+                raise FifaError(f"{name} has to be at least 1")
+
+
+@dataclass(frozen=True)
+class DigestShard:
+    """Images to be told apart by their bytes: side ``sides[i]`` of row i of ``pairs``."""
+
+    pairs: Pairs
+    sides: list[int]
+
+
+@dataclass(frozen=True)
+class PromptShard:
+    """Prompts whose features are wanted."""
+
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class ImageShard:
+    """Images, and the prompts that each is to be scored for.
+
+    Parameters
+    ----------
+    pairs, sides
+        As in `DigestShard`.
+    features
+        Of the prompts that occur, ``[n, ...]``.
+    image, prompt
+        Row of ``pairs`` and row of ``features`` of every reward, sorted by image, int64 [asks].
+    """
+
+    pairs: Pairs
+    sides: list[int]
+    features: np.ndarray
+    image: np.ndarray
+    prompt: np.ndarray
+
+
+@dataclass
+class _Begun:
+    shard: Any
+    batches: Ahead[Batch] | None
+    bad: dict[int, str]
+
+
+class ScoreStep:
+    """A `fifa.shards.pool.Step` over the three kinds of shards.
+
+    Parameters
+    ----------
+    load
+        Loads the model, when the first shard needs it.
+    options
+        How to feed it.
+    """
+
+    def __init__(self, load: Load, options: EngineOptions) -> None:
+        self._load, self._options = load, options
+        self._share = 1.0  # of a batch; halves when memory runs out
+        self._threads = ThreadPoolExecutor(options.workers or cores())
+
+    def begin(self, shard: Any) -> _Begun:
+        """Start reading and decoding an `ImageShard`."""
+        bad: dict[int, str] = {}
+        if not isinstance(shard, ImageShard):
+            return _Begun(shard, None, bad)
+        decoded = decode_ahead(
+            self._read(shard),
+            self._model.preprocess,
+            self._threads,
+            most=2 * self._options.batch,
+        )
+        return _Begun(shard, Ahead(batched(decoded, self._fits, bad), most=1), bad)
+
+    def finish(self, begun: _Begun) -> pa.Table:
+        """The shard's `DIGESTS`, prompt features or `REWARDS`."""
+        shard = begun.shard
+        if isinstance(shard, DigestShard):
+            return self._digests(shard)
+        if isinstance(shard, PromptShard):
+            return features_table(self._prompt_features(shard.prompts))
+        assert begun.batches is not None
+        try:
+            return self._rewards(shard, begun.batches, begun.bad)
+        finally:
+            begun.batches.close()
+
+    @cached_property
+    def _model(self) -> RewardModel:
+        return self._load()
+
+    def _read(self, shard: ImageShard | DigestShard) -> Iterator[tuple[int, bytes | BadImage]]:
+        """The images that the shard asks for, each as its row and its bytes."""
+        rows = range(len(shard.pairs))
+        download = self._options.allow_download
+        for row, side, data in read_images(shard.pairs, rows, allow_download=download):
+            if side == shard.sides[row]:
+                yield row, data
+
+    def _digests(self, shard: DigestShard) -> pa.Table:
+        digests: list[str | None] = [None] * len(shard.sides)
+        for row, data in self._read(shard):
+            if not isinstance(data, BadImage):
+                digests[row] = xxhash.xxh3_128_hexdigest(data)
+        return pa.table({"content": pa.array(digests, pa.string())}, schema=DIGESTS)
+
+    def _prompt_features(self, prompts: list[str]) -> np.ndarray:
+        torch = require("torch")
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+        def features(part: slice) -> Any:
+            return self._model.prompt_features([prompts[i] for i in order[part]])
+
+        with torch.inference_mode():
+            found = self._in_parts(features, len(prompts), PROMPTS * self._options.batch).cpu()
+        # numpy has no bfloat16
+        rows: np.ndarray = (found.float() if found.dtype is torch.bfloat16 else found).numpy()
+        in_order: np.ndarray = np.empty_like(rows)
+        in_order[order] = rows
+        return in_order
+
+    def _rewards(self, shard: ImageShard, batches: Ahead[Batch], bad: dict[int, str]) -> pa.Table:
+        torch = require("torch")
+        rewards = np.full(len(shard.image), np.nan, np.float32)
+        prompts = torch.tensor(shard.features)  # a copy: what comes through Ray is read-only
+        for numbers, pixels in batches:
+            asks, row = _asks(shard.image, np.asarray(numbers))
+            with torch.inference_mode():
+                of_asks = prompts[torch.from_numpy(shard.prompt[asks])]
+                found = self._batch(torch.from_numpy(pixels), of_asks, torch.from_numpy(row))
+                rewards[asks] = found.float().cpu().numpy()
+        reasons = pa.array([bad.get(image) for image in shard.image.tolist()], pa.string())
+        return pa.table({"reward": pa.array(rewards), "reason": reasons}, schema=REWARDS)
+
+    def _batch(
+        self, pixels: torch.Tensor, prompts: torch.Tensor, row: torch.Tensor
+    ) -> torch.Tensor:
+        """The reward of prompt i for image ``row[i]``; every image goes through its tower once."""
+        most = self._fits(pixels.shape[-2], pixels.shape[-1])
+
+        def features(part: slice) -> torch.Tensor:
+            return self._model.image_features(pixels[part])
+
+        images = self._in_parts(features, len(pixels), most)
+        prompts, row = prompts.to(images.device), row.to(images.device)
+
+        def rewards(part: slice) -> torch.Tensor:
+            return self._model.rewards(prompts[part], images[row[part]])
+
+        joined: torch.Tensor = self._in_parts(rewards, len(row), most)
+        return joined
+
+    def _fits(self, height: int, width: int) -> int:
+        """How many images of this size go into a batch."""
+        batch = self._options.batch
+        return max(1, min(batch, batch * SIDE * SIDE // (height * width)))
+
+    def _in_parts(self, function: Callable[[slice], Any], n: int, most: int) -> Any:
+        """``function`` of rows 0 to n, ``most`` at a time, fewer once memory has run out."""
+        torch = require("torch")
+        parts: list[Any] = []
+        start = 0
+        while start < n:
+            stop = min(n, start + max(1, int(most * self._share)))
+            try:
+                parts.append(function(slice(start, stop)))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if stop - start == 1:
+                    raise FifaError(
+                        "out of memory with a single image or prompt",
+                        do="a device with more memory, or dtype bfloat16",
+                    ) from error
+                self._share = (stop - start) // 2 / most
+            else:
+                start = stop
+                continue
+            # only now: the error kept what the attempt had allocated
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            echo(f"out of memory: batches of {max(1, int(most * self._share))} from here on")
+        return torch.cat(parts)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when a device, or the machine, has no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "alloc_failed"))
+
+
+def features_table(features: np.ndarray) -> pa.Table:
+    """Features ``[n, ...]`` as a table with a row each; `table_features` gives them back."""
+    rows = np.ascontiguousarray(features).reshape(len(features), -1)
+    cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    form = {"fifa.features": json.dumps([features.dtype.str, features.shape[1:]])}
+    return pa.table({"features": cells}).replace_schema_metadata(form)
+
+
+def table_features(table: pa.Table) -> np.ndarray:
+    """What `features_table` was given."""
+    dtype, shape = json.loads(table.schema.metadata[b"fifa.features"])
+    flat = table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(flat, np.dtype(dtype)).reshape(table.num_rows, *shape)
+
+
+def _asks(image: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The asks (positions in ``image``, sorted) of some images, and which image each is of."""
+    low = np.searchsorted(image, numbers, side="left")
+    count = np.searchsorted(image, numbers, side="right") - low
+    row = np.repeat(np.arange(len(numbers)), count)
+    # low[i], low[i] + 1, ... for every image i
+    within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    return low[row] + within, row

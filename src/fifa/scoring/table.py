@@ -1,0 +1,82 @@
+"""The tables of scores, and the files they are kept in.
+
+A file's name carries the fingerprint of everything its numbers depend on, so one scorer never
+overwrites or mixes with another, and scoring again what is scored costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fifa.config import Score
+from fifa.shards.files import digest, write_table
+
+MARGIN = pa.schema(
+    [("pair_id", pa.string()), ("reward_0", pa.float32()), ("reward_1", pa.float32())]
+)
+# flags: comma-joined names in alphabetical order, "" for none, null where the prompt was not rated
+QUALITY = pa.schema([("prompt_id", pa.string()), ("rating", pa.float32()), ("flags", pa.string())])
+DIVERSITY = pa.schema(
+    [("prompt_id", pa.string()), ("distance", pa.float32()), ("entropy", pa.float32())]
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the pairs and prompts are worth.
+
+    Parameters
+    ----------
+    margins
+        A `MARGIN` table a scorer, by its name, row by row with `Pairs.table`; NaN or infinite
+        rewards where it could not score.
+    quality
+        `QUALITY` (more columns may follow), row by row with `Pairs.prompts`; None without a rater.
+    diversity
+        `DIVERSITY`, row by row with `Pairs.prompts`; None without an encoder.
+    knobs
+        What they were made with, if that is known.
+    """
+
+    margins: dict[str, pa.Table] = field(default_factory=dict)
+    quality: pa.Table | None = None
+    diversity: pa.Table | None = None
+    knobs: Score | None = None
+
+
+def score_path(folder: Path, kind: str, name: str, *identity: object) -> Path:
+    """``<kind>-<name>-<fingerprint>.parquet``, the fingerprint over ``identity``."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60] or "unnamed"
+    return folder / f"{kind}-{plain}-{digest(kind, name, *identity)}.parquet"
+
+
+def scored_once(
+    path: Path | None, make: Callable[[], pa.Table], facts: dict[str, Any] | None = None
+) -> pa.Table:
+    """The table in ``path``, or ``make()`` written there; ``path`` None keeps nothing.
+
+    The table's metadata (`score_facts`) says what made it: ``facts``, any facts that ``make``
+    put there itself, and ``file``, the file's name.
+    """
+    if path is not None and path.exists():
+        return pq.read_table(path)
+    table = make()
+    known = {**score_facts(table), **(facts or {}), "file": path.name if path else None}
+    table = table.replace_schema_metadata({"fifa.score": json.dumps(known, sort_keys=True)})
+    if path is not None:
+        write_table(path, table)
+    return table
+
+
+def score_facts(table: pa.Table) -> dict[str, Any]:
+    """What `scored_once` knows of a table of scores; empty for a table it did not make."""
+    facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"fifa.score", b"{}"))
+    return facts

@@ -1,0 +1,144 @@
+"""Which pairs are kept, and why each of the others is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.config import Select
+from fifa.console import echo
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.scoring.table import Scores
+from fifa.selection.components import Terms, gather_terms
+from fifa.selection.gates import reason_codes
+from fifa.selection.importance import importance
+from fifa.selection.order import id_bytes, occurrence
+from fifa.selection.strategies import STRATEGIES, Candidates, soft_weights
+from fifa.selection.table import (
+    BELOW_CUTOFF,
+    PROMPT_CAP,
+    SELECTED,
+    code_counts,
+    selection_table,
+)
+
+Floats = npt.NDArray[np.float32]
+Embeddings: TypeAlias = Floats | Callable[[], Floats]
+
+
+def select(
+    pairs: Pairs,
+    scores: Scores,
+    knobs: Select | None = None,
+    *,
+    unreadable: Collection[str] = (),
+    embeddings: Embeddings | None = None,
+) -> pa.Table:
+    """`fifa.select`, with the knobs in one piece.
+
+    ``pairs.table`` may hold ``pair_id``, ``prompt_index``, ``label`` and ``repeat`` only, and
+    ``pairs.prompts`` the ``prompt_id`` only; score tables in another order are aligned by id.
+    """
+    knobs = knobs or Select()
+    n = len(pairs)
+    if n == 0:
+        raise FifaError("there are no pairs to select from", where=pairs.origin.source or None)
+    terms = gather_terms(pairs, scores, knobs)
+    codes = reason_codes(pairs.table, terms, knobs, unreadable)
+    rows = np.flatnonzero(codes == BELOW_CUTOFF).astype(np.int32)
+    if len(rows) == 0:
+        raise _nothing_eligible(codes)
+    value = _importance(terms, rows, knobs)
+    count = how_many(knobs, n)
+    order = STRATEGIES[knobs.strategy](
+        Candidates(
+            rows=rows,
+            ids=id_bytes(pairs.table["pair_id"]),
+            importance=value,
+            margins=terms.margin,
+            prompt=pairs.table["prompt_index"].to_numpy()[rows],
+            count=count,
+            seed=knobs.seed,
+            embeddings=_embeddings(embeddings, pairs, knobs),
+        )
+    )
+    rank = np.zeros(n, np.int32)
+    rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
+    if knobs.per_prompt is not None:
+        prompts = pairs.table["prompt_index"].to_numpy()[order]
+        below = occurrence(prompts) < knobs.per_prompt
+        codes[order[~below]] = PROMPT_CAP
+        order = order[below]
+    kept = order if knobs.strategy == "weights" else order[:count]
+    if len(kept) < count and knobs.strategy != "weights":
+        echo(f"keep asks for {count:,} of {n:,} pairs; only {len(kept):,} are eligible, all kept")
+    codes[kept] = SELECTED
+    every = np.full(n, np.nan, np.float32)
+    every[rows] = value
+    weight = np.zeros(n, np.float32)
+    weight[kept] = soft_weights(every[kept]) if knobs.strategy == "weights" else 1.0
+    columns = {
+        "margin": terms.margin,
+        "signed_margin": terms.signed_margin,
+        "agreement": terms.agreement,
+        "quality": terms.quality,
+        "diversity": terms.diversity,
+        "importance": every,
+        "rank": rank,
+        "weight": weight,
+    }
+    table = selection_table(pairs.table["pair_id"], codes, columns)
+    return table.replace_schema_metadata({"fifa.select": json.dumps({"select": asdict(knobs)})})
+
+
+def how_many(knobs: Select, n: int) -> int:
+    """The number of pairs that ``keep`` asks for, out of ``n``: a count, or a share up to 1.0."""
+    if isinstance(knobs.keep, float):
+        return max(1, round(knobs.keep * n))
+    return knobs.keep
+
+
+def _importance(terms: Terms, rows: npt.NDArray[np.int32], knobs: Select) -> Floats:
+    def eligible(values: Floats | None) -> Floats | None:
+        return None if values is None else values[rows]
+
+    parts = (eligible(terms.margin), eligible(terms.quality), eligible(terms.diversity))
+    if all(part is None for part in parts):
+        return np.zeros(len(rows), np.float32)
+    return importance(*parts, knobs)
+
+
+def _embeddings(embeddings: Embeddings | None, pairs: Pairs, knobs: Select) -> Callable[[], Floats]:
+    if knobs.strategy in ("facility", "farthest") and embeddings is None:
+        raise FifaError(
+            f"the strategy {knobs.strategy!r} works on prompt embeddings, and there are none",
+            do="name an encoder with --diversity, or give select() the embeddings",
+        )
+
+    def vectors() -> Floats:
+        found = embeddings() if callable(embeddings) else embeddings
+        assert found is not None
+        if found.ndim != 2 or len(found) != pairs.prompts.num_rows:
+            raise FifaError(
+                f"embeddings of shape {found.shape} for {pairs.prompts.num_rows:,} prompts",
+                do="give one vector a prompt, in the order of pairs.prompts",
+            )
+        return np.ascontiguousarray(found, np.float32)
+
+    return vectors
+
+
+def _nothing_eligible(codes: npt.NDArray[np.uint8]) -> FifaError:
+    counts = "; ".join(f"{reason}: {n:,}" for reason, n in code_counts(codes).items())
+    return FifaError(
+        "no pair is eligible",
+        where=counts,
+        do="open a gate (see docs/select.md), or look at the scores and labels",
+    )

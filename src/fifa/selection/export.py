@@ -1,0 +1,315 @@
+"""EXPORT: the selected pairs as a data set that public trainers read, and its rebuilding."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import TypeAdapter
+
+from fifa.config import Read, Recipe, Score, Select, build
+from fifa.console import echo, note
+from fifa.data.images import has_pixels, read_images
+from fifa.data.read import read_pairs
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.scoring.table import Scores, score_facts
+from fifa.selection.card import dataset_card
+from fifa.selection.subset import (
+    COLUMNS,
+    FROM_SELECTION,
+    Integers,
+    ReadImages,
+    Written,
+    subset_rows,
+    write_shards,
+)
+from fifa.selection.table import reason_counts
+from fifa.shards.files import atomic_folder, digest, write_json, write_text
+
+SUBSET_FILE = "subset.json"
+FORMAT = 1  # of subset.json
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A subset that was written.
+
+    Parameters
+    ----------
+    folder
+        Where it is.
+    pairs
+        How many pairs it has.
+    images
+        Whether it has their images, or references only.
+    bytes
+        The size of its Parquet files.
+    digest
+        16 hex characters that name its files' content.
+    """
+
+    folder: Path
+    pairs: int
+    images: bool
+    bytes: int
+    digest: str
+
+
+def export(
+    pairs: Pairs,
+    selection: pa.Table,
+    scores: Scores,
+    folder: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    allow_download: bool = False,
+    fetched: Path | None = None,
+) -> Exported:
+    """Write the selected pairs as a data set for Diffusion-DPO trainers.
+
+    Parameters
+    ----------
+    pairs
+        The pairs, whole.
+    selection
+        Their `fifa.selection.table.SELECTION`, row by row.
+    scores
+        What they were selected by; its files are named in ``subset.json``.
+    folder
+        Where to write: absent, empty, or a subset that fifa wrote (then replaced as a whole).
+    recipe
+        How the pairs were read, scored and selected; None takes it from the three.
+    allow_download
+        Fetch images that the source only names by URL.
+    fetched
+        Where images that were fetched before are kept (`fifa.data.images.read_images`).
+
+    Returns
+    -------
+    Exported
+
+    Raises
+    ------
+    FifaError
+        For a folder with other things in it, a selection of other pairs or of none, and
+        selected images that cannot be read.
+    """
+    folder = Path(folder)
+    _refuse_foreign(folder)
+    if not selection["pair_id"].equals(pairs.table["pair_id"]):
+        raise FifaError("the selection is of other pairs", do="run `fifa select` again")
+    rows = _by_rank(selection)
+    if len(rows) == 0:
+        raise FifaError("the selection keeps no pair: nothing to export")
+    chosen = selection.select(FROM_SELECTION).take(rows)
+    columns = {name: chosen[name].combine_chunks() for name in FROM_SELECTION}
+    origin = pairs.origin
+    plain = TypeAdapter(Recipe).dump_python(
+        recipe or _recipe(pairs, selection, scores), mode="json"
+    )
+    plain.pop("compute")  # what it ran on changes nothing
+    facts = {
+        "recipe": plain,
+        "source": {name: getattr(origin, name) for name in ("source", "format", "fingerprint")},
+        "scores": _score_files(scores),
+        "reasons": reason_counts(selection),
+    }
+    images = allow_download or has_pixels(pairs)
+    read = partial(read_images, pairs, allow_download=allow_download, fetched=fetched)
+    return _write(folder, pairs, rows, columns, facts, read if images else None)
+
+
+def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
+    """The recipe as far as the pairs, their scores and the selection know it."""
+    origin = pairs.origin
+    used = json.loads((selection.schema.metadata or {}).get(b"fifa.select", b"{}"))
+    return Recipe(
+        read=Read(origin.source, origin.format, origin.columns),
+        score=scores.knobs or Score(tuple(scores.margins)),
+        select=build(Select, used.get("select", {}), where="the selection's metadata"),
+    )
+
+
+def rebuild(
+    subset_json: str | Path,
+    folder: str | Path,
+    source: str | None = None,
+    *,
+    allow_download: bool = False,
+) -> Exported:
+    """Write a subset again from its ``subset.json`` and the source: the same bytes.
+
+    Parameters
+    ----------
+    subset_json
+        What `export` wrote.
+    folder
+        As for `export`.
+    source
+        Where the source is now; None reads it where it was.
+    allow_download
+        Fetch images that the source only names by URL.
+
+    Raises
+    ------
+    FifaError
+        If the file is none of fifa's, or the source lacks some of the pairs or has others in
+        their place.
+    """
+    path, folder = Path(subset_json), Path(folder)
+    known = _load(path)
+    recipe: Recipe = build(Recipe, known["recipe"], where=str(path))
+    _refuse_foreign(folder)
+    was = recipe.read
+    pairs = read_pairs(source or was.source, was.format, columns=was.columns)
+    rows = _rows(pairs, known["pair_id"])
+    if known["images"] and not (allow_download or has_pixels(pairs)):
+        raise FifaError(
+            "the subset has images, and this source only has their URLs",
+            where=pairs.origin.source,
+            do="name a source with images, or add --allow-download",
+        )
+    columns = {
+        field.name: _unpacked(known["columns"][field.name], field.type, len(rows))
+        for field in COLUMNS
+        if field.name in FROM_SELECTION
+    }
+    facts = {name: known[name] for name in ("recipe", "source", "scores", "reasons")}
+    read = partial(read_images, pairs, allow_download=allow_download) if known["images"] else None
+    check = partial(_refuse_changed, pairs, known)
+    exported = _write(folder, pairs, rows, columns, facts, read, check)
+    if exported.digest != known["digest"]:
+        echo(
+            f"every pair is the same, but the files are not byte for byte: they were written by "
+            f"pyarrow {known['versions']['pyarrow']}, and this is {pa.__version__}"
+        )
+    return exported
+
+
+def _write(
+    folder: Path,
+    pairs: Pairs,
+    rows: Integers,
+    columns: dict[str, pa.Array],
+    facts: dict[str, Any],
+    read: ReadImages | None,
+    check: Callable[[Written], None] = lambda written: None,
+) -> Exported:
+    """The subset of some rows; without ``read`` it has references instead of images."""
+    from fifa import __version__
+
+    table = subset_rows(pairs, rows, columns)
+    facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
+    with atomic_folder(folder) as made:
+        written = write_shards(made, pairs, rows, table, read)
+        check(written)
+        subset = {
+            "fifa_subset": FORMAT,
+            "pairs": len(rows),
+            "images": read is not None,
+            "digest": digest(written.files),
+            "files": written.files,
+            "versions": {"fifa": __version__, "pyarrow": pa.__version__},
+            **facts,
+            "pair_id": table["pair_id"].to_pylist(),
+            "content": base64.b64encode(written.content.astype("<u8").tobytes()).decode(),
+            "columns": {name: _packed(columns[name]) for name in FROM_SELECTION},
+        }
+        write_text(made / "README.md", dataset_card(subset))
+        write_json(made / SUBSET_FILE, subset)
+    size = sum(file["bytes"] for file in written.files)
+    note(subset_pairs=len(rows), subset_bytes=size, subset_images=read is not None)
+    if read is None:
+        echo(
+            "the source has no images here: the subset keeps references (image_0_url, image_1_url)"
+        )
+    return Exported(folder, len(rows), read is not None, size, str(subset["digest"]))
+
+
+def _rows(pairs: Pairs, names: list[str]) -> Integers:
+    """Where the pairs with these ids are; raises `FifaError` if some are not there."""
+    ids = pa.array(names, pa.string())
+    rows = pc.index_in(ids, value_set=pairs.table["pair_id"].combine_chunks())
+    if rows.null_count:
+        first = ids.filter(rows.is_null())[0].as_py()
+        raise FifaError(
+            f"{rows.null_count:,} of the subset's {len(ids):,} pairs are not in the source",
+            where=f"{pairs.origin.source}; the first is pair {first}",
+            do="name the data set that the subset was made from with --source",
+        )
+    return np.asarray(rows.to_numpy(), np.int64)
+
+
+def _refuse_changed(pairs: Pairs, known: dict[str, Any], written: Written) -> None:
+    """Raises `FifaError` where a pair's content is not what it was."""
+    then = np.frombuffer(base64.b64decode(known["content"]), "<u8")
+    changed = np.flatnonzero(then != written.content)
+    if len(changed):
+        raise FifaError(
+            f"{len(changed):,} of the subset's {len(then):,} pairs have changed in the source",
+            where=f"{pairs.origin.source}; the first is pair {known['pair_id'][int(changed[0])]}",
+            do="name the data set as it was with --source",
+        )
+
+
+def _by_rank(selection: pa.Table) -> Integers:
+    kept = np.flatnonzero(pc.equal(selection["status"].cast(pa.string()), "selected"))
+    ranks = selection["rank"].take(kept).to_numpy()
+    return np.asarray(kept[np.argsort(ranks)], np.int64)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        _load(folder / SUBSET_FILE)
+    except FifaError as error:
+        raise FifaError(
+            "the folder is not empty and holds no subset of fifa's",
+            where=str(folder),
+            do="choose another folder",
+        ) from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FifaError(f"cannot read the subset: {error}", where=str(path)) from error
+    if not isinstance(known, dict) or known.get("fifa_subset") != FORMAT:
+        raise FifaError("not a subset.json that this version of fifa reads", where=str(path))
+    return known
+
+
+def _score_files(scores: Scores) -> dict[str, Any]:
+    def name(table: pa.Table | None) -> str | None:
+        return None if table is None else score_facts(table).get("file")
+
+    return {
+        "margins": {spec: name(table) for spec, table in scores.margins.items()},
+        "quality": name(scores.quality),
+        "diversity": name(scores.diversity),
+    }
+
+
+def _packed(column: pa.Array) -> str:
+    values = column.to_numpy(zero_copy_only=False)  # nulls are NaN; rank has none
+    kind = "<i4" if pa.types.is_integer(column.type) else "<f4"
+    return base64.b64encode(values.astype(kind).tobytes()).decode()
+
+
+def _unpacked(text: str, kind: pa.DataType, n: int) -> pa.Array:
+    integer = pa.types.is_integer(kind)
+    values = np.frombuffer(base64.b64decode(text), "<i4" if integer else "<f4")
+    if len(values) != n:
+        raise FifaError("subset.json is damaged: a column has the wrong length")
+    return pa.array(values, kind, from_pandas=True)

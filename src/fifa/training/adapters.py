@@ -1,0 +1,189 @@
+"""What is trained and how it is written: a LoRA on the denoiser, or all of its weights.
+
+Files are those of diffusers: a LoRA that the stock pipeline's ``load_lora_weights`` reads, its
+rank and alpha in the file's metadata, or a folder for the denoiser's ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.shards.files import atomic_folder, atomic_path
+from fifa.training.backbones.base import Backbone
+
+if TYPE_CHECKING:
+    import torch
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+NAME = "default"  # of the adapter within the denoiser
+METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter (arXiv:2106.09685): ``W x + (alpha / rank) B A x``.
+
+    Parameters
+    ----------
+    rank
+        Rows of A, columns of B.
+    alpha
+        The scale's numerator; None for ``rank``, a scale of 1.
+    targets
+        The modules that get one, by the end of their names; None for the family's own.
+    dropout
+        Of the adapter's input, while training.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+
+
+def add_lora(backbone: Backbone, lora: Lora, seed: int = 0) -> list[torch.nn.Parameter]:
+    """Put an adapter on the denoiser and return its parameters, float32, the only trainable ones.
+
+    A is drawn from a normal distribution of deviation 1 / rank, B is zero: the denoiser predicts
+    as before. The same seed gives the same adapter.
+
+    Raises
+    ------
+    FifaError
+        If the denoiser has no module that ``lora.targets`` names.
+    """
+    torch = require("torch")
+    peft = require("peft", "train")
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets or backbone.lora_targets),
+        init_lora_weights="gaussian",
+    )
+    denoiser: Any = backbone.denoiser
+    denoiser.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            denoiser.add_adapter(config, adapter_name=NAME)
+        except ValueError as error:
+            raise FifaError(
+                f"no adapter fits: {str(error).splitlines()[0]}",
+                where=f"the {backbone.denoiser_name}",
+                do=f"name other modules than {', '.join(config.target_modules)}",
+            ) from error
+    return _trainable([p for p in denoiser.parameters() if p.requires_grad])
+
+
+def train_all(backbone: Backbone) -> list[torch.nn.Parameter]:
+    """Make all the denoiser's parameters trainable, float32, and return them."""
+    backbone.denoiser.float().requires_grad_(True)
+    return list(backbone.denoiser.parameters())
+
+
+@contextmanager
+def adapters_off(backbone: Backbone) -> Iterator[None]:
+    """The base model inside the block: the reference, without a second network."""
+    denoiser: Any = backbone.denoiser
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def save_lora(backbone: Backbone, folder: Path) -> Path:
+    """Write the adapter as ``pytorch_lora_weights.safetensors`` into ``folder``; its path.
+
+    The same weights give the same bytes.
+    """
+    peft = require("peft", "train")
+    denoiser: Any = backbone.denoiser
+    name = backbone.denoiser_name
+    config = getattr(denoiser, "peft_config", {}).get(NAME)
+    if config is None:
+        raise FifaError("there is no adapter to save")
+    state = peft.utils.get_peft_model_state_dict(denoiser, adapter_name=NAME)
+    tensors = {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    # Without these a reader takes alpha for the rank. Only what every version of peft knows, and
+    # sorted: peft keeps the targets as a set, whose order changes from process to process.
+    settings = {
+        f"{name}.r": config.r,
+        f"{name}.lora_alpha": config.lora_alpha,
+        f"{name}.lora_dropout": config.lora_dropout,
+        f"{name}.target_modules": sorted(config.target_modules),
+    }
+    # One key: safetensors writes several in any order.
+    metadata = {METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    path = folder / LORA_FILE
+    with atomic_path(path) as temporary:
+        require("safetensors.torch", "train").save_file(tensors, temporary, metadata=metadata)
+    return path
+
+
+def load_lora(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
+    """Put the adapter in ``folder`` on the denoiser and return its parameters, as `add_lora` does.
+
+    Raises `FifaError` if there is none, or it is another family's.
+    """
+    path = folder / LORA_FILE if folder.is_dir() else folder
+    if not path.is_file():
+        raise FifaError("no LoRA here", where=str(path))
+    denoiser: Any = backbone.denoiser
+    denoiser.requires_grad_(False)
+    try:
+        denoiser.load_lora_adapter(
+            path.parent, weight_name=path.name, prefix=backbone.denoiser_name, adapter_name=NAME
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise FifaError(f"the LoRA does not fit the model: {brief}", where=str(path)) from error
+    if NAME not in getattr(denoiser, "peft_config", {}):
+        raise FifaError(
+            f"the LoRA has nothing for a {backbone.denoiser_name}",
+            where=str(path),
+            do="name a LoRA of the same family as the model",
+        )
+    return _trainable([p for key, p in denoiser.named_parameters() if ".lora_" in key])
+
+
+def save_full(backbone: Backbone, folder: Path) -> Path:
+    """Write the denoiser as ``unet`` or ``transformer`` into ``folder``; the path.
+
+    What ``from_pretrained`` of its class reads, weights in safetensors.
+    """
+    denoiser: Any = backbone.denoiser
+    path = folder / backbone.denoiser_name
+    with atomic_folder(path) as made:
+        denoiser.save_pretrained(made)
+    return path
+
+
+def load_full(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
+    """Give the denoiser the weights that `save_full` wrote; its parameters, trainable."""
+    path = folder / backbone.denoiser_name
+    denoiser: Any = backbone.denoiser
+    try:
+        saved = type(denoiser).from_pretrained(path, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise FifaError(f"cannot load the weights: {brief}", where=str(path)) from error
+    denoiser.load_state_dict(saved.state_dict())
+    return train_all(backbone)
+
+
+def _trainable(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """In float32: an update of 1e-5 is lost in the rounding of a half."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters

@@ -1,0 +1,143 @@
+"""From cached pairs and their draws to what the denoiser reads, and to its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fifa.models.optional import require
+from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.config import Train
+from fifa.training.draws import draw_pair
+from fifa.training.losses import errors, margin_labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of n pairs: the n winners, then the n losers, in every tensor of 2n.
+
+    Parameters
+    ----------
+    items
+        ``(pair, draw)`` of each pair.
+    noisy, target
+        float32 ``[2n, c, h, w]``.
+    time
+        ``[2n]``, the same for both images of a pair.
+    prompts
+        ``[2n, ...]`` each.
+    frames
+        int64 ``[2n, 6]``.
+    label, weight
+        float32 ``[n]``.
+    """
+
+    items: list[tuple[int, int]]
+    noisy: Tensor
+    target: Tensor
+    time: Tensor
+    prompts: Tensors
+    frames: Tensor
+    label: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where micro-batches come from.
+
+    Parameters
+    ----------
+    train
+        The training's knobs.
+    backbone
+        Its latents, times, noise and targets.
+    pairs
+        `fifa.training.pairs.TrainingPairs`.
+    encoded
+        Their `fifa.training.cache.Encoded`, pair by pair.
+    device
+        Where batches go.
+    """
+
+    train: Train
+    backbone: Backbone
+    pairs: Any
+    encoded: Any
+    device: Any
+
+    def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
+        """The micro-batch of ``items``, all of one latent shape."""
+        torch = require("torch", "train")
+        train, backbone, encoded = self.train, self.backbone, self.encoded
+        rows = [pair for pair, _ in items]
+        shape = (backbone.latent_channels, *encoded.shape(rows[0]))
+        draws = [
+            draw_pair(
+                train.seed,
+                self.pairs.pair_id[pair],
+                d,
+                backbone.draw_time,
+                shape,
+                train.prompt_dropout,
+                train.flips,
+            )
+            for pair, d in items
+        ]
+        # [n, 2, ...] -> [2n, ...], winners first
+        moments = self._sides(
+            [encoded.moments(pair, one.flip) for pair, one in zip(rows, draws, strict=True)]
+        ).float()
+        posterior = self._sides([one.posterior for one in draws])
+        noise, time = (
+            self._put(torch.cat([torch.stack(part)] * 2))
+            for part in ([one.noise for one in draws], [one.time for one in draws])
+        )
+        latents = backbone.latents(moments, posterior)
+        prompts = [
+            encoded.empty if one.no_prompt else encoded.prompts(pair)
+            for pair, one in zip(rows, draws, strict=True)
+        ]
+        return Batch(
+            items=list(items),
+            noisy=backbone.add_noise(latents, noise, time),
+            target=backbone.target(latents, noise, time),
+            time=time,
+            prompts={
+                name: self._put(torch.cat([torch.stack([one[name] for one in prompts])] * 2))
+                for name in prompts[0]
+            },
+            frames=self._sides([encoded.frames(pair) for pair in rows]),
+            label=self._labels(rows),
+            weight=self._weights(rows),
+        )
+
+    def _sides(self, pairs: list[Tensor]) -> Tensor:
+        return self._put(require("torch", "train").stack(pairs, dim=1).flatten(0, 1))
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _labels(self, rows: list[int]) -> Tensor:
+        torch = require("torch", "train")
+        if self.train.label == "margin":
+            margins = torch.from_numpy(self.pairs.margin[rows])
+            return self._put(margin_labels(margins, self.train.label_scale))
+        return self._put(torch.from_numpy(self.pairs.label[rows]))
+
+    def _weights(self, rows: list[int]) -> Tensor:
+        torch = require("torch", "train")
+        if not self.train.weights:
+            return self._put(torch.ones(len(rows)))
+        return self._put(torch.from_numpy(self.pairs.weight[rows]))
+
+
+def predict(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The denoiser's errors of (winner, loser), float32 ``[n, 2]``, and its prediction."""
+    prediction = backbone.predict(batch.noisy, batch.time, batch.prompts, batch.frames)
+    # [2n], winners first -> [n, 2]
+    return errors(prediction, batch.target).view(2, -1).T, prediction

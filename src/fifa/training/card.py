@@ -1,0 +1,199 @@
+"""What a checkpoint says of itself: ``train.json`` for programs, the model card for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fifa.training.checkpoint import Progress
+from fifa.training.config import Train
+
+SHOWN = (
+    ("loss", "loss"),
+    ("winner's error minus the reference's", "winner_minus_reference"),
+    ("loser's error minus the reference's", "loser_minus_reference"),
+    ("implicit accuracy", "implicit_accuracy"),
+)
+
+
+def training_facts(
+    train: Train,
+    *,
+    kind: str,
+    progress: Progress,
+    pairs: Any,
+    processes: int,
+    device: str,
+    dtype: str,
+    stats: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What goes into ``train.json``.
+
+    Parameters
+    ----------
+    train
+        The training.
+    kind
+        The backbone's.
+    progress
+        How far it went.
+    pairs
+        `fifa.training.pairs.TrainingPairs`.
+    processes, device, dtype
+        What it ran on, and in which precision.
+    stats
+        The lines of ``stats.jsonl``.
+    """
+    from fifa import __version__
+
+    return {
+        "fifa": __version__,
+        "base_model": train.model,
+        "kind": kind,
+        "method": train.method,
+        "steps": progress.step,
+        "pairs": len(pairs),
+        "pairs_seen": progress.pairs,
+        "dropped": pairs.dropped,
+        "seconds": round(progress.seconds, 3),
+        "processes": processes,
+        "device": device,
+        "dtype": dtype,
+        "accelerator_hours": progress.seconds * processes / 3600,
+        "source": train.source,
+        "pairs_digest": pairs.digest,
+        "selection": selection_facts(pairs.folder),
+        "options": asdict(train),
+        "last": stats[-1] if stats else None,
+        "versions": _versions(),
+    }
+
+
+def selection_facts(folder: Path | None) -> dict[str, Any] | None:
+    """How the pairs were selected, from the subset's ``subset.json``; None where there is none."""
+    if folder is None:
+        return None
+    subset = json.loads((folder / "subset.json").read_text("utf-8"))
+    names = ("digest", "pairs", "recipe", "source", "scores", "reasons")
+    return {name: subset[name] for name in names if name in subset}
+
+
+def training_card(facts: dict[str, Any]) -> str:
+    """The model card, for what ``train.json`` holds."""
+    options, name = facts["options"], _public(facts["base_model"])
+    lora = facts["method"] == "lora"
+    hub = f"base_model: {facts['base_model']}\n" if _is_hub(facts["base_model"]) else ""
+    part = "transformer" if facts["kind"] in ("sd3", "flux") else "unet"
+    what = "A LoRA" if lora else f"All weights of the {part}"
+    loss = f"{options['loss']}, beta {options['beta']:g}" if options["loss"] != "mapo" else "mapo"
+    table = [
+        ("method", f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"),
+        ("loss", loss),
+        ("pairs", f"{facts['pairs']:,}, presented {facts['pairs_seen']:,} times in all"),
+        ("steps", f"{facts['steps']:,} of {options['batch']:,} pairs"),
+        ("learning rate", f"{options['lr']:g}, {options['schedule']}, {options['warmup']} warm-up"),
+        ("optimiser", options["optimizer"]),
+        ("prompt dropout", f"{options['prompt_dropout']:g}"),
+        ("precision", facts["dtype"]),
+        ("time", f"{facts['seconds']:,.0f} s on {facts['processes']} x {facts['device']}"),
+    ]
+    rows = "\n".join(f"| {left} | {right} |" for left, right in table)
+    return f"""---
+{hub}library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusion-dpo, preference-optimization{", lora" if lora else ""}, fifa]
+---
+
+# {name}, aligned with {facts["pairs"]:,} preference pairs
+
+{what}, trained with Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
+on pairs of images of which people preferred one.
+
+## Use
+
+```python
+{_use(facts, lora, part)}
+```
+
+## How it was trained
+
+| | |
+|---|---|
+{rows}
+
+Beta is that of `-log sigmoid(-(beta / 2) * difference)` with errors that are means over a latent's
+numbers. `train.yaml` holds every option, `stats.jsonl` every step.
+{_last(facts)}
+{_data(facts)}
+## Where it ends
+
+It draws what the people behind these pairs preferred, with their habits and prejudices, and what
+the base model could draw before. Whether it is better than the base has to be measured
+(`fifa evaluate`), and not only by the reward model that picked its pairs. The base model's licence
+and the data's hold for these weights too.
+"""
+
+
+def _use(facts: dict[str, Any], lora: bool, part: str) -> str:
+    base = facts["base_model"] if _is_hub(facts["base_model"]) else "the base model's folder"
+    if lora:
+        return (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
+            'pipeline.load_lora_weights("path/to/this/folder")'
+        )
+    cls = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+    model = cls.get(facts["kind"], "UNet2DConditionModel")
+    return (
+        f"from diffusers import DiffusionPipeline, {model}\n\n"
+        f'{part} = {model}.from_pretrained("path/to/this/folder", subfolder="{part}")\n'
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}", {part}={part})'
+    )
+
+
+def _last(facts: dict[str, Any]) -> str:
+    last = facts["last"]
+    if not last:
+        return ""
+    rows = [f"| {words} | {last[name]:.4g} |" for words, name in SHOWN if last[name] is not None]
+    return (
+        f"\nIn its last line, step {last['step']:,}:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _data(facts: dict[str, Any]) -> str:
+    selection = facts["selection"]
+    if selection is None:
+        return f"The pairs came from `{_public(facts['source'])}`.\n"
+    select = selection["recipe"]["select"]
+    origin = _public(selection["source"]["source"])
+    return (
+        f"The pairs are a selection of FiFA's from `{origin}`: {selection['pairs']:,} pairs, "
+        f"strategy {select['strategy']}, alpha {select['alpha']:g}, gamma {select['gamma']:g} "
+        f"(subset {selection['digest']}; the whole recipe is in `train.json`).\n"
+    )
+
+
+def _is_hub(model: str) -> bool:
+    return (
+        model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists()
+    )
+
+
+def _public(name: str) -> str:
+    """A name without the folders of the machine it was on."""
+    return name if _is_hub(name) or "://" in name else Path(name).name
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "diffusers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

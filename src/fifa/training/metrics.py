@@ -1,0 +1,195 @@
+"""What is known of a training while it runs: ``stats.jsonl`` always, and a tracker beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.shards.files import cannot_write, digest, write_text
+from fifa.training.config import Train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATS = "stats.jsonl"
+
+# What a micro-batch adds up, in this order.
+SUMS = ("loss", "winner", "loser", "winner_reference", "loser_reference", "correct", "kl", "bound")
+
+
+def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | None) -> Tensor:
+    """What a micro-batch tells, summed over its pairs, float32 ``[8]`` in the order of `SUMS`.
+
+    Parameters
+    ----------
+    loss
+        ``[n]``.
+    policy, reference
+        Errors of (winner, loser), ``[n, 2]``.
+    kl
+        ``[n]``, or None where the reference's predictions are not at hand.
+    """
+    torch = require("torch", "train")
+    policy = policy.detach()
+    base = torch.full_like(policy, torch.nan) if reference is None else reference
+    gain = (base - policy).float()
+    # implicit accuracy: the policy prefers the winner more than the reference does; a tie is half
+    correct = 0.5 * (1.0 + (gain[:, 0] - gain[:, 1]).sign())
+    # |sqrt e - sqrt e_ref|^2 <= mean (prediction - prediction_ref)^2, by the triangle inequality
+    bound = (policy.sqrt() - base.sqrt()).square().mean(1)
+    nothing = torch.full_like(bound, torch.nan)
+    rows = [loss.detach(), *policy.T, *base.T, correct, nothing if kl is None else kl, bound]
+    total: Tensor = torch.stack([row.float().sum() for row in rows])
+    return total
+
+
+def distance(prediction: Tensor, reference: Tensor) -> Tensor:
+    """The KL proxy of each pair, ``[n]``, from predictions ``[2n, c, h, w]``.
+
+    For Gaussian steps of equal variance the divergence of policy from reference is proportional to
+    ``mean (prediction - prediction_ref)^2``; here its mean over both images.
+    """
+    squared = (prediction.detach().float() - reference.float()).square().mean(dim=(1, 2, 3))
+    return squared.view(2, -1).mean(0)
+
+
+def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
+    """The means over ``pairs`` of what `sums` added up; None for what is not known.
+
+    ``winner_minus_reference`` and ``loser_minus_reference`` tell likelihood displacement: both
+    may rise while the loss falls.
+    """
+    mean = {name: value / pairs for name, value in zip(SUMS, total, strict=True)}
+    line = {
+        "loss": mean["loss"],
+        "winner_error": mean["winner"],
+        "loser_error": mean["loser"],
+        "winner_minus_reference": mean["winner"] - mean["winner_reference"],
+        "loser_minus_reference": mean["loser"] - mean["loser_reference"],
+        "implicit_accuracy": mean["correct"],
+        "kl": mean["kl"],
+        "kl_bound": mean["bound"],
+    }
+    # NaN marks what is not known; a loss or an error that is not finite has stopped the run before
+    return {name: value if value == value else None for name, value in line.items()}
+
+
+class Tracker(Protocol):
+    """Anything that takes numbers by step."""
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        """The numbers of one step."""
+
+    def close(self) -> None:
+        """The training is over, or interrupted."""
+
+
+class Stats:
+    """Writes ``stats.jsonl`` and feeds the tracker.
+
+    Parameters
+    ----------
+    train
+        The training.
+    out
+        Its folder.
+    step
+        Steps done: lines of later ones, which an interrupted run wrote, are taken out.
+    """
+
+    def __init__(self, train: Train, out: Path, step: int) -> None:
+        self.path = out / STATS
+        if self.path.exists():
+            kept = [line for line in _lines(self.path) if line["step"] <= step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.tracker = make_tracker(train, out, step)
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        """Add one line."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        if self.tracker is not None:
+            self.tracker.log(step, {k: v for k, v in line.items() if v is not None})
+
+    def close(self) -> None:
+        """End the tracker."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+def read_stats(out: Path) -> list[dict[str, Any]]:
+    """The lines of a training's ``stats.jsonl``."""
+    return _lines(Path(out) / STATS)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break  # the last line of a run that was killed while writing it
+    return lines
+
+
+def make_tracker(train: Train, out: Path, step: int) -> Tracker | None:
+    """The tracker that the training asks for; `FifaError` where it is not installed."""
+    if train.tracker == "none":
+        return None
+    if train.tracker == "tensorboard":
+        return _TensorBoard(out, step)
+    return _Remote(train, out)
+
+
+class _TensorBoard:
+    def __init__(self, out: Path, step: int) -> None:
+        _installed("tensorboard", "tensorboard")
+        writer = require("torch.utils.tensorboard", "train").SummaryWriter
+        # what an interrupted run wrote beyond its last state is hidden
+        self.writer = writer(str(out / "logs"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Remote:
+    """Weights & Biases, or trackio, which has the same three functions."""
+
+    def __init__(self, train: Train, out: Path) -> None:
+        self.module = _installed(train.tracker, train.tracker)
+        name = f"{out.name}-{digest(train.to_yaml())[:6]}"
+        settings: dict[str, Any] = {"project": "fifa", "name": name, "config": asdict(train)}
+        if train.tracker == "wandb":
+            settings.update(dir=str(out), id=name, resume="allow")
+        else:
+            settings.update(resume="allow")
+        self.module.init(**settings)
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        self.module.log(line, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def _installed(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise FifaError(
+            f"the tracker {package} cannot be imported: {error}",
+            do=f"pip install {package}, or choose another --tracker (none writes stats.jsonl only)",
+        ) from error

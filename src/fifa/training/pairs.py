@@ -1,0 +1,307 @@
+"""The pairs to train on: a subset of ours, or any Parquet files in the diffusers schema."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fifa.console import echo, note, progress
+from fifa.data.images import BadImage
+from fifa.errors import FifaError
+from fifa.run.steps import is_run
+from fifa.shards.files import digest
+from fifa.training.cells import IMAGES, Cells, cannot_read, open_parquet
+
+NEEDED = (*IMAGES, "label_0", "caption")
+OPTIONAL = ("label", "weight", "pair_id", "has_label", "signed_margin")
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Pairs with a winner and a loser; never a tie.
+
+    Parameters
+    ----------
+    pair_id
+        [n], all different: the source's, or a hash of prompt, winner and loser.
+    caption
+        [n], the prompts.
+    label
+        float32 [n], above 0.5: the probability that people prefer the winner.
+    weight
+        float32 [n], at least 0: each pair's weight in the loss; 1 where the source has none.
+    margin
+        float32 [n], the subset's ``signed_margin``: how much the scorers prefer the winner; NaN
+        where the source has none.
+    digest
+        16 hex characters that name all of the above.
+    fingerprint
+        16 hex characters that name the files: their footers, sizes and times.
+    dropped
+        How many rows are not here, by reason: ``tie``, ``no_label``.
+    cells
+        Where the images are.
+    places
+        int64 [n, 3]: file, row, and the column (0 or 1) of the winner.
+    folder
+        The subset's folder if the source is one of ours, for its ``subset.json``.
+    """
+
+    pair_id: list[str]
+    caption: list[str]
+    label: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    margin: npt.NDArray[np.float32]
+    digest: str
+    fingerprint: str
+    dropped: dict[str, int]
+    cells: Cells
+    places: npt.NDArray[np.int64]
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.pair_id)
+
+    def images(self, i: int) -> tuple[bytes, bytes]:
+        """The original bytes of pair i's winner and loser; `FifaError` where there are none."""
+        found = list(self.read([(i, 0), (i, 1)]))
+        for side, data in enumerate(found):
+            if isinstance(data, BadImage):
+                raise self.unreadable(i, side, data)
+        winner, loser = found
+        assert isinstance(winner, bytes) and isinstance(loser, bytes)
+        return winner, loser
+
+    def read(self, images: Iterable[tuple[int, int]]) -> Iterator[bytes | BadImage]:
+        """The bytes of images given as (pair, side), in their order; side 0 is the winner.
+
+        In the order of pairs everything is read once; memory stays flat.
+        """
+        places = self.places
+        return self.cells.read(
+            (int(places[i, 0]), int(places[i, 1]), side ^ int(places[i, 2])) for i, side in images
+        )
+
+    def unreadable(self, i: int, side: int, error: BadImage, count: int = 1) -> FifaError:
+        """The error for an image that cannot be trained on, the first of ``count``."""
+        which = f"pair {self.pair_id[i]}, {('winner', 'loser')[side]}"
+        return FifaError(
+            f"{count:,} of the pairs' images cannot be read; the first: {error.reason}",
+            where=f"{which}: row {self.places[i, 1]} of {self.cells.files[self.places[i, 0]]}",
+            do="rebuild the subset with images (`fifa export`, --allow-download for URLs), or "
+            "take such pairs out of the source",
+        )
+
+
+def read_training_pairs(source: str | Path) -> TrainingPairs:
+    """Pairs to train on, with their images where they lie.
+
+    Parameters
+    ----------
+    source
+        A run folder (its ``subset``), a subset that `fifa export` wrote, or a Parquet file, a
+        folder or a glob of them with the columns that public Diffusion-DPO trainers read:
+        ``jpg_0``, ``jpg_1`` (bytes, or structs with ``bytes``), ``label_0`` (1: image 0 won, 0:
+        image 1, 0.5: a tie) and ``caption``. Used if they are there: ``label`` (the probability
+        that people prefer image 0), ``weight``, ``pair_id``, ``has_label``, ``signed_margin``.
+
+    Raises
+    ------
+    FifaError
+        For a source without such files or columns, or without images, a label that is no
+        probability, a negative weight, a pair id that comes twice, and where no pair remains.
+    """
+    path = Path(source).expanduser()
+    folder = _subset(path)
+    files = _files(folder or path)
+    cells = Cells(tuple(files))
+    rows = [_rows(file, number) for number, file in enumerate(files)]
+    table = pa.concat_tables(rows)
+    reasons, winner = _winners(table, files)
+    kept = np.flatnonzero(reasons == "")
+    dropped = {name: n for name, n in sorted(Counter(reasons.tolist()).items()) if name}
+    if dropped:
+        told = ", ".join(f"{count:,} {name}" for name, count in dropped.items())
+        echo(f"{table.num_rows:,} rows, {len(kept):,} pairs with a winner (dropped: {told})")
+    if len(kept) == 0:
+        raise FifaError("no pair with a winner", where=str(source), do="choose another source")
+    table = table.take(kept)
+    places = np.stack(
+        [table["file"].to_numpy(), table["row"].to_numpy(), winner[kept]], axis=1
+    ).astype(np.int64)
+    label = _labels(table, winner[kept])
+    weight = _weights(table, str(source))
+    margin = table["signed_margin"].to_numpy().astype(np.float32)
+    caption = table["caption"].to_pylist()
+    ids = _ids(table, cells, places)
+    note(training_pairs=len(ids), **{f"training_pairs_{k}": v for k, v in dropped.items()})
+    return TrainingPairs(
+        pair_id=ids,
+        caption=caption,
+        label=label,
+        weight=weight,
+        margin=margin,
+        digest=digest(ids, caption, label.tobytes(), weight.tobytes(), margin.tobytes()),
+        fingerprint=digest([_fingerprint(file) for file in files]),
+        dropped=dropped,
+        cells=cells,
+        places=places,
+        folder=folder,
+    )
+
+
+def _subset(path: Path) -> Path | None:
+    """The subset's folder, if the source is a run or a subset of ours."""
+    if is_run(path):
+        if not (path / "subset" / "subset.json").is_file():
+            raise FifaError(
+                "the run has no subset yet", where=str(path), do="run `fifa export` on it"
+            )
+        return path / "subset"
+    return path if (path / "subset.json").is_file() else None
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+    elif path.is_file():
+        files = [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - of the whole path
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts[-2:])]
+    if not files:
+        raise FifaError(
+            "no Parquet files to train on",
+            where=str(path),
+            do="name a run folder, a subset, or Parquet files with jpg_0, jpg_1, label_0, caption",
+        )
+    return files
+
+
+def _rows(file: Path, number: int) -> pa.Table:
+    """What one file says of its rows, its images aside."""
+    opened = open_parquet(file)
+    names = opened.schema_arrow.names
+    missing = [name for name in NEEDED if name not in names]
+    if set(missing) & set(IMAGES) and "image_0_url" in names:
+        raise FifaError(
+            "the subset has no images, only their references",
+            where=str(file),
+            do="rebuild it with images: `fifa export` from a source that has them, or with "
+            "--allow-download",
+        )
+    if missing:
+        raise FifaError(
+            f"the file has no column {', '.join(missing)}",
+            where=str(file),
+            do="columns to train on are jpg_0, jpg_1, label_0 and caption",
+        )
+    columns = [name for name in (*NEEDED[2:], *OPTIONAL) if name in names]
+    try:
+        table = opened.read(columns=columns)
+        plain = {
+            "caption": table["caption"].cast(pa.string()),
+            "label_0": table["label_0"].cast(pa.float64()),
+            "label": _column(table, "label", pa.float64()),
+            "weight": _column(table, "weight", pa.float64()),
+            "pair_id": _column(table, "pair_id", pa.string()),
+            "has_label": _column(table, "has_label", pa.bool_()),
+            "signed_margin": _column(table, "signed_margin", pa.float64()),
+        }
+    except (OSError, pa.ArrowException) as error:
+        raise cannot_read(file, error) from error
+    n = table.num_rows
+    place = {"file": pa.array(np.full(n, number)), "row": pa.array(np.arange(n))}
+    return pa.table({**plain, **place})
+
+
+def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
+
+
+def _winners(
+    table: pa.Table, files: list[Path]
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64]]:
+    """Why each row is dropped ("" where it stays), and the column of its winner."""
+    first = table["label_0"].to_numpy()  # NaN where null
+    soft = table["label"].to_numpy()
+    wrong = (first < 0) | (first > 1) | (soft < 0) | (soft > 1)
+    # what trainers read and what people said must name one winner
+    both = np.isfinite(first) & np.isfinite(soft)
+    wrong |= both & ((first > 0.5) != (soft > 0.5)) & (soft != 0.5)
+    if wrong.any():
+        i = int(np.flatnonzero(wrong)[0])
+        row, file = table["row"][i].as_py(), files[table["file"][i].as_py()]
+        raise FifaError(
+            f"the labels are no probabilities of one winner: label_0 {first[i]:g}"
+            + (f", label {soft[i]:g}" if np.isfinite(soft[i]) else ""),
+            where=f"row {row} of {file}",
+            do="label_0 is 1 where image 0 won, 0 where image 1 did, 0.5 for a tie",
+        )
+    reasons = np.full(len(first), "", dtype="<U8")
+    reasons[(first == 0.5) | (soft == 0.5)] = "tie"
+    told = table["has_label"].fill_null(True).to_numpy(zero_copy_only=False).astype(bool)
+    empty = np.asarray(table["caption"].is_null())
+    reasons[~told | ~np.isfinite(first) | empty] = "no_label"
+    return reasons, (first < 0.5).astype(np.int64)
+
+
+def _labels(table: pa.Table, winner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """The probability that people prefer the winner."""
+    soft = table["label"].to_numpy()
+    first = np.where(np.isfinite(soft), soft, table["label_0"].to_numpy())
+    label: npt.NDArray[np.float32] = np.where(winner == 0, first, 1 - first).astype(np.float32)
+    return label
+
+
+def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
+    weight: npt.NDArray[np.float32]
+    weight = table["weight"].fill_null(1.0).to_numpy().astype(np.float32)
+    bad = ~np.isfinite(weight) | (weight < 0)
+    if bad.any():
+        raise FifaError(
+            f"{int(bad.sum()):,} pairs have a weight that is negative or not finite", where=where
+        )
+    if not weight.any():
+        raise FifaError("every pair has weight 0: nothing to learn from", where=where)
+    return weight
+
+
+def _ids(table: pa.Table, cells: Cells, places: npt.NDArray[np.int64]) -> list[str]:
+    """The source's pair ids, or hashes of prompt, winner, loser and how often they came before."""
+    given = table["pair_id"]
+    if given.null_count == 0:
+        ids: list[str] = given.to_pylist()
+        twice = [name for name, count in Counter(ids).items() if count > 1]
+        if twice:
+            raise FifaError(f"{len(twice):,} pair ids come twice", where=f"pair {twice[0]}")
+        return ids
+    order = [
+        (int(file), int(row), side ^ int(winner)) for file, row, winner in places for side in (0, 1)
+    ]
+    bytes_of = cells.read(order)
+    made: list[str] = []
+    seen: Counter[str] = Counter()
+    with progress("telling pairs apart", len(places)) as advance:
+        for caption in table["caption"].to_pylist():
+            both = [next(bytes_of), next(bytes_of)]
+            name = digest(caption, *(b"" if isinstance(d, BadImage) else d for d in both))
+            made.append(digest(name, seen[name]) if seen[name] else name)
+            seen[name] += 1
+            advance(1)
+    return made
+
+
+def _fingerprint(file: Path) -> list[object]:
+    status = file.stat()
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    return [file.name, status.st_size, status.st_mtime_ns, metadata.num_rows, groups]

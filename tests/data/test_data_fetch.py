@@ -1,0 +1,205 @@
+"""Fetching against real loopback servers, and the addresses that are never asked."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fifa.data.fetch import FetchError, fetch, is_public
+
+BODY = b"image bytes" * 1000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    hosts: list[str] = []  # noqa: RUF012 - shared on purpose: what the server has been asked
+
+    def do_GET(self) -> None:
+        self.hosts.append(self.headers["Host"])
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/missing" else 200)
+        if self.path != "/endless":
+            self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        try:
+            if self.path == "/endless":
+                for _ in range(10_000):
+                    self.wfile.write(b"x" * 10_000)
+            elif self.path == "/slow":
+                for byte in BODY[:100]:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(0.1)
+            elif self.path == "/short":
+                self.wfile.write(BODY[:100])
+            else:
+                self.wfile.write(BODY)
+        except OSError:
+            pass  # the client has had enough
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    Handler.hosts.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_address[1]
+        running.shutdown()
+
+
+def get(url: str, **options: object) -> bytes:
+    """Fetch with every name at home and home allowed."""
+    settings = {"resolve": lambda host, port: ["127.0.0.1"], "allowed": lambda address: True}
+    return fetch(url, max_bytes=1_000_000, **(settings | options))
+
+
+def test_the_bytes_come_from_the_checked_address_under_the_hosts_name(port: int) -> None:
+    assert get(f"http://pictures.example:{port}/a.png") == BODY
+    assert Handler.hosts == [f"pictures.example:{port}"]
+
+
+def test_without_leave_nothing_on_this_machine_is_asked(port: int) -> None:
+    for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "127.1"):
+        with pytest.raises(FetchError):
+            fetch(f"http://{host}:{port}/a.png", max_bytes=1000)
+    assert not Handler.hosts
+
+
+def test_one_private_address_among_public_ones_is_enough_to_refuse(port: int) -> None:
+    with pytest.raises(FetchError, match=r"10\.0\.0\.1"):
+        fetch(
+            f"http://x.example:{port}/a", max_bytes=9, resolve=lambda h, p: ["8.8.8.8", "10.0.0.1"]
+        )
+
+
+def test_a_name_is_resolved_once_for_check_and_use(port: int) -> None:
+    asked = []
+
+    def rebinding(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"] if len(asked) == 1 else ["10.0.0.1"]
+
+    assert get(f"http://x.example:{port}/a", resolve=rebinding) == BODY
+    assert asked == ["x.example"]
+
+
+def test_redirects_are_followed_and_checked_again(port: int) -> None:
+    assert get(f"http://a.example:{port}/to//b.png") == BODY
+    assert get(f"http://a.example:{port}/to/http://b.example:{port}/c") == BODY
+    inside = {"a.example": ["127.0.0.1"], "evil.example": ["127.0.0.2"]}
+    with pytest.raises(FetchError, match="not on the public internet"):
+        get(
+            f"http://a.example:{port}/to/http://evil.example:{port}/",
+            resolve=lambda host, port: inside[host],
+            allowed=lambda address: address == "127.0.0.1",
+        )
+    with pytest.raises(FetchError, match="only http"):
+        get(f"http://a.example:{port}/to/file:///etc/passwd")
+    with pytest.raises(FetchError, match="redirects"):
+        get(f"http://a.example:{port}" + f"/to/http://a.example:{port}" * 7 + "/x")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/missing", "404"), ("/endless", "more than"), ("/short", "cannot fetch")],
+)
+def test_answers_that_do_not_do(port: int, path: str, reason: str) -> None:
+    with pytest.raises(FetchError, match=reason):
+        get(f"http://a.example:{port}{path}")
+
+
+def test_announced_size_and_time_are_limited(port: int) -> None:
+    with pytest.raises(FetchError, match="more than 100 bytes"):
+        fetch(
+            f"http://a.example:{port}/a", max_bytes=100, allowed=lambda a: True,
+            resolve=lambda h, p: ["127.0.0.1"],
+        )  # fmt: skip
+    started = time.monotonic()
+    with pytest.raises(FetchError):
+        get(f"http://a.example:{port}/slow", timeout=0.5)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://x.example/a", "http:///a", "http://user:pw@x.example/a", "a.png",
+     "http://x.example:99999/", "http://[::1/", "gopher://x.example"],
+)  # fmt: skip
+def test_odd_urls_are_refused(url: str) -> None:
+    with pytest.raises(FetchError):
+        get(url)
+
+
+def test_a_host_that_does_not_resolve() -> None:
+    def fails(host: str, port: int) -> list[str]:
+        raise OSError("unknown")
+
+    with pytest.raises(FetchError, match="resolve"):
+        get("http://x.example/", resolve=fails)
+    with pytest.raises(FetchError, match="public"):
+        get("http://x.example/", resolve=lambda h, p: [])
+
+
+PRIVATE = """
+    0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 169.254.169.254 172.16.0.1 192.168.1.1 192.0.2.1
+    198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 :: ::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1
+    fe80::1 fe80::1%eth0 fc00::1 fec0::1 ff02::1 64:ff9b::a00:1 2002:a00:1:: 2001:0:1::1
+    2001:db8::1 64:ff9b:1::1 nonsense
+"""
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_private_and_reserved_addresses_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8"]
+)
+def test_public_addresses_are_public(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+def test_https_checks_the_certificate_of_the_host_not_of_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", key,
+         "-out", certificate, "-subj", "/CN=good.example", "-addext",
+         "subjectAltName=DNS:good.example"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    names: list[str | None] = []
+    context.sni_callback = lambda _, name, __: names.append(name)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        port = running.server_address[1]
+        try:
+            with pytest.raises(FetchError, match="cannot fetch"):
+                get(f"https://good.example:{port}/a")  # signed by nobody we know
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            assert get(f"https://good.example:{port}/a") == BODY
+            assert names[-1] == "good.example"
+            with pytest.raises(FetchError, match="cannot fetch"):
+                get(f"https://other.example:{port}/a")
+        finally:
+            running.shutdown()

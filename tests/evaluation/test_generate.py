@@ -1,0 +1,242 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import SMALL, write_lora, write_model, write_part
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from fifa.errors import FifaError
+from fifa.evaluation.config import Generate
+from fifa.evaluation.generate import generate, plan, read_index
+from fifa.evaluation.models import find_models, name_checkpoints
+from fifa.evaluation.prompts import read_prompts
+from fifa.evaluation.sampling import settle
+
+
+def prompts_of(folder, count=3):
+    (folder / "prompts.txt").write_text("".join(f"a cat number {i}\n" for i in range(count)))
+    return read_prompts(folder / "prompts.txt")
+
+
+def make(base, tuned, folder, *, count=3, seeds=2, batch=4, **settings):
+    folder.mkdir(exist_ok=True)
+    asked = Generate(**{**SMALL, **settings})
+    models = find_models(str(base), {name: str(path) for name, path in tuned.items()})
+    return generate(
+        models,
+        prompts_of(folder, count),
+        folder,
+        settle(asked, base),
+        seeds=seeds,
+        batch=batch,
+    )
+
+
+def pixels(folder, table, model):
+    files = [r["file"] for r in table.to_pylist() if r["model"] == model]
+    return np.stack([np.asarray(Image.open(folder / file)) for file in files])
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def test_the_images_are_those_of_the_stock_pipeline(base, lora, unet, tmp_path):
+    table = make(base, {"lora": lora, "full": unet}, tmp_path, seeds=1, count=3, batch=3)
+    assert table.equals(read_index(tmp_path))
+    assert table["model"].to_pylist() == ["base"] * 3 + ["lora"] * 3 + ["full"] * 3
+    rows = table.to_pylist()[:3]
+    stock = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+
+    def images():
+        found = stock(
+            [row["prompt"] for row in rows],
+            generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
+            num_inference_steps=2,
+            width=32,
+            height=32,
+            guidance_scale=7.5,
+        ).images
+        return np.stack([np.asarray(image) for image in found])
+
+    np.testing.assert_array_equal(pixels(tmp_path, table, "base"), images())
+    stock.load_lora_weights(lora)
+    np.testing.assert_array_equal(pixels(tmp_path, table, "lora"), images())
+    stock.unload_lora_weights()
+    stock.unet = UNet2DConditionModel.from_pretrained(unet / "unet")
+    np.testing.assert_array_equal(pixels(tmp_path, table, "full"), images())
+    assert (pixels(tmp_path, table, "lora") != pixels(tmp_path, table, "base")).any()
+    assert (pixels(tmp_path, table, "full") != pixels(tmp_path, table, "base")).any()
+
+
+def test_every_kind_of_checkpoint_is_recognised(base, lora, unet, tmp_path):
+    whole = write_model(tmp_path / "whole", "sd15", seed=3)
+    file = lora / "pytorch_lora_weights.safetensors"
+    tuned = {"a": lora, "b": file, "c": unet, "d": unet / "unet", "e": whole}
+    models = find_models(str(base), {name: str(path) for name, path in tuned.items()})
+    assert [m.method for m in models] == ["base", "lora", "lora", "part", "part", "pipeline"]
+    by_name = {model.name: model.weights for model in models}
+    assert by_name["a"] == by_name["b"]
+    assert by_name["c"] == by_name["d"]
+    assert len(set(by_name.values())) == 4
+    table = make(base, {"whole": whole, "again": unet}, tmp_path / "run")
+    ours = make(whole, {}, tmp_path / "alone")
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "run", table, "whole"), pixels(tmp_path / "alone", ours, "base")
+    )
+
+
+def test_a_model_is_named_by_its_content_wherever_it_lies(base, unet, tmp_path):
+    shutil.copytree(base, tmp_path / "moved")
+    shutil.copytree(unet, tmp_path / "tuned")
+    here = find_models(str(base), {"a": str(unet)})
+    there = find_models(str(tmp_path / "moved"), {"a": str(tmp_path / "tuned")})
+    assert [m.weights for m in here] == [m.weights for m in there]
+
+
+def test_the_base_is_itself_again_after_a_checkpoint(base, lora, unet, tmp_path):
+    alone = make(base, {}, tmp_path / "alone")
+    again = write_model(tmp_path / "same", "sd15")  # the same weights, loaded as a checkpoint
+    tuned = {"lora": lora, "full": unet, "last": write_part(again, tmp_path / "none", scale=0)}
+    table = make(base, tuned, tmp_path / "run")
+    base_images = pixels(tmp_path / "alone", alone, "base")
+    np.testing.assert_array_equal(pixels(tmp_path / "run", table, "last"), base_images)
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell"])
+def test_every_family(kind, tmp_path):
+    model = write_model(tmp_path / "model", kind)
+    tuned = {"lora": write_lora(model, tmp_path / "a"), "full": write_part(model, tmp_path / "b")}
+    table = make(model, tuned, tmp_path / "run", count=1, seeds=2)
+    images = [pixels(tmp_path / "run", table, name) for name in ("base", "lora", "full")]
+    flat = np.concatenate(images).reshape(6, -1)
+    assert images[0].shape == (2, 32, 32, 3)
+    assert len(np.unique(flat, axis=0)) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance", "steps"),
+    [
+        ("sd15", 7.5, 50),
+        ("sdxl", 5.0, 50),
+        ("sd3", 7.0, 28),
+        ("flux-dev", 3.5, 28),
+        ("flux-schnell", 0.0, 4),
+    ],
+)
+def test_defaults_by_family(kind, guidance, steps, tmp_path):
+    settings = settle(Generate(), write_model(tmp_path, kind))
+    assert (settings.guidance, settings.steps) == (guidance, steps)
+    assert (settings.device, settings.dtype) in [("cpu", "float32"), ("cuda", "float16")]
+
+
+def test_a_broken_off_run_ends_with_the_same_bytes(base, tmp_path):
+    make(base, {}, tmp_path / "whole", count=5)
+    make(base, {}, tmp_path / "broken", count=5)
+    expected = files(tmp_path / "whole")
+    random = np.random.default_rng(0)
+    for keep in (0, 1, 3, 7, 10):
+        names = sorted(expected)
+        for name in random.permutation(len(names))[keep:]:
+            (tmp_path / "broken" / names[name]).unlink()
+        left = [tmp_path / "broken" / name for name in (".fifa-tmp-a.parquet", ".fifa-tmp-b.png")]
+        for path in left:  # what a killed write leaves
+            path.touch()
+        make(base, {}, tmp_path / "broken", count=5)
+        assert not any(path.exists() for path in left)
+        assert files(tmp_path / "broken") == expected
+
+
+def test_what_is_there_is_not_made_again(base, lora, tmp_path):
+    make(base, {"one": lora}, tmp_path)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    table = make(base, {"one": lora, "two": lora}, tmp_path)  # the same weights twice
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")} == stamps
+    of = {m: [r["file"] for r in table.to_pylist() if r["model"] == m] for m in ("one", "two")}
+    assert of["one"] == of["two"]
+
+
+def test_further_prompts_leave_earlier_images_alone(base, tmp_path):
+    few = make(base, {}, tmp_path, count=4)
+    many = make(base, {}, tmp_path, count=7)
+    assert many["file"].to_pylist()[: len(few)] == few["file"].to_pylist()
+
+
+def test_another_sampler_guidance_seed_or_spelling_is_another_image(base, tmp_path):
+    model = find_models(str(base), {})[0]
+    folder = tmp_path
+    prompts = prompts_of(folder)
+    settings = [
+        settle(Generate(**{**SMALL, **more}), base)
+        for more in ({}, {"guidance": 3.0}, {"sampler": "ddim"}, {"negative": "blur"})
+    ]
+    names = [plan(model, prompts, s, 2)[0][0].file for s in settings]
+    names.append(plan(model, prompts, settings[0], 2, first_seed=7)[0][0].file)
+    (folder / "prompts.txt").write_text("A cat  number 0\na cat number 1\n")
+    names.append(plan(model, read_prompts(folder / "prompts.txt"), settings[0], 2)[0][0].file)
+    assert len(set(names)) == len(names)
+
+
+def test_a_sampler_by_name_is_used_on_the_models_own_schedule(base, tmp_path):
+    plain = make(base, {}, tmp_path / "a", sampler="ddim")
+    other = make(base, {}, tmp_path / "b")
+    assert (pixels(tmp_path / "a", plain, "base") != pixels(tmp_path / "b", other, "base")).any()
+    with pytest.raises(FifaError, match="does not sample this model"):
+        make(base, {}, tmp_path / "c", sampler="flow-euler")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["out/fifa"], ["fifa"]),
+        (["out/fifa", "out/random/"], ["fifa", "random"]),
+        (["a/lora", "b/lora"], ["a/lora", "b/lora"]),
+        (["mine=out/lora", "b/lora", "b/lora"], ["mine", "lora"]),
+        (["out/full/unet", "lora/pytorch_lora_weights.safetensors"], ["full", "lora"]),
+    ],
+)
+def test_names_of_checkpoints(paths, names):
+    assert list(name_checkpoints(paths)) == names
+
+
+def test_models_that_are_none(base, lora, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"pickle")
+    broken = tmp_path / "broken"
+    shutil.copytree(lora, broken)
+    (broken / "pytorch_lora_weights.safetensors").write_bytes(b"\x10")
+    code = write_model(tmp_path / "code", "sd15")
+    index = json.loads((code / "model_index.json").read_text())
+    index["_class_name"] = ["pipeline", "Mine"]
+    (code / "model_index.json").write_text(json.dumps(index))
+    wrong = write_part(write_model(tmp_path / "xl", "sdxl"), tmp_path / "wrong")
+    with pytest.raises(FifaError, match="no pipeline in diffusers' layout"):
+        find_models(str(tmp_path / "empty"), {})
+    with pytest.raises(FifaError, match="code of its own"):
+        find_models(str(code), {})
+    with pytest.raises(FifaError, match="no checkpoint here"):
+        find_models(str(base), {"a": str(tmp_path / "empty")})
+    with pytest.raises(FifaError, match="safetensors only"):
+        find_models(str(base), {"a": str(tmp_path / "weights.bin")})
+    with pytest.raises(FifaError, match="cannot be named base"):
+        find_models(str(base), {"base": str(lora)})
+    with pytest.raises(FifaError, match="cannot load the LoRA"):
+        make(base, {"a": broken}, tmp_path / "run")
+    with pytest.raises(FifaError, match="not a unet of this base"):
+        make(base, {"a": wrong}, tmp_path / "run")
+
+
+def test_a_lora_of_another_model_is_refused(base, tmp_path):
+    other = write_lora(write_model(tmp_path / "xl", "sdxl"), tmp_path / "lora")
+    with pytest.raises(FifaError, match=r"cannot load the LoRA|no weights for this model"):
+        make(base, {"a": other}, tmp_path / "run")
+
+
+def test_images_that_are_not_finite_are_told(base, tmp_path):
+    broken = write_part(base, tmp_path / "broken", scale=float("nan"))
+    with pytest.raises(FifaError, match="not finite"):
+        make(base, {"a": broken}, tmp_path / "run")

@@ -1,0 +1,187 @@
+"""The command itself: served, killed, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from vote_worlds import make_run
+
+from fifa.evaluation.vote.store import FILE, VoteStore
+
+JSON = {"accept": "application/json"}
+
+
+@contextmanager
+def served(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A running `fifa vote`; gives the process and its two links."""
+    command = [sys.executable, "-m", "fifa", "vote", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    try:
+        page, results = (process.stdout.readline().strip() for _ in range(2))
+        assert results.startswith("http"), process.stderr.read()
+        yield process, page, results
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def begin(client: httpx2.Client, page: str) -> dict[str, str]:
+    """Start to vote, or go on; gives the fields of the next vote but the answer."""
+    text = client.get(page).text
+    if 'action="/start"' in text:
+        own = re.search(r'name="token" value="(\w+)"', text)
+        assert own
+        text = client.post("/start", data={"token": own[1]}).text
+    return {
+        name: re.search(rf'name="{name}" value="(\w+)"', text)[1]  # type: ignore[index]
+        for name in ("token", "position")
+    }
+
+
+def test_a_server_killed_between_votes_loses_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=400, seeds=1, models=("base", "tuned"), size=8)
+    heard: list[int] = []
+    jar = httpx2.Cookies()
+    for delay in (0.02, 0.11, 0.17):
+        with (
+            served(run, "--port", 0) as (process, page, _),
+            httpx2.Client(base_url=page, cookies=jar, follow_redirects=True, timeout=60) as client,
+        ):
+            fields = begin(client, page)
+            assert int(fields["position"]) in (len(heard), len(heard) + 1)
+            heard += [0] * (int(fields["position"]) - len(heard))  # committed, but not heard of
+            jar = client.cookies
+            timer = threading.Timer(delay, os.kill, (process.pid, signal.SIGKILL))
+            timer.start()
+            with pytest.raises(httpx2.TransportError):
+                while True:
+                    answer = client.post("/vote", data={**fields, "answer": "left"}, headers=JSON)
+                    assert answer.status_code == 200
+                    heard.append(1)
+                    fields["position"] = str(answer.json()["position"])
+            timer.join()
+            stored = len(VoteStore(run / "evaluate" / FILE).votes())
+            assert stored in (len(heard), len(heard) + 1)
+    assert sum(heard) >= 3
+    votes = VoteStore(run / "evaluate" / FILE).votes()
+    assert [vote.position for vote in votes] == list(range(len(votes)))
+
+
+def test_ctrl_c_ends_well_and_tells_how_to_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=1, seeds=1, size=8)
+    with served(run, "--port", 0) as (process, page, results):
+        with httpx2.Client(base_url=page, follow_redirects=True, timeout=60) as client:
+            fields = begin(client, page)
+            client.post("/vote", data={**fields, "answer": "tie"})
+            assert "50.0 %" in client.get(results).text
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        assert process.stderr
+        told = process.stderr.read()
+    assert process.returncode == 0, told
+    assert "1 votes of 1 voters; fifa vote results" in told
+    assert "Traceback" not in told
+
+
+def test_beyond_loopback_an_invitation_is_needed_and_stays_valid(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=1, seeds=1, size=8)
+    links = []
+    for more in ((), (), ("--new-invitation",)):
+        with served(run, "--host", "0.0.0.0", "--port", 0, *more) as (_, page, results):
+            port = httpx2.URL(page).port
+            assert socket.gethostname() in page
+            base = f"http://127.0.0.1:{port}"
+            with httpx2.Client(base_url=base, follow_redirects=True, timeout=60) as client:
+                assert client.get("/").status_code == 403
+                query = page.partition("?")[2]
+                assert query.startswith("invitation=")
+                assert client.get(f"/?{query}").status_code == 200
+                assert client.get("/").status_code == 200
+                assert client.get("/results").status_code == 403
+                assert client.get(f"/results?{results.partition('?')[2]}").status_code == 200
+            links.append(query)
+    assert links[0] == links[1] != links[2]
+
+
+def fifa(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fifa", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_results_and_export_from_the_command_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "export", prompts=2, seeds=1, size=8)
+    with (
+        served(run, "--port", 0) as (_, page, _),
+        httpx2.Client(base_url=page, follow_redirects=True, timeout=60) as client,
+    ):
+        for _ in range(2):
+            fields = begin(client, page)
+            client.post("/vote", data={**fields, "answer": "left"})
+        plain = json.loads(fifa("vote", "results", run, "--json").stdout)  # while it is served
+    assert plain["votes"] == 2
+    assert "tuned-secret against base" in fifa("vote", "results", run).stdout
+    done = fifa("vote", "export", run, "--out", tmp_path / "votes.parquet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "votes.parquet")
+    assert "2 pairs from 2 votes" in done.stderr
+    read = fifa("read", tmp_path / "votes.parquet", "--out", tmp_path / "read")
+    assert read.returncode == 0, read.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("vote",), "Usage"),
+        (("vote", "--port", "0", "nowhere"), "no generated images here"),
+        (("vote", "nowhere"), "do:    run `fifa evaluate` first"),
+        (("vote", "results", "nowhere"), "nobody has voted here yet"),
+        (("vote", "export", "nowhere", "--out", "x.parquet"), "nobody has voted here yet"),
+        (("vote", "nowhere", "--checks", "2"), "checks"),
+    ],
+)
+def test_mistakes_are_told(arguments: tuple[str, ...], message: str) -> None:
+    done = fifa(*arguments)
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, 2)
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=1, seeds=1, size=8)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = fifa("vote", run, "--port", taken.getsockname()[1])
+    assert done.returncode == 1
+    assert "choose another --port" in done.stderr
+
+
+def test_the_extra_is_named_where_it_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=1, seeds=1, size=8)
+    code = "import sys; sys.modules['starlette'] = None; from fifa.cli import main; main()"
+    command = [sys.executable, "-c", code, "vote", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "fifa-align[vote]" in done.stderr
+
+
+def test_help_imports_no_server() -> None:
+    code = "import sys, fifa.cli; print(sorted({'starlette', 'uvicorn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    told = fifa("vote", "--help").stdout
+    assert all(word in told for word in ("serve", "results", "export"))

@@ -1,0 +1,170 @@
+"""The logit reader against plain full forward passes; the default rater on what it is for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from tiny_lm import byte_tokenizer, tiny_llama
+
+from fifa.errors import FifaError
+from fifa.scoring.raters import local, logits
+from fifa.scoring.raters.gguf import load_gguf
+from fifa.scoring.raters.local import DefaultRater
+from fifa.scoring.raters.logits import LogitReader
+from fifa.scoring.raters.models import smollm_path
+from fifa.scoring.rubric import QUALITIES, RATINGS, load_rubric
+
+PROMPTS_HERE = ["a cat", "two dogs on a beach, oil painting", "ü 日本", "x", "A" * 300, "<s>x</s>"]
+
+
+def test_one_batched_pass_reads_what_full_passes_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits, "LONGEST", 200)
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    got = LogitReader(model, tokenizer).read(PROMPTS_HERE)
+    texts = load_rubric().completion
+    for row, prompt in enumerate(PROMPTS_HERE):
+        ids = tokenizer.encode(prompt).ids[:200]
+        before = tokenizer.encode(texts["start"]).ids
+        for column, name in enumerate(QUALITIES):
+            asked = before + ids + tokenizer.encode(texts["end"] + texts[name]).ids
+            with torch.no_grad():
+                out = model(torch.tensor([asked])).logits[0]
+            digits = out[-1, [tokenizer.token_to_id(d) for d in "12345"]].softmax(-1)
+            expected = sum(g * float(p) for g, p in zip(range(1, 6), digits, strict=True))
+            assert got.grades[row, column] == pytest.approx(expected, abs=1e-4)
+        own = slice(len(before) - 1, len(before) + len(ids) - 1)
+        nats = torch.nn.functional.cross_entropy(out[own], torch.tensor(ids), reduction="sum")
+        assert got.nats[row] == pytest.approx(float(nats), rel=1e-4)
+        assert got.units[row] == min(len(prompt.encode()), 200)
+
+
+def test_a_prompts_neighbours_do_not_change_its_numbers() -> None:
+    reader = LogitReader(tiny_llama(), byte_tokenizer())
+    together = reader.read(PROMPTS_HERE)
+    for row, prompt in enumerate(PROMPTS_HERE):
+        alone = reader.read([prompt])
+        np.testing.assert_allclose(alone.grades[0], together.grades[row], atol=1e-4)
+        np.testing.assert_allclose(alone.nats[0], together.nats[row], rtol=1e-4)
+
+
+def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
+    model, path = tiny_llama(), tmp_path / "tiny.gguf"
+    write_gguf(model, path)
+    loaded, tokenizer = load_gguf(path, "float32")
+    ids = torch.tensor([tokenizer.encode("a red fox <|im_end|> 42").ids])
+    assert ids.tolist()[0] == byte_tokenizer().encode("a red fox <|im_end|> 42").ids
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def write_gguf(model: Any, path: Path) -> None:
+    """As llama.cpp's convert_hf_to_gguf.py does it for a Llama."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FifaError, match="mamba"):
+        load_gguf(path, "float32")
+    path.write_bytes(b"not gguf at all")
+    with pytest.raises(FifaError, match="cannot read the GGUF file"):
+        load_gguf(path, "float32")
+
+
+@pytest.fixture(scope="module")
+def default() -> DefaultRater:
+    return DefaultRater()
+
+
+def test_the_default_rater_tells_prompts_nonsense_and_harm_apart(default: DefaultRater) -> None:
+    fine = [
+        "a lighthouse in a storm, oil painting",
+        "a cat",
+        "portrait of an old woman, soft light",
+    ]
+    noise = [
+        "fjdk sla;qw eiru zxmc nv",
+        "liaht egoushe ni a tsmro, loi aintpign",
+        "qpwo zmxn rutyei ghfj",
+    ]
+    harm = ["a naked slut sucking cock, porn", "fuck you all, kill the stupid bitch"]
+    table = default.rate([*fine, *noise, *harm, "a huge cat " * 100_000])
+    assert table.schema == RATINGS
+    flags, ratings = table["flags"].to_pylist(), table["rating"].to_numpy()
+    assert flags[:3] == ["", "", ""]
+    assert all("nonsense" in flag for flag in flags[3:6])
+    assert all("unsafe" in flag for flag in flags[6:8])
+    assert ratings[:3].min() > max(ratings[3:6].max(), 1)
+    grades = np.stack([table[name].to_numpy() for name in QUALITIES])
+    assert grades.min() >= 1 and grades.max() <= 5
+    assert grades[2, :3].min() > grades[2, 6:8].max()
+    np.testing.assert_allclose(ratings, grades.mean(0), rtol=1e-6)
+
+
+def test_the_models_own_special_tokens_are_plain_text(default: DefaultRater) -> None:
+    ids = default._reader.tokenizer.encode("<|im_start|>").ids
+    assert len(ids) > 1
+    assert 1 not in ids
+
+
+def test_bytes_are_counted_over_what_was_read_of_a_long_prompt(default: DefaultRater) -> None:
+    prompt = "ß two dogs run " * 100
+    reading = default._reader.read([prompt])
+    ids = default._reader.tokenizer.encode(prompt).ids[: logits.LONGEST]
+    assert prompt.startswith(default._reader.tokenizer.decode(ids))
+    assert reading.units[0] == len(default._reader.tokenizer.decode(ids).encode())
+    assert reading.units[0] < len(prompt.encode())
+
+
+def test_the_vocabulary_is_read_as_transformers_reads_it(default: DefaultRater) -> None:
+    path = smollm_path()
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in ("A cat, 35mm f1.8 -- it's 2023!\n\n  ok", "日本の城 naïve 🙂", "\t x  y\u00a0z"):
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert default._reader.tokenizer.encode(text).ids == expected
+
+
+def test_the_shipped_heads_fit_their_inputs() -> None:
+    heads = local.load_heads()
+    assert len(heads["harm"]["weights"]) == 384
+    assert all(
+        math.isfinite(w) for head in (heads["harm"], heads["nonsense"]) for w in head["weights"]
+    )

@@ -1,0 +1,49 @@
+"""A training whose weights are sharded over processes (FSDP2), on CPUs.
+
+accelerate offers FSDP on accelerators only. Here it is told that these processes were such; what
+then shards, gathers, saves and loads is accelerate's and PyTorch's own code, over gloo.
+
+    python -m accelerate.commands.launch ... sharded.py TRAIN_YAML OUT [STOP_AT_STEP]
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from fifa.training.config import from_yaml
+
+torch.set_num_threads(1)
+job, loop = import_module("fifa.training.job"), import_module("fifa.training.loop")
+prepared, step = job.make_trainee, loop.Loop.step
+
+
+def make_trainee(one):
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"],
+        reshard_after_forward=True,
+    )
+    one.accelerator.state.fsdp_plugin = plugin
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
+    Accelerator.is_fsdp2 = property(lambda self: True)
+    trainee = prepared(one)
+    sharded = [type(p).__name__ == "DTensor" for p in trainee.model.parameters()]
+    assert all(sharded), "the weights are not sharded"
+    return trainee
+
+
+def stopped(self, number, rate):
+    if len(sys.argv) > 3 and number == int(sys.argv[3]):
+        sys.exit(3)
+    return step(self, number, rate)
+
+
+job.make_trainee, loop.Loop.step = make_trainee, stopped
+job.run_training(from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))

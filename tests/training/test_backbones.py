@@ -1,0 +1,357 @@
+"""Each family against diffusers' own: the same embeddings, noise, targets and predictions."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
+from tiny_diffusion import KINDS, PROMPTS, write_model
+
+from fifa.errors import FifaError
+from fifa.training.backbones import flux as flux_family
+from fifa.training.backbones import load_backbone
+
+CLOSE = {"atol": 1e-6, "rtol": 1e-6}
+FLOWS = tuple(kind for kind in KINDS if kind.startswith(("sd3", "flux")))
+DIFFUSIONS = tuple(kind for kind in KINDS if kind not in FLOWS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: write_model(folder / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def backbones(models):
+    return {kind: load_backbone(model) for kind, model in models.items()}
+
+
+def stock(folder, kind):
+    missing = {}
+    if kind == "sd3-without-t5":
+        missing = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **missing)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def times(backbone, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([backbone.draw_time(generator) for _ in range(n)])
+
+
+def test_the_family_is_told_by_the_folder(backbones):
+    found = {kind: (b.kind, b.prediction, b.denoiser_name) for kind, b in backbones.items()}
+    assert found == {
+        "sd15": ("sd", "epsilon", "unet"),
+        "sd2": ("sd", "v_prediction", "unet"),
+        "sd15-tiny-vae": ("sd", "epsilon", "unet"),
+        "sdxl": ("sdxl", "epsilon", "unet"),
+        "sd3": ("sd3", "flow", "transformer"),
+        "sd3-without-t5": ("sd3", "flow", "transformer"),
+        "flux-dev": ("flux", "flow", "transformer"),
+        "flux-schnell": ("flux", "flow", "transformer"),
+    }
+    sides = {kind: backbone.pixels_per_latent for kind, backbone in backbones.items()}
+    assert {sides[kind] for kind in DIFFUSIONS} == {8}
+    assert {sides[kind] for kind in FLOWS} == {16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_embedded_as_by_the_pipeline(models, backbones, kind):
+    pipeline, backbone = stock(models[kind], kind), backbones[kind]
+    prompts = list(PROMPTS)
+    mine = backbone.encode_prompts(prompts)
+    with torch.no_grad():
+        if backbone.kind == "sd":
+            expected = {"prompt": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
+        elif backbone.kind == "sdxl":
+            prompt, _, pooled, _ = pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False
+            )
+            expected = {"prompt": prompt, "pooled": pooled}
+        elif backbone.kind == "sd3":
+            joined, _, pooled, _ = pipeline.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False
+            )
+            expected = {"joined": joined, "pooled": pooled}
+            mine = {"joined": backbone._joined(mine), "pooled": mine["pooled"]}
+        else:
+            length = 512 if kind == "flux-dev" else 256
+            prompt, pooled, _ = pipeline.encode_prompt(prompts, max_sequence_length=length)
+            expected = {"prompt": prompt, "pooled": pooled}
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value, **CLOSE)
+    assert all(value.dtype == torch.float32 for value in mine.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_are_those_inside_the_pipeline(models, backbones, kind):
+    pipeline, backbone = stock(models[kind], kind), backbones[kind]
+    seen = []
+    denoiser = getattr(pipeline, backbone.denoiser_name)
+    denoiser.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])),
+        with_kwargs=True,
+    )
+    extra = {}
+    if backbone.kind == "sdxl":
+        extra = {
+            "original_size": (90, 120),
+            "crops_coords_top_left": (0, 21),
+            "target_size": (64, 48),
+        }
+    height, width = 64, 48
+    pipeline(
+        list(PROMPTS),
+        num_inference_steps=2,
+        height=height,
+        width=width,
+        guidance_scale=flux_family.GUIDANCE if backbone.kind == "flux" else 1.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+        **({"max_sequence_length": 256} if kind == "flux-schnell" else {}),
+        **extra,
+    )
+    frames = torch.tensor([[90, 120, 0, 21, 64, 48]] * 3)
+    prompts = backbone.encode_prompts(PROMPTS)
+    assert len(seen) >= 2
+    for args, kwargs, output in seen:
+        if backbone.kind in ("sd", "sdxl"):
+            noisy, time = args[0], args[1].expand(3)
+        elif backbone.kind == "sd3":
+            noisy, time = kwargs["hidden_states"], kwargs["timestep"] / 1000
+        else:
+            noisy, time = kwargs["hidden_states"], kwargs["timestep"]
+            noisy, output = (
+                pipeline._unpack_latents(x, height, width, pipeline.vae_scale_factor)
+                for x in (noisy, output)
+            )
+        with torch.no_grad():
+            mine = backbone.predict(noisy, time, prompts, frames)
+        torch.testing.assert_close(mine, output, **CLOSE)
+
+
+def test_frames_are_the_pipelines_time_ids(models, backbones):
+    """The crop's order, height before width, is easily turned round: compare with its own."""
+    pipeline, backbone = stock(models["sdxl"], "sdxl"), backbones["sdxl"]
+    ids = pipeline._get_add_time_ids((90, 120), (0, 21), (64, 48), torch.float32, 32)
+    frames = torch.tensor([[90, 120, 0, 21, 64, 48]])
+    assert ids.tolist() == frames.tolist()
+    noisy, prompts = randn(1, 4, 8, 6), backbone.encode_prompts(["the cat"])
+    with torch.no_grad():
+        one, other = (
+            backbone.predict(noisy, torch.tensor([7]), prompts, f)
+            for f in (frames, torch.tensor([[120, 90, 0, 21, 64, 48]]))
+        )
+    assert not torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_the_posteriors_and_latents_a_scaled_sample_of_it(models, backbones, kind):
+    pipeline, backbone = stock(models[kind], kind), backbones[kind]
+    pixels = randn(2, 3, 64, 48).clamp(-1, 1)
+    moments = backbone.encode_images(pixels)
+    mean, std = moments.chunk(2, dim=1)
+    assert mean.shape == (2, backbone.latent_channels, 8, 6)
+    config = pipeline.vae.config
+    with torch.no_grad():
+        encoded = pipeline.vae.encode(pixels)
+    if kind == "sd15-tiny-vae":
+        torch.testing.assert_close(mean, encoded.latents, **CLOSE)
+        assert not std.any()
+    else:
+        assert isinstance(pipeline.vae, AutoencoderKL)
+        torch.testing.assert_close(mean, encoded.latent_dist.mean, **CLOSE)
+        torch.testing.assert_close(std, encoded.latent_dist.std, **CLOSE)
+        generator = torch.Generator().manual_seed(5)
+        sample = encoded.latent_dist.sample(torch.Generator().manual_seed(5))
+        noise = torch.randn(mean.shape, generator=generator)
+        expected = (sample - (config.shift_factor or 0.0)) * config.scaling_factor
+        torch.testing.assert_close(backbone.latents(moments, noise), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", DIFFUSIONS)
+def test_noise_and_targets_are_ddpms(models, backbones, kind):
+    backbone = backbones[kind]
+    scheduler = DDPMScheduler.from_pretrained(models[kind], subfolder="scheduler")
+    latents, noise, time = randn(50, 4, 4, 4), randn(50, 4, 4, 4, seed=1), times(backbone, 50)
+    noisy = backbone.add_noise(latents, noise, time)
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, time), **CLOSE)
+    expected = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        expected = scheduler.get_velocity(latents, noise, time)
+    torch.testing.assert_close(backbone.target(latents, noise, time), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", None])
+def test_every_beta_schedule_is_diffusers(models, tmp_path, schedule):
+    folder = shutil.copytree(models["sd15"], tmp_path / "model")
+    betas = {"beta_schedule": schedule} if schedule else {"trained_betas": [0.1, 0.2, 0.3]}
+    scheduler = DDPMScheduler(**betas, num_train_timesteps=40 if schedule else 3)
+    scheduler.save_pretrained(folder / "scheduler")
+    alphas = load_backbone(folder).schedule.alphas
+    torch.testing.assert_close(alphas, scheduler.alphas_cumprod, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_flows_are_straight_lines_to_the_noise(models, backbones, kind):
+    backbone = backbones[kind]
+    latents, noise, time = randn(50, 8, 4, 4), randn(50, 8, 4, 4, seed=1), times(backbone, 50)
+    s = time.view(-1, 1, 1, 1)
+    expected = (1 - s) * latents + s * noise
+    torch.testing.assert_close(backbone.add_noise(latents, noise, time), expected, **CLOSE)
+    torch.testing.assert_close(backbone.target(latents, noise, time), noise - latents, **CLOSE)
+    # diffusers' own, at its own sigmas
+    scheduler = FlowMatch.from_pretrained(models[kind], subfolder="scheduler")
+    at = torch.arange(0, 1000, 20)
+    noisy = scheduler.scale_noise(latents, scheduler.timesteps[at], noise)
+    torch.testing.assert_close(
+        backbone.add_noise(latents, noise, scheduler.sigmas[at]), noisy, **CLOSE
+    )
+
+
+def test_timesteps_are_uniform(backbones):
+    drawn = times(backbones["sd15"], 20_000)
+    assert drawn.dtype == torch.int64 and drawn.min() == 0 and drawn.max() == 999
+    counts = torch.bincount(drawn // 100, minlength=10)
+    assert (counts - 2000).abs().max() < 200  # 4.7 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"), [("sd3", 3.0), ("flux-dev", 1.0), ("flux-schnell", 1.0)]
+)
+def test_sigmas_are_logit_normal_and_shifted(models, backbones, kind, shift):
+    drawn = times(backbones[kind], 20_000)
+    assert drawn.dtype == torch.float32 and drawn.min() > 0 and drawn.max() < 1
+    unshifted = drawn / (shift - (shift - 1) * drawn)
+    logits = torch.logit(unshifted.double())
+    assert abs(float(logits.mean())) < 0.03 and abs(float(logits.std()) - 1) < 0.03
+    # the scheduler's own sigmas are what the same shift makes of even steps
+    sigmas = FlowMatch.from_pretrained(models[kind], subfolder="scheduler").sigmas
+    even = torch.linspace(1, 0.001, 1000)
+    torch.testing.assert_close(sigmas, shift * even / (1 + (shift - 1) * even))
+
+
+def test_patches_go_there_and_back(models):
+    pipeline = stock(models["flux-dev"], "flux-dev")
+    latents = randn(2, 8, 6, 4)
+    packed = flux_family.pack(latents)
+    assert torch.equal(packed, pipeline._pack_latents(latents, 2, 8, 6, 4))
+    assert torch.equal(flux_family.unpack(packed, 6, 4), latents)
+    ids = pipeline._prepare_latent_image_ids(2, 3, 2, "cpu", torch.float32)
+    assert torch.equal(flux_family.positions(3, 2), ids)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_without_encoders_training_goes_on(models, kind):
+    backbone = load_backbone(models[kind])
+    prompts = backbone.encode_prompts(["the cat"])
+    moments = backbone.encode_images(randn(1, 3, 32, 32))
+    before = backbone.encoders
+    backbone.drop_encoders()
+    assert backbone.encoders == before
+    latents = backbone.latents(moments, randn(*moments.chunk(2, 1)[0].shape))
+    frames = torch.tensor([[32, 32, 0, 0, 32, 32]])
+    assert backbone.predict(latents, times(backbone, 1), prompts, frames).shape == latents.shape
+    with pytest.raises(FifaError, match="encode before"):
+        backbone.encode_prompts(["the cat"])
+    with pytest.raises(FifaError, match="encode before"):
+        backbone.encode_images(randn(1, 3, 32, 32))
+
+
+def test_encoders_are_named_by_their_content(models, tmp_path):
+    one = load_backbone(models["sd15"]).encoders
+    moved = shutil.copytree(models["sd15"], tmp_path / "elsewhere")
+    assert load_backbone(moved).encoders == one
+    other = load_backbone(write_model(tmp_path / "other", "sd15", seed=1)).encoders
+    assert {name for name in one if one[name] != other[name]} == {"vae", "text_encoder"}
+    assert load_backbone(models["sd15"], dtype="bfloat16").encoders != one
+
+
+def test_a_vae_that_overflows_stays_in_float32(models, tmp_path):
+    """SDXL's own does in float16; its configuration, or the class's default, says so."""
+    half = load_backbone(models["sdxl"], dtype="bfloat16")
+    assert half.vae._model.dtype == torch.float32
+    assert half.denoiser.dtype == half.text[0].model.dtype == torch.bfloat16
+    folder = shutil.copytree(models["sdxl"], tmp_path / "fixed")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
+    assert load_backbone(folder, dtype="bfloat16").vae._model.dtype == torch.bfloat16
+
+
+def test_infinite_moments_are_an_error(models):
+    backbone = load_backbone(models["sdxl"])
+    with torch.no_grad():
+        backbone.vae._model.quant_conv.bias[0] = float("inf")
+    with pytest.raises(FifaError, match=r"infinite or NaN latents in float32[\s\S]*fp16-fix"):
+        backbone.encode_images(randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_a_part_that_is_missing_is_named(models, tmp_path, kind):
+    parts = [path.name for path in models[kind].iterdir() if path.is_dir()]
+    for part in sorted(parts):
+        folder = shutil.copytree(models[kind], tmp_path / part)
+        shutil.rmtree(folder / part)
+        with pytest.raises(FifaError, match=rf"lacks its {part}: there is no folder"):
+            load_backbone(folder)
+
+
+def test_pickled_weights_stay_closed(models, tmp_path):
+    folder = shutil.copytree(models["sd15"], tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(FifaError, match="lacks its unet: unet has no safetensors"):
+        load_backbone(folder)
+
+
+def test_weights_that_exist_in_half_precision_only_are_found(models, tmp_path):
+    folder = shutil.copytree(models["sd15"], tmp_path / "model")
+    for part in ("unet", "vae", "text_encoder"):
+        for path in (folder / part).glob("*.safetensors"):
+            path.rename(path.with_suffix(".fp16.safetensors"))
+    backbone, original = load_backbone(folder), load_backbone(models["sd15"])
+    for mine, theirs in zip(
+        backbone.denoiser.parameters(), original.denoiser.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "KandinskyPipeline"},
+            "KandinskyPipeline is not known",
+        ),
+        ("model_index.json", {"unet": [None, None]}, "lacks its unet: model_index.json"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts 'sample'"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "no such beta schedule"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
+        ("vae/config.json", {"_class_name": "VQModel"}, "autoencoder of class VQModel"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "channels one by one"),
+    ],
+)
+def test_what_a_folder_says_wrong_is_told(models, tmp_path, file, change, message):
+    folder = shutil.copytree(models["sd15"], tmp_path / "model")
+    known = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**known, **change}))
+    with pytest.raises(FifaError, match=message):
+        load_backbone(folder)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(FifaError, match=r"no model_index\.json"):
+        load_backbone(tmp_path)
+    with pytest.raises(FifaError, match="neither a folder nor on the hub"):
+        load_backbone(tmp_path / "none")

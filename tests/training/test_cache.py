@@ -1,0 +1,241 @@
+"""The cache: every image and prompt once, what is read is what was encoded, memory stays flat."""
+
+import resource
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_diffusion import picture, write_model, write_pairs
+
+from fifa.data.images import open_image
+from fifa.errors import FifaError
+from fifa.training import encode as encoding
+from fifa.training.backbones import load_backbone
+from fifa.training.cache import cache_bytes, encode
+from fifa.training.pairs import read_training_pairs
+from fifa.training.resize import Resize, cut
+
+SIZES = [((64, 64), (64, 64)), ((96, 64), (200, 128)), ((64, 96), (64, 96)), ((64, 64), (96, 64))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "sd15")
+
+
+@pytest.fixture(scope="module")
+def backbone(model):
+    return load_backbone(model)
+
+
+def counted(backbone, monkeypatch):
+    """How many images and prompts go through the encoders."""
+    seen = {"images": 0, "prompts": []}
+    images, prompts = backbone.encode_images, backbone.encode_prompts
+
+    def encode_images(pixels):
+        seen["images"] += len(pixels)
+        return images(pixels)
+
+    def encode_prompts(texts):
+        seen["prompts"] += texts
+        return prompts(texts)
+
+    monkeypatch.setattr(backbone, "encode_images", encode_images)
+    monkeypatch.setattr(backbone, "encode_prompts", encode_prompts)
+    return seen
+
+
+def direct(backbone, data, frame, flip=False):
+    pixels = cut(open_image(data), frame, flip)
+    return backbone.encode_images(torch.from_numpy(pixels)[None].float() / 127.5 - 1)[0]
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_read_is_what_was_encoded(tmp_path, backbone, buckets, dtype):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES * 2))
+    encoded = encode(pairs, backbone, tmp_path / "c", resolution=64, buckets=buckets, dtype=dtype)
+    kind = getattr(torch, dtype)
+    tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    resize = Resize(64, 8, buckets)
+    for i in range(len(pairs)):
+        images = pairs.images(i)
+        winner, loser = (open_image(data).size[::-1] for data in images)
+        frames = resize.frames(winner, loser)
+        expected = torch.stack(
+            [direct(backbone, d, f) for d, f in zip(images, frames, strict=True)]
+        )
+        moments = encoded.moments(i)
+        assert moments.dtype == kind
+        torch.testing.assert_close(moments.float(), expected, atol=tolerance, rtol=tolerance)
+        assert encoded.frames(i).tolist() == [list(frame) for frame in frames]
+        assert encoded.shape(i) == tuple(moments.shape[2:])
+        assert len({tuple(frame[4:]) for frame in frames}) == 1
+        prompt = backbone.encode_prompts([pairs.caption[i]])["prompt"][0]
+        torch.testing.assert_close(
+            encoded.prompts(i)["prompt"].float(), prompt, atol=tolerance, rtol=tolerance
+        )
+    empty = backbone.encode_prompts([""])["prompt"][0]
+    torch.testing.assert_close(
+        encoded.empty["prompt"].float(), empty, atol=tolerance, rtol=tolerance
+    )
+    shapes = {encoded.shape(i) for i in range(len(pairs))}
+    assert len(shapes) == 1 if not buckets else len(shapes) > 1
+
+
+def test_moments_are_kept_and_not_a_sample(tmp_path, backbone):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    encoded = encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="float32")
+    moments = encoded.moments(0)
+    mean, std = moments.chunk(2, dim=1)
+    assert (std > 0).all() and mean.shape == std.shape == (2, 4, 8, 8)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = [backbone.latents(moments, noise * scale) for scale in (0, 1)]
+    scale = backbone.vae.scale
+    torch.testing.assert_close(samples[0], mean * scale)
+    torch.testing.assert_close(samples[1] - samples[0], std * noise * scale)
+
+
+def test_recurring_images_and_prompts_are_encoded_once(tmp_path, backbone, monkeypatch):
+    draw = np.random.default_rng(0)
+    few = [picture(draw, 64, 64) for _ in range(3)]
+    path = write_pairs(
+        tmp_path / "a.parquet",
+        [((8, 8), (8, 8))] * 6,
+        jpg_0=[few[0], few[0], few[1], few[1], few[2], few[0]],
+        jpg_1=[few[1], few[2], few[2], few[0], few[0], few[1]],
+        caption=["one", "two", "one", "two", "one", "three"],
+    )
+    pairs = read_training_pairs(path)
+    seen = counted(backbone, monkeypatch)
+    encoded = encode(pairs, backbone, tmp_path / "c", resolution=64)
+    assert seen["images"] == 3
+    assert sorted(seen["prompts"]) == ["", "", "one", "three", "two"]  # "" also to learn its size
+    assert torch.equal(encoded.moments(0)[0], encoded.moments(1)[0]) == (
+        pairs.images(0)[0] == pairs.images(1)[0]
+    )
+    again = encode(pairs, backbone, tmp_path / "c", resolution=64)
+    assert seen["images"] == 3
+    assert again.digest == encoded.digest and again.bytes == encoded.bytes
+
+
+def test_flips_are_encoded_not_mirrored_latents(tmp_path, backbone):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES))
+    encoded = encode(pairs, backbone, tmp_path / "c", resolution=64, flips=True, dtype="float32")
+    frames = [encoded.frames(1)[side].tolist() for side in (0, 1)]
+    resize = Resize(64, 8).frames(*(tuple(frame[:2]) for frame in frames))
+    for flip in (False, True):
+        expected = [
+            direct(backbone, data, frame, flip)
+            for data, frame in zip(pairs.images(1), resize, strict=True)
+        ]
+        torch.testing.assert_close(encoded.moments(1, flip), torch.stack(expected))
+    plain = encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="float32")
+    with pytest.raises(FifaError, match="encode with flips"):
+        plain.moments(0, flip=True)
+
+
+def test_other_encoders_sizes_and_precisions_never_mix(tmp_path, backbone):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    other = load_backbone(write_model(tmp_path / "other", seed=1))
+    made = [
+        encode(pairs, which, tmp_path / "c", resolution=resolution, dtype=dtype)
+        for which, resolution, dtype in [
+            (backbone, 64, "float16"),
+            (backbone, 32, "float16"),
+            (backbone, 64, "float32"),
+            (other, 64, "float16"),
+        ]
+    ]
+    assert len({encoded.digest for encoded in made}) == 4
+    assert not torch.equal(made[0].moments(0), made[3].moments(0))
+
+
+def test_processes_that_share_the_work_make_the_same_files(tmp_path, backbone, monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD", 3)
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES * 3))
+    whole = encode(pairs, backbone, tmp_path / "whole", resolution=64)
+
+    class StopError(Exception):
+        pass
+
+    def stop():
+        raise StopError
+
+    with pytest.raises(StopError):
+        encode(pairs, backbone, tmp_path / "both", resolution=64, share=(0, 2), wait=stop)
+    half = len([*(tmp_path / "both").glob("*.safetensors")])
+    both = encode(pairs, backbone, tmp_path / "both", resolution=64, share=(1, 2))
+    files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "both").iterdir()} == files
+    assert 0 < half < len(files) - 1 and both.digest == whole.digest
+
+
+def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, monkeypatch):
+    path = write_pairs(tmp_path / "a.parquet", pair_id=list("abcd"))
+    table = pq.read_table(path)
+    cells = table["jpg_0"].to_pylist()
+    cells[2] = b"<html>not found</html>"
+    pq.write_table(table.set_column(0, "jpg_0", pa.array(cells)), path)
+    seen = counted(backbone, monkeypatch)
+    with pytest.raises(FifaError, match=r"no JPEG, PNG or WEBP[\s\S]*pair c, loser"):
+        encode(read_training_pairs(path), backbone, tmp_path / "c", resolution=64)
+    assert seen == {"images": 0, "prompts": []}
+    cells[2] = table["jpg_0"][2].as_py()[:200]  # a good header, and then nothing
+    pq.write_table(table.set_column(0, "jpg_0", pa.array(cells)), path)
+    with pytest.raises(FifaError, match=r"cannot be decoded[\s\S]*pair c, loser"):
+        encode(read_training_pairs(path), backbone, tmp_path / "c", resolution=64)
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path, backbone, monkeypatch):
+    images = backbone.encode_images
+    monkeypatch.setattr(backbone, "encode_images", lambda pixels: 1e6 * images(pixels))
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    with pytest.raises(FifaError, match="bfloat16 or float32"):
+        encode(pairs, backbone, tmp_path / "c", resolution=64)
+    assert encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="bfloat16").bytes > 0
+
+
+def test_a_damaged_shard_is_named(tmp_path, backbone):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    encode(pairs, backbone, tmp_path / "c", resolution=64)
+    shard = next((tmp_path / "c").glob("moments-*"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(FifaError, match=r"cannot be read[\s\S]*moments-"):
+        encode(pairs, backbone, tmp_path / "c", resolution=64)
+
+
+def test_the_estimate_bounds_the_bytes(tmp_path, backbone):
+    sizes = [((80, 80), (80, 80))] * 40
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", sizes))
+    encoded = encode(pairs, backbone, tmp_path / "c", resolution=64)
+    estimate = cache_bytes(pairs, backbone, 64, "float16")
+    assert estimate <= encoded.bytes < 1.1 * estimate  # headers come on top
+
+
+def test_memory_is_flat_in_the_number_of_pairs(tmp_path, backbone, monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD", 16)
+
+    def growth(n):
+        noise = np.random.default_rng(n).integers(0, 256, (n, 2, 300_000), np.uint8)
+        draw = np.random.default_rng(n)
+        # bytes behind the end of an image are none of its pixels, but have to be read
+        cells = [[picture(draw, 64, 64) + one.tobytes() for one in both] for both in noise]
+        path = write_pairs(
+            tmp_path / f"{n}.parquet",
+            [((8, 8), (8, 8))] * n,
+            jpg_0=[c[0] for c in cells],
+            jpg_1=[c[1] for c in cells],
+            pair_id=[str(i) for i in range(n)],
+        )
+        del noise, cells
+        pairs = read_training_pairs(path)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        encode(pairs, backbone, tmp_path / f"c{n}", resolution=64)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    growth(80)  # 48 MB of images, held once by the writer of the file
+    assert growth(80) < 24

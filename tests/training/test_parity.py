@@ -1,0 +1,107 @@
+"""Loss, gradients and weights against a plain transcription: every backbone, every loss."""
+
+import pytest
+import torch
+from plain import Plain
+from tiny_diffusion import write_model, write_pairs
+from trainings import assemble, furthest, quick
+
+from fifa.training.losses import KINDS
+
+BACKBONES = ("sd15", "sd2", "sdxl", "sd3", "flux-dev")
+LABELS = [0.9, 0.2, 1.0, 0.35]  # of image 0: the winner is what the label says
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """All backbones, and pairs with soft labels."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for kind in BACKBONES:
+        write_model(folder / kind, kind)
+    hard = [float(label > 0.5) for label in LABELS]
+    write_pairs(
+        folder / "pairs.parquet", label=LABELS, label_0=hard, label_1=[1 - one for one in hard]
+    )
+    return folder
+
+
+def shaken(loop):
+    """Adapters away from their start, where half of the gradients would be zero."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in loop.trainee.weights().values():
+            weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
+    return loop
+
+
+def pair_of(zoo, tmp_path, kind, **knobs):
+    """Ours and the plain one, with the same adapters."""
+    knobs = {"batch": 2, "micro_batch": 2, "prompt_dropout": 0.3, "rank": 2, "beta": 50.0, **knobs}
+    train = quick(zoo, kind, **knobs)
+    loop = shaken(assemble(train, tmp_path))
+    plain = Plain(zoo / kind, zoo / "pairs.parquet", train)
+    return loop, plain.with_lora(loop.trainee.weights())
+
+
+def of_step(loop, step):
+    """The pairs' ids, and the labels of those of a step."""
+    [(part, _)] = loop.parts(step)
+    labels = [max(LABELS[i], 1 - LABELS[i]) for i, _ in part]
+    return loop.source.pairs.pair_id, torch.tensor(labels)
+
+
+def close(found, expected, scale):
+    far = float((found - expected).abs().max())
+    # to 1e-6, and where numbers are small (IPO's gradients are), still five digits of them
+    assert far <= min(1e-6 * max(1.0, scale), 1e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_loss_and_gradients_are_the_formulas(kind, zoo, tmp_path):
+    loop, plain = pair_of(zoo, tmp_path, kind)
+    ids, labels = of_step(loop, 0)
+    for name in KINDS:
+        for sft in (0.0, 0.5):
+            settings = {"loss": name, "sft": sft}
+            for one in (loop, plain):
+                object.__setattr__(one, "train", replace_in(loop.train, **settings))
+            [(part, _)] = loop.parts(0)
+            ours, _ = loop.forward(part)
+            found = torch.autograd.grad(ours.sum() / loop.train.batch, learned(loop))
+            loss = plain.loss(0, ids, labels)
+            expected = torch.autograd.grad(loss, list(plain.learned().values()))
+            close(ours.mean().detach(), loss.detach(), float(loss.detach()))
+            largest = max(float(grad.abs().max()) for grad in expected)
+            assert largest > 1e-7, "nothing to compare"
+            for mine, theirs in zip(found, expected, strict=True):
+                close(mine, theirs, largest)
+
+
+def learned(loop):
+    return [p for p in loop.trainee.model.parameters() if p.requires_grad]
+
+
+def replace_in(train, **knobs):
+    from dataclasses import replace
+
+    return replace(train, **knobs)
+
+
+CASES = [(kind, "sigmoid") for kind in BACKBONES] + [("sd15", name) for name in KINDS[1:]]
+
+
+@pytest.mark.parametrize(("kind", "loss"), CASES)
+def test_weights_after_twenty_steps_are_the_plain_ones(kind, loss, zoo, tmp_path):
+    loop, plain = pair_of(zoo, tmp_path, kind, loss=loss, steps=20, sft=0.1, lr=1e-4, batch=1)
+    start = {name: value.clone() for name, value in loop.trainee.weights().items()}
+    labels = [of_step(loop, step) for step in range(20)]
+    loop.run()
+    optimizer = torch.optim.AdamW(plain.learned().values(), lr=1e-4, weight_decay=0.01)
+    for step in range(20):
+        optimizer.zero_grad()
+        plain.loss(step, *labels[step]).backward()
+        torch.nn.utils.clip_grad_norm_(plain.learned().values(), 1.0)
+        optimizer.step()
+    expected = {name: value.detach() for name, value in plain.learned().items()}
+    assert furthest(start, expected) > 1e-3
+    assert furthest(loop.trainee.weights(), expected) < 1e-6
