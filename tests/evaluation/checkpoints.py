@@ -5,9 +5,9 @@ from diffusers import DiffusionPipeline
 from neighbours import helper
 from peft import LoraConfig, get_peft_model_state_dict
 
-_tiny = helper("train", "tiny_diffusion")
+_tiny = helper("training", "tiny_diffusion")
 write_model, write_pairs = _tiny.write_model, _tiny.write_pairs
-write_clip = helper("rewards", "tiny_models").write_clip
+write_clip = helper("scoring/rewards", "tiny_models").write_clip
 
 SMALL = {"steps": 2, "width": 32, "height": 32}  # quick settings
 

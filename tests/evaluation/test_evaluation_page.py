@@ -209,7 +209,7 @@ def test_votes_of_people_come_first(run, text, tmp_path):
 
 
 def test_a_run_that_was_filtered_and_evaluated_has_both_on_one_page(tmp_path):
-    runs = helper("report", "report_runs")
+    runs = helper("reporting", "report_runs")
     runs.make_run(tmp_path / "run")
     alone = words(write_report(tmp_path / "run").read_text("utf-8"))
     write_evaluation(tmp_path / "run", ["a"], [0.9])

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from fifa.evaluation.curves import Curve
 from fifa.evaluation.stats import WinRate
+from fifa.formatting import shorten
 from fifa.reporting.figures import COLOURS, SCORERS, canvas, locator, svg
-from fifa.reporting.formatting import shorten
 
 # Of the models in the order of the index: the base is grey, the first checkpoint is the page's blue
 ROLES = ("all", "kept", *(f"scorer-{i}" for i in range(SCORERS)))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fifa.evaluation.compare import Compared
+from fifa.formatting import number, percent, shorten, span, time
 from fifa.reporting import charts
-from fifa.reporting.formatting import number, percent, shorten, span, time
 from fifa.reporting.page import render
 from fifa.shards.files import write_text
 

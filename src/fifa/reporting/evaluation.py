@@ -25,8 +25,8 @@ from fifa.evaluation.results import (
     seed_spread,
 )
 from fifa.evaluation.steps import CURVE_SUFFIX, load_facts
+from fifa.formatting import shorten
 from fifa.reporting import charts
-from fifa.reporting.formatting import shorten
 from fifa.reporting.grids import draw_grids
 from fifa.reporting.reward_hacking import signs
 

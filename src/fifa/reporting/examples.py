@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from fifa.config import UNSAFE_FLAGS
 from fifa.data.table import FILES, PROMPTS, Pairs, load_origin
+from fifa.formatting import shorten
 from fifa.reporting.data import Columns, first_by, take_rows
-from fifa.reporting.formatting import shorten
 
 THUMBNAIL = 224  # pixels of the longer side: sharp enough at the 150 or so that a phone gives it
 QUALITY = 68  # JPEG; about 8 kB a picture

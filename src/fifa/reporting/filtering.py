@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from fifa.config import Recipe
 from fifa.data.table import FILES, Origin
+from fifa.formatting import shorten, shorten_lines
 from fifa.reporting import data, figures
 from fifa.reporting.examples import load_examples
-from fifa.reporting.formatting import shorten, shorten_lines
 from fifa.reporting.label_noise import LISTED, load_doubts
 from fifa.scoring.agreement import Agreement, agreement
 from fifa.scoring.table import score_facts, score_path

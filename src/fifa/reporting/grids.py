@@ -16,7 +16,7 @@ from fifa.data.images import BadImage, open_image
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import UNSAFE
-from fifa.reporting.formatting import shorten
+from fifa.formatting import shorten
 
 EACH = 4  # prompts in a group
 MODELS = 6  # shown side by side at most, the base among them

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from fifa.formatting import shorten
 from fifa.reporting.data import Columns, draw_rows
-from fifa.reporting.formatting import shorten
 from fifa.scoring.rewards.committee import committee_report, dissent, likely_mislabelled
 
 MOST = 200_000  # pairs that members are judged on; a larger set is sampled

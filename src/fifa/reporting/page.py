@@ -13,19 +13,9 @@ from fifa import __version__
 from fifa.config import Recipe, from_yaml
 from fifa.data.table import Origin, load_origin
 from fifa.errors import FifaError
+from fifa.formatting import count, page_templates, shorten
 from fifa.reporting import data
 from fifa.reporting.filtering import filter_context
-from fifa.reporting.formatting import (
-    count,
-    known,
-    number,
-    percent,
-    seconds,
-    shorten,
-    signed,
-    span,
-    time,
-)
 from fifa.shards.files import write_text
 
 HERE = Path(__file__).parent
@@ -98,23 +88,10 @@ def _context(folder: Path) -> dict[str, Any]:
 
 def render(template: str, context: dict[str, Any]) -> str:
     """A page from one of our templates, with the style sheet and the words that they share."""
-    import jinja2
-
     style = (HERE / "style.css").read_text("utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        count=count, percent=percent, number=number, seconds=seconds, span=span, short=shorten
-    )
-    environment.filters.update(known=known, signed=signed, time=time)
     # The policy names the one style sheet by its hash: nothing that a prompt could smuggle in runs
     seal = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = environment.get_template(template)
+    page = page_templates(HERE / "templates").get_template(template)
     return page.render(**context, style=style, style_hash=seal, version=__version__)
 
 

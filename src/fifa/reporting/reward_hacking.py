@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import Comparison, Level
-from fifa.reporting.formatting import number, percent, shorten, signed
+from fifa.formatting import number, percent, shorten, signed
 
 
 @dataclass(frozen=True)

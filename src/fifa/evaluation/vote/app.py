@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -21,7 +20,7 @@ from fifa.evaluation.vote.guard import Guard, read_cookies, set_cookie
 from fifa.evaluation.vote.results import count_votes
 from fifa.evaluation.vote.store import ANSWERS
 from fifa.evaluation.vote.text import called
-from fifa.reporting.formatting import count, number, percent, seconds, shorten
+from fifa.formatting import page_templates
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -74,21 +73,8 @@ def create_app(
 class _Pages:
     def __init__(self, ballot: Ballot, cookie: str, *, public: bool) -> None:
         self.ballot, self.cookie, self.public = ballot, cookie, public
-        self.templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(HERE / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self.templates.filters.update(
-            count=count,
-            percent=percent,
-            number=number,
-            seconds=seconds,
-            short=shorten,
-            called=called,
-        )
+        self.templates = page_templates(HERE / "templates")
+        self.templates.filters["called"] = called
 
     async def vote_page(self, request: Request) -> Response:
         """The next pair, the welcome before the first or the thanks after the last."""

@@ -24,7 +24,7 @@ from fifa.evaluation.vote.comparisons import (
 from fifa.evaluation.vote.order import CHECK, Card, deal
 from fifa.evaluation.vote.pictures import destroyed, shown
 from fifa.evaluation.vote.store import FILE, Place, VoteStore
-from fifa.reporting.formatting import shorten
+from fifa.formatting import shorten
 
 QUESTION = "Which image is better for this prompt?"
 LONGEST = 2000  # characters of a prompt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fifa.evaluation.vote.results import PASS, Results, Verdict, Voter
-from fifa.reporting.formatting import number, percent, shorten
+from fifa.formatting import number, percent, shorten
 
 
 def told(results: Results) -> str:

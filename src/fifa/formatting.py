@@ -1,10 +1,14 @@
-"""How numbers, and other people's text, are written on the page."""
+"""How numbers, and other people's text, are written on a page or a terminal."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MOST = 300  # characters of a prompt or a reason
 DASH, MINUS = "\u2013", "\u2212"
@@ -87,3 +91,19 @@ def seconds(value: float) -> str:
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def page_templates(folder: Path) -> Environment:
+    """The Jinja templates in ``folder``, escaped, with the functions of this module as filters."""
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    named = (count, known, number, percent, seconds, signed, span, time)
+    templates.filters.update({each.__name__: each for each in named}, short=shorten)
+    return templates

@@ -1,6 +1,6 @@
 import pytest
 
-from fifa.reporting.formatting import number, percent, seconds, shorten, shorten_lines
+from fifa.formatting import number, percent, seconds, shorten, shorten_lines
 
 NAN = float("nan")
 
