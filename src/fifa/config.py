@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fifa.errors import FifaError
+from fifa.shards.files import read_yaml
 
 # "unsafe" is what raters say that see harm, but not of which kind.
 UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
@@ -198,11 +199,7 @@ def from_yaml(path: Path) -> Recipe:
 
     Raises `FifaError` for text that is no YAML, unknown knobs and values out of range.
     """
-    try:
-        plain = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FifaError(f"cannot read the recipe: {error}", where=str(path)) from error
-    recipe: Recipe = build(Recipe, plain, where=str(path))
+    recipe: Recipe = build(Recipe, read_yaml(path, "the recipe"), where=str(path))
     return recipe
 
 

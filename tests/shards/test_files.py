@@ -19,6 +19,9 @@ from fifa.shards.files import (
     atomic_path,
     column_digest,
     digest,
+    read_json,
+    read_json_lines,
+    read_yaml,
     sweep,
     write_json,
     write_table,
@@ -38,6 +41,56 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "cannot read the recipe: "),
+        (b"[1]", "it holds no mapping but a list"),
+        (b"[" * 100_000, "cannot read the recipe: "),
+        (b'{"a": "\xff"}', "utf-8"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, read, text, message):
+    path = tmp_path / "file"
+    path.write_bytes(text)
+    with pytest.raises(FifaError, match=message) as caught:
+        read(path, "the recipe")
+    assert caught.value.where == str(path)
+    assert caught.value.do
+    with pytest.raises(FifaError, match=message):
+        read(path, "the recipe", missing={})
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_file_is_read_once_it_is_there_and_not_too_large(tmp_path, read, monkeypatch):
+    path = tmp_path / "folder" / "file"
+    with pytest.raises(FifaError, match="cannot read the recipe"):
+        read(path, "the recipe")
+    assert read(path, "the recipe", missing={"a": 1}) == {"a": 1}
+    path.parent.mkdir()
+    path.write_text('\ufeff{"a": "ä"}', "utf-8")
+    assert read(path, "the recipe") == {"a": "ä"}
+    assert read(path / "below a file", "the recipe", missing={}) == {}
+    monkeypatch.setattr("fifa.shards.files.MAX_JSON", 9)
+    monkeypatch.setattr("fifa.shards.files.MAX_YAML", 9)
+    with pytest.raises(FifaError, match="more than 0 MB"):
+        read(path, "the recipe")
+
+
+def test_an_empty_yaml_file_is_an_empty_mapping_and_json_may_hold_a_list(tmp_path):
+    (tmp_path / "empty").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "empty", "the recipe") == {}
+    (tmp_path / "list").write_text("[1, 2]")
+    assert read_json(tmp_path / "list", "the modules", list) == [1, 2]
+
+
+def test_lines_that_a_kill_cut_short_are_counted(tmp_path):
+    assert read_json_lines(tmp_path / "log") == ([], 0)
+    (tmp_path / "log").write_text('{"a": 1}\n[]\n{"b": 2}\n{"c"')
+    assert read_json_lines(tmp_path / "log") == ([{"a": 1}, {"b": 2}], 2)
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fifa.evaluation.models import Model
-from fifa.evaluation.selected_by import read_facts, training_source
+from fifa.evaluation.selected_by import training_source
+from fifa.shards.files import read_json, read_json_lines
 
 # The run's steps by what they are: every other one is neither
 SELECTING = {"read": "reading", "margin": "scoring", "quality": "rating", "diversity": "embedding"}
@@ -89,7 +89,7 @@ def checkpoint_facts(model: Model) -> dict[str, Any]:
     folder = model.training
     if folder is None:
         return {"train": {}, "steps": [], "log": {}}
-    facts = read_facts(folder / "train.json")
+    facts = read_json(folder / "train.json", "the training", missing={})
     source = training_source(folder)
     places = (source, source.parent) if source is not None else ()
     log = next((place / LOG for place in places if (place / LOG).is_file()), None)
@@ -126,34 +126,19 @@ def _number(value: Any) -> float:
     return float(value) if plain else float("nan")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; a line that a kill cut short is left out."""
-    try:
-        text = path.read_text("utf-8", errors="replace")
-    except OSError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            found.append(entry)
-    return found
-
-
 def _steps(path: Path) -> list[dict[str, float]]:
     names = ("step", "pairs", "seconds")
     return [
-        {name: _number(line.get(name)) for name in names} for line in _lines(path) if "step" in line
+        {name: _number(line.get(name)) for name in names}
+        for line in read_json_lines(path)[0]
+        if "step" in line
     ]
 
 
 def _log(path: Path) -> dict[str, dict[str, float]]:
     """Seconds and tokens by step; a step that ran twice counts twice: it was paid for."""
     found: dict[str, dict[str, float]] = {}
-    for line in _lines(path):
+    for line in read_json_lines(path)[0]:
         name = line.get("step")
         if not isinstance(name, str) or _number(line.get("seconds")) != _number(
             line.get("seconds")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from fifa.errors import FifaError
 from fifa.models.transformer import MODEL_FILES
 from fifa.scoring.encoders import model_folder
-from fifa.shards.files import digest, files_digest
+from fifa.shards.files import digest, files_digest, read_json
 from fifa.training.backbones.parts import HUB_FILES
 
 Method = Literal["base", "lora", "part", "pipeline"]
@@ -185,10 +184,9 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
 
 def part_name(folder: Path) -> str:
     """``unet`` or ``transformer``, by the class in the folder's config; empty for another."""
-    try:
-        kind = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name", "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+    kind = read_json(folder / "config.json", "the model's settings", missing={}).get(
+        "_class_name", ""
+    )
     return "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else ""
 
 
@@ -207,15 +205,14 @@ def _parts(path: str) -> tuple[str, ...]:
 
 def _index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    if not path.exists():
         raise FifaError(
-            f"no pipeline in diffusers' layout: {error}",
+            "no pipeline in diffusers' layout",
             where=str(path),
             do="name the folder that save_pretrained wrote",
-        ) from error
-    return index if isinstance(index, dict) else {}
+        )
+    index: dict[str, Any] = read_json(path, "the pipeline's index")
+    return index
 
 
 def _pipeline_files(folder: Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fifa.evaluation.models import KINDS, Model, class_name, part_name
 from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
 from fifa.scoring.rewards.worker import out_of_memory
+from fifa.shards.files import read_json
 
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "flux": 3.5}
 STEPS = {"sd": 50, "sdxl": 50, "sd3": 28, "flux": 28}
@@ -77,13 +77,15 @@ def settle(asked: Generate, base: Path) -> Settings:
     device = make_runtime(asked.device, None, False, False).device.partition(":")[0]
     half = "float16" if kind in ("sd", "sdxl") else "bfloat16"
     steps, guidance = STEPS.get(kind or ""), GUIDANCE.get(kind or "")
-    if kind == "flux" and not _json(base / "transformer" / "config.json").get("guidance_embeds"):
+    own = read_json(base / "transformer" / "config.json", "the model's settings", missing={})
+    if kind == "flux" and not own.get("guidance_embeds"):
         steps, guidance = DISTILLED_STEPS, 0.0
-    own = _json(base / "scheduler" / "scheduler_config.json").get("_class_name", "")
     return Settings(
         steps=steps if asked.steps is None else asked.steps,
         guidance=guidance if asked.guidance is None else asked.guidance,
-        sampler=SAMPLERS[asked.sampler] if asked.sampler else str(own),
+        sampler=SAMPLERS[asked.sampler]
+        if asked.sampler
+        else str(_scheduler(base).get("_class_name", "")),
         width=asked.width,
         height=asked.height,
         negative=asked.negative,
@@ -152,8 +154,7 @@ class Pipelines:
     def _set_sampler(self, pipe: Any, diffusers: Any) -> None:
         """The same sampler for all, on each model's own noise schedule."""
         own = dict(pipe.scheduler.config)
-        base = _json(self._folder / "scheduler" / "scheduler_config.json")
-        mixed = {**base, **{name: own[name] for name in SCHEDULE if name in own}}
+        mixed = _scheduler(self._folder) | {name: own[name] for name in SCHEDULE if name in own}
         kind = getattr(diffusers, self._settings.sampler, None)
         if kind is None:
             raise FifaError(f"diffusers has no sampler {self._settings.sampler}", do="--sampler")
@@ -255,14 +256,12 @@ def _safe(folder: Path) -> dict[str, Any]:
     return options
 
 
+def _scheduler(base: Path) -> dict[str, Any]:
+    path = base / "scheduler" / "scheduler_config.json"
+    found: dict[str, Any] = read_json(path, "the scheduler's settings", missing={})
+    return found
+
+
 def _cannot_load(what: str, path: Path, error: Exception) -> FifaError:
     brief = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
     return FifaError(f"cannot load {what}: {brief}", where=str(path))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fifa.evaluation.models import Model
 from fifa.scoring.rewards.hps import FILES as HPS_FILES
 from fifa.scoring.rewards.load import CLIPS, NAMES
+from fifa.shards.files import read_json, read_yaml
 
 
 def selection_scorers(models: Iterable[Model], run: Path | None = None) -> tuple[str, ...]:
@@ -33,13 +31,14 @@ def selection_scorers(models: Iterable[Model], run: Path | None = None) -> tuple
         folder = model.training
         if folder is None:
             continue
-        facts = read_facts(folder / "train.json")
+        facts = read_json(folder / "train.json", "the training", missing={})
         found |= dict.fromkeys(_margins(facts))
         source = training_source(folder)
         if source is not None:
             for place in (source, source.parent):
                 found |= dict.fromkeys(_recipe_margins(place / "recipe.yaml"))
-                found |= dict.fromkeys(_margins(read_facts(place / "subset.json")))
+                subset = read_json(place / "subset.json", "the subset", missing={})
+                found |= dict.fromkeys(_margins(subset))
     return tuple(found)
 
 
@@ -58,17 +57,8 @@ def is_picked(spec: str, picked: Sequence[str]) -> bool:
 
 def training_source(folder: Path) -> Path | None:
     """Where a checkpoint's training pairs were, by its ``train.yaml``; None if it is a URL."""
-    source = _yaml(folder / "train.yaml").get("source")
+    source = read_yaml(folder / "train.yaml", "the training", missing={}).get("source")
     return Path(source) if isinstance(source, str) and source and "://" not in source else None
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _family(spec: str) -> str:
@@ -92,16 +82,7 @@ def _in_column(family: str, spec: str) -> bool:
 
 
 def _recipe_margins(path: Path) -> list[str]:
-    return _margins(_yaml(path))
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; empty where there is none."""
-    try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return _margins(read_yaml(path, "the recipe", missing={}))
 
 
 def _margins(facts: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from fifa.evaluation.sampling import Settings, settle
 from fifa.evaluation.selected_by import selection_scorers
 from fifa.models.runtime import make_runtime
 from fifa.run.steps import is_run, log_step
-from fifa.shards.files import cannot_write, sweep, write_json, write_text
+from fifa.shards.files import cannot_write, read_json, sweep, write_json, write_text
 
 KNOBS = "evaluation.yaml"
 FACTS = "evaluation.json"
@@ -150,15 +149,14 @@ def load_facts(folder: Path) -> dict[str, Any]:
     Raises `FifaError` where there is no evaluation.
     """
     path = folder / FACTS
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    if not path.exists():
         raise FifaError(
             "no evaluation here",
             where=str(folder),
             do="make one: fifa evaluate --base MODEL --tuned CHECKPOINT --prompts FILE --out RUN",
-        ) from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        )
+    facts: dict[str, Any] = read_json(path, "the evaluation")
+    if facts.get("format") != FORMAT:
         raise FifaError("an evaluation of another version of fifa", where=str(path))
     return facts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from fifa.console import note, quiet
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import files_digest
+from fifa.shards.files import files_digest, read_json
 
 Vectors = npt.NDArray[np.float32]
 
@@ -118,12 +117,12 @@ class ModelEncoder:
     def _settings(self) -> dict[str, Any]:
         """Pooling, prefix, case and token limit, from the folder's own files."""
         settings: dict[str, Any] = {"pooling": "mean", "prefix": "", "lower": False}
-        modules = _json(self.folder / "modules.json") or []
+        modules = _settings(self.folder / "modules.json", list)
         if self.kind == "text":
             settings |= _sentence_settings(self.folder, modules)
-        config = _json(self.model_folder / "config.json") or {}
+        config = _settings(self.model_folder / "config.json")
         config = config.get("text_config") or config
-        reads = _json(self.model_folder / "tokenizer_config.json") or {}
+        reads = _settings(self.model_folder / "tokenizer_config.json")
         limits = [
             settings.get("max_tokens"),
             config.get("max_position_embeddings", 77 if self.kind == "clip" else None),
@@ -136,7 +135,7 @@ class ModelEncoder:
     @property
     def model_folder(self) -> Path:
         """Where the transformer lies: the folder, or the place that its modules.json names."""
-        modules = (_json(self.folder / "modules.json") or []) if self.kind == "text" else []
+        modules = _settings(self.folder / "modules.json", list) if self.kind == "text" else []
         return self.folder / (modules[0].get("path", "") if modules else "")
 
     @cached_property
@@ -238,12 +237,12 @@ def _sentence_settings(folder: Path, modules: list[dict[str, Any]]) -> dict[str,
         return {}
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     beyond = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    own = _json(folder / modules[0].get("path", "") / "sentence_bert_config.json") or {}
-    whole = _json(folder / "config_sentence_transformers.json") or {}
+    own = _settings(folder / modules[0].get("path", "") / "sentence_bert_config.json")
+    whole = _settings(folder / "config_sentence_transformers.json")
     prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name") or "", "")
     modes = ["mean"]
     if "Pooling" in kinds:
-        config = _json(folder / modules[kinds.index("Pooling")]["path"] / "config.json") or {}
+        config = _settings(folder / modules[kinds.index("Pooling")]["path"] / "config.json")
         named = config.get("pooling_mode", [m for m in POOLINGS if config.get(m)] or ["mean"])
         named = [named] if isinstance(named, str) else list(named)
         modes = [POOLINGS.get(mode, mode.removesuffix("_sqrt_len_tokens")) for mode in named]
@@ -280,11 +279,6 @@ def folder_digest(folder: Path) -> str:
     return files_digest({path.relative_to(folder).as_posix(): path for path in files})
 
 
-def _json(path: Path) -> Any:
-    """The JSON in ``path``; None if there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise FifaError(f"cannot read the encoder's settings: {error}", where=str(path)) from error
+def _settings(path: Path, of: type[Any] = dict) -> Any:
+    """What is in a settings file of the encoder; empty where there is no such file."""
+    return read_json(path, "the encoder's settings", of, of())

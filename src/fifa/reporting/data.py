@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from fifa.data.table import FILES
 from fifa.errors import FifaError
 from fifa.scoring.agreement import Agreement, wilson
+from fifa.shards.files import read_json_lines
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -330,15 +330,10 @@ def read_log(path: Path) -> Log:
     Lines of the report step itself are left out, so that writing the page again does not
     change it.
     """
-    if not path.exists():
-        return Log((), 0)
-    steps, broken = [], 0
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("seconds"), int | float):
+    steps = []
+    entries, broken = read_json_lines(path)
+    for entry in entries:
+        if not isinstance(entry.get("seconds"), int | float):
             broken += 1
         elif entry.get("step") != "report":
             steps.append(entry)

@@ -21,7 +21,7 @@ from fifa.console import collect_facts
 from fifa.data.table import FILES, Pairs, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_facts
-from fifa.shards.files import cannot_write, sweep, write_json, write_text
+from fifa.shards.files import cannot_write, read_json, sweep, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def score_files(folder: Path) -> dict[str, Any]:
     path = folder / "scores.json"
     if not path.exists():
         raise FifaError("the run has no scores yet", where=str(folder), do="run `fifa score` on it")
-    index = json.loads(path.read_text("utf-8"))
+    index = read_json(path, "which scores the run has")
 
     def at(name: str | None) -> Path | None:
         return folder / "scores" / name if name else None

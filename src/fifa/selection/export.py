@@ -33,7 +33,7 @@ from fifa.selection.subset import (
     write_shards,
 )
 from fifa.selection.table import reason_counts
-from fifa.shards.files import atomic_folder, digest, write_json, write_text
+from fifa.shards.files import atomic_folder, digest, read_json, write_json, write_text
 
 SUBSET_FILE = "subset.json"
 FORMAT = 1  # of subset.json
@@ -281,11 +281,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FifaError(f"cannot read the subset: {error}", where=str(path)) from error
-    if not isinstance(known, dict) or known.get("fifa_subset") != FORMAT:
+    known: dict[str, Any] = read_json(path, "the subset")
+    if known.get("fifa_subset") != FORMAT:
         raise FifaError("not a subset.json that this version of fifa reads", where=str(path))
     return known
 

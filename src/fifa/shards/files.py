@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+import yaml
 
 from fifa.errors import FifaError
 
 PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` removes it
 ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
+MAX_JSON = 1 << 30  # bytes of a file that is read whole into memory
+MAX_YAML = 1 << 24  # recipes are a few hundred bytes, and YAML is slow to read
 
 
 def digest(*parts: object) -> str:
@@ -100,6 +103,55 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path, what: str, of: type[Any] = dict, missing: Any = None) -> Any:
+    """The value in a JSON file of UTF-8.
+
+    Parameters
+    ----------
+    path
+        The file, of at most `MAX_JSON` bytes.
+    what
+        What it holds, for messages: ``the recipe``.
+    of
+        The class that the value must have: a mapping unless another is given.
+    missing
+        What to return where there is no such file; without it that is an error.
+
+    Raises `FifaError` where the file cannot be read or holds a value of another class.
+    """
+    return _read(path, what, of, missing, json.loads, MAX_JSON)
+
+
+def read_yaml(path: Path, what: str, missing: Any = None) -> Any:
+    """The mapping in a YAML file (without tags, at most `MAX_YAML` bytes), as in `read_json`.
+
+    An empty file is an empty mapping.
+    """
+    return _read(path, what, dict, missing, lambda text: yaml.safe_load(text) or {}, MAX_YAML)
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects in a log of JSON lines, and how many lines are none: a kill cuts lines short.
+
+    A file that is not there has no lines.
+    """
+    try:
+        text = Path(path).read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise FifaError(f"cannot read the log: {error.strerror}", where=str(path)) from error
+    found, lines = [], text.splitlines()
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found, len(lines) - len(found)
+
+
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
 
@@ -170,6 +222,27 @@ def cannot_write(path: Path, error: OSError) -> FifaError:
         where=str(path),
         do="choose another --out, free space, or change the folder's permissions",
     )
+
+
+def _read(
+    path: Path, what: str, of: type[Any], missing: Any, parse: Callable[[str], Any], most: int
+) -> Any:
+    do = "check the path and its permissions"
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(most + 1)
+        do = "mend the file, or name another"
+        if len(raw) > most:
+            raise ValueError(f"it has more than {most >> 20} MB")
+        value = parse(raw.decode("utf-8-sig"))
+        if not isinstance(value, of):
+            wanted = "mapping" if of is dict else of.__name__
+            raise ValueError(f"it holds no {wanted} but a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if missing is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return missing
+        raise FifaError(f"cannot read {what}: {error}", where=str(path), do=do) from error
+    return value
 
 
 def _as_read(schema: pa.Schema) -> pa.Schema:

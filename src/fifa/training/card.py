@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fifa.shards.files import read_json
 from fifa.training.checkpoint import Progress
 from fifa.training.config import Train
 
@@ -75,7 +75,7 @@ def selection_facts(folder: Path | None) -> dict[str, Any] | None:
     """How the pairs were selected, from the subset's ``subset.json``; None where there is none."""
     if folder is None:
         return None
-    subset = json.loads((folder / "subset.json").read_text("utf-8"))
+    subset = read_json(folder / "subset.json", "the subset")
     names = ("digest", "pairs", "recipe", "source", "scores", "reasons")
     return {name: subset[name] for name in names if name in subset}
 

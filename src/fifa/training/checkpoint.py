@@ -6,7 +6,6 @@ the newer is there. Tensors are safetensors, or what ``torch.load(weights_only=T
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import atomic_folder, write_json
+from fifa.shards.files import atomic_folder, read_json, write_json
 from fifa.training.optim import Average
 
 STATE = "state"
@@ -79,7 +78,7 @@ def read_progress(out: Path) -> Progress:
     state = latest_state(out)
     if state is None:
         return Progress()
-    known = json.loads((state / "state.json").read_text("utf-8"))
+    known = read_json(state / "state.json", "the state of the training")
     return Progress(**{**known, "sums": tuple(known["sums"])})
 
 

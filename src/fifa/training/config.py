@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from fifa.config import build
 from fifa.errors import FifaError
+from fifa.shards.files import read_yaml
 
 _checked = ConfigDict(extra="forbid", validate_default=True)
 _Count = Annotated[int, Field(ge=1)]
@@ -176,11 +177,7 @@ def from_yaml(path: Path) -> Train:
 
     Raises `FifaError` for text that is no YAML, unknown knobs and values out of range.
     """
-    try:
-        plain = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FifaError(f"cannot read the training: {error}", where=str(path)) from error
-    train: Train = build(Train, plain, where=str(path))
+    train: Train = build(Train, read_yaml(path, "the training"), where=str(path))
     return train
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import cannot_write, digest, write_text
+from fifa.shards.files import cannot_write, digest, read_json_lines, write_text
 from fifa.training.config import Train
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ class Stats:
 
     def __init__(self, train: Train, out: Path, step: int) -> None:
         self.path = out / STATS
+        kept = [line for line in read_json_lines(self.path)[0] if line["step"] <= step]
         if self.path.exists():
-            kept = [line for line in _lines(self.path) if line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.tracker = make_tracker(train, out, step)
 
@@ -128,17 +128,7 @@ class Stats:
 
 def read_stats(out: Path) -> list[dict[str, Any]]:
     """The lines of a training's ``stats.jsonl``."""
-    return _lines(Path(out) / STATS)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text("utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break  # the last line of a run that was killed while writing it
-    return lines
+    return read_json_lines(Path(out) / STATS)[0]
 
 
 def make_tracker(train: Train, out: Path, step: int) -> Tracker | None:

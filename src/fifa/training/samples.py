@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import atomic_path
+from fifa.shards.files import atomic_path, read_json
 from fifa.training.backbones.base import Backbone
 from fifa.training.checkpoint import Trainee, step_name
 from fifa.training.config import Train
@@ -102,7 +101,7 @@ class Samples:
     def _pipeline(self, parts: dict[str, Any]) -> Any:
         """The stock pipeline of the base's folder, with some parts that are in memory already."""
         diffusers, torch = require("diffusers", "train"), require("torch", "train")
-        index = json.loads((self.backbone.folder / "model_index.json").read_text("utf-8"))
+        index = read_json(self.backbone.folder / "model_index.json", "the pipeline's index")
         if "safety_checker" in index:  # no part of what is trained, and often not downloaded
             parts = {"safety_checker": None, "feature_extractor": None, **parts}
             parts["requires_safety_checker"] = False

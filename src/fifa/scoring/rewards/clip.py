@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from fifa.models.runtime import Runtime
 from fifa.models.transformer import ModelEncoder, folder_digest, load_model
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
+from fifa.shards.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ class ImageTower:
 
     def __init__(self, folder: Path, preprocessing: str, runtime: Runtime) -> None:
         self.folder, self.runtime = folder, runtime
-        config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json", "the model's settings")
         if config.get("model_type") not in ("clip", "clip_vision_model"):
             raise FifaError(
                 f"this is a {config.get('model_type')} model, not a CLIP", where=str(folder)
@@ -210,21 +210,10 @@ def clean(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(mended)).split())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a model's settings file; `FifaError` where there is none."""
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FifaError(f"cannot read the model's settings: {error}", where=str(path)) from error
-    return settings if isinstance(settings, dict) else {}
-
-
 def _check_processor(folder: Path, size: int) -> None:
     """Refuse a model whose preprocessor_config.json asks for anything but CLIP's own."""
     path = folder / "preprocessor_config.json"
-    if not path.exists():
-        return
-    settings = read_json(path)
+    settings = read_json(path, "the model's settings", missing={})
     crop = settings.get("crop_size", size)
     known: dict[str, tuple[Any, Any]] = {
         "image_mean": (settings.get("image_mean", MEAN), MEAN),

@@ -27,12 +27,12 @@ from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import load_model
 from fifa.scoring.encoders import model_folder, prompt_embeddings
-from fifa.scoring.rewards.clip import ImageTower, read_json
+from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
 from fifa.scoring.rewards.efficientnet import SIDE, EfficientNetLite0
 from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
 from fifa.scoring.table import score_path, scored_once
-from fifa.shards.files import digest, files_digest
+from fifa.shards.files import digest, files_digest, read_json
 from fifa.shards.ledger import forget, map_shards
 from fifa.shards.pool import cores
 
@@ -298,7 +298,7 @@ class _VisionModel:
     def __init__(self, model: str, runtime: Runtime) -> None:
         self.name = f"image-{Path(model).name}"
         self._folder, self._runtime = model_folder(model), runtime
-        settings = read_json(self._folder / "preprocessor_config.json")
+        settings = read_json(self._folder / "preprocessor_config.json", "the model's settings")
         size = settings.get("crop_size") or settings.get("size") or 224
         if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge") or 224

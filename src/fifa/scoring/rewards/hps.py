@@ -14,7 +14,6 @@ from typing import Any
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.scoring.rewards.clip import read_json
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
     cache_folder,
@@ -22,7 +21,7 @@ from fifa.scoring.rewards.weights import (
     find_weights,
     read_weights,
 )
-from fifa.shards.files import atomic_folder, files_digest, write_json
+from fifa.shards.files import atomic_folder, files_digest, read_json, write_json
 
 HUB = "xswu/HPSv2"
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
@@ -95,7 +94,7 @@ def hps_folder(name: str, model: str | None = None) -> Path:
     folder = cache_folder() / f"{name}-{files_digest(known)}"
     if not (folder / "model.safetensors").exists():
         echo(f"{name}: converting {checkpoint.name} once, into {folder}")
-        own = read_json(settings).get("model_cfg", {}) if settings.exists() else {}
+        own = read_json(settings, "the model's settings", missing={}).get("model_cfg", {})
         config, tensors = convert_open_clip(
             read_weights(checkpoint),
             head_width=own.get("vision_cfg", {}).get("head_width"),

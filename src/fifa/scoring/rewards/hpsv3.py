@@ -22,7 +22,6 @@ from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import CHARACTERS_PER_TOKEN
-from fifa.scoring.rewards.clip import read_json
 from fifa.scoring.rewards.pixels import MEAN, STD, fit_area, standardise
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
@@ -31,7 +30,7 @@ from fifa.scoring.rewards.weights import (
     find_weights,
     read_weights,
 )
-from fifa.shards.files import digest, files_digest
+from fifa.shards.files import digest, files_digest, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +165,8 @@ class HPSv3:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return read_json(self._base / "config.json")
+        config: dict[str, Any] = read_json(self._base / "config.json", "the model's settings")
+        return config
 
     @property
     def _factor(self) -> int:

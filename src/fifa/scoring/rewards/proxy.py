@@ -21,11 +21,11 @@ from fifa.models.runtime import Runtime
 from fifa.models.transformer import MODEL_FILES
 from fifa.scoring.encoders import Encoder, make_encoder
 from fifa.scoring.rewards.base import RewardModel
-from fifa.scoring.rewards.clip import ClipReward, read_json
+from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.features import ImageEncoder, make_image_encoder
 from fifa.scoring.rewards.head import Head
 from fifa.scoring.rewards.weights import read_weights
-from fifa.shards.files import files_digest, write_bytes, write_json, write_text
+from fifa.shards.files import files_digest, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def load_proxy(folder: str | Path, runtime: Runtime | None = None) -> RewardMode
         one it was trained on.
     """
     folder = Path(folder).expanduser()
-    settings = read_json(folder / SETTINGS)
+    settings = read_json(folder / SETTINGS, "the reward model")
     if settings.get("format") != FORMAT or settings.get("kind") not in ("head", "clip"):
         raise FifaError(
             "no reward model that this version of fifa knows",

@@ -6,7 +6,6 @@ names; weights come from safetensors files only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.scoring.encoders import model_folder
+from fifa.shards.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,8 @@ class ModelFolder:
     def config(self, part: str) -> dict[str, Any]:
         """A part's configuration as it stands in its JSON."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return read_json(self.path / part / name)
+        config: dict[str, Any] = read_json(self.path / part / name, f"the settings of {part}")
+        return config
 
     def digest(self, part: str) -> str:
         """32 hex characters that name the content of a part's files."""
@@ -152,18 +153,7 @@ def open_folder(model: str | Path, device: torch.device, dtype: torch.dtype) -> 
             where=str(path),
             do="name a folder in diffusers layout (what its save_pretrained writes), or a hub id",
         )
-    return ModelFolder(path, read_json(index), device, dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `FifaError` where there is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FifaError(f"cannot read it: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise FifaError("not a JSON object", where=str(path))
-    return value
+    return ModelFolder(path, read_json(index, "the pipeline's index"), device, dtype)
 
 
 def _content(path: Path) -> str:
