@@ -281,8 +281,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    known: dict[str, Any] = read_json(path, "the subset")
-    if known.get("fifa_subset") != FORMAT:
+    known = read_json(path, "the subset", object)
+    if not isinstance(known, dict) or known.get("fifa_subset") != FORMAT:
         raise FifaError("not a subset.json that this version of fifa reads", where=str(path))
     return known
 
