@@ -30,7 +30,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from common import peak_mb, report
 from fifa.data import read_pairs
-from fifa.data.images import open_image
+from fifa.data.decode import open_image
 from fifa.scoring.rewards.engine import EngineOptions, score_images
 from fifa.scoring.rewards.load import load_reward
 from fifa.scoring.rewards.pixels import convert_crop

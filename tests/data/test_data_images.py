@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fifa.data import images, read_pairs
-from fifa.data.images import BadImage, check_image, has_pixels, open_image, read_images
+from fifa.data import decode, read_pairs
+from fifa.data.decode import BadImage, check_image, open_image
+from fifa.data.images import has_pixels, read_images
 from fifa.data.table import Pairs
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -91,7 +92,7 @@ def test_animations_and_16_bit_grey_are_refused() -> None:
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    monkeypatch.setattr(decode, "MAX_BYTES", 100)
     with pytest.raises(BadImage, match="100 bytes"):
         check_image(picture())
 
@@ -126,7 +127,7 @@ def test_cells_come_back_as_they_are_from_many_files_and_row_groups(tmp_path: Pa
         table = table.set_column(1, "image_0_uid", pa.array(ids))
         pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=33)
     pairs = read_pairs(tmp_path)
-    assert has_pixels(pairs)
+    assert has_pixels(pairs.table, pairs.origin)
     found = everything(pairs, [199, 3, 40, 41, 107, 0])
     assert found[199, 1] == b"1-99-1"
     assert found[41, 0] == b"0-41-0"
@@ -194,7 +195,7 @@ def test_tar_members_are_read_where_they_are(tmp_path: Path) -> None:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     pairs = read_pairs(tmp_path)
-    assert has_pixels(pairs)
+    assert has_pixels(pairs.table, pairs.origin)
     assert everything(pairs, [3, 1])[3, 1] == b"one3"
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
     assert "ends within" in everything(pairs, [3])[3, 0]
@@ -233,7 +234,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
     assert isinstance(found[10, 0], bytes)
     assert "downloads are not allowed" in str(found[11, 0])
     assert isinstance(found[5, 1], bytes)
-    assert has_pixels(pairs)
+    assert has_pixels(pairs.table, pairs.origin)
 
 
 def test_urls_stay_closed_without_leave(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_urls_stay_closed_without_leave(tmp_path: Path) -> None:
         tmp_path / "a.parquet",
     )
     pairs = read_pairs(tmp_path)
-    assert not has_pixels(pairs)
+    assert not has_pixels(pairs.table, pairs.origin)
     assert set(everything(pairs).values()) == {"only known by URL, and downloads are not allowed"}
     for _, _, data in read_images(pairs, [0, 1], allow_download=True):
         assert isinstance(data, BadImage)
@@ -252,7 +253,7 @@ def test_urls_stay_closed_without_leave(tmp_path: Path) -> None:
 def test_ids_without_cells_or_urls_have_no_images(tmp_path: Path) -> None:
     pq.write_table(pickapic(1), tmp_path / "a.parquet")
     pairs = read_pairs(tmp_path)
-    assert not has_pixels(pairs)
+    assert not has_pixels(pairs.table, pairs.origin)
     assert set(everything(pairs).values()) == {"the source has no image here"}
 
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from fifa.data.images import BadImage, check_image, open_image
+from fifa.data.decode import BadImage, check_image, open_image
 from fifa.data.truncation import SCANS
 
 PROMISE = "promises more pixels"

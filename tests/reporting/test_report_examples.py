@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from report_runs import make_run
 
-from fifa.data.images import BadImage
+from fifa.data.decode import BadImage
 from fifa.reporting.data import load_columns
 from fifa.reporting.examples import choose_rows, load_examples, thumbnail
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_diffusion import picture, write_model, write_pairs
 
-from fifa.data.images import open_image
+from fifa.data.decode import open_image
 from fifa.errors import FifaError
 from fifa.training import encode as encoding
 from fifa.training.backbones import load_backbone

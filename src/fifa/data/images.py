@@ -1,136 +1,236 @@
-"""The one door through which images come in. They are hostile until they are decoded."""
+"""The image table: a row an image, where its bytes are, and the one door through which they come.
+
+Whatever has images (pairs, the cells of Parquet files, files in a folder) becomes `Images` first;
+`read` gives their bytes. `fifa.data.prefetch` decodes them in threads.
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
+from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
 from fifa.data.records import tar_ref
 from fifa.data.source import Root, has_file, inside
-from fifa.data.table import Pairs
-from fifa.shards.files import digest, write_bytes
+from fifa.data.table import Origin, Pairs
+from fifa.shards.files import column_digest, digest, write_bytes
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageFile
+Integers = npt.NDArray[np.int64]
+Rows = Sequence[int] | range | Integers
+Found = tuple[int, "bytes | BadImage"]  # the image's row in its table, and what came of it
+Cell = tuple[int, int, str]  # row in the file, row in the table of images, column
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-MAX_PIXELS = 64_000_000
-MAX_BYTES = 64 << 20
+IMAGES = pa.schema(
+    [
+        ("key", pa.large_string()),  # the image's name in the source
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # the source file, below the root
+        ("row", pa.int64()),  # the row in it
+        ("column", pa.dictionary(pa.int32(), pa.string())),  # of the cell with the bytes; or null
+        ("ref", pa.large_string()),  # without a cell: path, URL or tar:OFFSET+SIZE:NAME; or null
+    ]
+)
+FACTS = pa.schema(
+    [
+        ("content", pa.string()),  # XXH3-128 of the bytes; null where they cannot be read
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("reason", pa.string()),  # why the image does not come in, as far as its header tells
+    ]
+)
+KEYED = frozenset({"pickapic"})  # formats whose image keys are ids of the images
 BATCH = 32  # rows of cells in memory at a time
 DOWNLOADS = 8  # at a time
 
-Found = tuple[int, int, "bytes | BadImage"]
 
-
-class BadImage(Exception):  # noqa: N818 - it is passed on as a finding more than it is raised
-    """An image that does not come in, and why.
+@dataclass(frozen=True)
+class Images:
+    """Images, and where the bytes of each are. Nothing is opened for it.
 
     Parameters
     ----------
-    reason
-        One short sentence.
+    table
+        `IMAGES`, a row an image.
+    root
+        The folder or URL prefix that files and relative paths are below.
+    fingerprint
+        Names the source as it was read; "" where nothing is kept that depends on it.
+    keyed
+        True where a key is one image: an id, or a file named by its content; also where to find
+        out would be a download. Otherwise different keys may have the same bytes.
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    table: pa.Table
+    root: str
+    fingerprint: str = ""
+    keyed: bool = False
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def take(self, rows: Rows) -> Images:
+        """Some of the images, in this order, and nothing else: small enough to travel."""
+        part = self.table.take(pa.array(rows, pa.int64()))
+        for i, name in enumerate(IMAGES.names):
+            if pa.types.is_dictionary(IMAGES.field(name).type):  # only the names that are left
+                few = part[name].cast(pa.string()).combine_chunks().dictionary_encode()
+                part = part.set_column(i, IMAGES.field(name), few)
+        return replace(self, table=part)
+
+    @property
+    def identity(self) -> str:
+        """Names the source as it was read, and the keys in their order."""
+        return digest(self.fingerprint, column_digest(self.table["key"]))
+
+    def place(self, row: int) -> str:
+        """Where an image is, for people."""
+        one = {name: self.table[name][row].as_py() for name in ("file", "row", "ref")}
+        return f"row {one['row']} of {one['file']}" if one["file"] else str(one["ref"])
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decode an image completely.
+@dataclass(frozen=True)
+class Keys:
+    """The image keys of some pairs, each once.
 
-    JPEG, PNG and WEBP of at most `MAX_PIXELS` pixels and `MAX_BYTES` bytes. Refused as well:
-    truncated files and headers that promise more pixels than there are data for
-    (`fifa.data.truncation`), animations (nobody knows which frame a person judged), 16-bit grey,
-    and JPEGs that no browser shows (arithmetic coding). Rotation by EXIF and conversion to RGB are
-    left to whoever looks at the image.
-
-    Raises `BadImage`.
+    Parameters
+    ----------
+    names
+        The different keys in order of first appearance, strings [keys].
+    first
+        The slot (2 * row + side) where each appears first, int64 [keys].
+    of_slot
+        The key in every slot, int64 [2 * pairs].
     """
-    from fifa.data.truncation import lacks_data
 
-    try:
-        image = _header(data)
-        image.load()
-        if image.format != "WEBP" and lacks_data(image, data):
-            raise BadImage("its header promises more pixels than it has data for")
-    except BadImage:
-        raise
-    except Exception as error:  # a decoder fed with hostile bytes may raise anything
-        raise _undecodable(error) from error
-    return image
+    names: pa.Array
+    first: Integers
+    of_slot: Integers
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width of an image as its header says; raises `BadImage` as `open_image` does.
+def image_keys(pairs: Pairs) -> Keys:
+    """The keys of all images in ``pairs``, each once."""
+    n = len(pairs)
+    columns = (pairs.table[f"image_{side}"] for side in (0, 1))
+    # large: the keys of 100M pairs are more than the 2 GB that a plain string column can hold
+    chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
+    encoded = pa.chunked_array(chunks, pa.large_string()).dictionary_encode().unify_dictionaries()
+    codes = np.concatenate([np.empty(0, np.int32), *(c.indices for c in encoded.chunks)])
+    names = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], pa.large_string())
+    order, first, of_slot = _renumbered(codes.reshape(2, n).T.reshape(-1))
+    return Keys(names.take(pa.array(order)), first, of_slot)
 
-    What follows the header is not decoded: a truncated file passes.
+
+def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> Images:
+    """The images of some pairs.
+
+    Parameters
+    ----------
+    table
+        The columns ``image_0``, ``image_1``, ``image_0_ref``, ``image_1_ref``, ``file``, ``row``
+        and ``swapped`` of `fifa.data.table.PAIRS`; more may be there.
+    origin
+        `fifa.data.table.Pairs.origin`.
+    slots
+        Which images, each as 2 * row of ``table`` + side; None takes them all, so that image
+        ``side`` of pair i is row 2 * i + side of the result. `Keys.first` gives every key once.
     """
-    try:
-        with _header(data) as image:
-            return image.height, image.width
-    except BadImage:
-        raise
-    except Exception as error:
-        raise _undecodable(error) from error
+    n = len(table)
+    slots = np.arange(2 * n) if slots is None else np.asarray(slots, np.int64)
+    row, side = slots // 2, slots % 2
+    at = pa.array(row)
+
+    def sides(name: str) -> pa.Array:
+        columns = (table[name.format(i)] for i in (0, 1))
+        chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
+        both = pa.chunked_array(chunks, pa.large_string())
+        return both.take(pa.array(row + side * n)).combine_chunks()
+
+    ref = sides("image_{}_ref")
+    own = table["row"].take(at).to_numpy()
+    column = pa.nulls(len(slots), pa.string())
+    if origin.cells:
+        second = side ^ table["swapped"].take(at).to_numpy(zero_copy_only=False).astype(np.int64)
+        names = pa.DictionaryArray.from_arrays(second.astype(np.int32), list(origin.cells))
+        column = pc.if_else(ref.is_null(), names.cast(pa.string()), column)
+    named = pc.fill_null(pc.starts_with(ref, "cell:"), False)
+    if pc.any(named).as_py():  # cell:ROW:COLUMN, a cell of another row
+        parts = [name.split(":", 2) for name in ref.filter(named).to_pylist()]
+        own = own.copy()
+        own[named.to_numpy(zero_copy_only=False)] = [int(number) for _, number, _ in parts]
+        column = pc.replace_with_mask(column, named, pa.array([name for *_, name in parts]))
+        ref = pc.if_else(named, pa.scalar(None, ref.type), ref)
+    file = table["file"].take(at).cast(pa.string()).combine_chunks()
+    return _images(
+        [sides("image_{}"), file.dictionary_encode(), own, column.dictionary_encode(), ref],
+        root=origin.root,
+        fingerprint=origin.fingerprint,
+        keyed=origin.format in KEYED or not has_pixels(table, origin),
+    )
 
 
-def _header(data: bytes) -> ImageFile.ImageFile:
-    """The image, opened and looked at, not decoded."""
-    from PIL import Image
+def cell_images(
+    files: Sequence[Path], file: Integers, row: Integers, column: Sequence[str]
+) -> Images:
+    """Images in the cells of Parquet files.
 
-    from fifa.data.truncation import HUFFMAN, SCANS, frame, many_scans
-
-    if len(data) > MAX_BYTES:
-        raise BadImage(f"more than {MAX_BYTES:,} bytes")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"more than {MAX_PIXELS:,} pixels")
-    # an MPO is a JPEG with further pictures behind the one that everybody sees
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise BadImage("an animation")
-    if image.mode not in MODES:
-        raise BadImage(f"mode {image.mode} is not supported")
-    if image.format in ("JPEG", "MPO"):
-        if frame(data) not in HUFFMAN:
-            raise BadImage("a JPEG with arithmetic or lossless coding is not supported")
-        if many_scans(data):
-            raise BadImage(f"a JPEG with more than {SCANS} scans")
-    return image
+    Parameters
+    ----------
+    files
+        The files.
+    file, row, column
+        Where each image is: the number of its file, the row in it, and the name of a column of
+        bytes, or of structs with the field ``bytes``; a dot goes into a struct.
+    """
+    numbers, names = pa.array(file, pa.int32()), [str(path) for path in files]
+    places = pa.DictionaryArray.from_arrays(numbers, pa.array(names, pa.string()))
+    columns = pa.array(column, pa.string()).dictionary_encode()
+    nothing = pa.nulls(len(row), pa.large_string())
+    return _images([nothing, places, row, columns, nothing], root="")
 
 
-def _undecodable(error: Exception) -> BadImage:
-    brief = str(error).partition("\n")[0][:100] or type(error).__name__
-    if "<_io.BytesIO" in brief:
-        brief = "no JPEG, PNG or WEBP"
-    return BadImage(f"cannot be decoded: {brief}")
+def file_images(folder: Path, names: Sequence[str], *, keyed: bool = False) -> Images:
+    """Images in files below a folder, by their paths there; ``keyed`` as in `Images`."""
+    n = len(names)
+    paths = pa.array(names, pa.large_string())
+    nothing = pa.nulls(n, pa.string()).dictionary_encode()
+    file = pa.array([""] * n, pa.string()).dictionary_encode()
+    return _images(
+        [paths, file, np.arange(n), nothing, paths], root=str(folder.resolve()), keyed=keyed
+    )
 
 
-def check_image(data: bytes) -> None:
-    """Decode an image completely and forget it; raises `BadImage`."""
-    open_image(data).close()
+def _images(
+    columns: list[pa.Array | Integers], root: str, fingerprint: str = "", keyed: bool = False
+) -> Images:
+    arrays = [pa.array(column) for column in columns]
+    cast = [array.cast(field.type) for array, field in zip(arrays, IMAGES, strict=True)]
+    return Images(pa.table(cast, schema=IMAGES), root, fingerprint, keyed)
 
 
-def has_pixels(pairs: Pairs) -> bool:
-    """True if images can be opened without fetching them by URL: cells, tar members, files."""
-    if pairs.origin.cells:
+def has_pixels(table: pa.Table, origin: Origin) -> bool:
+    """True if images can be opened without fetching them by URL: cells, tar members, files.
+
+    ``table`` and ``origin`` as for `pair_images`.
+    """
+    if origin.cells:
         return True
-    root = Root(pairs.origin.root)
-    for ref in pairs.table["image_0_ref"].drop_null()[:100].to_pylist():
+    root = Root(origin.root)
+    for ref in table["image_0_ref"].drop_null()[:100].to_pylist():
         if tar_ref(ref) or ("://" not in ref and root.folder is None):
             return True
         if "://" not in ref and root.folder is not None and has_file(root.folder, ref):
@@ -138,21 +238,21 @@ def has_pixels(pairs: Pairs) -> bool:
     return False
 
 
-def read_images(
-    pairs: Pairs,
-    rows: Sequence[int],
+def read(
+    images: Images,
+    rows: Rows | None = None,
     *,
     allow_download: bool = False,
     fetched: Path | None = None,
 ) -> Iterator[Found]:
-    """The images of some pairs, as the original bytes.
+    """The bytes of images, as the source has them.
 
     Parameters
     ----------
-    pairs
+    images
         Where they are.
     rows
-        Rows of ``pairs.table``.
+        Which of them; None takes all.
     allow_download
         Fetch images that are only known by URL, from public addresses.
     fetched
@@ -161,47 +261,83 @@ def read_images(
 
     Yields
     ------
-    (row, side, bytes or BadImage)
-        In the order of the source's files and rows, so that each is read once; memory holds
-        `BATCH` rows at most. The bytes are not decoded: that is `check_image`'s or
-        `open_image`'s.
+    (row, bytes or BadImage)
+        In the order of the source's files and rows, so that each is read once; in one row of a
+        file in the order of the table. Memory holds `BATCH` rows of cells at most. No image
+        raises, and none is left out. The bytes are not decoded:
+        `fifa.data.prefetch.decode_images` does that, or `fifa.data.decode.open_image`.
     """
-    names = ["file", "row", "swapped", "image_0_ref", "image_1_ref"]
-    chosen = pairs.table.select(names).take(pa.array(rows, pa.int64())).to_pydict()
+    root = Root(images.root)
+    wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
+    chosen = images.table.select(IMAGES.names[1:]).take(pa.array(wanted)).to_pydict()
+    columns = (chosen[name] for name in ("file", "row", "column", "ref"))
     places = sorted(
-        (chosen["file"][i], chosen["row"][i], int(row), i) for i, row in enumerate(rows)
-    )
-    root = Root(pairs.origin.root)
+        ((file or "", row, i, column, ref)
+         for i, file, row, column, ref in zip(wanted.tolist(), *columns, strict=True)),
+        key=lambda place: place[:3],
+    )  # fmt: skip
     for file, group in groupby(places, key=lambda place: place[0]):
-        cells: list[tuple[int, int, int, str]] = []  # source row, row, side, column
-        others: list[tuple[int, int, str]] = []
-        for _, source_row, row, i in group:
-            for side in (0, 1):
-                ref = chosen[f"image_{side}_ref"][i]
-                cell = _cell(pairs, ref, source_row, side ^ int(chosen["swapped"][i]))
-                if cell:
-                    cells.append((cell[0], row, side, cell[1]))
-                elif ref is None:
-                    yield row, side, BadImage("the source has no image here")
-                else:
-                    others.append((row, side, ref))
+        cells: list[Cell] = []
+        refs: list[tuple[int, str]] = []
+        for _, row, i, column, ref in group:
+            if column is not None:
+                cells.append((row, i, column))
+            elif ref is None:
+                yield i, BadImage("the source has no image here")
+            else:
+                refs.append((i, ref))
         if cells:
             yield from _from_cells(root, file, cells)
-        yield from _from_refs(root, file, others, allow_download, fetched)
+        yield from _from_refs(root, file, refs, allow_download, fetched)
 
 
-def _cell(pairs: Pairs, ref: str | None, row: int, side: int) -> tuple[int, str] | None:
-    """Row and column of the cell with the image, if a cell has it."""
-    if ref is None:
-        return (row, pairs.origin.cells[side]) if pairs.origin.cells else None
-    if ref.startswith("cell:"):
-        _, number, column = ref.split(":", 2)
-        return int(number), column
-    return None
+def look(
+    images: Images,
+    rows: Rows | None = None,
+    *,
+    sizes: bool = True,
+    allow_download: bool = False,
+    done: Callable[[int], None] = lambda images: None,
+) -> pa.Table:
+    """`FACTS` of images, a row each: their bytes are read and hashed, and their headers looked at.
+
+    Parameters
+    ----------
+    images, rows, allow_download
+        As for `read`.
+    sizes
+        Look at the headers; without it sizes are null and a broken header goes unnoticed.
+    done
+        Called with 1 for every image (for a progress bar).
+    """
+    wanted = range(len(images)) if rows is None else list(rows)
+    facts: dict[int, dict[str, str | int]] = {}
+    for row, data in read(images, wanted, allow_download=allow_download):
+        fact = facts[row] = {}
+        try:
+            if isinstance(data, BadImage):
+                raise data
+            fact["content"] = xxhash.xxh3_128_hexdigest(data)
+            if sizes:
+                fact["height"], fact["width"] = image_size(data)
+        except BadImage as error:
+            fact["reason"] = error.reason
+        done(1)
+    return pa.Table.from_pylist([facts[row] for row in wanted], schema=FACTS)
 
 
-def _from_cells(root: Root, file: str, cells: list[tuple[int, int, int, str]]) -> Iterator[Found]:
-    """Cells of one Parquet file, row group by row group."""
+def _renumbered(codes: Integers) -> tuple[Integers, Integers, Integers]:
+    """Codes in order of first appearance: the old code and the position of each, and all codes."""
+    old, first = np.unique(codes, return_index=True)
+    order = np.argsort(first)
+    new = np.empty(len(old), np.int64)
+    new[order] = np.arange(len(old))
+    return old[order], first[order].astype(np.int64), new[codes]
+
+
+def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
+    """Cells of one Parquet file, sorted by row; row group by row group."""
+    left = deque(cells)
     try:
         local = root.folder is not None
         opened = pq.ParquetFile(
@@ -209,39 +345,40 @@ def _from_cells(root: Root, file: str, cells: list[tuple[int, int, int, str]]) -
         )
         columns = sorted({column for *_, column in cells})
         leaves = [leaf for column in columns for leaf in _leaves(opened.schema_arrow, column)]
-        sizes = [
-            opened.metadata.row_group(i).num_rows for i in range(opened.metadata.num_row_groups)
-        ]
     except (OSError, ValueError, KeyError) as error:
-        reason = f"the file cannot be read: {str(error).partition(chr(10))[0][:100]}"
-        yield from ((row, side, BadImage(reason)) for _, row, side, _ in cells)
+        yield from _lost(left, error)
         return
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    cells.sort()
-    of_group = np.searchsorted(starts, [cell[0] for cell in cells], side="right") - 1
-    for group, members in groupby(zip(of_group.tolist(), cells, strict=True), lambda m: m[0]):
-        wanted = deque(cell for _, cell in members)
+    start = 0
+    for group in range(opened.num_row_groups):
+        end = start + opened.metadata.row_group(group).num_rows
+        mine: deque[Cell] = deque()
+        while left and left[0][0] < end:
+            mine.append(left.popleft())
         try:
-            yield from _from_group(opened, group, int(starts[group]), wanted, leaves)
+            yield from _from_group(opened, group, start, mine, leaves)
         except (OSError, ValueError, IndexError) as error:
-            reason = f"the file cannot be read: {str(error).partition(chr(10))[0][:100]}"
-            yield from ((row, side, BadImage(reason)) for _, row, side, _ in wanted)
+            yield from _lost(mine, error)
+        start = end
+    yield from _lost(left, IndexError("it has fewer rows"))
+
+
+def _lost(cells: deque[Cell], error: Exception) -> Iterator[Found]:
+    reason = f"the file cannot be read: {str(error).partition(chr(10))[0][:100]}"
+    yield from ((i, BadImage(reason)) for _, i, _ in cells)
 
 
 def _from_group(
-    opened: pq.ParquetFile,
-    group: int,
-    start: int,
-    wanted: deque[tuple[int, int, int, str]],
-    leaves: list[str],
+    opened: pq.ParquetFile, group: int, start: int, cells: deque[Cell], leaves: list[str]
 ) -> Iterator[Found]:
-    """Cells of one row group; ``wanted`` (sorted by row) loses what has been yielded."""
+    """Cells of one row group; ``cells`` loses what has been yielded."""
+    if not cells:
+        return
     for batch in opened.iter_batches(batch_size=BATCH, row_groups=[group], columns=leaves):
-        while wanted and wanted[0][0] < start + batch.num_rows:
-            source_row, row, side, column = wanted.popleft()
-            yield row, side, _cell_bytes(batch, column, source_row - start)
+        while cells and cells[0][0] < start + batch.num_rows:
+            row, i, column = cells.popleft()
+            yield i, _cell_bytes(batch, column, row - start)
         start += batch.num_rows
-        if not wanted:
+        if not cells:
             return
 
 
@@ -267,41 +404,43 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
 def _from_refs(
     root: Root,
     file: str,
-    refs: list[tuple[int, int, str]],
+    refs: list[tuple[int, str]],
     allow_download: bool,
     fetched: Path | None,
 ) -> Iterator[Found]:
     """Tar members by offset, files below the root, URLs a few at a time."""
-    members = [(tar_ref(ref), row, side) for row, side, ref in refs]
-    in_tar = sorted((found, row, side) for found, row, side in members if found)
+    in_tar = sorted((found, i) for i, ref in refs if (found := tar_ref(ref)))
     if in_tar:
         yield from _from_tar(root, file, in_tar)
-    urls = [(row, side, ref) for row, side, ref in refs if "://" in ref and not tar_ref(ref)]
-    for row, side, ref in refs:
+    urls = [(i, ref) for i, ref in refs if "://" in ref and not tar_ref(ref)]
+    for i, ref in refs:
         if "://" not in ref and not tar_ref(ref):
-            yield row, side, _file_bytes(root, ref)
+            yield i, _file_bytes(root, ref)
     if not allow_download:
         refused = BadImage("only known by URL, and downloads are not allowed")
-        yield from ((row, side, refused) for row, side, _ in urls)
+        yield from ((i, refused) for i, _ in urls)
         return
     waiting = iter(urls)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         while window := list(islice(waiting, 2 * DOWNLOADS)):
-            answers = pool.map(partial(_url_bytes, fetched), (ref for *_, ref in window))
-            for (row, side, _), answer in zip(window, answers, strict=True):
-                yield row, side, answer
+            answers = pool.map(partial(_url_bytes, fetched), (ref for _, ref in window))
+            yield from zip((i for i, _ in window), answers, strict=True)
 
 
 def _from_tar(
-    root: Root, file: str, members: list[tuple[tuple[int, int, str], int, int]]
+    root: Root, file: str, members: list[tuple[tuple[int, int, str], int]]
 ) -> Iterator[Found]:
+    left = deque(members)
     try:
         with root.open(file) as stream:
-            for (offset, size, _), row, side in members:
-                yield row, side, _member_bytes(stream, offset, size)
+            while left:
+                (offset, size, _), i = left[0]
+                data = _member_bytes(stream, offset, size)
+                left.popleft()
+                yield i, data
     except OSError as error:
         reason = f"the file cannot be read: {error.strerror or error}"
-        yield from ((row, side, BadImage(reason)) for _, row, side in members)
+        yield from ((i, BadImage(reason)) for _, i in left)
 
 
 def _member_bytes(stream: IO[bytes], offset: int, size: int) -> bytes | BadImage:
@@ -352,3 +491,13 @@ def _file_bytes(root: Root, ref: str) -> bytes | BadImage:
         if status.st_size > MAX_BYTES:
             return BadImage(f"more than {MAX_BYTES:,} bytes")
         return file.read()
+
+
+def read_images(
+    pairs: Pairs, rows: Rows, *, allow_download: bool = False, fetched: Path | None = None
+) -> Iterator[tuple[int, int, bytes | BadImage]]:
+    """Until every caller asks `read`: (row, side, bytes or BadImage) of some pairs."""
+    slots = [2 * int(row) + side for row in rows for side in (0, 1)]
+    images = pair_images(pairs.table, pairs.origin, slots)
+    for i, data in read(images, allow_download=allow_download, fetched=fetched):
+        yield slots[i] // 2, slots[i] % 2, data

@@ -1,4 +1,4 @@
-"""Images read and decoded ahead of the model that is to see them."""
+"""The one prefetcher: images are read and decoded in threads, ahead of what is to see them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from fifa.data.images import BadImage, open_image
-from fifa.scoring.rewards.pixels import MAX_ASPECT
+from fifa.data.decode import BadImage, open_image
+from fifa.shards.pool import cores
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 Pixels = np.ndarray
 Decoded = tuple[int, "Pixels | BadImage"]
@@ -22,7 +23,7 @@ Batch = tuple[list[int], Pixels]
 _Waiting = tuple[bool, Any]  # (True, an item), or (False, None or the error) after the last
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """The items of an iterable, made in a thread that starts at once and runs ahead.
 
     Parameters
@@ -79,32 +80,51 @@ def _put(waiting: queue.Queue[_Waiting], closed: threading.Event, item: _Waiting
     return False
 
 
-def decode_ahead(
-    images: Iterable[tuple[int, bytes | BadImage]],
-    preprocess: Callable[[Image.Image], Pixels],
-    pool: ThreadPoolExecutor,
-    most: int,
-) -> Iterator[Decoded]:
-    """Pixels or the reason why there are none, in the order of ``images``.
+def decode_images(
+    found: Iterable[tuple[int, bytes | BadImage]],
+    function: Callable[[Image.Image, int], R],
+    *,
+    pool: ThreadPoolExecutor | None = None,
+    most: int = 64,
+) -> Iterator[tuple[int, R | BadImage]]:
+    """What ``function`` makes of images, or the reason why there is nothing: in their order.
+
+    Images are read in a thread of its own and decoded in a pool, ahead of whoever takes the
+    results; both stop once nobody does. This loop is the only one: scoring, caching, checking,
+    exporting, measuring and the report all use it.
 
     Parameters
     ----------
-    images
-        (number, bytes), read in a thread of its own.
-    preprocess
-        From an image to pixels ``[3, h, w]``; called in ``pool``.
+    found
+        What `fifa.data.images.read` yields.
+    function
+        From a completely decoded image (of any mode) and its row to anything; called in the
+        pool's threads. It may raise `BadImage`, and what an odd image makes Pillow or numpy
+        raise becomes one.
     pool
-        Threads are enough: Pillow lets others run while it decodes and resizes.
+        Threads are enough: Pillow lets others run while it decodes and resizes. None makes a
+        pool of a thread a core.
     most
         How many images may be in memory on the way.
+
+    Yields
+    ------
+    (row, what ``function`` returned, or BadImage)
     """
+    threads = pool or ThreadPoolExecutor(cores())
 
-    def submitted() -> Iterator[Future[Decoded]]:
-        for number, data in images:
-            yield pool.submit(_decode, number, data, preprocess)
+    def submitted() -> Iterator[Future[tuple[int, R | BadImage]]]:
+        for row, data in found:
+            yield threads.submit(_decode, row, data, function)
 
-    for job in Ahead(submitted(), most):
-        yield job.result()
+    ahead = Prefetch(submitted(), most)
+    try:
+        for job in ahead:
+            yield job.result()
+    finally:
+        ahead.close()
+        if pool is None:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def batched(
@@ -115,7 +135,7 @@ def batched(
     Parameters
     ----------
     decoded
-        What `decode_ahead` yields.
+        What `decode_images` yields.
     most
         From height and width to the images in a batch.
     bad
@@ -141,19 +161,17 @@ def _stacked(bucket: list[tuple[int, Pixels]]) -> Batch:
 
 
 def _decode(
-    number: int, data: bytes | BadImage, preprocess: Callable[[Image.Image], Pixels]
-) -> Decoded:
+    row: int, data: bytes | BadImage, function: Callable[[Image.Image, int], R]
+) -> tuple[int, R | BadImage]:
     if isinstance(data, BadImage):
-        return number, data
+        return row, data
     try:
         with open_image(data) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise BadImage(f"{image.width:,} x {image.height:,} pixels: too long and thin")
-            return number, preprocess(image)
+            return row, function(image, row)
     except BadImage as error:
-        return number, error
-    # Whatever else an odd image does to a model's preprocessing is that image's trouble alone.
+        return row, error
+    # Whatever else an odd image does to a function is that image's trouble alone.
     except (OSError, ValueError, OverflowError, ZeroDivisionError, SyntaxError) as error:
-        return number, BadImage(f"cannot be preprocessed: {str(error)[:100]}")
+        return row, BadImage(f"cannot be preprocessed: {str(error)[:100]}")
     except MemoryError:
-        return number, BadImage("cannot be preprocessed: out of memory")
+        return row, BadImage("cannot be preprocessed: out of memory")

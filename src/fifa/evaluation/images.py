@@ -11,8 +11,8 @@ import pyarrow as pa
 from PIL import Image
 
 from fifa.console import progress
+from fifa.data.decode import BadImage, open_image
 from fifa.data.ids import pair_ids
-from fifa.data.images import BadImage, open_image
 from fifa.data.table import PAIRS, PROMPTS, Origin, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import score_path, scored_once

@@ -162,14 +162,15 @@ def _thumbnails(
     folder: Path, table: pa.Table, rows: Sequence[int], found: dict[int, Example]
 ) -> dict[int, tuple[str, str]]:
     """Small pictures of the pairs whose prompts are not flagged; nothing is fetched for them."""
-    from fifa.data.images import BadImage, has_pixels, read_images
+    from fifa.data.decode import BadImage
+    from fifa.data.images import has_pixels, read_images
 
     origin = load_origin(folder)
     safe = [i for i, row in enumerate(rows) if not found[row].unsafe]
     if origin is None or "://" in origin.root or not safe:
         return {}
     pairs = Pairs(table=table, prompts=PROMPTS.empty_table(), origin=origin)
-    if not has_pixels(pairs):
+    if not has_pixels(pairs.table, pairs.origin):
         return {}
     sides: dict[int, list[str]] = {rows[i]: ["", ""] for i in safe}
     for i, side, data in read_images(pairs, safe):
@@ -186,11 +187,11 @@ def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
     """A JPEG data URI at most ``size`` pixels long.
 
     Decoded through the guarded door and encoded anew, so nothing of the file but its pixels
-    reaches the page. Raises `fifa.data.images.BadImage`.
+    reaches the page. Raises `fifa.data.decode.BadImage`.
     """
     from PIL import Image
 
-    from fifa.data.images import open_image
+    from fifa.data.decode import open_image
 
     with open_image(data) as image:
         transparent = "A" in image.getbands() or "transparency" in image.info

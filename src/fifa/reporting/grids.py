@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fifa.data.images import BadImage, open_image
+from fifa.data.decode import BadImage, open_image
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import UNSAFE

@@ -123,7 +123,7 @@ def export(
         "scores": _score_files(scores),
         "reasons": reason_counts(selection),
     }
-    images = allow_download or has_pixels(pairs)
+    images = allow_download or has_pixels(pairs.table, pairs.origin)
     read = partial(read_images, pairs, allow_download=allow_download, fetched=fetched)
     return _write(folder, pairs, rows, columns, facts, read if images else None)
 
@@ -172,7 +172,7 @@ def rebuild(
     was = recipe.read
     pairs = read_pairs(source or was.source, was.format, columns=was.columns)
     rows = _rows(pairs, known["pair_id"])
-    if known["images"] and not (allow_download or has_pixels(pairs)):
+    if known["images"] and not (allow_download or has_pixels(pairs.table, pairs.origin)):
         raise FifaError(
             "the subset has images, and this source only has their URLs",
             where=pairs.origin.source,

@@ -87,7 +87,8 @@ def select_folder(
 
     selection = choose([])
     some = np.flatnonzero(selection["rank"].combine_chunks().is_valid())[:1]
-    if allow_download or has_pixels(load_rows(folder, some)):
+    first = load_rows(folder, some)
+    if allow_download or has_pixels(first.table, first.origin):
         selection = select_readable(
             lambda rows: load_rows(folder, rows),
             selection,

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.console import note, progress
-from fifa.data.images import BadImage, check_image, read_images
+from fifa.data.decode import BadImage, check_image
+from fifa.data.images import read_images
 from fifa.data.table import Pairs
 from fifa.shards.files import write_table
 

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fifa.console import progress
-from fifa.data.images import BadImage, Found
+from fifa.data.decode import BadImage
 from fifa.data.records import tar_ref
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
 Integers = npt.NDArray[np.int64]
+Found = tuple[int, int, "bytes | BadImage"]
 ReadImages = Callable[[list[int]], Iterable[Found]]  # from rows of the pairs to their images
 
 SHARD_BYTES = 256 << 20  # of images in a file

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa.data.images import MAX_BYTES, BadImage
+from fifa.data.decode import MAX_BYTES, BadImage
 from fifa.errors import FifaError
 
 IMAGES = ("jpg_0", "jpg_1")

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fifa.console import progress
-from fifa.data.images import BadImage, open_image
-from fifa.data.prefetch import Ahead
+from fifa.data.decode import BadImage, open_image
+from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import digest
@@ -201,7 +201,7 @@ class Encoder:
                 yield pool.submit(_decode, data, plan.frame(image), flip)
 
         waiting: list[Pixels] = []
-        for place, job in zip(wanted, Ahead(submitted(), 2 * self.batch), strict=True):
+        for place, job in zip(wanted, Prefetch(submitted(), 2 * self.batch), strict=True):
             pixels = job.result()
             if isinstance(pixels, BadImage):
                 raise self.pairs.unreadable(*place, pixels)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fifa.console import echo, note, progress
-from fifa.data.images import BadImage
+from fifa.data.decode import BadImage
 from fifa.errors import FifaError
 from fifa.run.steps import is_run
 from fifa.shards.files import digest

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fifa.console import progress
-from fifa.data.images import BadImage, image_size
+from fifa.data.decode import BadImage, image_size
 from fifa.shards.files import digest, write_table
 from fifa.training.pairs import TrainingPairs
 

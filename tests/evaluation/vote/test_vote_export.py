@@ -15,7 +15,8 @@ from test_vote_results import person, vote
 from vote_worlds import draw, make_run
 
 from fifa.config import Read, Recipe, Score, Select
-from fifa.data.images import BadImage, read_images
+from fifa.data.decode import BadImage
+from fifa.data.images import read_images
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot, VoteOptions

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import picture
 
-from fifa.data.images import BadImage
-from fifa.data.prefetch import Ahead, batched, decode_ahead
+from fifa.data.decode import BadImage
+from fifa.data.prefetch import Prefetch, batched, decode_images
 
 
 def test_items_come_in_order_and_only_so_many_wait():
@@ -22,7 +22,7 @@ def test_items_come_in_order_and_only_so_many_wait():
             made.append(i)
             yield i
 
-    ahead = Ahead(items(), 3)
+    ahead = Prefetch(items(), 3)
     time.sleep(0.1)
     assert 3 <= len(made) <= 5
     assert list(ahead) == list(range(50))
@@ -35,14 +35,14 @@ def test_an_error_is_raised_where_the_items_are_taken():
 
     taken = []
     with pytest.raises(KeyError, match="lost"):
-        taken.extend(Ahead(items(), 2))
+        taken.extend(Prefetch(items(), 2))
     assert taken == [1]
 
 
 @pytest.mark.parametrize("end", ["close", "forget"])
 def test_every_thread_behind_stops_once_nobody_wants_the_items(end):
     before = threading.active_count()
-    outer = Ahead(Ahead(iter(int, 1), 2), 2)
+    outer = Prefetch(Prefetch(iter(int, 1), 2), 2)
     assert threading.active_count() == before + 2
     if end == "close":
         outer.close()
@@ -54,7 +54,7 @@ def test_every_thread_behind_stops_once_nobody_wants_the_items(end):
 
 
 def test_slow_images_do_not_change_the_order_or_the_batches():
-    def preprocess(image):
+    def preprocess(image, row):
         time.sleep(0.02 if image.width == 16 else 0)
         return np.zeros((3, image.height, image.width), np.uint8)
 
@@ -64,7 +64,7 @@ def test_slow_images_do_not_change_the_order_or_the_batches():
     images.insert(7, (98, b"nothing"))
     bad = {}
     with ThreadPoolExecutor(4) as pool:
-        decoded = decode_ahead(images, preprocess, pool, most=4)
+        decoded = decode_images(images, preprocess, pool=pool, most=4)
         batches = [
             (numbers, pixels.shape) for numbers, pixels in batched(decoded, lambda h, w: 4, bad)
         ]

@@ -10,7 +10,7 @@ from tiny_models import drawing, images, write_qwen_tokenizer
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fifa.data.images import BadImage
+from fifa.data.decode import BadImage
 from fifa.errors import FifaError
 from fifa.scoring.rewards.load import load_reward, score
 

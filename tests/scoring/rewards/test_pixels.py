@@ -6,7 +6,7 @@ from tiny_models import drawing, images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from fifa.data.images import BadImage
+from fifa.data.decode import BadImage
 from fifa.scoring.rewards.pixels import (
     MEAN,
     STD,

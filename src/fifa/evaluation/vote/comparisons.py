@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa.data.images import MAX_BYTES
+from fifa.data.decode import MAX_BYTES
 from fifa.data.source import inside
 from fifa.errors import FifaError
 from fifa.shards.files import digest

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import xxhash
 
-from fifa.data.images import BadImage, open_image
+from fifa.data.decode import BadImage, open_image
 from fifa.errors import FifaError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -21,7 +21,7 @@ def shown(data: bytes) -> bytes:
     """The image as PNG without metadata: a generator may write its model's name into it.
 
     A PNG keeps its compressed pixels as they are; others are decoded. Raises `FifaError` where
-    the bytes are no image that `fifa.data.images.open_image` lets in.
+    the bytes are no image that `fifa.data.decode.open_image` lets in.
     """
     try:
         image = open_image(data)

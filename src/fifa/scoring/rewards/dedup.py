@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 KEYED = frozenset({"pickapic"})  # formats whose image keys are ids of the images
 
 # What `read_images` needs to find an image; prompts and labels stay at home.
-PLACE = ["file", "row", "swapped", "image_0_ref", "image_1_ref"]
+PLACE = ["image_0", "image_1", "file", "row", "swapped", "image_0_ref", "image_1_ref"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def ask(pairs: Pairs, keys: Keys, contents: pa.Array | None) -> Asked:
 
 def trusted(pairs: Pairs) -> bool:
     """True where one key is one image, or where telling images apart would be a download."""
-    return pairs.origin.format in KEYED or not has_pixels(pairs)
+    return pairs.origin.format in KEYED or not has_pixels(pairs.table, pairs.origin)
 
 
 def places(pairs: Pairs, slots: Integers) -> tuple[Pairs, list[int]]:
@@ -134,7 +134,7 @@ def places(pairs: Pairs, slots: Integers) -> tuple[Pairs, list[int]]:
     Returns
     -------
     pairs
-        A row a slot, in their order; only what `fifa.data.images.read_images` reads. The
+        A row a slot, in their order; only what `fifa.data.images.read` reads. The
         reference to the side that was not asked for is gone.
     sides
         The side of each row's image.

@@ -7,7 +7,6 @@ fold of a cross-fitting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,9 @@ import pyarrow as pa
 from PIL import Image
 
 from fifa.console import note, progress
-from fifa.data.images import BadImage, read_images
-from fifa.data.prefetch import Batch, batched, decode_ahead
+from fifa.data.decode import BadImage
+from fifa.data.images import read_images
+from fifa.data.prefetch import Batch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require
@@ -30,11 +30,11 @@ from fifa.scoring.encoders import model_folder, prompt_embeddings
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
 from fifa.scoring.rewards.efficientnet import SIDE, EfficientNetLite0
+from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest, files_digest, read_json
 from fifa.shards.ledger import forget, map_shards
-from fifa.shards.pool import cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -232,11 +232,10 @@ def read_unique(
             if side == sides[row]:
                 yield row, data
 
-    with ThreadPoolExecutor(cores()) as pool:
-        decoded = decode_ahead(read(), preprocess, pool, WAITING)
-        yield from batched(
-            decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad
-        )
+    decoded = decode_images(
+        read(), lambda image, row: preprocess(refuse_slivers(image)), most=WAITING
+    )
+    yield from batched(decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad)
 
 
 def _matrix(table: pa.Table, pairs: Pairs) -> Floats:

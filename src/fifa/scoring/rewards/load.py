@@ -83,7 +83,7 @@ def score(
     """The rewards of some images, each for its prompt, float32 [n].
 
     Everything is held in memory at once; `fifa.scoring.rewards.engine` is for data sets. Raises
-    `fifa.data.images.BadImage` for an image that the model cannot take.
+    `fifa.data.decode.BadImage` for an image that the model cannot take.
     """
     torch = require("torch")
     if len(prompts) != len(images):

@@ -71,7 +71,7 @@ def reward_scores(
             f"no such reward model: {spec}",
             do=f"column:NAME_0,NAME_1 for score columns, proxy, or one of {', '.join(NAMES)}",
         )
-    if not allow_download and not has_pixels(pairs):
+    if not allow_download and not has_pixels(pairs.table, pairs.origin):
         raise FifaError(
             f"the margin {spec!r} needs images, and the source only refers to them",
             where=pairs.origin.source,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fifa.data.images import BadImage
+from fifa.data.decode import BadImage
 from fifa.models.optional import require
 
 if TYPE_CHECKING:
@@ -46,6 +46,13 @@ def crop_convert(image: Image.Image, size: int) -> Pixels:
     """
     resized, left, top = _shortest_side(image, size, lambda space: round(space / 2.0))
     return _uint8(resized.crop((left, top, left + size, top + size)).convert("RGB"))
+
+
+def refuse_slivers(image: Image.Image) -> Image.Image:
+    """The image; raises `BadImage` where one side is more than `MAX_ASPECT` times the other."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadImage(f"{image.width:,} x {image.height:,} pixels: too long and thin")
+    return image
 
 
 def pad(image: Image.Image, size: int) -> Pixels:

@@ -15,12 +15,14 @@ import pyarrow as pa
 import xxhash
 
 from fifa.console import echo
-from fifa.data.images import BadImage, read_images
-from fifa.data.prefetch import Ahead, Batch, batched, decode_ahead
+from fifa.data.decode import BadImage
+from fifa.data.images import read_images
+from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.scoring.rewards.base import RewardModel
+from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.shards.pool import cores
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ class ImageShard:
 @dataclass
 class _Begun:
     shard: Any
-    batches: Ahead[Batch] | None
+    batches: Prefetch[Batch] | None
     bad: dict[int, str]
 
 
@@ -136,13 +138,13 @@ class ScoreStep:
         bad: dict[int, str] = {}
         if not isinstance(shard, ImageShard):
             return _Begun(shard, None, bad)
-        decoded = decode_ahead(
+        decoded = decode_images(
             self._read(shard),
-            self._model.preprocess,
-            self._threads,
+            lambda image, row: self._model.preprocess(refuse_slivers(image)),
+            pool=self._threads,
             most=2 * self._options.batch,
         )
-        return _Begun(shard, Ahead(batched(decoded, self._fits, bad), most=1), bad)
+        return _Begun(shard, Prefetch(batched(decoded, self._fits, bad), most=1), bad)
 
     def finish(self, begun: _Begun) -> pa.Table:
         """The shard's `DIGESTS`, prompt features or `REWARDS`."""
@@ -191,7 +193,9 @@ class ScoreStep:
         in_order[order] = rows
         return in_order
 
-    def _rewards(self, shard: ImageShard, batches: Ahead[Batch], bad: dict[int, str]) -> pa.Table:
+    def _rewards(
+        self, shard: ImageShard, batches: Prefetch[Batch], bad: dict[int, str]
+    ) -> pa.Table:
         torch = require("torch")
         rewards = np.full(len(shard.image), np.nan, np.float32)
         prompts = torch.tensor(shard.features)  # a copy: what comes through Ray is read-only
