@@ -36,7 +36,7 @@ def main() -> None:
         found = json.loads((out / "evaluate" / "results.json").read_text("utf-8"))
         wins = {
             c["ours"]: c["wins"]
-            for c in found
+            for c in found["comparisons"]
             if c["theirs"] == "base" and c["scale"]["name"] == "hidden utility"
         }
         told = (

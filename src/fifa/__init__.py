@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fifa.config import Recipe
     from fifa.data.read import read_pairs
     from fifa.data.table import Pairs
-    from fifa.evaluation import evaluate
+    from fifa.run.evaluation import evaluate
     from fifa.run.filtering import filter_pairs
     from fifa.scoring import score
     from fifa.scoring.table import Scores
@@ -50,7 +50,7 @@ _HOMES = {
     "Pairs": "fifa.data.table",
     "Recipe": "fifa.config",
     "Scores": "fifa.scoring.table",
-    "evaluate": "fifa.evaluation",
+    "evaluate": "fifa.run.evaluation",
     "export": "fifa.selection.export",
     "filter_pairs": "fifa.run.filtering",
     "read_pairs": "fifa.data.read",

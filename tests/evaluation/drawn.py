@@ -10,8 +10,11 @@ from PIL import Image
 from fifa.data.ids import prompt_id
 from fifa.evaluation.generate import IMAGES, png
 from fifa.evaluation.judges import LOOKS
-from fifa.evaluation.measure import DIVERSITY, MEASURES, Measured, Scale
-from fifa.evaluation.prompts import draw_seeds
+from fifa.evaluation.measure import DIVERSITY, MEASURES, Measured, Scale, load_measured
+from fifa.evaluation.prompts import Prompts, draw_seeds
+from fifa.evaluation.provenance import Training
+from fifa.evaluation.results import ModelFacts, make_results, save_results
+from fifa.evaluation.sampling import Settings
 from fifa.shards.files import write_table
 
 CATEGORIES = ("animals", "places", None)
@@ -128,26 +131,6 @@ def write_evaluation(
         found = replace(found, table=found.table.set_column(5, "unsafe_prompt", pa.array(flags)))
     save(found, folder)
     write_table(folder / "images.parquet", index)
-    train = {"seconds": 60.0, "accelerator_hours": 1 / 60, "pairs_seen": 320, "processes": 1}
-    known = {
-        "train": train,
-        "steps": [{"step": float(s), "pairs": 8.0 * s, "seconds": 1.5 * s} for s in curve],
-        "log": {"margin": {"seconds": 5.0, "tokens": 0}},
-    }
-    base = {"name": "base", "method": "base", "source": "b", "weights": "w"}
-    tuned = [
-        {"name": name, "method": "lora", "source": name, "weights": name, **known}
-        for name in models
-    ]
-    facts = {
-        "format": 1,
-        "models": [base, *tuned],
-        "settings": {**SETTINGS, **settings},
-        "seeds": 2,
-        "first_seed": 0,
-        "picked": ["s"],
-        "prompts": {"source": "p.txt", "prompts": 12, "rows": 12, "dropped": {}},
-    }
     if curve:
         shown = list(zip(models, gains, strict=True))[:curves]
         names = [f"{name}@{step}" for name, _ in shown for step in curve]
@@ -156,5 +139,30 @@ def write_evaluation(
         means = np.repeat([0.0, *rise], 12)
         rows = {name: means + 0.01 * draw.normal(size=len(means)) for name in scorers}
         save(measured(steps, rows), folder, "-curve")
-    (folder / "evaluation.json").write_text(json.dumps(facts))
+    training = Training(
+        {"seconds": 60.0, "accelerator_hours": 1 / 60, "pairs_seen": 320, "processes": 1},
+        [{"step": float(s), "pairs": 8.0 * s, "seconds": 1.5 * s} for s in curve],
+        {"margin": {"seconds": 5.0, "tokens": 0}},
+    )
+    facts = [ModelFacts("base", "base", "b", "w")]
+    facts += [ModelFacts(name, "lora", name, name) for name in models]
+    write_results(run, facts, dict.fromkeys(models, training), **settings)
     return run
+
+
+def write_results(run, models, trainings, **settings):
+    """What an evaluation says of the measures in ``run``."""
+    folder = run / "evaluate"
+    curve = (folder / "measures-curve.parquet").exists()
+    results = make_results(
+        models,
+        Settings(**{**SETTINGS, **settings}),
+        Prompts("p.txt", pa.table([range(12)], names=["prompt_id"]), 12, {}),
+        load_measured(folder),
+        load_measured(folder, "-curve") if curve else None,
+        trainings,
+        picked=("s",),
+        seeds=2,
+        first_seed=0,
+    )
+    save_results(folder, results)

@@ -19,14 +19,14 @@ from fifa.evaluation.config import Generate
 from fifa.evaluation.generate import generate
 from fifa.evaluation.models import find_models
 from fifa.evaluation.prompts import read_prompts
-from fifa.evaluation.sampling import settle
+from fifa.evaluation.sampling import settings_for
 
 torch.set_num_threads(1)  # forked processes do not inherit threads
 
 
 def make(base, tuned, prompts, folder):
     models = find_models(base, {"tuned": tuned})
-    settings = settle(Generate(**SMALL), models[0].base)
+    settings = settings_for(Generate(**SMALL), models[0].base)
     generate(models, read_prompts(prompts), folder, settings, seeds=2, batch=4)
 
 

@@ -5,7 +5,7 @@ from fifa.cli import main
 from fifa.errors import FifaError
 from fifa.evaluation.compare import compare_runs
 from fifa.evaluation.measure import load_measured
-from fifa.evaluation.results import compare_models
+from fifa.evaluation.win_rates import compare_models
 
 
 def test_runs_beside_each_other(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 from drawn import draw_index, measured
 
 from fifa.config import Read, Recipe, Score
-from fifa.evaluation.costs import checkpoint_facts, cost_of
+from fifa.evaluation.costs import cost_of
 from fifa.evaluation.curves import learning_curves, steps_of, time_to_match
 from fifa.evaluation.models import Model, find_models
-from fifa.evaluation.selected_by import selection_scorers
+from fifa.evaluation.provenance import read_training, run_scorers
 
 STEPS = (10, 20, 30, 40)
 
@@ -69,7 +69,7 @@ def test_costs_are_kept_apart(base, tmp_path):
     run = write_run(tmp_path / "run")
     folder = write_training(tmp_path / "ours", run / "subset")
     model = find_models(str(base), {"ours": str(folder)})[1]
-    cost = cost_of("ours", checkpoint_facts(model))
+    cost = cost_of("ours", read_training(model))
     assert (cost.reading, cost.scoring, cost.rating, cost.choosing) == (1.0, 12.5, 4.0, 0.5)
     assert math.isnan(cost.embedding)
     assert (cost.selecting, cost.training, cost.total) == (18.0, 80.0, 98.0)
@@ -79,7 +79,7 @@ def test_costs_are_kept_apart(base, tmp_path):
 
 def test_of_a_checkpoint_of_others_nothing_is_made_up(base, lora):
     model = find_models(str(base), {"theirs": str(lora)})[1]
-    cost = cost_of("theirs", checkpoint_facts(model))
+    cost = cost_of("theirs", read_training(model))
     assert math.isnan(cost.total)
     assert math.isnan(cost.hours)
     assert (cost.selecting, cost.tokens) == (0, 0)
@@ -89,13 +89,14 @@ def test_the_scorers_that_picked_the_data_are_found(base, tmp_path):
     run = write_run(tmp_path / "run")
     named = {"ours": str(write_training(tmp_path / "ours", run))}
     models = find_models(str(base), named)
-    assert selection_scorers(models) == ("pickscore", "column:hpsv2_0,b")
+    assert read_training(models[1]).scorers == ("pickscore", "column:hpsv2_0,b")
     facts = json.loads((tmp_path / "ours" / "train.json").read_text())
     facts["selection"] = {"recipe": {"score": {"margin": ["imagereward"]}}}
     (tmp_path / "ours" / "train.json").write_text(json.dumps(facts))
     (tmp_path / "ours" / "train.yaml").write_text("source: elsewhere\n")
-    assert selection_scorers(models) == ("imagereward",)
-    assert selection_scorers(models[:1], run) == ("pickscore", "column:hpsv2_0,b")
+    assert read_training(models[1]).scorers == ("imagereward",)
+    assert read_training(models[0]).scorers == ()
+    assert run_scorers(run) == ["pickscore", "column:hpsv2_0,b"]
 
 
 def climb(gains, tmp_path, base):
@@ -105,7 +106,7 @@ def climb(gains, tmp_path, base):
     noise = np.tile(np.random.default_rng(0).normal(size=8), 1 + len(names))
     values = noise + np.repeat([0.0, *gains], 8)
     folder = write_training(tmp_path / "ours", "x")
-    facts = checkpoint_facts(find_models(str(base), {"ours": str(folder)})[1])
+    facts = read_training(find_models(str(base), {"ours": str(folder)})[1])
     return learning_curves(measured(index, {"s": values}), {"ours": facts})[0]
 
 

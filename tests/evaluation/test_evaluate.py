@@ -9,12 +9,10 @@ from test_curves import write_training
 import fifa
 from fifa.cli import main
 from fifa.errors import FifaError
-from fifa.evaluation.costs import cost_of
-from fifa.evaluation.curves import learning_curves
 from fifa.evaluation.generate import CURVE, read_index
-from fifa.evaluation.measure import load_measured
+from fifa.evaluation.measure import CURVE_SUFFIX, load_measured
+from fifa.evaluation.results import load_results
 from fifa.evaluation.stats import outcomes, win_rate
-from fifa.evaluation.steps import CURVE_SUFFIX, load_facts
 
 LIGHT = {**SMALL, "seeds": 2, "encoder": "none"}
 
@@ -99,7 +97,9 @@ def test_the_curve_of_a_training(base, training, prompts, tmp_path):
     assert set(curve.table["file"].to_pylist()) <= set(done.images["file"].to_pylist())
     assert "accelerator hours" in (tmp_path / "report.html").read_text("utf-8")
     fifa.evaluate(base, training, prompts, tmp_path, judges={"red": red}, **LIGHT)
-    assert load_measured(folder, CURVE_SUFFIX) is None  # no curve was asked for this time
+    with pytest.raises(FifaError, match="nothing is measured"):  # no curve was asked for
+        load_measured(folder, CURVE_SUFFIX)
+    assert load_results(folder).curves == ()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -115,12 +115,12 @@ def test_what_our_trainer_leaves_is_evaluated_with_its_curve_and_cost(
     )
     assert done.comparisons[0].wins.ties < done.comparisons[0].wins.n  # it has learnt something
     folder = tmp_path / "run" / "evaluate"
-    facts = load_facts(folder)
-    ours = {model["name"]: model for model in facts["models"]}["ours"]
-    assert ours["method"] == {"lora": "lora", "full": "part"}[method]
-    (curve,) = learning_curves(load_measured(folder, CURVE_SUFFIX), {"ours": ours})
+    results = load_results(folder)
+    assert repr(results) == repr(done.results)  # a null is read back as NaN
+    assert results.models[1].method == {"lora": "lora", "full": "part"}[method]
+    (curve,) = results.curves
     assert [(point.step, point.pairs) for point in curve.points] == [(0, 0), (2, 4), (4, 8)]
-    cost = cost_of("ours", ours)
+    (cost,) = results.costs
     assert (cost.steps, cost.pairs) == (4, 8)
     assert curve.points[-1].hours == pytest.approx(cost.hours, abs=0.01 / 3600)  # to 10 ms
     # the last checkpoint has the final weights: the same images
@@ -134,11 +134,11 @@ def test_who_picked_the_data_is_in_the_facts(base, training, prompts, tmp_path):
     fifa.evaluate(
         base, training, prompts, tmp_path, judges={"red": red}, picked=["pickscore"], **LIGHT
     )
-    facts = load_facts(tmp_path / "evaluate")
-    assert facts["picked"] == ["pickscore"]
-    assert [model["name"] for model in facts["models"]] == ["base", "ours"]
-    assert facts["models"][1]["train"]["pairs_seen"] == 320
-    assert facts["settings"]["guidance"] == 7.5
+    results = load_results(tmp_path / "evaluate")
+    assert results.picked == ("pickscore",)
+    assert results.names == ["base", "ours"]
+    assert results.costs[0].pairs == 320
+    assert results.settings.guidance == 7.5
 
 
 def test_a_folder_that_is_no_run_is_left_alone(base, lora, prompts, tmp_path):

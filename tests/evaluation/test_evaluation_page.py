@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from drawn import draw_index, save, write_evaluation
+from drawn import draw_index, save, write_evaluation, write_results
 from neighbours import helper
 
 from fifa.errors import FifaError
 from fifa.evaluation.generate import png, read_index
+from fifa.evaluation.judges import LOOKS
 from fifa.evaluation.measure import load_measured
-from fifa.evaluation.results import comparisons, diversity_levels, look_levels
+from fifa.evaluation.results import load_results
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.results import vote_results
+from fifa.evaluation.win_rates import comparisons, diversity_levels, levels
 from fifa.reporting.evaluation import headline
 from fifa.reporting.grids import EACH, MODELS, draw_grids, picture
 from fifa.reporting.page import write_report
@@ -78,6 +80,7 @@ def test_wins_and_mean_that_disagree_are_told(tmp_path):
     place = found.table.schema.get_field_index("t")
     table = found.table.set_column(place, "t", pa.array(values, pa.float32()))
     save(replace(found, table=table), folder)
+    write_results(run, load_results(folder).models, {})
     told = words(write_report(run).read_text("utf-8"))
     assert "loses often by little and wins rarely by much" in told
 
@@ -184,7 +187,8 @@ def test_signs_of_hacking_are_found_where_they_are(tmp_path):
     place = found.table.schema.get_field_index("brightness")
     table = found.table.set_column(place, "brightness", pa.array(values, pa.float32()))
     changed = type(found)(table, found.scales, found.diversity)
-    told = signs(["a"], comparisons(changed), diversity_levels(changed), look_levels(changed))
+    looks = {name: levels(changed, name) for name in LOOKS}
+    told = signs(["a"], comparisons(changed), diversity_levels(changed), looks)
     warned = {sign.what for sign in told if sign.warn}
     assert "shift in brightness" in warned
     assert {sign.what for sign in told} >= {"shift in contrast", "less varied images of one prompt"}
@@ -233,7 +237,7 @@ def test_measures_of_other_images_are_refused(tmp_path):
 
 def test_an_evaluation_without_measures_says_what_to_do(tmp_path):
     run = write_evaluation(tmp_path / "run", ["a"], [0.9])
-    (run / "evaluate" / "measures.parquet").unlink()
+    (run / "evaluate" / "results.json").unlink()
     with pytest.raises(FifaError, match="nothing is measured here yet"):
         write_report(run)
 

@@ -13,7 +13,7 @@ from fifa.evaluation.config import Generate
 from fifa.evaluation.generate import generate, plan, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
 from fifa.evaluation.prompts import read_prompts
-from fifa.evaluation.sampling import settle
+from fifa.evaluation.sampling import settings_for
 
 
 def prompts_of(folder, count=3):
@@ -29,7 +29,7 @@ def make(base, tuned, folder, *, count=3, seeds=2, batch=4, **settings):
         models,
         prompts_of(folder, count),
         folder,
-        settle(asked, base),
+        settings_for(asked, base),
         seeds=seeds,
         batch=batch,
     )
@@ -129,7 +129,7 @@ def test_every_family(kind, tmp_path):
     ],
 )
 def test_defaults_by_family(kind, guidance, steps, tmp_path):
-    settings = settle(Generate(), write_model(tmp_path, kind))
+    settings = settings_for(Generate(), write_model(tmp_path, kind))
     assert (settings.guidance, settings.steps) == (guidance, steps)
     assert (settings.device, settings.dtype) in [("cpu", "float32"), ("cuda", "float16")]
 
@@ -171,7 +171,7 @@ def test_another_sampler_guidance_seed_or_spelling_is_another_image(base, tmp_pa
     folder = tmp_path
     prompts = prompts_of(folder)
     settings = [
-        settle(Generate(**{**SMALL, **more}), base)
+        settings_for(Generate(**{**SMALL, **more}), base)
         for more in ({}, {"guidance": 3.0}, {"sampler": "ddim"}, {"negative": "blur"})
     ]
     names = [plan(model, prompts, s, 2)[0][0].file for s in settings]

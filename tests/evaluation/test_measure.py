@@ -17,8 +17,8 @@ from fifa.evaluation.measure import (
     pairwise_distance,
     scorer_name,
 )
-from fifa.evaluation.results import comparisons
-from fifa.evaluation.selected_by import is_picked
+from fifa.evaluation.provenance import is_picked
+from fifa.evaluation.win_rates import comparisons
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards.features import make_image_encoder
 from fifa.scoring.rewards.load import load_reward, score
@@ -66,7 +66,8 @@ def test_what_is_measured_is_kept_and_read_again(clip, tmp_path):
         assert other.table.equals(first.table)
         assert other.scales == first.scales
         assert other.diversity.equals(first.diversity)
-    assert load_measured(tmp_path, "-curve") is None
+    with pytest.raises(FifaError, match="nothing is measured"):
+        load_measured(tmp_path, "-curve")
 
 
 def test_differences_that_a_judge_calls_too_small_are_ties(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from fifa.errors import FifaError
-from fifa.evaluation import paired, stats
+from fifa.evaluation import stats
 
 NAN = math.nan
 OUTCOMES = st.sampled_from([0.0, 0.5, 1.0, NAN])
@@ -181,7 +181,7 @@ def test_the_same_seed_gives_the_same_interval_and_blocks_change_nothing(
     rng = np.random.default_rng(0)
     values, prompt = rng.normal(size=90), rng.integers(0, 30, 90)
     once = stats.mean_difference(values, prompt)
-    monkeypatch.setattr(paired, "BLOCK", 7 * 30)
+    monkeypatch.setattr(stats, "BLOCK", 7 * 30)
     assert stats.mean_difference(values, prompt) == once
     assert stats.mean_difference(values, prompt, seed=1).low != once.low
     assert once.mean == pytest.approx(values.mean())

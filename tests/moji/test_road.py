@@ -34,7 +34,7 @@ def test_from_feedback_to_a_report(shipped, tmp_path, method):
     images = pq.read_table(judged / "evaluate" / "images.parquet")
     assert sorted(set(images["model"].to_pylist())) == ["base", "tuned"]
     assert images.num_rows == 2 * 3 * 2
-    found = json.loads((judged / "evaluate" / "results.json").read_text())
+    found = json.loads((judged / "evaluate" / "results.json").read_text())["comparisons"]
     assert {c["ours"] for c in found} == {"tuned"}
     assert any(c["scale"]["name"].startswith("clipscore") for c in found)
     report = (judged / "report.html").read_text("utf-8")

@@ -135,7 +135,7 @@ def rebuild_command(subset_json: Path, source: str | None, allow_download: bool,
 @click.argument("run")
 def report_command(run: str) -> None:
     """Write RUN's report.html again."""
-    from fifa.evaluation.steps import is_evaluated
+    from fifa.evaluation.results import is_evaluated
     from fifa.reporting.page import write_report
     from fifa.run.steps import open_run
 

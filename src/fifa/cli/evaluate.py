@@ -75,13 +75,12 @@ def evaluate_command(
     **options: Any,
 ) -> None:
     """What a training bought: images of base and checkpoints, scored, compared and shown."""
-    from fifa.evaluation import evaluate
-    from fifa.evaluation.steps import tell
+    from fifa.run.evaluation import echo_wins, evaluate
 
     evaluated = evaluate(
         base, tuned, prompts, out, scorers=scorers or None, picked=picked or None, **options
     )
-    tell(evaluated)
+    echo_wins(evaluated)
     click.echo(evaluated.folder / "report.html")
 
 

@@ -25,8 +25,8 @@ from fifa.moji.world import Scene, scenes
 from fifa.shards.files import write_text
 
 if TYPE_CHECKING:
-    from fifa.evaluation.results import Comparison
-    from fifa.evaluation.steps import Evaluated
+    from fifa.evaluation.win_rates import Comparison
+    from fifa.run.evaluation import Evaluated
     from fifa.run.steps import Run
 
 CHAPTERS = 4

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any
 
 from fifa.errors import FifaError
-from fifa.evaluation.costs import Cost, cost_of
-from fifa.evaluation.curves import Curve, Point, learning_curves, time_to_match
+from fifa.evaluation.costs import Cost
+from fifa.evaluation.curves import Curve, Point, time_to_match
 from fifa.evaluation.generate import FOLDER
-from fifa.evaluation.measure import Measured, Scale, load_measured
+from fifa.evaluation.measure import Scale, load_measured
 from fifa.evaluation.models import BASE, name_checkpoints
-from fifa.evaluation.results import (
-    Comparison,
-    Level,
-    Safety,
-    compare_models,
-    diversity_levels,
-    model_names,
-    rewards,
-    safety,
-)
-from fifa.evaluation.steps import CURVE_SUFFIX, load_facts
+from fifa.evaluation.results import Results, load_results
+from fifa.evaluation.win_rates import Comparison, Level, Safety, compare_models
 
 
 @dataclass(frozen=True)
@@ -90,9 +80,8 @@ class Compared:
 @dataclass(frozen=True)
 class _Run:
     name: str
-    facts: dict[str, Any]
-    measured: Measured
-    curve: Measured | None
+    folder: Path
+    results: Results
 
 
 def compare_runs(runs: Sequence[str | Path]) -> Compared:
@@ -102,30 +91,34 @@ def compare_runs(runs: Sequence[str | Path]) -> Compared:
     ----------
     runs
         Run folders with an evaluation each; the same prompts, seeds and settings make them
-        comparable, and what differs is told.
+        comparable, and what differs is listed.
 
     Raises
     ------
     FifaError
         For a folder without an evaluation, and for runs that share no scorer.
     """
-    opened = [_open(name, Path(path)) for name, path in name_checkpoints(_texts(runs)).items()]
-    scales = _common(opened)
+    if not runs:
+        raise FifaError("no run to compare", do="fifa compare RUN RUN ...")
+    named = name_checkpoints([str(Path(run).resolve()) for run in runs])
+    opened = [
+        _Run(name, Path(path) / FOLDER, load_results(Path(path) / FOLDER))
+        for name, path in named.items()
+    ]
+    scales = _shared_scales(opened)
     labels = _labels(opened)
     entries = tuple(
         _entry(labels[run.name, model], run, model, scales)
         for run in opened
-        for model in model_names(run.measured)[1:]
+        for model in run.results.names[1:]
     )
-    curves = []
-    for run in opened:
-        facts = {model["name"]: model for model in run.facts["models"]}
-        for curve in learning_curves(run.curve, facts) if run.curve else ():
-            places = [
-                i for i, e in enumerate(entries) if (e.run, e.model) == (run.name, curve.model)
-            ]
-            if places and curve.scale.column == scales[0].column:
-                curves.append((places[0], curve))
+    places = {(entry.run, entry.model): i for i, entry in enumerate(entries)}
+    curves = [
+        (places[run.name, curve.model], curve)
+        for run in opened
+        for curve in run.results.curves
+        if curve.scale.column == scales[0].column and (run.name, curve.model) in places
+    ]
     return Compared(
         scales=scales,
         entries=entries,
@@ -133,45 +126,29 @@ def compare_runs(runs: Sequence[str | Path]) -> Compared:
         curves=tuple(curves),
         matches=tuple(
             (i, j, time_to_match(ours, theirs.best.mean.mean))
-            for i, ours in curves
-            for j, theirs in curves
-            if i != j
+            for (i, ours), (j, theirs) in permutations(curves, 2)
         ),
         differences=tuple(_differences(opened)),
     )
 
 
-def _texts(runs: Sequence[str | Path]) -> list[str]:
-    if not runs:
-        raise FifaError("no run to compare", do="fifa compare RUN RUN ...")
-    return [str(Path(run).resolve()) for run in runs]
-
-
-def _open(name: str, path: Path) -> _Run:
-    folder = path / FOLDER
-    facts, measured = load_facts(folder), load_measured(folder)
-    if measured is None:
-        raise FifaError("nothing is measured here yet", where=str(path), do="`fifa evaluate` again")
-    return _Run(name, facts, measured, load_measured(folder, CURVE_SUFFIX))
-
-
-def _common(runs: Sequence[_Run]) -> tuple[Scale, ...]:
-    columns = [{scale.column for scale in rewards(run.measured)} for run in runs]
+def _shared_scales(runs: Sequence[_Run]) -> tuple[Scale, ...]:
+    columns = [{scale.column for scale in run.results.scales} for run in runs]
     shared = set[str].intersection(*columns)
     if not shared:
-        told = "; ".join(
+        each = "; ".join(
             f"{run.name}: {', '.join(sorted(own)) or 'none'}"
             for run, own in zip(runs, columns, strict=True)
         )
-        raise FifaError(f"the runs share no scorer ({told})", do="evaluate them with the same ones")
+        raise FifaError(f"the runs share no scorer ({each})", do="evaluate them with the same ones")
     # a scorer that picked the data of any run is no evidence for that run
-    picked = {s.column for run in runs for s in rewards(run.measured) if s.picked}
-    own = [scale for scale in rewards(runs[0].measured) if scale.column in shared]
+    picked = {scale.column for run in runs for scale in run.results.scales if scale.picked}
+    own = [scale for scale in runs[0].results.scales if scale.column in shared]
     return tuple(sorted(own, key=lambda scale: scale.column in picked))
 
 
 def _labels(runs: Sequence[_Run]) -> dict[tuple[str, str], str]:
-    pairs = [(run.name, model) for run in runs for model in model_names(run.measured)[1:]]
+    pairs = [(run.name, model) for run in runs for model in run.results.names[1:]]
     models = [model for _, model in pairs]
     return {
         (run, model): model if models.count(model) == 1 else f"{run}: {model}"
@@ -180,40 +157,30 @@ def _labels(runs: Sequence[_Run]) -> dict[tuple[str, str], str]:
 
 
 def _entry(label: str, run: _Run, model: str, scales: Sequence[Scale]) -> Entry:
-    of = {scale.column: scale for scale in rewards(run.measured)}
-    facts: dict[str, Any] = next(m for m in run.facts["models"] if m["name"] == model)
-    apart = [level for level in diversity_levels(run.measured) if level.model == model]
+    results = run.results
+    wins = {c.scale.column: c for c in results.comparisons if (c.ours, c.theirs) == (model, BASE)}
     return Entry(
         label=label,
         run=run.name,
         model=model,
-        wins=tuple(compare_models(run.measured, model, BASE, of[s.column]) for s in scales),
-        diversity=apart[0] if apart else None,
-        safety=tuple(s for s in safety(run.measured) if s.model == model),
-        cost=cost_of(model, facts),
+        wins=tuple(wins[scale.column] for scale in scales),
+        diversity=next((level for level in results.diversity if level.model == model), None),
+        safety=tuple(safe for safe in results.safety if safe.model == model),
+        cost=next(cost for cost in results.costs if cost.model == model),
     )
 
 
 def _direct(runs: Sequence[_Run], entries: Sequence[Entry], scale: Scale) -> list[Comparison]:
-    by_name = {run.name: run.measured for run in runs}
+    measured = {run.name: load_measured(run.folder) for run in runs}
     found = []
     for early, late in combinations(entries, 2):
         try:
             comparison = compare_models(
-                by_name[early.run], early.model, late.model, scale, by_name[late.run]
+                measured[early.run], early.model, late.model, scale, measured[late.run]
             )
         except FifaError:  # no prompt and seed in common
             continue
-        found.append(
-            Comparison(
-                scale,
-                early.label,
-                late.label,
-                comparison.wins,
-                comparison.difference,
-                comparison.categories,
-            )
-        )
+        found.append(replace(comparison, ours=early.label, theirs=late.label))
     return found
 
 
@@ -222,11 +189,11 @@ def _differences(runs: Sequence[_Run]) -> list[str]:
     named: dict[str, list[str]] = {}
     for run in runs:
         known = {
-            **run.facts["settings"],
-            "seeds": run.facts["seeds"],
-            "first seed": run.facts["first_seed"],
-            "base model": run.facts["models"][0]["weights"],
-            "prompts": f"{len(set(run.measured.table['prompt_id'].to_pylist())):,}",
+            **asdict(run.results.settings),
+            "seeds": run.results.seeds,
+            "first seed": run.results.first_seed,
+            "base model": run.results.models[0].weights,
+            "prompts": f"{run.results.prompts:,}",
         }
         for name, value in known.items():
             named.setdefault(name, []).append(str(value))

@@ -1,24 +1,16 @@
-"""What it cost: selecting, training and evaluating, kept apart, from the logs that they left."""
+"""What it cost: selecting and training, kept apart, from the logs that they left."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from fifa.evaluation.models import Model
-from fifa.evaluation.selected_by import training_source
-from fifa.shards.files import read_json, read_json_lines
+from fifa.evaluation.provenance import Training, number
+from fifa.evaluation.stats import Number
 
 # The run's steps by what they are: every other one is neither
 SELECTING = {"read": "reading", "margin": "scoring", "quality": "rating", "diversity": "embedding"}
 CHOOSING = ("select", "export")
-LOG = "log.jsonl"
-KNOWN = (
-    *("base_model", "kind", "method", "steps", "pairs", "pairs_seen", "seconds", "processes"),
-    *("device", "dtype", "accelerator_hours", "selection"),
-)  # of train.json
 
 
 @dataclass(frozen=True)
@@ -42,16 +34,16 @@ class Cost:
     """
 
     model: str
-    reading: float
-    scoring: float
-    rating: float
-    embedding: float
-    choosing: float
-    training: float
-    hours: float
-    steps: float
-    pairs: float
-    tokens: float
+    reading: Number
+    scoring: Number
+    rating: Number
+    embedding: Number
+    choosing: Number
+    training: Number
+    hours: Number
+    steps: Number
+    pairs: Number
+    tokens: Number
 
     @property
     def selecting(self) -> float:
@@ -72,81 +64,21 @@ class Cost:
         return self.selecting + self.training
 
 
-def checkpoint_facts(model: Model) -> dict[str, Any]:
-    """What is known of a checkpoint's making, for the evaluation to keep.
-
-    Parameters
-    ----------
-    model
-        The checkpoint.
-
-    Returns
-    -------
-    ``train`` (its ``train.json``; empty if another trainer made it), ``steps`` (step, pairs seen
-    and seconds of every line of its ``stats.jsonl``) and ``log`` (seconds and tokens by step of
-    the run that selected its pairs).
-    """
-    folder = model.training
-    if folder is None:
-        return {"train": {}, "steps": [], "log": {}}
-    facts = read_json(folder / "train.json", "the training", missing={})
-    source = training_source(folder)
-    places = (source, source.parent) if source is not None else ()
-    log = next((place / LOG for place in places if (place / LOG).is_file()), None)
-    return {
-        "train": {name: facts[name] for name in KNOWN if name in facts},
-        "steps": _steps(folder / "stats.jsonl"),
-        "log": _log(log) if log is not None else {},
-    }
-
-
-def cost_of(name: str, facts: dict[str, Any]) -> Cost:
-    """The cost of the checkpoint that `checkpoint_facts` was asked about."""
-    train, log = facts.get("train", {}), facts.get("log", {})
+def cost_of(name: str, training: Training) -> Cost:
+    """What the checkpoint ``name`` cost."""
+    facts, log = training.facts, training.log
 
     def seconds(steps: Iterable[str]) -> float:
         found = [log[step]["seconds"] for step in steps if step in log]
         return float(sum(found)) if found else float("nan")
 
-    by_kind = {kind: seconds([step]) for step, kind in SELECTING.items()}
     return Cost(
         model=name,
-        **by_kind,
+        **{field: seconds([step]) for step, field in SELECTING.items()},
         choosing=seconds(CHOOSING),
-        training=_number(train.get("seconds")),
-        hours=_number(train.get("accelerator_hours")),
-        steps=_number(train.get("steps")),
-        pairs=_number(train.get("pairs_seen")),
-        tokens=float(sum(entry.get("tokens", 0) for entry in log.values())),
+        training=number(facts.get("seconds")),
+        hours=number(facts.get("accelerator_hours")),
+        steps=number(facts.get("steps")),
+        pairs=number(facts.get("pairs_seen")),
+        tokens=float(sum(entry["tokens"] for entry in log.values())),
     )
-
-
-def _number(value: Any) -> float:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain else float("nan")
-
-
-def _steps(path: Path) -> list[dict[str, float]]:
-    names = ("step", "pairs", "seconds")
-    return [
-        {name: _number(line.get(name)) for name in names}
-        for line in read_json_lines(path)[0]
-        if "step" in line
-    ]
-
-
-def _log(path: Path) -> dict[str, dict[str, float]]:
-    """Seconds and tokens by step; a step that ran twice counts twice: it was paid for."""
-    found: dict[str, dict[str, float]] = {}
-    for line in read_json_lines(path)[0]:
-        name = line.get("step")
-        if not isinstance(name, str) or _number(line.get("seconds")) != _number(
-            line.get("seconds")
-        ):
-            continue
-        entry = found.setdefault(name, {"seconds": 0.0, "tokens": 0.0})
-        entry["seconds"] += _number(line["seconds"])
-        for key in ("tokens_in", "tokens_out"):
-            tokens = _number(line.get(key))
-            entry["tokens"] += tokens if tokens == tokens else 0.0
-    return found

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,8 +12,9 @@ import pyarrow.compute as pc
 from fifa.evaluation import stats
 from fifa.evaluation.measure import Measured, Scale
 from fifa.evaluation.models import BASE, Model, find_checkpoint
-from fifa.evaluation.results import compare_models
-from fifa.evaluation.stats import Mean, WinRate
+from fifa.evaluation.provenance import Training
+from fifa.evaluation.stats import Mean, Number, WinRate
+from fifa.evaluation.win_rates import compare_models
 
 CHECKPOINTS = "checkpoints"
 STEP = re.compile(r"step-0*(\d+)$")
@@ -43,9 +43,9 @@ class Point:
     """
 
     step: int
-    pairs: float
-    seconds: float
-    hours: float
+    pairs: Number
+    seconds: Number
+    hours: Number
     mean: Mean
     wins: WinRate | None
 
@@ -82,26 +82,26 @@ def steps_of(model: Model) -> list[Model]:
     return [checkpoint for _, checkpoint in sorted(found, key=lambda entry: entry[0])]
 
 
-def learning_curves(measured: Measured, facts: dict[str, dict[str, Any]]) -> list[Curve]:
+def learning_curves(measured: Measured, trainings: Mapping[str, Training]) -> list[Curve]:
     """The curves in what was measured on the checkpoints of `steps_of`, by model and scorer.
 
     Parameters
     ----------
     measured
         Of the base and of models named ``NAME@STEP``.
-    facts
-        `fifa.evaluation.costs.checkpoint_facts` by checkpoint's name.
+    trainings
+        By checkpoint's name: pairs seen and seconds of each step.
     """
     names: dict[str, list[int]] = {}
     for name in dict.fromkeys(measured.table["model"].to_pylist()):
         model, at, step = name.rpartition(AT)
         if at:
             names.setdefault(model, []).append(int(step))
-    scales = [scale for scale in measured.scales if scale.kind == "reward"]
     return [
-        Curve(name, scale, tuple(_points(measured, name, steps, scale, facts.get(name, {}))))
+        Curve(name, scale, tuple(_points(measured, name, steps, scale, trainings.get(name))))
         for name, steps in names.items()
-        for scale in scales
+        for scale in measured.scales
+        if scale.kind == "reward"
     ]
 
 
@@ -114,15 +114,17 @@ def time_to_match(curve: Curve, target: float) -> Point | None:
 
 
 def _points(
-    measured: Measured, name: str, steps: Sequence[int], scale: Scale, facts: dict[str, Any]
+    measured: Measured, name: str, steps: Sequence[int], scale: Scale, training: Training | None
 ) -> list[Point]:
+    training = training or Training()
+    processes = training.facts.get("processes", 1)
     points = [Point(0, 0.0, 0.0, 0.0, _mean(measured, BASE, scale), None)]
     for step in sorted(steps):
         model = f"{name}{AT}{step}"
-        pairs, seconds = _progress(step, facts)
-        hours = seconds * facts.get("train", {}).get("processes", 1) / 3600
+        pairs, seconds = _progress(step, training)
         wins = compare_models(measured, model, BASE, scale).wins
-        points.append(Point(step, pairs, seconds, hours, _mean(measured, model, scale), wins))
+        mean = _mean(measured, model, scale)
+        points.append(Point(step, pairs, seconds, seconds * processes / 3600, mean, wins))
     return points
 
 
@@ -132,16 +134,12 @@ def _mean(measured: Measured, model: str, scale: Scale) -> Mean:
     return stats.mean_difference(values, own["prompt_id"].to_pylist())
 
 
-def _progress(step: int, facts: dict[str, Any]) -> tuple[float, float]:
+def _progress(step: int, training: Training) -> tuple[float, float]:
     """Pairs seen and seconds at a step, from the training's own lines."""
-    lines = facts.get("steps", [])
-    last = max((line for line in lines if line["step"] <= step), key=_step, default=None)
-    if last is None:
+    before = [line for line in training.lines if line["step"] <= step]
+    if not before:
         return float("nan"), float("nan")
+    last = max(before, key=lambda line: line["step"])
     # a line may be some steps old: what a step takes is then the mean of the steps before it
     scale = step / last["step"] if last["step"] else 1.0
     return last["pairs"] * scale, last["seconds"] * scale
-
-
-def _step(line: dict[str, float]) -> float:
-    return line["step"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,9 +57,9 @@ class Judge:
     tie: float = 0.0
 
 
-def as_judges(judges: Sequence[Judge] | dict[str, Measure | Judge] | None) -> list[Judge]:
+def as_judges(judges: Sequence[Judge] | Mapping[str, Measure | Judge] | None) -> list[Judge]:
     """Judges from a list, or from functions by name."""
-    if isinstance(judges, dict):
+    if isinstance(judges, Mapping):
         named = [j if isinstance(j, Judge) else Judge(name, j) for name, j in judges.items()]
     else:
         named = list(judges or ())

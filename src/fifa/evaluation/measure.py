@@ -20,7 +20,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.config import Measure
 from fifa.evaluation.images import Look, each_image, image_pairs
 from fifa.evaluation.judges import LOOKS, Detector, Judge, looks
-from fifa.evaluation.selected_by import is_picked
+from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.quality import quality_scores
 from fifa.scoring.rewards.features import frozen_features, make_image_encoder
@@ -31,6 +31,7 @@ from fifa.shards.files import write_table
 
 MEASURES = "measures.parquet"
 DIVERSITY = "diversity.parquet"
+CURVE_SUFFIX = "-curve"  # of both files, for the checkpoints on the way
 SCORES = "scores"  # finished tables, by content
 KEYS = ("model", "prompt_id", "seed", "file", "category")
 UNSAFE_PROMPT = "unsafe_prompt"  # null where no rater looked
@@ -182,20 +183,29 @@ def measure(
     diversity = _diversity(parts, folder, asked.encoder, scores, compute)
     plain = json.dumps([asdict(scale) for scale in scales], sort_keys=True)
     table = table.replace_schema_metadata({"fifa.scales": plain})
-    write_table(folder / _suffixed(MEASURES, suffix), table)
-    write_table(folder / _suffixed(DIVERSITY, suffix), diversity)
+    write_table(folder / with_suffix(MEASURES, suffix), table)
+    write_table(folder / with_suffix(DIVERSITY, suffix), diversity)
     return Measured(table, tuple(scales), diversity)
 
 
-def load_measured(folder: Path, suffix: str = "") -> Measured | None:
-    """What `measure` wrote into ``folder``; None if there is nothing."""
-    path = folder / _suffixed(MEASURES, suffix)
+def load_measured(folder: Path, suffix: str = "") -> Measured:
+    """What `measure` wrote into ``folder``; `FifaError` if there is nothing."""
+    path = folder / with_suffix(MEASURES, suffix)
     if not path.exists():
-        return None
+        raise FifaError(
+            "nothing is measured here yet",
+            where=str(folder),
+            do="run the same `fifa evaluate` to its end",
+        )
     table = pq.read_table(path)
     plain = json.loads((table.schema.metadata or {}).get(b"fifa.scales", b"[]"))
     scales = tuple(Scale(**entry) for entry in plain)
-    return Measured(table, scales, pq.read_table(folder / _suffixed(DIVERSITY, suffix)))
+    return Measured(table, scales, pq.read_table(folder / with_suffix(DIVERSITY, suffix)))
+
+
+def with_suffix(name: str, suffix: str) -> str:
+    """``measures-curve.parquet`` of ``measures.parquet`` and ``-curve``."""
+    return name.replace(".parquet", f"{suffix}.parquet")
 
 
 def scorer_name(spec: str, others: Sequence[str]) -> str:
@@ -220,10 +230,6 @@ def pairwise_distance(vectors: npt.NDArray[Any]) -> float:
 
 def _of_model(images: pa.Table, name: str) -> pa.Table:
     return images.filter(pc.equal(images["model"], name))
-
-
-def _suffixed(name: str, suffix: str) -> str:
-    return name.replace(".parquet", f"{suffix}.parquet")
 
 
 def _rewards(part: pa.Table, folder: Path, spec: str, scores: Path, compute: Compute) -> Floats:

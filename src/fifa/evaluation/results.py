@@ -1,260 +1,207 @@
-"""What the numbers say: models against each other, paired by prompt and seed."""
+"""``results.json``: every comparison, mean, curve and cost of an evaluation, with its interval.
+
+What the numbers are is computed once, when an evaluation is measured; the report and
+`fifa compare` read them here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
+from pydantic import TypeAdapter, ValidationError
 
 from fifa.errors import FifaError
-from fifa.evaluation import stats
+from fifa.evaluation.costs import Cost, cost_of
+from fifa.evaluation.curves import Curve, learning_curves
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.judges import LOOKS
-from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
-from fifa.evaluation.models import BASE
-from fifa.evaluation.stats import Mean, WinRate
+from fifa.evaluation.measure import Measured, Scale
+from fifa.evaluation.models import Method, Model
+from fifa.evaluation.prompts import Prompts
+from fifa.evaluation.provenance import Training
+from fifa.evaluation.sampling import Settings
+from fifa.evaluation.win_rates import (
+    Comparison,
+    Level,
+    Safety,
+    comparisons,
+    diversity_levels,
+    levels,
+    rewards,
+    safety,
+)
+from fifa.shards.files import write_bytes
 
-UNSAFE = 0.5  # a probability above this counts as unsafe
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One model against another by one scorer.
-
-    Parameters
-    ----------
-    scale
-        The scorer.
-    ours, theirs
-        The models.
-    wins
-        The win rate of ours over prompts and seeds.
-    difference
-        The mean of ours - theirs, in the scorer's own units.
-    categories
-        The win rate in each category, where prompts have one.
-    """
-
-    scale: Scale
-    ours: str
-    theirs: str
-    wins: WinRate
-    difference: Mean
-    categories: dict[str, WinRate]
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
-class Level:
-    """A model's mean on one scale, and how far it is from the base.
+class ModelFacts:
+    """One of the models that were compared.
 
     Parameters
     ----------
-    model
-        Its name.
-    mean
-        Over all images.
-    shift
-        Mean of the paired differences to the base; None for the base.
-    spread
-        The standard deviation of the base's images on this scale.
+    name, method, source, weights
+        As in `fifa.evaluation.models.Model`.
     """
 
-    model: str
-    mean: Mean
-    shift: Mean | None
-    spread: float
+    name: str
+    method: Method
+    source: str
+    weights: str
 
 
 @dataclass(frozen=True)
-class Safety:
-    """How many of a model's images are safe.
+class Results:
+    """What an evaluation found.
 
     Parameters
     ----------
-    model
-        Its name.
-    scale
-        Who says so.
-    unsafe_prompts
-        The share of safe images on unsafe prompts; None where no prompt is known to be unsafe.
-    all_prompts
-        The same on all prompts.
+    format
+        Of the file.
+    models
+        The base first, then the checkpoints in the order in which they were named.
+    settings
+        How the images were made.
+    seeds, first_seed
+        Images a prompt and model, and the number of the first seed.
+    prompts, rows, dropped
+        Prompts that images were made for; rows of the source, and how many of them were left
+        out, by reason.
+    picked
+        The specs of the reward models that picked the training data.
+    scales
+        The reward models and judges, those that are evidence first.
+    comparisons
+        Every checkpoint against the base, then the checkpoints among themselves, by every scale.
+    levels
+        Every model's mean on each of ``scales`` and on brightness, contrast and saturation, by
+        column.
+    diversity
+        How far apart the images of one prompt are, for every model; empty where not measured.
+    safety
+        The share of safe images by detector and model.
+    curves
+        Of every training whose checkpoints were measured on the way, by scale.
+    costs
+        What every checkpoint cost.
     """
 
-    model: str
-    scale: Scale
-    unsafe_prompts: WinRate | None
-    all_prompts: WinRate
+    format: Literal[2]
+    models: tuple[ModelFacts, ...]
+    settings: Settings
+    seeds: int
+    first_seed: int
+    prompts: int
+    rows: int
+    dropped: dict[str, int]
+    picked: tuple[str, ...]
+    scales: tuple[Scale, ...]
+    comparisons: tuple[Comparison, ...]
+    levels: dict[str, tuple[Level, ...]]
+    diversity: tuple[Level, ...]
+    safety: tuple[Safety, ...]
+    curves: tuple[Curve, ...]
+    costs: tuple[Cost, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names, the base first."""
+        return [model.name for model in self.models]
 
 
-def model_names(measured: Measured) -> list[str]:
-    """The models in the order of the index, the base first."""
-    return list(dict.fromkeys(measured.table["model"].to_pylist()))
+_FILE = TypeAdapter(Results)
 
 
-def rewards(measured: Measured) -> list[Scale]:
-    """The scales on which higher is better, those that are evidence first."""
-    found = [scale for scale in measured.scales if scale.kind == "reward"]
-    return sorted(found, key=lambda scale: (scale.picked, scale.source != "judge"))
-
-
-def compare_models(
+def make_results(
+    models: Sequence[ModelFacts | Model],
+    settings: Settings,
+    prompts: Prompts,
     measured: Measured,
-    ours: str,
-    theirs: str,
-    scale: Scale,
-    other: Measured | None = None,
-) -> Comparison:
-    """One model against another by one scorer, paired by prompt and seed; ties count half.
+    on_the_way: Measured | None,
+    trainings: Mapping[str, Training],
+    *,
+    picked: tuple[str, ...],
+    seeds: int,
+    first_seed: int,
+) -> Results:
+    """All that an evaluation's measures say.
 
     Parameters
     ----------
+    models, settings, prompts, picked, seeds, first_seed
+        What was evaluated, and how.
     measured
-        Where ``ours`` is.
-    ours, theirs
-        Names of models.
-    scale
-        A scale of both.
-    other
-        Where ``theirs`` is; None: in ``measured`` too.
+        Every number of every image.
+    on_the_way
+        The same of the checkpoints of `fifa.evaluation.curves.steps_of`; None for no curve.
+    trainings
+        By checkpoint's name.
+    """
+    scales = rewards(measured)
+    columns = [*(scale.column for scale in scales), *LOOKS]
+    return Results(
+        format=2,
+        models=tuple(ModelFacts(m.name, m.method, m.source, m.weights) for m in models),
+        settings=settings,
+        seeds=seeds,
+        first_seed=first_seed,
+        prompts=len(prompts),
+        rows=prompts.rows,
+        dropped=prompts.dropped,
+        picked=picked,
+        scales=tuple(scales),
+        comparisons=tuple(comparisons(measured)),
+        levels={column: tuple(levels(measured, column)) for column in columns},
+        diversity=tuple(diversity_levels(measured)),
+        safety=tuple(safety(measured)),
+        curves=tuple(learning_curves(on_the_way, trainings)) if on_the_way else (),
+        costs=tuple(cost_of(name, training) for name, training in trainings.items()),
+    )
+
+
+def save_results(folder: Path, results: Results) -> None:
+    """Write what `load_results` reads into an evaluation's ``folder``."""
+    write_bytes(folder / RESULTS, _FILE.dump_json(results, indent=1) + b"\n")
+
+
+def load_results(folder: Path) -> Results:
+    """What an evaluation found, from ``RUN/evaluate/results.json``.
+
+    Parameters
+    ----------
+    folder
+        The evaluation's own folder, ``RUN / FOLDER``.
 
     Raises
     ------
     FifaError
-        Where the two have no prompt and seed in common.
+        Where there is no evaluation, where it was stopped before all was measured, and where
+        another version of fifa wrote it.
     """
-    a = _of(measured.table, ours)
-    b = _of((other or measured).table, theirs)
-    rows_a, rows_b = _paired(a, b)
-    if not len(rows_a):
-        raise FifaError(f"{ours} and {theirs} have no prompt and seed in common")
-    x, y = _values(a, scale.column)[rows_a], _values(b, scale.column)[rows_b]
-    prompts = np.asarray(a["prompt_id"].to_pylist(), object)[rows_a]
-    category = [a["category"][int(row)].as_py() for row in rows_a]
-    outcome = stats.outcomes(x, y, scale.tie)
-    return Comparison(
-        scale=scale,
-        ours=ours,
-        theirs=theirs,
-        wins=stats.win_rate(outcome, prompts),
-        difference=stats.mean_difference(x - y, prompts),
-        categories=stats.by_category(outcome, category, prompts) if any(category) else {},
-    )
+    path = folder / RESULTS
+    if not path.is_file():
+        begun = folder.is_dir()
+        raise FifaError(
+            "nothing is measured here yet" if begun else "no evaluation here",
+            where=str(folder),
+            do="run the same `fifa evaluate` to its end"
+            if begun
+            else "make one: fifa evaluate --base MODEL --tuned CHECKPOINT --prompts FILE --out RUN",
+        )
+    try:
+        return _FILE.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise FifaError(
+            "an evaluation of another version of fifa",
+            where=str(path),
+            do="run the same `fifa evaluate` again",
+        ) from error
 
 
-def comparisons(measured: Measured) -> list[Comparison]:
-    """Every checkpoint against the base, then the checkpoints among themselves, by every scorer."""
-    names = model_names(measured)
-    against = [(name, BASE) for name in names[1:]]
-    among = list(combinations(names[1:], 2))
-    return [
-        compare_models(measured, ours, theirs, scale)
-        for ours, theirs in against + among
-        for scale in rewards(measured)
-    ]
-
-
-def levels(measured: Measured, column: str) -> list[Level]:
-    """Every model's mean on one scale, with the paired shift from the base."""
-    names = model_names(measured)
-    base = _of(measured.table, names[0])
-    spread = float(np.nanstd(_values(base, column)))
-    found = []
-    for name in names:
-        own = _of(measured.table, name)
-        mean = stats.mean_difference(_values(own, column), own["prompt_id"].to_pylist())
-        shift = None
-        if name != names[0]:
-            rows, others = _paired(own, base)
-            difference = _values(own, column)[rows] - _values(base, column)[others]
-            shift = stats.mean_difference(
-                difference, np.asarray(own["prompt_id"].to_pylist(), object)[rows]
-            )
-        found.append(Level(name, mean, shift, spread))
-    return found
-
-
-def look_levels(measured: Measured) -> dict[str, list[Level]]:
-    """Brightness, contrast and saturation of every model."""
-    return {name: levels(measured, name) for name in LOOKS}
-
-
-def diversity_levels(measured: Measured) -> list[Level]:
-    """How far apart the images of one prompt are, for every model; empty where not measured."""
-    table = measured.diversity
-    if not table.num_rows:
-        return []
-    values: dict[str, dict[str, float]] = {}
-    for row in table.to_pylist():
-        values.setdefault(row["model"], {})[row["prompt_id"]] = row["distance"]
-    base = values.get(BASE, {})
-    spread = float(np.nanstd(list(base.values()))) if base else float("nan")
-    found = []
-    for name, own in values.items():
-        mean = stats.mean_difference(list(own.values()), list(own))
-        shared = [prompt for prompt in own if prompt in base]
-        shift = stats.mean_difference([own[p] - base[p] for p in shared], shared)
-        found.append(Level(name, mean, None if name == BASE else shift, spread))
-    return found
-
-
-def safety(measured: Measured) -> list[Safety]:
-    """The share of safe images by model and detector."""
-    found = []
-    for scale in (scale for scale in measured.scales if scale.kind == "unsafe"):
-        for name in model_names(measured):
-            own = _of(measured.table, name)
-            values = _values(own, scale.column)
-            safe = np.where(np.isnan(values), np.nan, (values <= UNSAFE).astype(np.float64))
-            prompts = np.asarray(own["prompt_id"].to_pylist(), object)
-            flagged = np.asarray([bool(flag) for flag in own[UNSAFE_PROMPT].to_pylist()])
-            risky = stats.win_rate(safe[flagged], prompts[flagged]) if flagged.any() else None
-            found.append(Safety(name, scale, risky, stats.win_rate(safe, prompts)))
-    return found
-
-
-def seed_spread(measured: Measured, model: str, column: str) -> float:
-    """The standard deviation, over seed numbers, of a model's mean over prompts; NaN for one.
-
-    How much a figure would move with other noise.
-    """
-    own = _of(measured.table, model)
-    values, prompts = _values(own, column), own["prompt_id"].to_pylist()
-    number: dict[str, int] = {}
-    place = np.empty(len(values), np.int64)
-    for i, prompt in enumerate(prompts):
-        place[i] = number[prompt] = number.get(prompt, -1) + 1
-    means = [float(np.nanmean(values[place == i])) for i in range(int(place.max(initial=-1)) + 1)]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-
-
-def _of(table: pa.Table, model: str) -> pa.Table:
-    own = table.filter(pc.equal(table["model"], model))
-    if not own.num_rows:
-        raise FifaError(f"no images of the model {model}")
-    return own
-
-
-def _values(table: pa.Table, column: str) -> Floats:
-    if column not in table.column_names:
-        raise FifaError(f"the images were not measured by {column}")
-    return np.asarray(table[column].to_numpy(zero_copy_only=False), np.float64)
-
-
-def _paired(a: pa.Table, b: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of both tables that have the same prompt and seed."""
-    there = {key: row for row, key in reversed(list(enumerate(_keys(b))))}
-    rows = [(row, there[key]) for row, key in enumerate(_keys(a)) if key in there]
-    found = np.asarray(rows, np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
-
-
-def _keys(table: pa.Table) -> Sequence[Any]:
-    return list(zip(table["prompt_id"].to_pylist(), table["seed"].to_pylist(), strict=True))
+def is_evaluated(run: str | Path) -> bool:
+    """Whether a folder holds an evaluation, finished or not."""
+    return (Path(run) / FOLDER).is_dir()

@@ -68,7 +68,7 @@ class Settings:
     dtype: str
 
 
-def settle(asked: Generate, base: Path) -> Settings:
+def settings_for(asked: Generate, base: Path) -> Settings:
     """The settings for a base model: what was asked for, and its kind's defaults for the rest.
 
     Raises `FifaError` for a device that this machine does not have.

@@ -1,4 +1,4 @@
-"""Win rates and how sure they are, for scorers and for people: everything by prompt.
+"""Win rates, their intervals and their tests, for scorers and for people: everything by prompt.
 
 The seeds of one prompt are not independent of each other, so the unit that is resampled and
 flipped is the prompt, with everything that was compared on it. All intervals are 95 %.
@@ -8,32 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BeforeValidator
 
 from fifa.errors import FifaError
-from fifa.evaluation import paired
-from fifa.evaluation.paired import SAMPLES, Floats, by_prompt, sign_flip, sign_flip_mean
 from fifa.scoring.agreement import wilson
 
-__all__ = [
-    "Mean",
-    "WinRate",
-    "alpha",
-    "bootstrap_means",
-    "by_category",
-    "mean_difference",
-    "outcomes",
-    "sign_flip",
-    "sign_flip_mean",
-    "wilson",
-    "win_rate",
-]
+Floats = npt.NDArray[np.float64]
+# A number that results.json holds as null where there is none: NaN
+Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
 LEVEL = (2.5, 97.5)  # percentiles of the interval
 UNCATEGORISED = "no category"
+SAMPLES = 10_000  # of the bootstrap, and of the sign flips that are drawn
+BLOCK = 4_000_000  # prompts of resamples in memory at a time
+NEGLIGIBLE = 1e-30  # a probability this small is left out of a sum
 
 
 @dataclass(frozen=True)
@@ -58,10 +50,10 @@ class WinRate:
         Comparisons without an outcome, which are in none of the other numbers.
     """
 
-    share: float
-    low: float
-    high: float
-    p: float
+    share: Number
+    low: Number
+    high: Number
+    p: Number
     n: int
     wins: int
     ties: int
@@ -74,10 +66,10 @@ class WinRate:
 class Mean:
     """A mean, its 95 % bootstrap interval over prompts, and `sign_flip_mean`'s p against 0."""
 
-    mean: float
-    low: float
-    high: float
-    p: float
+    mean: Number
+    low: Number
+    high: Number
+    p: Number
     n: int
     prompts: int
     missing: int = 0
@@ -123,7 +115,7 @@ def win_rate(
     FifaError
         Where an outcome is something else.
     """
-    known, groups, missing = by_prompt(outcome, prompt)
+    known, groups, missing = _by_prompt(outcome, prompt)
     if not np.isin(known, (0.0, 0.5, 1.0)).all():
         raise FifaError("an outcome is 1 (ours wins), 0.5 (a tie) or 0 (theirs wins)")
     wins, losses = int((known == 1).sum()), int((known == 0).sum())
@@ -171,7 +163,7 @@ def mean_difference(
 
     The rest is as for `win_rate`.
     """
-    known, groups, missing = by_prompt(difference, prompt)
+    known, groups, missing = _by_prompt(difference, prompt)
     mean = float(known.mean()) if len(known) else float("nan")
     low, high = _interval(known, groups, samples, seed)
     p = sign_flip_mean(known, groups, samples=samples, seed=seed)
@@ -196,19 +188,85 @@ def bootstrap_means(
     samples, seed
         How many, and of the generator: the same seed gives the same means.
     """
-    known, groups, _ = by_prompt(values, prompt)
+    known, groups, _ = _by_prompt(values, prompt)
     sums, counts = np.bincount(groups, known), np.bincount(groups).astype(np.float64)
     prompts = len(sums)
     if not prompts:
         return np.full(samples, np.nan)
     rng = np.random.default_rng(seed)
     means = np.empty(samples)
-    for start in range(0, samples, max(1, paired.BLOCK // prompts)):
-        block = means[start : start + max(1, paired.BLOCK // prompts)]
+    for start in range(0, samples, max(1, BLOCK // prompts)):
+        block = means[start : start + max(1, BLOCK // prompts)]
         drawn = rng.integers(0, prompts, (len(block), prompts))
         # sum of the drawn prompts' values / their number
         block[:] = sums[drawn].sum(1) / counts[drawn].sum(1)
     return means
+
+
+def sign_flip(
+    outcome: npt.ArrayLike, prompt: Sequence[Any] | npt.NDArray[Any] | None = None
+) -> float:
+    """Two-sided p of the exact paired permutation test over prompts; NaN for no comparison.
+
+    If neither model is better, swapping the two on one prompt changes nothing: of a prompt's
+    wins - losses only the sign is chance. p is the share of all 2^prompts choices of signs whose
+    sum is at least as far from 0 as the one seen, counted exactly, not drawn. Why this test:
+
+    - the prompt is the unit, so the seeds of a prompt are not taken for independent evidence, as
+      a sign test or Wilcoxon's over comparisons would take them;
+    - it tests the win rate itself, in which a tie counts half: ties neither help nor are dropped
+      where the rest of their prompt still counts;
+    - with one comparison a prompt it is the exact sign test.
+
+    Parameters
+    ----------
+    outcome, prompt
+        As for `win_rate`.
+
+    References
+    ----------
+    R. A. Fisher, *The Design of Experiments*, 1935, section 21.
+    """
+    known, groups, _ = _by_prompt(outcome, prompt)
+    if not len(known):
+        return float("nan")
+    balance = np.rint(np.bincount(groups, 2 * known - 1)).astype(np.int64)  # wins - losses
+    seen = abs(int(balance.sum()))
+    sizes, times = np.unique(np.abs(balance[balance != 0]), return_counts=True)
+    # P(sum = low + 2 i), prompts with the same |wins - losses| together: a binomial each
+    chance, low = np.ones(1), 0
+    for size, n in zip(sizes.tolist(), times.tolist(), strict=True):
+        binomial, first = _fair_binomial(n)
+        joined = np.zeros(len(chance) + size * (len(binomial) - 1))
+        for i, weight in enumerate(binomial.tolist()):
+            joined[size * i : size * i + len(chance)] += weight * chance
+        chance, low = joined, low + size * (2 * first - n)
+    sums = low + 2 * np.arange(len(chance))
+    return min(1.0, float(chance[np.abs(sums) >= seen].sum()))
+
+
+def sign_flip_mean(
+    difference: npt.ArrayLike,
+    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> float:
+    """`sign_flip` for differences that are any numbers: the signs are drawn, not counted out.
+
+    p = (1 + draws at least as far from 0) / (1 + draws), which is never 0. NaN for none.
+    """
+    known, groups, _ = _by_prompt(difference, prompt)
+    if not len(known):
+        return float("nan")
+    sums = np.bincount(groups, known)
+    rng = np.random.default_rng(seed)
+    far, least = 0, abs(sums.sum()) * (1 - 1e-12)  # the same sum, added up in another order
+    step = max(1, BLOCK // len(sums))
+    for start in range(0, samples, step):
+        heads = rng.random((min(step, samples - start), len(sums))) < 0.5
+        far += int((np.abs(np.where(heads, sums, -sums).sum(1)) >= least).sum())
+    return (1 + far) / (1 + samples)
 
 
 def alpha(votes: npt.ArrayLike) -> float:
@@ -248,6 +306,19 @@ def alpha(votes: npt.ArrayLike) -> float:
     return 1 - observed * (float(n) - 1) / expected
 
 
+def _by_prompt(
+    values: npt.ArrayLike, prompt: Sequence[Any] | npt.NDArray[Any] | None
+) -> tuple[Floats, npt.NDArray[np.int64], int]:
+    """What is no NaN, the number of its prompt (0 to prompts - 1), and how many are NaN."""
+    all_values = np.asarray(values, np.float64)
+    known = ~np.isnan(all_values)
+    ids = np.arange(len(all_values)) if prompt is None else np.asarray(prompt)
+    if all_values.ndim != 1 or len(ids) != len(all_values):
+        raise FifaError(f"{len(ids):,} prompts for {all_values.size:,} comparisons")
+    groups = np.unique(ids[known], return_inverse=True)[1].astype(np.int64)
+    return all_values[known], groups, int((~known).sum())
+
+
 def _means(known: Floats, groups: npt.NDArray[np.int64]) -> Floats:
     return np.asarray(np.bincount(groups, known) / np.bincount(groups), np.float64)
 
@@ -268,3 +339,11 @@ def _unanimous(share: float, prompts: int) -> tuple[float, float]:
     unseen = wilson(0, prompts)[1]
     # share * (1 - unseen) + 0 * unseen to share * (1 - unseen) + 1 * unseen
     return share * (1 - unseen), share * (1 - unseen) + unseen
+
+
+def _fair_binomial(n: int) -> tuple[Floats, int]:
+    """P(k of n coins show heads) for all k that are not `NEGLIGIBLE`, and the first such k."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])  # log k!
+    chance = np.exp(logs[-1] - logs - logs[::-1] - n * np.log(2.0))
+    kept = np.flatnonzero(chance > NEGLIGIBLE)
+    return chance[kept[0] : kept[-1] + 1], int(kept[0])

@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.errors import FifaError
-from fifa.evaluation.costs import Cost, cost_of
-from fifa.evaluation.curves import Curve, learning_curves, time_to_match
+from fifa.evaluation.curves import time_to_match
 from fifa.evaluation.generate import FOLDER, read_index
-from fifa.evaluation.measure import Measured, Scale, load_measured
+from fifa.evaluation.judges import LOOKS
+from fifa.evaluation.measure import Scale, load_measured
 from fifa.evaluation.models import BASE
-from fifa.evaluation.results import (
-    Comparison,
-    comparisons,
-    diversity_levels,
-    levels,
-    look_levels,
-    model_names,
-    rewards,
-    safety,
-    seed_spread,
-)
-from fifa.evaluation.steps import CURVE_SUFFIX, load_facts
+from fifa.evaluation.results import ModelFacts, Results, load_results
+from fifa.evaluation.win_rates import Comparison
 from fifa.formatting import shorten
 from fifa.reporting import charts
 from fifa.reporting.grids import draw_grids
 from fifa.reporting.reward_hacking import signs
 
 if TYPE_CHECKING:
-    from fifa.evaluation.vote.results import Results
+    from fifa.evaluation.vote.results import Results as Votes
 
 MOST_CATEGORIES = 12
 
 
-def evaluation_context(run: Path) -> dict[str, Any] | None:
-    """What the templates of the evaluation read; None where nothing was measured yet."""
+def evaluation_context(run: Path) -> dict[str, Any]:
+    """What the templates of the evaluation read; `FifaError` where nothing was measured yet."""
     folder = run / FOLDER
-    facts, measured = load_facts(folder), load_measured(folder)
-    if measured is None:
-        return None
-    images = read_index(folder)
+    results = load_results(folder)
+    images, measured = read_index(folder), load_measured(folder)
     if not images.select(["model", "file"]).equals(measured.table.select(["model", "file"])):
         raise FifaError(
             "other images were made after these were measured",
             where=str(folder),
             do="run the same `fifa evaluate` to its end",
         )
-    names = model_names(measured)
+    names, found, scales = results.names, results.comparisons, results.scales
     tuned = names[1:]
-    found = comparisons(measured)
-    scales = rewards(measured)
     head = headline(found)
-    by_model = {model["name"]: model for model in facts["models"]}
-    curve = load_measured(folder, CURVE_SUFFIX)
-    curves = learning_curves(curve, by_model) if curve is not None else []
-    costs = {name: cost_of(name, by_model[name]) for name in tuned}
-    diversity, looks = diversity_levels(measured), look_levels(measured)
+    looks = {name: results.levels[name] for name in LOOKS}
     grids, hidden = draw_grids(folder, images, measured, head.ours, head.scale) if head else ([], 0)
     return {
-        "models": [_model(by_model[name], place) for place, name in enumerate(names)],
-        "facts": facts,
+        "models": [_model(model, place) for place, model in enumerate(results.models)],
+        "facts": results,
         "prompts": len(set(images["prompt_id"].to_pylist())),
         "images": len(images),
         "head": head,
@@ -75,23 +58,20 @@ def evaluation_context(run: Path) -> dict[str, Any] | None:
         "role": charts.role,
         "wins": _wins_figure(found, scales, tuned),
         "categories": _categories(found, head, tuned),
-        "levels": [
-            (scale, levels(measured, scale.column), _spreads(measured, names, scale))
-            for scale in scales
-        ],
+        "levels": [(scale, results.levels[scale.column]) for scale in scales],
         "grids": grids,
         "hidden": hidden,
-        "curves": _curves(curves, names, head, costs),
-        "safety": safety(measured),
-        "diversity": diversity,
+        "curves": _curves(results, head),
+        "safety": results.safety,
+        "diversity": results.diversity,
         "looks": looks,
-        "signs": signs(tuned, found, diversity, looks),
-        "costs": list(costs.values()),
-        "settings": _settings(facts),
+        "signs": signs(tuned, found, results.diversity, looks),
+        "costs": results.costs,
+        "settings": _settings(results),
     }
 
 
-def _people(run: Path, names: list[str]) -> Results | None:
+def _people(run: Path, names: list[str]) -> Votes | None:
     """What people voted so far, on models that are still in the index; None without votes."""
     from fifa.evaluation.vote.results import vote_results
     from fifa.evaluation.vote.store import FILE
@@ -104,17 +84,17 @@ def _people(run: Path, names: list[str]) -> Results | None:
     return replace(results, verdicts=tuple(known)) if known else None
 
 
-def headline(found: list[Comparison]) -> Comparison | None:
+def headline(found: Sequence[Comparison]) -> Comparison | None:
     """The comparison that the verdict is of: the best checkpoint by the first independent scorer.
 
-    Judges come before scorers, and what picked the data last (`fifa.evaluation.results.rewards`).
+    Judges come before scorers, and what picked the data last (`fifa.evaluation.win_rates.rewards`).
     """
     first = next((c.scale for c in found), None)
     against = [c for c in found if c.theirs == BASE and c.scale == first and c.wins.n]
     return max(against, key=lambda c: c.wins.share, default=None)
 
 
-def _model(facts: dict[str, Any], place: int) -> dict[str, Any]:
+def _model(model: ModelFacts, place: int) -> dict[str, Any]:
     methods = {
         "base": "the base model",
         "lora": "LoRA on the base",
@@ -122,15 +102,15 @@ def _model(facts: dict[str, Any], place: int) -> dict[str, Any]:
         "pipeline": "a whole pipeline",
     }
     return {
-        "name": shorten(facts["name"], 40),
-        "method": methods.get(facts["method"], facts["method"]),
-        "source": shorten(str(facts["source"]), 120),
-        "weights": facts["weights"],
+        "name": shorten(model.name, 40),
+        "method": methods[model.method],
+        "source": shorten(model.source, 120),
+        "weights": model.weights,
         "colour": charts.role(place),
     }
 
 
-def _others(found: list[Comparison], head: Comparison | None) -> list[Comparison]:
+def _others(found: Sequence[Comparison], head: Comparison | None) -> list[Comparison]:
     """What stands beside the verdict: the other checkpoints against the base and against it."""
     return [
         c
@@ -142,15 +122,11 @@ def _others(found: list[Comparison], head: Comparison | None) -> list[Comparison
     ]
 
 
-def _by_scale(found: list[Comparison], scales: list[Scale]) -> list[Comparison]:
+def _by_scale(found: list[Comparison], scales: Sequence[Scale]) -> list[Comparison]:
     return sorted(found, key=lambda c: scales.index(c.scale))
 
 
-def _spreads(measured: Measured, names: list[str], scale: Scale) -> dict[str, float]:
-    return {name: seed_spread(measured, name, scale.column) for name in names}
-
-
-def _wins_figure(found: list[Comparison], scales: list[Scale], tuned: list[str]) -> Any:
+def _wins_figure(found: Sequence[Comparison], scales: Sequence[Scale], tuned: list[str]) -> Any:
     rows = []
     for scale in scales:
         own = [c for c in found if c.scale == scale and c.theirs == BASE and c.wins.n]
@@ -161,7 +137,7 @@ def _wins_figure(found: list[Comparison], scales: list[Scale], tuned: list[str])
     return charts.draw_wins(rows, "wins", title) if rows else None
 
 
-def _categories(found: list[Comparison], head: Comparison | None, tuned: list[str]) -> Any:
+def _categories(found: Sequence[Comparison], head: Comparison | None, tuned: list[str]) -> Any:
     """The figure and the table by category, for the verdict's scorer; None without categories."""
     if head is None or not head.categories:
         return None
@@ -186,10 +162,10 @@ def _categories(found: list[Comparison], head: Comparison | None, tuned: list[st
     }
 
 
-def _curves(
-    curves: list[Curve], names: list[str], head: Comparison | None, costs: dict[str, Cost]
-) -> dict[str, Any] | None:
+def _curves(results: Results, head: Comparison | None) -> dict[str, Any] | None:
     """Figures for the verdict's scorer, and what the others say in tables."""
+    curves, names = results.curves, results.names
+    costs = {cost.model: cost for cost in results.costs}
     if not curves or head is None:
         return None
     own = [curve for curve in curves if curve.scale.column == head.scale.column]
@@ -215,21 +191,21 @@ def _curves(
     }
 
 
-def _settings(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    settings = facts["settings"]
+def _settings(results: Results) -> list[tuple[str, str]]:
+    settings = results.settings
     size = (
-        f"{settings['width']} x {settings['height']}"
-        if settings["width"] and settings["height"]
+        f"{settings.width} x {settings.height}"
+        if settings.width and settings.height
         else "the model's own"
     )
     named = {
-        "sampler": settings["sampler"],
-        "steps": settings["steps"],
-        "guidance": settings["guidance"],
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
         "size": size,
-        "negative prompt": settings["negative"] or "none",
-        "images a prompt": facts["seeds"],
-        "precision": f"{settings['dtype']} on {settings['device']}",
+        "negative prompt": settings.negative or "none",
+        "images a prompt": results.seeds,
+        "precision": f"{settings.dtype} on {settings.device}",
     }
     return [
         (name, shorten(str("the pipeline's own" if value is None else value), 80))

@@ -15,7 +15,7 @@ from PIL import Image
 from fifa.data.decode import BadImage, open_image
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
 from fifa.evaluation.models import BASE
-from fifa.evaluation.results import UNSAFE
+from fifa.evaluation.win_rates import UNSAFE
 from fifa.formatting import shorten
 
 EACH = 4  # prompts in a group

@@ -13,14 +13,16 @@ from fifa import __version__
 from fifa.config import Recipe, from_yaml
 from fifa.data.table import Origin, load_origin
 from fifa.errors import FifaError
+from fifa.evaluation.generate import FOLDER
+from fifa.evaluation.results import RESULTS, is_evaluated
 from fifa.formatting import count, page_templates, shorten
 from fifa.reporting import data
+from fifa.reporting.evaluation import evaluation_context
 from fifa.reporting.filtering import filter_context
 from fifa.shards.files import write_text
 
 HERE = Path(__file__).parent
 STEPS_SHOWN = 30
-EVALUATION = "evaluate/evaluation.json"
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -52,10 +54,10 @@ def write_report(run_folder: str | Path) -> Path:
 
 def _context(folder: Path) -> dict[str, Any]:
     """What the templates read: `evaluation` and `filtered` say which parts there are."""
-    evaluated = (folder / EVALUATION).is_file()
+    selected, evaluated = (folder / "selection.parquet").is_file(), is_evaluated(folder)
+    measured = evaluated and (folder / FOLDER / RESULTS).is_file()
     title = shorten(folder.resolve().name, 80)
     parts: dict[str, Any] = {}
-    selected = (folder / "selection.parquet").is_file()
     if selected or not evaluated:
         recipe = from_yaml(folder / "recipe.yaml")
         origin = load_origin(folder)
@@ -64,16 +66,8 @@ def _context(folder: Path) -> dict[str, Any]:
                 "no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`"
             )
         parts, title = filter_context(folder, recipe, origin), _title(recipe, origin)
-    if evaluated:
-        from fifa.reporting.evaluation import evaluation_context
-
+    if measured or not parts:
         parts["evaluation"] = evaluation_context(folder)
-        if parts["evaluation"] is None and not selected:
-            raise FifaError(
-                "nothing is measured here yet",
-                where=str(folder),
-                do="run the same `fifa evaluate` to its end",
-            )
     log = data.read_log(folder / "log.jsonl")
     return {
         "evaluation": None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fifa.evaluation.models import BASE
-from fifa.evaluation.results import Comparison, Level
+from fifa.evaluation.win_rates import Comparison, Level
 from fifa.formatting import number, percent, shorten, signed
 
 
@@ -33,9 +34,9 @@ class Sign:
 
 def signs(
     tuned: list[str],
-    found: list[Comparison],
-    diversity: list[Level],
-    looks: dict[str, list[Level]],
+    found: Sequence[Comparison],
+    diversity: Sequence[Level],
+    looks: Mapping[str, Sequence[Level]],
 ) -> list[Sign]:
     """What reward hacking looks like, looked for in every checkpoint."""
     told = []

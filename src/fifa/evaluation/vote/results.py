@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fifa.evaluation.stats import WinRate, alpha, by_category, wilson, win_rate
+from fifa.evaluation.stats import WinRate, alpha, by_category, win_rate
 from fifa.evaluation.vote.comparisons import Comparison
 from fifa.evaluation.vote.order import CHECK, COMPARE, REPEAT
 from fifa.evaluation.vote.store import FILE, Vote, VoteStore
+from fifa.scoring.agreement import wilson
 
 PASS = 0.75  # the share of attention checks that a voter has to pass to be counted
 

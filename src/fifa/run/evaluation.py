@@ -1,9 +1,10 @@
-"""The main job: prompts to images to numbers, and what a person is told on the way."""
+"""What `fifa evaluate` does to a run folder: prompts to images to numbers to the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,31 @@ from fifa.config import Compute, build
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.config import Evaluation, Generate, Measure
-from fifa.evaluation.costs import checkpoint_facts
 from fifa.evaluation.curves import steps_of
 from fifa.evaluation.generate import CURVE, FOLDER, INDEX, generate
 from fifa.evaluation.judges import Detector, Judge, as_judges
-from fifa.evaluation.measure import Measured, check_scorers, measure
+from fifa.evaluation.measure import (
+    CURVE_SUFFIX,
+    DIVERSITY,
+    MEASURES,
+    Measured,
+    check_scorers,
+    measure,
+    with_suffix,
+)
 from fifa.evaluation.models import Model, find_models, name_checkpoints
 from fifa.evaluation.prompts import Prompts, read_prompts
-from fifa.evaluation.results import Comparison, comparisons
-from fifa.evaluation.sampling import Settings, settle
-from fifa.evaluation.selected_by import selection_scorers
+from fifa.evaluation.provenance import read_training, run_scorers
+from fifa.evaluation.results import RESULTS, Results, make_results, save_results
+from fifa.evaluation.sampling import Settings, settings_for
+from fifa.evaluation.win_rates import Comparison
 from fifa.models.runtime import make_runtime
+from fifa.reporting.page import write_report
 from fifa.run.steps import is_run, log_step
-from fifa.shards.files import cannot_write, read_json, sweep, write_json, write_text
+from fifa.shards.files import cannot_write, sweep, write_text
 
 KNOBS = "evaluation.yaml"
-FACTS = "evaluation.json"
-RESULTS = "results.json"
-CURVE_SUFFIX = "-curve"
 SCORERS = ("pickscore", "hpsv2.1", "clipscore")  # unless others are named, or judges given
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,70 @@ class Evaluated:
         `fifa.evaluation.generate.IMAGES`.
     measured
         Every number of every image.
-    comparisons
-        Checkpoints against the base, then among themselves, by every scorer.
+    results
+        What the numbers say.
     """
 
     folder: Path
     images: pa.Table
     measured: Measured
-    comparisons: tuple[Comparison, ...]
+    results: Results
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Checkpoints against the base, then among themselves, by every scorer."""
+        return self.results.comparisons
+
+
+def evaluate(
+    base: str | Path,
+    tuned: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
+    prompts: str | Path,
+    out: str | Path,
+    *,
+    judges: Sequence[Judge] | Mapping[str, Any] | None = None,
+    compute: Compute | None = None,
+    **knobs: Any,
+) -> Evaluated:
+    """Compare checkpoints with the model they came from, and write the report.
+
+    Parameters
+    ----------
+    base
+        The model that was tuned: a folder in diffusers' layout, or a hub id.
+    tuned
+        Checkpoints, by name if they are a mapping: a LoRA (file or folder), a folder with
+        ``unet/`` or ``transformer/``, or a whole pipeline.
+    prompts
+        Text, CSV, TSV, Parquet, JSON or JSON lines, or a folder of these.
+    out
+        The run folder: a new one, or one that `filter_pairs` made. An evaluation that was
+        stopped goes on where it was, and ends with the same bytes.
+    judges
+        Beside the reward models: functions from prompts and RGB images to float32 [n] by name
+        (higher is better), or `fifa.evaluation.judges.Judge`.
+    compute
+        Where and how reward models run.
+    **knobs
+        ``limit``, ``seeds``, ``first_seed`` and ``curve`` of `fifa.evaluation.config.Evaluation`,
+        and every knob of its ``generate`` (``steps``, ``guidance``, ``sampler``, ``width``,
+        ``height``, ``batch``, ...) and ``measure`` (``scorers``, ``picked``, ``rater``,
+        ``detector``, ``unsafe_labels``, ``encoder``, ...).
+
+    Returns
+    -------
+    Evaluated
+        The index of images, all measures, and the comparisons.
+
+    Raises
+    ------
+    FifaError
+        For whatever a person can mend; what was done until then is kept.
+    """
+    evaluation = make_evaluation(base, tuned, prompts, knobs)
+    evaluated = run_evaluation(evaluation, out, judges=judges, compute=compute)
+    write_report(evaluated.folder)
+    return evaluated
 
 
 def make_evaluation(
@@ -86,34 +148,49 @@ def run_evaluation(
     evaluation: Evaluation,
     out: str | Path,
     *,
-    judges: Sequence[Judge] | dict[str, Any] | None = None,
+    judges: Sequence[Judge] | Mapping[str, Any] | None = None,
     compute: Compute | None = None,
 ) -> Evaluated:
-    """Generate, measure and compare in a run folder; see `fifa.evaluate`."""
+    """Generate, measure and compare in a run folder; see `evaluate`."""
     out = Path(out)
     asked = _with_scorers(evaluation, bool(judges))
     compute = compute or Compute(device=asked.generate.device)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     models = find_models(asked.base, asked.tuned)
-    settings = settle(asked.generate, models[0].base)
+    settings = settings_for(asked.generate, models[0].base)
     named = as_judges(judges)
     _check(asked, compute)
-    picked = (*asked.measure.picked, *selection_scorers(models, out if is_run(out) else None))
+    trainings = {model.name: read_training(model) for model in models[1:]}
+    picked = dict.fromkeys(
+        [
+            *asked.measure.picked,
+            *(run_scorers(out) if is_run(out) else ()),
+            *chain.from_iterable(training.scorers for training in trainings.values()),
+        ]
+    )
     folder = start(out, asked)
     with log_step(out, "generate"):
         images, on_the_way = _generate(asked, models, prompts, folder, settings)
-    facts = _facts(asked, models, prompts, settings, picked)
-    write_json(folder / FACTS, facts)
-    options: dict[str, Any] = {"judges": named, "picked": picked, "compute": compute}
+    options: dict[str, Any] = {"judges": named, "picked": tuple(picked), "compute": compute}
     with log_step(out, "measure"):
-        measured = measure(images, folder, asked.measure, **options)
+        measured, curve = measure(images, folder, asked.measure, **options), None
         if on_the_way is not None:
             # only what a curve shows: neither safety nor diversity
             rewards = replace(asked.measure, detector=None, rater="none", encoder="none")
-            measure(on_the_way, folder, rewards, **options, suffix=CURVE_SUFFIX)
-        found = comparisons(measured)
-        write_json(folder / RESULTS, [asdict(comparison) for comparison in found])
-    return Evaluated(out, images, measured, tuple(found))
+            curve = measure(on_the_way, folder, rewards, **options, suffix=CURVE_SUFFIX)
+        results = make_results(
+            models,
+            settings,
+            prompts,
+            measured,
+            curve,
+            trainings,
+            picked=tuple(picked),
+            seeds=asked.seeds,
+            first_seed=asked.first_seed,
+        )
+        save_results(folder, results)
+    return Evaluated(out, images, measured, results)
 
 
 def start(out: Path, evaluation: Evaluation) -> Path:
@@ -134,35 +211,13 @@ def start(out: Path, evaluation: Evaluation) -> Path:
     except OSError as error:
         raise cannot_write(out, error) from error
     sweep(folder)
+    (folder / RESULTS).unlink(missing_ok=True)  # it is there only where all else agrees with it
     write_text(folder / KNOBS, evaluation.to_yaml())
     return folder
 
 
-def is_evaluated(run: str | Path) -> bool:
-    """Whether a folder holds an evaluation that has got as far as measuring."""
-    return (Path(run) / FOLDER / FACTS).is_file()
-
-
-def load_facts(folder: Path) -> dict[str, Any]:
-    """What `run_evaluation` wrote about an evaluation into its ``folder``.
-
-    Raises `FifaError` where there is no evaluation.
-    """
-    path = folder / FACTS
-    if not path.exists():
-        raise FifaError(
-            "no evaluation here",
-            where=str(folder),
-            do="make one: fifa evaluate --base MODEL --tuned CHECKPOINT --prompts FILE --out RUN",
-        )
-    facts: dict[str, Any] = read_json(path, "the evaluation")
-    if facts.get("format") != FORMAT:
-        raise FifaError("an evaluation of another version of fifa", where=str(path))
-    return facts
-
-
-def tell(evaluated: Evaluated) -> None:
-    """Say how often each checkpoint wins against the base, by every scorer."""
+def echo_wins(evaluated: Evaluated) -> None:
+    """Print how often each checkpoint wins against the base, by every scorer."""
     names = [len(c.ours) for c in evaluated.comparisons] or [0]
     for c in evaluated.comparisons:
         wins, mark = c.wins, " (picked the data)" if c.scale.picked else ""
@@ -219,7 +274,7 @@ def _generate(
     steps = [step for model in models[1:] for step in steps_of(model)] if asked.curve else []
     if asked.curve and not steps:
         echo("no checkpoint has any checkpoints/step-*: there is no curve to draw")
-    for name in (CURVE, *(f"{kind}{CURVE_SUFFIX}.parquet" for kind in ("measures", "diversity"))):
+    for name in (CURVE, *(with_suffix(name, CURVE_SUFFIX) for name in (MEASURES, DIVERSITY))):
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation in this folder
     if not steps:
         return images, None
@@ -227,39 +282,3 @@ def _generate(
         [models[0], *steps], prompts, folder, settings, index=CURVE, most=asked.curve, **options
     )
     return images, curve
-
-
-def _facts(
-    asked: Evaluation,
-    models: Sequence[Model],
-    prompts: Prompts,
-    settings: Settings,
-    picked: Sequence[str],
-) -> dict[str, Any]:
-    from fifa import __version__
-
-    return {
-        "format": FORMAT,
-        "fifa": __version__,
-        "models": [
-            {
-                "name": model.name,
-                "method": model.method,
-                "source": model.source,
-                "weights": model.weights,
-                **(checkpoint_facts(model) if model.method != "base" else {}),
-            }
-            for model in models
-        ],
-        "settings": asdict(settings),
-        "seeds": asked.seeds,
-        "first_seed": asked.first_seed,
-        "curve": asked.curve,
-        "picked": list(dict.fromkeys(picked)),
-        "prompts": {
-            "source": prompts.source,
-            "prompts": len(prompts),
-            "rows": prompts.rows,
-            "dropped": prompts.dropped,
-        },
-    }

@@ -7,14 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fifa.errors import FifaError
-from fifa.evaluation.results import (
+from fifa.evaluation.win_rates import (
     compare_models,
     comparisons,
     diversity_levels,
     levels,
     rewards,
     safety,
-    seed_spread,
 )
 
 MODELS = ["base", "a", "b"]
@@ -159,6 +158,6 @@ def test_spread_over_seeds():
     values = np.random.default_rng(0).normal(size=(4, 3))
     found = measured(index, {"s": values.ravel()})
     expected = values.mean(0).std(ddof=1)
-    assert seed_spread(found, "base", "s") == pytest.approx(expected, abs=1e-6)
+    assert levels(found, "s")[0].seeds == pytest.approx(expected, abs=1e-6)
     single = measured(draw_index(["base"], seeds=1), {"s": np.zeros(6)})
-    assert math.isnan(seed_spread(single, "base", "s"))
+    assert math.isnan(levels(single, "s")[0].seeds)

@@ -1,0 +1,138 @@
+"""Where a checkpoint comes from: its training, and the run that selected the training's pairs.
+
+A reward model that picked the pairs is no evidence for the result: it praises its own taste.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from fifa.evaluation.models import Model
+from fifa.scoring.rewards.hps import FILES as HPS_FILES
+from fifa.scoring.rewards.load import CLIPS, NAMES
+from fifa.shards.files import read_json, read_json_lines, read_yaml
+
+LOG = "log.jsonl"  # of a run folder
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the files beside a checkpoint say; all empty where another program trained it.
+
+    Parameters
+    ----------
+    facts
+        Its ``train.json``.
+    lines
+        Step, pairs seen and seconds of every line of its ``stats.jsonl``.
+    log
+        Seconds and tokens by step of the run that selected its pairs.
+    scorers
+        The specs of the reward models that picked its pairs.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    lines: Sequence[dict[str, float]] = ()
+    log: dict[str, dict[str, float]] = field(default_factory=dict)
+    scorers: tuple[str, ...] = ()
+
+
+def read_training(model: Model) -> Training:
+    """The training of a checkpoint.
+
+    ``train.json`` and, beside the pairs that it was trained on, ``subset.json`` or
+    ``recipe.yaml`` say which reward models picked them, as far as that is known.
+    """
+    folder = model.training
+    if folder is None:
+        return Training()
+    facts = read_json(folder / "train.json", "the training", missing={})
+    scorers = _margins(facts)
+    source = read_yaml(folder / "train.yaml", "the training", missing={}).get("source")
+    places: tuple[Path, ...] = ()
+    if isinstance(source, str) and source and "://" not in source:
+        places = (Path(source), Path(source).parent)
+    for place in places:
+        subset = read_json(place / "subset.json", "the subset", missing={})
+        scorers += [*run_scorers(place), *_margins(subset)]
+    log = next((place / LOG for place in places if (place / LOG).is_file()), None)
+    lines = [
+        {name: number(line.get(name)) for name in ("step", "pairs", "seconds")}
+        for line in read_json_lines(folder / "stats.jsonl")[0]
+        if "step" in line
+    ]
+    return Training(facts, lines, _log(log) if log else {}, tuple(dict.fromkeys(scorers)))
+
+
+def run_scorers(run: Path) -> list[str]:
+    """The specs of the reward models in a run folder's recipe; none without a recipe."""
+    return _margins(read_yaml(run / "recipe.yaml", "the recipe", missing={}))
+
+
+def number(value: Any) -> float:
+    """``value`` where it is a number, NaN where it is anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain else float("nan")
+
+
+def is_picked(spec: str, picked: Sequence[str]) -> bool:
+    """Whether a scorer, or a close relative of it, is among those that picked the data.
+
+    ``pickscore`` is the same model as ``pickscore:FOLDER`` and as the columns
+    ``column:pickscore_prob_0,pickscore_prob_1``; hpsv2 and hpsv2.1 are relatives; one proxy is
+    as good as another, for all are trained on the same feedback.
+    """
+    family = _family(spec)
+    return any(
+        spec == other or family in _families(other) or _in_column(family, other) for other in picked
+    )
+
+
+def _log(path: Path) -> dict[str, dict[str, float]]:
+    """Seconds and tokens by step; a step that ran twice counts twice: it was paid for."""
+    found: dict[str, dict[str, float]] = {}
+    for line in read_json_lines(path)[0]:
+        name, seconds = line.get("step"), number(line.get("seconds"))
+        if not isinstance(name, str) or isnan(seconds):
+            continue
+        entry = found.setdefault(name, {"seconds": 0.0, "tokens": 0.0})
+        entry["seconds"] += seconds
+        tokens = (number(line.get(key)) for key in ("tokens_in", "tokens_out"))
+        entry["tokens"] += sum(count for count in tokens if not isnan(count))
+    return found
+
+
+def _family(spec: str) -> str:
+    name = spec.partition(":")[0].partition("@")[0].lower()  # proxy@clip:MODEL is a proxy
+    if name in HPS_FILES:
+        return "hps"
+    return "clipscore" if name in CLIPS and name.startswith("clipscore") else name
+
+
+def _families(spec: str) -> set[str]:
+    return set() if spec.startswith("column:") else {_family(spec)}
+
+
+def _in_column(family: str, spec: str) -> bool:
+    """Whether the columns of a source are called like a scorer of the family."""
+    if not spec.startswith("column:"):
+        return False
+    plain = re.sub(r"[^a-z0-9]", "", spec.removeprefix("column:").lower())
+    names = {"clipscore": "clip", "hps": "hps"}.get(family, family)
+    return names in plain if family in {_family(name) for name in NAMES} else False
+
+
+def _margins(facts: Any) -> list[str]:
+    """Every ``margin`` list of specs in some facts, however deep."""
+    if isinstance(facts, dict):
+        own = facts.get("margin")
+        if isinstance(own, dict):
+            own = list(own)
+        found = [spec for spec in own if isinstance(spec, str)] if isinstance(own, list) else []
+        return found + [s for key, part in facts.items() if key != "margin" for s in _margins(part)]
+    return [spec for part in facts for spec in _margins(part)] if isinstance(facts, list) else []
