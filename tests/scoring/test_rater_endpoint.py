@@ -26,10 +26,10 @@ from fifa.console import collect_facts
 from fifa.data.table import PAIRS, Pairs
 from fifa.data.table import PROMPTS as PROMPTS_SCHEMA
 from fifa.errors import FifaError
-from fifa.scoring.quality import quality_scores
+from fifa.scoring.quality import make_rater, quality_scores
 from fifa.scoring.raters import endpoint
 from fifa.scoring.raters.answers import Answers
-from fifa.scoring.raters.endpoint import EndpointRater, make_endpoint, public_url
+from fifa.scoring.raters.endpoint import EndpointRater, public_url
 from fifa.scoring.rubric import Answer, load_rubric, parse_answer, response_format
 
 KEY = "sk-not-to-be-seen-4711"
@@ -362,14 +362,14 @@ def test_a_hosted_endpoint_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_spec_names_model_and_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = make_endpoint("openai:org/m:7b@q4@https://h:1/v1")
+    mine = make_rater("openai:org/m:7b@q4@https://h:1/v1")
     assert (mine.model, mine.url) == ("org/m:7b@q4", "https://h:1/v1")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
-    assert make_endpoint("openai:m").url == "http://localhost:1/v1"
+    assert make_rater("openai:m").url == "http://localhost:1/v1"
     monkeypatch.delenv("OPENAI_BASE_URL")
-    assert make_endpoint("openai:m").url == "https://api.openai.com/v1"
+    assert make_rater("openai:m").url == "https://api.openai.com/v1"
     with pytest.raises(FifaError, match="no model or no URL"):
-        make_endpoint("openai:@http://h/v1")
+        make_rater("openai:@http://h/v1")
 
 
 def test_the_model_the_rubric_and_the_parameters_are_part_of_the_identity() -> None:

@@ -22,11 +22,11 @@ from fifa.evaluation.images import Look, each_image, image_pairs
 from fifa.evaluation.judges import LOOKS, Detector, Judge, looks
 from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
+from fifa.scoring.margin import margin_scores
 from fifa.scoring.quality import quality_scores
 from fifa.scoring.rewards.features import frozen_features, make_image_encoder
 from fifa.scoring.rewards.load import load_reward
-from fifa.scoring.rewards.margins import reward_scores
-from fifa.scoring.rewards.proxy import load_proxy
+from fifa.scoring.specs import REWARDS
 from fifa.shards.files import write_table
 
 MEASURES = "measures.parquet"
@@ -96,20 +96,10 @@ def check_scorers(scorers: Sequence[str], compute: Compute) -> dict[str, str]:
 
     Raises `FifaError` for a spec that names no reward model that looks at images.
     """
-    scales = {}
-    for spec in scorers:
-        name, _, folder = spec.partition(":")
-        if name == "column" or spec == "proxy" or spec.startswith("proxy@"):
-            raise FifaError(
-                f"{spec} does not look at images",
-                do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
-            )
-        if name == "proxy":
-            model = load_proxy(folder, make_runtime(compute.device, compute.dtype, False, False))
-        else:
-            model = load_reward(spec, device=compute.device, dtype=compute.dtype)
-        scales[spec] = model.scale
-    return scales
+    return {
+        spec: load_reward(spec, device=compute.device, dtype=compute.dtype).scale
+        for spec in scorers
+    }
 
 
 def measure(
@@ -210,8 +200,8 @@ def with_suffix(name: str, suffix: str) -> str:
 
 def scorer_name(spec: str, others: Sequence[str]) -> str:
     """A scorer's name for people: ``clipscore (folder)`` where it was given a model's place."""
-    name, _, model = spec.partition(":")
-    brief = f"{name} ({Path(model).name})" if model else name
+    parsed = REWARDS.parse(spec)
+    brief = f"{parsed.name} ({Path(parsed.model).name})" if parsed.model else parsed.name
     alike = [other for other in others if other != spec and scorer_name(other, ()) == brief]
     return spec if alike else brief
 
@@ -233,7 +223,7 @@ def _of_model(images: pa.Table, name: str) -> pa.Table:
 
 
 def _rewards(part: pa.Table, folder: Path, spec: str, scores: Path, compute: Compute) -> Floats:
-    table = reward_scores(image_pairs(part, folder), spec, scores, compute=compute)
+    table = margin_scores(image_pairs(part, folder), spec, scores, compute=compute)
     rewards: Floats = table["reward_0"].to_numpy().astype(np.float32)
     return rewards
 

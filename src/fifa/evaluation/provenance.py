@@ -12,9 +12,9 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from fifa.errors import FifaError
 from fifa.evaluation.models import Model
-from fifa.scoring.rewards.hps import FILES as HPS_FILES
-from fifa.scoring.rewards.load import CLIPS, NAMES
+from fifa.scoring.specs import REWARDS
 from fifa.shards.files import read_json, read_json_lines, read_yaml
 
 LOG = "log.jsonl"  # of a run folder
@@ -88,9 +88,7 @@ def is_picked(spec: str, picked: Sequence[str]) -> bool:
     as good as another, for all are trained on the same feedback.
     """
     family = _family(spec)
-    return any(
-        spec == other or family in _families(other) or _in_column(family, other) for other in picked
-    )
+    return any(spec == other or _is_relative(family, other) for other in picked)
 
 
 def _log(path: Path) -> dict[str, dict[str, float]]:
@@ -108,23 +106,19 @@ def _log(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _family(spec: str) -> str:
-    name = spec.partition(":")[0].partition("@")[0].lower()  # proxy@clip:MODEL is a proxy
-    if name in HPS_FILES:
-        return "hps"
-    return "clipscore" if name in CLIPS and name.startswith("clipscore") else name
+    entry = REWARDS.parse(spec).entry
+    return entry.family or entry.name
 
 
-def _families(spec: str) -> set[str]:
-    return set() if spec.startswith("column:") else {_family(spec)}
-
-
-def _in_column(family: str, spec: str) -> bool:
-    """Whether the columns of a source are called like a scorer of the family."""
-    if not spec.startswith("column:"):
+def _is_relative(family: str, picked: str) -> bool:
+    """Whether what picked the data is of the family, or a source's columns called like it."""
+    try:
+        parsed = REWARDS.parse(picked.lower())
+    except FifaError:  # a scorer of another version of FiFA
         return False
-    plain = re.sub(r"[^a-z0-9]", "", spec.removeprefix("column:").lower())
-    names = {"clipscore": "clip", "hps": "hps"}.get(family, family)
-    return names in plain if family in {_family(name) for name in NAMES} else False
+    if not parsed.is_column:
+        return _family(parsed.text) == family
+    return family != "proxy" and family in re.sub(r"[^a-z0-9]", "", parsed.model)
 
 
 def _margins(facts: Any) -> list[str]:

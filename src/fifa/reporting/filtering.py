@@ -22,6 +22,7 @@ from fifa.reporting import data, figures
 from fifa.reporting.examples import load_examples
 from fifa.reporting.label_noise import LISTED, load_doubts
 from fifa.scoring.agreement import Agreement, agreement
+from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import score_facts, score_path
 
 PLANE_ROWS = 20_000  # prompts that the plane is fitted on
@@ -268,10 +269,9 @@ def _plane(folder: Path, recipe: Recipe, columns: data.Columns) -> dict[str, Any
 
 def _embeddings(scores: Path, spec: str, prompts: int) -> Path | None:
     """The file of this encoder's embeddings of these prompts, if there is one."""
-    if spec == "none" or spec.startswith("column:"):
+    if spec == "none" or (parsed := ENCODERS.parse(spec)).is_column:
         return None
-    kind, _, model = spec.partition(":")
-    name = f"{kind}-{Path(model).name}" if model else kind
+    name = f"{parsed.name}-{Path(parsed.model).name}" if parsed.model else parsed.name
     # score_path with an empty identity gives the part of the name before the fingerprint
     start = score_path(scores, "embeddings", name).stem.rpartition("-")[0]
     found = [

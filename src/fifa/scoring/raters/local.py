@@ -19,6 +19,7 @@ from fifa.scoring.raters.logits import LogitReader, Numbers, Reading
 from fifa.scoring.raters.models import find_model, load_reader, model_digest, precision, smollm_path
 from fifa.scoring.raters.wordlist import WORDS_DIGEST, add_word_flags
 from fifa.scoring.rubric import RATINGS, load_rubric
+from fifa.scoring.specs import Spec
 from fifa.shards.files import digest
 
 HARMFUL = 0.5  # a predicted toxicity that is graded 1
@@ -114,6 +115,11 @@ class LogitRater:
     def rate(self, prompts: Sequence[str]) -> pa.Table:
         """`RATINGS` of ``prompts``."""
         return logit_ratings(self._reader.read(prompts))
+
+
+def make_local(spec: Spec, *_: object) -> DefaultRater | LogitRater:
+    """The rater ``local``, or ``local:MODEL``."""
+    return LogitRater(spec.model) if spec.model else DefaultRater()
 
 
 def default_ratings(reading: Reading, vectors: Numbers) -> pa.Table:

@@ -13,6 +13,7 @@ from PIL import Image
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.scoring.encoders import model_folder
+from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.weights import fill, find_weights, read_weights
 from fifa.shards.files import files_digest
@@ -20,7 +21,8 @@ from fifa.shards.files import files_digest
 if TYPE_CHECKING:
     from torch import Tensor
 
-HUB = "trl-lib/ddpo-aesthetic-predictor"
+    from fifa.scoring.specs import Spec
+
 FILES = (
     "sac+logos+ava1-l14-linearMSE.safetensors",
     "sac+logos+ava1-l14-linearMSE.pth",
@@ -31,40 +33,32 @@ WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the original's nn.Sequential: dropout between
 
 
-class AestheticReward:
+class AestheticReward(PublishedReward):
     """A reward of the image alone: a `fifa.scoring.rewards.base.RewardModel`.
 
     Parameters
     ----------
-    model
-        The head's weights: a file, a folder with them, or a hub id; None for a published copy.
-        CLIP ViT-L/14 lies in the folder ``clip`` beside them or comes from the hub.
+    spec
+        The head's weights: a file, a folder with them, or a hub id. CLIP ViT-L/14 lies in the
+        folder ``clip`` beside them or comes from the hub.
     runtime
         Where and how it computes; the head always in float32.
     """
 
-    name = "aesthetic"
-    scale = "points of LAION's aesthetic predictor v2, about 1 to 10; blind to the prompt"
-
-    def __init__(self, model: str | None, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._weights = find_weights(model or HUB, FILES)
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self._weights = find_weights(self.model, FILES)
         beside = self._weights.parent / "clip"
         folder = beside if beside.is_dir() else model_folder(CLIP_HUB)
         # simple_inference.py of christophschuhmann/improved-aesthetic-predictor uses OpenAI's
         # own preprocessing
         self._images = ImageTower(folder, "crop-convert", runtime)
+        self.preprocessing = self._images.description
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Digest of head and CLIP, preprocessing and precision."""
-        return {
-            "scorer": self.name,
-            "weights": [files_digest({"head": self._weights}), self._images.digest],
-            "preprocessing": self._images.description,
-            "scale": self.scale,
-            "dtype": self.runtime.dtype,
-        }
+    @property
+    def weights_digest(self) -> list[str]:
+        """Of the head and of the CLIP."""
+        return [files_digest({"head": self._weights}), self._images.digest]
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixels, uint8 ``[3, size, size]``, of an image of any mode."""

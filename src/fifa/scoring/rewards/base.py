@@ -1,15 +1,23 @@
-"""The seam between reward models and the engine that runs them over a data set."""
+"""The seam between reward models and the engine that runs them over a data set.
+
+`RewardModel` is what the engine calls; `PublishedReward` is the part that published models share.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from fifa.models.runtime import Runtime
+
 if TYPE_CHECKING:
     import torch
+
+    from fifa.scoring.specs import Spec
 
 
 class RewardModel(Protocol):
@@ -58,3 +66,44 @@ class RewardModel(Protocol):
     def rewards(self, prompts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """float32 ``[n]``: the reward of image feature i for prompt feature i."""
         ...
+
+
+class PublishedReward:
+    """What published reward models share: name, scale, and the identity of what they compute.
+
+    Parameters
+    ----------
+    spec
+        `fifa.scoring.specs.REWARDS` has the names, with default model and scale.
+    runtime
+        Where and how it computes.
+
+    Attributes
+    ----------
+    model
+        The file, folder or hub id that the weights come from.
+    preprocessing
+        In words; set by the model's own class. Part of the identity.
+    """
+
+    preprocessing: str
+
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        self.name, self.scale, self.runtime = spec.name, spec.entry.scale, runtime
+        self.model = spec.model or spec.entry.hub
+
+    @property
+    def weights_digest(self) -> Any:
+        """Names the content of all files that a reward depends on; JSON."""
+        raise NotImplementedError
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digest of the weights, preprocessing, scale and precision."""
+        return {
+            "scorer": self.name,
+            "weights": self.weights_digest,
+            "preprocessing": self.preprocessing,
+            "scale": self.scale,
+            "dtype": self.runtime.dtype,
+        }

@@ -16,11 +16,14 @@ from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import ModelEncoder, folder_digest, load_model
 from fifa.scoring.encoders import make_encoder
+from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
 from fifa.shards.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fifa.scoring.specs import Spec
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,6 @@ class ClipFormula:
 
     Parameters
     ----------
-    scale
-        The formula, for people.
     factor
         What the cosine is multiplied by; None for the model's own ``exp(logit_scale)``.
     floor
@@ -43,7 +44,6 @@ class ClipFormula:
         A key of `fifa.scoring.rewards.pixels.PREPROCESSING`.
     """
 
-    scale: str
     factor: float | None
     floor: float | None = None
     prefix: str = ""
@@ -53,21 +53,14 @@ class ClipFormula:
 
 FORMULAS = {
     # PickScore's README and criterion: text_embs @ image_embs.T, both L2-normalised
-    "pickscore": ClipFormula("exp(logit_scale) * cos(prompt, image)", None),
+    "pickscore": ClipFormula(None),
     # torchmetrics.functional.multimodal.clip_score
-    "clipscore": ClipFormula("max(100 * cos(prompt, image), 0), as in torchmetrics", 100.0, 0.0),
+    "clipscore": ClipFormula(100.0, 0.0),
     # jmhessel/clipscore
-    "clipscore-b32": ClipFormula(
-        "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021",
-        2.5,
-        0.0,
-        prefix="A photo depicts ",
-        clean=True,
-        preprocessing="crop-convert",
-    ),
+    "clipscore-b32": ClipFormula(2.5, 0.0, "A photo depicts ", True, "crop-convert"),
     # hpsv2: the diagonal of image_features @ text_features.T; its tables print it times 100
-    "hpsv2": ClipFormula("cos(prompt, image)", 1.0, clean=True, preprocessing="pad"),
-    "hpsv2.1": ClipFormula("cos(prompt, image)", 1.0, clean=True, preprocessing="pad"),
+    "hpsv2": ClipFormula(1.0, clean=True, preprocessing="pad"),
+    "hpsv2.1": ClipFormula(1.0, clean=True, preprocessing="pad"),
 }
 
 
@@ -127,18 +120,18 @@ class ImageTower:
         return self.runtime.place(model)
 
 
-class ClipReward:
+class ClipReward(PublishedReward):
     """A reward that is a cosine of two towers: a `fifa.scoring.rewards.base.RewardModel`.
+
+    The text tower stays in float32: prompts are few, and their vectors are then those of the
+    encoder ``clip:MODEL``.
 
     Parameters
     ----------
-    name
-        A key of `FORMULAS`.
-    model
-        A folder or hub id of a transformers CLIP.
+    spec
+        A key of `FORMULAS`, and a folder or hub id of a transformers CLIP.
     runtime
-        Where and how the image tower computes. The text tower stays in float32: prompts are few,
-        and their vectors are then those of the encoder ``clip:MODEL``.
+        Where and how the image tower computes.
 
     Attributes
     ----------
@@ -148,25 +141,19 @@ class ClipReward:
         changes a prompt before it reads it.
     """
 
-    def __init__(self, name: str, model: str, runtime: Runtime) -> None:
-        self.name, self.formula = name, FORMULAS[name]
-        self.scale = self.formula.scale
-        self.runtime = runtime
-        self._text: ModelEncoder = make_encoder(f"clip:{model}", device=runtime.device)
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self.formula = FORMULAS[spec.name]
+        self._text: ModelEncoder = make_encoder(f"clip:{self.model}", device=runtime.device)
         changed = self.formula.clean or self.formula.prefix
         self.encoder = None if changed else self._text
         self._images = ImageTower(self._text.folder, self.formula.preprocessing, runtime)
+        self.preprocessing = self._images.description
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Digest of weights and tokenizer, preprocessing, formula and precision."""
-        return {
-            "scorer": self.name,
-            "weights": self._images.digest,
-            "preprocessing": self._images.description,
-            "scale": self.scale,
-            "dtype": self.runtime.dtype,
-        }
+    @property
+    def weights_digest(self) -> str:
+        """Of the folder: weights, config and tokenizer."""
+        return self._images.digest
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixels ``[3, size, size]`` of an image of any mode."""

@@ -20,6 +20,7 @@ from PIL import Image
 from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime
+from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.shards.files import files_digest
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ class Block:
         for convolution in self.convolutions:
             y = convolution(y)
         return y.add_(x) if self.adds else y
+
+
+def make_efficientnet(spec: Spec, runtime: Runtime) -> EfficientNetLite0:
+    """The encoder ``efficientnet-lite0``, or ``efficientnet-lite0:SIDE``."""
+    if spec.model and not spec.model.isdigit():
+        raise IMAGE_ENCODERS.error(spec.text)
+    return EfficientNetLite0(runtime, max(32, int(spec.model)) if spec.model else SIDE)
 
 
 class EfficientNetLite0:

@@ -29,9 +29,9 @@ from fifa.models.transformer import load_model
 from fifa.scoring.encoders import model_folder, prompt_embeddings
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
-from fifa.scoring.rewards.efficientnet import SIDE, EfficientNetLite0
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
+from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest, files_digest, read_json
 from fifa.shards.ledger import forget, map_shards
@@ -39,7 +39,6 @@ from fifa.shards.ledger import forget, map_shards
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_SPECS = "efficientnet-lite0, efficientnet-lite0:SIDE, clip:MODEL or image:MODEL"
 SHARD = 512  # images embedded between two points where a run can be resumed
 DIGEST_SHARD = 16_384
 BATCH = 8  # images of 224 x 224 a forward pass: more only fills the processor's caches
@@ -108,14 +107,8 @@ def make_image_encoder(spec: str, runtime: Runtime) -> ImageEncoder:
 
     Raises `FifaError` for an unknown spec or a model that is not there.
     """
-    kind, _, model = spec.partition(":")
-    if kind == EfficientNetLite0.name and (not model or model.isdigit()):
-        return EfficientNetLite0(runtime, max(32, int(model)) if model else SIDE)
-    if kind == "clip" and model:
-        return _ClipImages(model, runtime)
-    if kind == "image" and model:
-        return _VisionModel(model, runtime)
-    raise FifaError(f"no such image encoder: {spec}", do=f"one of {IMAGE_SPECS}")
+    encoder: ImageEncoder = IMAGE_ENCODERS.parse(spec).make(runtime)
+    return encoder
 
 
 def frozen_features(
@@ -268,15 +261,16 @@ def _no_model() -> Any:
     raise AssertionError("telling images apart takes no model")
 
 
-class _ClipImages:
+class ClipImages:
     """A CLIP's image tower."""
 
-    def __init__(self, model: str, runtime: Runtime) -> None:
-        self.name = f"clip-{Path(model).name}"
-        self._tower = ImageTower(model_folder(model), "convert-crop", runtime)
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        self.name = f"clip-{Path(spec.model).name}"
+        self._tower = ImageTower(model_folder(spec.model), "convert-crop", runtime)
 
     @property
     def identity(self) -> dict[str, Any]:
+        """As in `ImageEncoder`."""
         return {
             "encoder": self.name,
             "weights": model_digest(self._tower.folder),
@@ -285,18 +279,20 @@ class _ClipImages:
         }
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``[3, side, side]`` of an image of any mode."""
         return self._tower.preprocess(image)
 
     def embed(self, pixels: Tensor) -> Tensor:
+        """float32 ``[b, d]``."""
         return self._tower.embed(pixels)
 
 
-class _VisionModel:
+class VisionModel:
     """Any transformers vision model: the whole picture squeezed to its size, its pooled output."""
 
-    def __init__(self, model: str, runtime: Runtime) -> None:
-        self.name = f"image-{Path(model).name}"
-        self._folder, self._runtime = model_folder(model), runtime
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        self.name = f"image-{Path(spec.model).name}"
+        self._folder, self._runtime = model_folder(spec.model), runtime
         settings = read_json(self._folder / "preprocessor_config.json", "the model's settings")
         size = settings.get("crop_size") or settings.get("size") or 224
         if isinstance(size, dict):
@@ -307,6 +303,7 @@ class _VisionModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """As in `ImageEncoder`."""
         return {
             "encoder": self.name,
             "weights": model_digest(self._folder),
@@ -316,11 +313,13 @@ class _VisionModel:
         }
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``[3, side, side]`` of an image of any mode."""
         square = (self._side, self._side)
         resized = image.convert("RGB").resize(square, Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def embed(self, pixels: Tensor) -> Tensor:
+        """float32 ``[b, d]``."""
         torch = require("torch")
         with torch.inference_mode(), self._runtime.autocast():
             x = self._runtime.pixels(pixels).float() / 255

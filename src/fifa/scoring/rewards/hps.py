@@ -8,12 +8,15 @@ read like any CLIP. The mapping of names is that of open_clip's ``CLIP`` and ``V
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
+from fifa.models.runtime import Runtime
+from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
     cache_folder,
@@ -23,7 +26,9 @@ from fifa.scoring.rewards.weights import (
 )
 from fifa.shards.files import atomic_folder, files_digest, read_json, write_json
 
-HUB = "xswu/HPSv2"
+if TYPE_CHECKING:
+    from fifa.scoring.specs import Spec
+
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # open_clip's H, g and bigG; 64 for all others
@@ -62,7 +67,15 @@ TOWERS = {
 }
 
 
-def hps_folder(name: str, model: str | None = None) -> Path:
+class HPSReward(ClipReward):
+    """HPSv2 or HPSv2.1: its model is what `hps_folder` takes."""
+
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        model = hps_folder(spec.name, spec.model or spec.entry.hub)
+        super().__init__(replace(spec, model=str(model)), runtime)
+
+
+def hps_folder(name: str, model: str) -> Path:
     """A folder with HPSv2 as a transformers CLIP, converted if it has to be.
 
     Parameters
@@ -71,14 +84,14 @@ def hps_folder(name: str, model: str | None = None) -> Path:
         ``hpsv2`` or ``hpsv2.1``.
     model
         A hub id, a folder with the checkpoint, the checkpoint itself, or a folder that is a
-        transformers CLIP already; None for the published one. The tokenizer's files lie beside
-        the checkpoint or come from the hub's `TOKENIZER_HUB`, an ``open_clip_config.json`` beside
-        it may name a head width or QuickGELU.
+        transformers CLIP already. The tokenizer's files lie beside the checkpoint or come from
+        the hub's `TOKENIZER_HUB`, an ``open_clip_config.json`` beside it may name a head width
+        or QuickGELU.
     """
-    if model is not None and (Path(model).expanduser() / "config.json").is_file():
+    if (Path(model).expanduser() / "config.json").is_file():
         return Path(model).expanduser()
     stem = FILES[name]
-    checkpoint = find_weights(model or HUB, (stem, stem.replace(".pt", ".safetensors")))
+    checkpoint = find_weights(model, (stem, stem.replace(".pt", ".safetensors")))
     tokenizer = companion_folder(
         checkpoint, ("tokenizer.json", "vocab.json"), TOKENIZER_HUB, TOKENIZER_FILES
     )

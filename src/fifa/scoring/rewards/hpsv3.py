@@ -22,6 +22,7 @@ from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import CHARACTERS_PER_TOKEN
+from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, STD, fit_area, standardise
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
@@ -35,7 +36,8 @@ from fifa.shards.files import digest, files_digest, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-HUB = "MizzenAI/HPSv3"
+    from fifa.scoring.specs import Spec
+
 FILES = ("HPSv3.safetensors",)
 BASE_HUB = "Qwen/Qwen2-VL-7B-Instruct"
 AREA = 256 * 28 * 28  # pixels, least and most
@@ -51,7 +53,7 @@ CHAT = (
 RUBRIC = "rubric.txt"
 
 
-class HPSv3:
+class HPSv3(PublishedReward):
     """A reward by a vision-language model: a `fifa.scoring.rewards.base.RewardModel`.
 
     Image features are the vision tower's tokens in their grid, ``[b, h / 28, w / 28, d]``, so
@@ -59,37 +61,34 @@ class HPSv3:
 
     Parameters
     ----------
-    model
-        The checkpoint: a file, a folder with it, or a hub id; None for the published one. Config
-        and tokenizer lie beside it or come from the hub's `BASE_HUB`.
+    spec
+        The checkpoint: a file, a folder with it, or a hub id. Config and tokenizer lie beside it
+        or come from the hub's `BASE_HUB`.
     runtime
         Where and how it computes: ``dtype`` is that of the weights; the head always in float32.
     """
 
-    name = "hpsv3"
-    scale = "mu, the mean of the reward's distribution (the head's first output)"
-
-    def __init__(self, model: str | None, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._weights = find_weights(model or HUB, FILES)
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self._weights = find_weights(self.model, FILES)
         self._base = companion_folder(
             self._weights, ("config.json",), BASE_HUB, ("config.json", *TOKENIZER_FILES)
         )
+        self.preprocessing = (
+            f"area {AREA}, factor {self._factor}, mean {MEAN}, std {STD}; {TOKENS} tokens"
+        )
+
+    @property
+    def weights_digest(self) -> str:
+        """Of weights, config and tokenizer."""
+        names = ("config.json", *TOKENIZER_FILES)
+        base = {n: self._base / n for n in names if (self._base / n).is_file()}
+        return files_digest({"model": self._weights, **base})
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Digest of weights, config and tokenizer, preprocessing and precision."""
-        names = ("config.json", *TOKENIZER_FILES)
-        base = {n: self._base / n for n in names if (self._base / n).is_file()}
-        return {
-            "scorer": self.name,
-            "weights": files_digest({"model": self._weights, **base}),
-            "rubric": digest(*self._rubric),
-            "preprocessing": f"area {AREA}, factor {self._factor}, mean {MEAN}, std {STD}; "
-            f"{TOKENS} tokens",
-            "scale": self.scale,
-            "dtype": self.runtime.dtype,
-        }
+        """That of every published model, and the rubric."""
+        return {**super().identity, "rubric": digest(*self._rubric)}
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixels, uint8 ``[3, h, w]``; raises `BadImage` for a sliver."""

@@ -19,6 +19,7 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards.aesthetic import PLACES, WIDTHS, linear_stack, renumbered
+from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, STD, crop_convert, standardise
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
@@ -32,7 +33,8 @@ from fifa.shards.files import files_digest
 if TYPE_CHECKING:
     from torch import Tensor
 
-HUB = "THUDM/ImageReward"
+    from fifa.scoring.specs import Spec
+
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
 TOKENIZER_HUB = "google-bert/bert-base-uncased"
 TOKENS = 35
@@ -51,7 +53,7 @@ VISUAL = {
 }
 
 
-class ImageReward:
+class ImageReward(PublishedReward):
     """A reward from cross attention: a `fifa.scoring.rewards.base.RewardModel`.
 
     Image features are the image half's states, prompt features token ids; the text half runs in
@@ -59,34 +61,27 @@ class ImageReward:
 
     Parameters
     ----------
-    model
-        The checkpoint: a file, a folder with it, or a hub id; None for the published one. The
-        tokenizer lies beside it or comes from the hub's `TOKENIZER_HUB`.
+    spec
+        The checkpoint: a file, a folder with it, or a hub id. The tokenizer lies beside it or
+        comes from the hub's `TOKENIZER_HUB`.
     runtime
         Where and how it computes; the head always in float32.
     """
 
-    name = "imagereward"
-    scale = "(r - 0.16717) / 1.03334: mean 0 and spread 1 on ImageReward's own data"
+    preprocessing = f"crop-convert {SIZE}, mean {MEAN}, std {STD}; {TOKENS} tokens"
 
-    def __init__(self, model: str | None, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._weights = find_weights(model or HUB, FILES)
-        self._words = companion_folder(
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self._weights = find_weights(self.model, FILES)
+        self._tokenizer_folder = companion_folder(
             self._weights, ("vocab.txt",), TOKENIZER_HUB, TOKENIZER_FILES
         )
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Digest of weights and vocabulary, preprocessing and precision."""
-        vocabulary = self._words / "vocab.txt"
-        return {
-            "scorer": self.name,
-            "weights": files_digest({"model": self._weights, "vocabulary": vocabulary}),
-            "preprocessing": f"crop-convert {SIZE}, mean {MEAN}, std {STD}; {TOKENS} tokens",
-            "scale": self.scale,
-            "dtype": self.runtime.dtype,
-        }
+    @property
+    def weights_digest(self) -> str:
+        """Of the weights and the vocabulary."""
+        vocabulary = self._tokenizer_folder / "vocab.txt"
+        return files_digest({"model": self._weights, "vocabulary": vocabulary})
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """Pixels, uint8 ``[3, 224, 224]``, of an image of any mode."""
@@ -136,11 +131,11 @@ class ImageReward:
         transformers = require("transformers")
         try:
             tokenizer = transformers.BertTokenizer.from_pretrained(
-                self._words, local_files_only=True
+                self._tokenizer_folder, local_files_only=True
             )
         except (OSError, ValueError) as error:
             raise FifaError(
-                f"cannot load the tokenizer: {error}", where=str(self._words)
+                f"cannot load the tokenizer: {error}", where=str(self._tokenizer_folder)
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})

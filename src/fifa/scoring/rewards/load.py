@@ -12,20 +12,8 @@ from PIL import Image
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
-from fifa.scoring.rewards.aesthetic import AestheticReward
 from fifa.scoring.rewards.base import RewardModel
-from fifa.scoring.rewards.clip import ClipReward
-from fifa.scoring.rewards.hps import FILES as HPS_FILES
-from fifa.scoring.rewards.hps import hps_folder
-from fifa.scoring.rewards.hpsv3 import HPSv3
-from fifa.scoring.rewards.imagereward import ImageReward
-
-CLIPS = {
-    "pickscore": "yuvalkirstain/PickScore_v1",
-    "clipscore": "openai/clip-vit-large-patch14",
-    "clipscore-b32": "openai/clip-vit-base-patch32",
-}
-NAMES = (*CLIPS, *HPS_FILES, "aesthetic", "imagereward", "hpsv3")
+from fifa.scoring.specs import REWARDS
 
 
 def load_reward(
@@ -41,13 +29,13 @@ def load_reward(
     Parameters
     ----------
     spec
-        One of `NAMES`, alone or as ``NAME:MODEL``: a hub id, a folder or (where the original is
-        one checkpoint) a file.
+        A name of `fifa.scoring.specs.REWARDS`, alone or as ``NAME:MODEL``: a hub id, a folder or
+        (where the original is one checkpoint) a file. ``proxy:FOLDER`` is one trained here.
     device
         A torch device; the fastest one by default.
     dtype
-        ``float32`` (default), or ``bfloat16`` or ``float16`` under autocast; hpsv3 computes in
-        ``bfloat16`` by default, as it was trained.
+        ``float32``, or ``bfloat16`` or ``float16`` under autocast. The default is the model's own:
+        ``bfloat16`` for hpsv3, as it was trained, else ``float32``.
     compile
         True for `torch.compile`, or the name of its backend.
     channels_last
@@ -56,25 +44,19 @@ def load_reward(
     Raises
     ------
     FifaError
-        For a name that is not there, weights that are neither here nor on the hub or do not
-        fit, an unknown device or precision, and where the ``local`` extra is missing.
+        For a name that is not there or looks at no image, weights that are neither here nor on
+        the hub or do not fit, an unknown device or precision, and where the ``local`` extra is
+        missing.
     """
-    name, _, model = spec.partition(":")
-    if name not in NAMES or spec.endswith(":"):
+    parsed = REWARDS.parse(spec)
+    if not parsed.entry.maker:
         raise FifaError(
-            f"no such reward model: {spec}", do=f"{', '.join(NAMES)}, or NAME:HUB_ID_OR_FOLDER"
+            f"{spec} does not look at images",
+            do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
         )
-    if name == "hpsv3":
-        dtype = dtype or "bfloat16"
-    runtime = make_runtime(device, dtype, compile, channels_last)
-    if name in CLIPS:
-        return ClipReward(name, model or CLIPS[name], runtime)
-    if name in HPS_FILES:
-        return ClipReward(name, str(hps_folder(name, model or None)), runtime)
-    if name == "aesthetic":
-        return AestheticReward(model or None, runtime)
-    kind = ImageReward if name == "imagereward" else HPSv3
-    return kind(model or None, runtime)
+    runtime = make_runtime(device, dtype or parsed.entry.dtype, compile, channels_last)
+    model: RewardModel = parsed.make(runtime)
+    return model
 
 
 def score(

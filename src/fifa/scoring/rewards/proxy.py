@@ -25,13 +25,14 @@ from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.features import ImageEncoder, make_image_encoder
 from fifa.scoring.rewards.head import Head
 from fifa.scoring.rewards.weights import read_weights
+from fifa.scoring.specs import REWARDS, Spec
 from fifa.shards.files import files_digest, read_json, write_bytes, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-SCALE = "log-odds that people prefer the image, calibrated on prompts held out of its training"
+SCALE = REWARDS.parse("proxy:FOLDER").entry.scale
 HEAD, SETTINGS, CARD, MODEL, ENCODERS = (
     "head.safetensors",
     "reward.json",
@@ -41,13 +42,13 @@ HEAD, SETTINGS, CARD, MODEL, ENCODERS = (
 )
 
 
-def load_proxy(folder: str | Path, runtime: Runtime | None = None) -> RewardModel:
+def load_proxy(place: Spec | str | Path, runtime: Runtime | None = None) -> RewardModel:
     """The reward model in a folder that `fifa.scoring.rewards.fit.train_reward` wrote.
 
     Parameters
     ----------
-    folder
-        The folder, wherever it is now.
+    place
+        The folder, wherever it is now, or the spec that names it.
     runtime
         Where and how it computes.
 
@@ -57,7 +58,7 @@ def load_proxy(folder: str | Path, runtime: Runtime | None = None) -> RewardMode
         For a folder that holds no reward of ours, an encoder that is not installed or is not the
         one it was trained on.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(place.model if isinstance(place, Spec) else place).expanduser()
     settings = read_json(folder / SETTINGS, "the reward model")
     if settings.get("format") != FORMAT or settings.get("kind") not in ("head", "clip"):
         raise FifaError(
@@ -153,8 +154,8 @@ class ClipProxy(ClipReward):
     """
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
-        super().__init__("pickscore", str(folder / MODEL), runtime)
-        self.name, self.scale = "proxy", f"{self.formula.scale}: {SCALE}"
+        super().__init__(REWARDS.parse(f"pickscore:{folder / MODEL}"), runtime)
+        self.name, self.scale = "proxy", f"{self.scale}: {SCALE}"
 
 
 def save_head(folder: Path, head: Head, settings: dict[str, Any], card: str) -> None:
