@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import torch
 
 from fifa import train
+from fifa.config import Train
 from fifa.moji.family import FEEDBACK, SD
 from fifa.training.adapters import load_lora
 from fifa.training.backbones import load_backbone
 from fifa.training.batches import Source, predict
 from fifa.training.cache import encode
-from fifa.training.config import Train
 from fifa.training.losses import Loss, logits
 from fifa.training.pairs import read_training_pairs
 

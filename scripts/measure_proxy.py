@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fifa.config import Reward
 from fifa.data import read_pairs
 from fifa.data.table import Pairs
 from fifa.scoring.rewards.calibrate import Metrics, measure
 from fifa.scoring.rewards.crossfit import crossfit_folds
-from fifa.scoring.rewards.fit import TrainOptions
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as kept:
         for image in arguments.image:
-            options = TrainOptions(image=image, text=arguments.text)
+            options = Reward(image=image, text=arguments.text)
             for seed in range(arguments.seeds):
                 found, raw, best = judge(pairs, options, seed, Path(kept))
                 print(
@@ -56,9 +56,7 @@ def main() -> None:
                 )
 
 
-def judge(
-    pairs: Pairs, options: TrainOptions, seed: int, kept: Path
-) -> tuple[Metrics, Metrics, float]:
+def judge(pairs: Pairs, options: Reward, seed: int, kept: Path) -> tuple[Metrics, Metrics, float]:
     """Metrics after and before calibration, and the accuracy in the tenth of largest margin."""
     table = crossfit_folds(pairs, seed=seed, folder=kept, options=options)
     label, prompt = (pairs.table[name].to_numpy() for name in ("label", "prompt_index"))

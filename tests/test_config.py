@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fifa.config import STRATEGIES, Read, Recipe, Score, Select, changed, from_yaml
+from fifa.config import STRATEGIES, Read, Recipe, Score, Select, changed
 from fifa.errors import FifaError
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def path(tmp_path_factory):
 @given(recipe=recipes)
 def test_yaml_gives_the_same_recipe_back(path, recipe):
     path.write_text(recipe.to_yaml(), "utf-8")
-    assert from_yaml(path) == recipe
+    assert Recipe.from_yaml(path) == recipe
 
 
 def test_a_count_stays_a_count_and_a_fraction_a_fraction():
@@ -57,14 +57,14 @@ def test_a_wrong_recipe_is_told_by_file_and_knob(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(FifaError, match=message) as caught:
-        from_yaml(path)
+        Recipe.from_yaml(path)
     assert str(path) in str(caught.value)
 
 
 def test_what_is_left_out_has_its_default_and_none_changes_nothing(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("select:\n  keep: 0.01\n")
-    recipe = from_yaml(path)
+    recipe = Recipe.from_yaml(path)
     assert recipe == Recipe(select=Select(keep=0.01))
     assert changed(recipe, select={"keep": None, "alpha": 2.0}).select == Select(0.01, alpha=2.0)
 
@@ -79,4 +79,4 @@ def test_differences_name_every_knob_that_differs():
     "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_the_example_recipes_are_valid(example):
-    assert from_yaml(example) != Recipe()
+    assert Recipe.from_yaml(example) != Recipe()

@@ -1,17 +1,24 @@
-"""Every knob, once: frozen dataclasses, checked when they are made, YAML in and out."""
+"""Every knob of every command, once: its default, its bounds, and its help text.
+
+A command's knobs are a frozen dataclass, checked when it is made. The help text of a knob is its
+entry in the docstring of its class; `fifa.cli.options` makes the command line from both. `changed`
+replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them as files.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, field, replace
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict, field, fields, is_dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fifa.errors import FifaError
-from fifa.shards.files import read_yaml
 
 # "unsafe" is what raters say that see harm, but not of which kind.
 UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
@@ -26,150 +33,259 @@ STRATEGIES = (
     "farthest",
     "weights",
 )
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_checked = ConfigDict(extra="forbid", validate_default=True)
+T = TypeVar("T")
+K = TypeVar("K", bound="Knobs")
 
 
-@dataclass(frozen=True, config=_checked)
-class Read:
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """How a knob is written on the command line, where that is not ``--its-name``.
+
+    Parameters
+    ----------
+    name
+        The option: ``--target``, or both of a switch, ``--buckets/--crop``.
+    commas
+        Several values stand in one option, with commas between them; otherwise the option is
+        given several times.
+    argument
+        It is given without a name.
+    required
+        It has no default: it has to be given, on the command line or in the recipe.
+    """
+
+    name: str = ""
+    commas: bool = False
+    argument: bool = False
+    required: bool = False
+
+
+class Knobs:
+    """What all classes of knobs can do."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @classmethod
+    def from_yaml(cls: type[K], path: Path) -> K:
+        """The knobs in a YAML file; what the file leaves out has its default.
+
+        Raises `FifaError` for text that is no YAML, unknown knobs and values out of range.
+        """
+        from fifa.shards.files import read_yaml  # pyarrow, which no help text needs
+
+        return build(cls, read_yaml(path, "the recipe"), where=str(path))
+
+    def to_yaml(self) -> str:
+        """The knobs as YAML; ``from_yaml`` gives the same ones back."""
+        plain = TypeAdapter(type(self)).dump_python(self, mode="json")
+        # Escaped beyond ASCII: unescaped, PyYAML does not read every character back as it was.
+        return str(yaml.safe_dump(plain, sort_keys=False))
+
+    def differences(self: K, other: K, *, but: frozenset[str] = frozenset()) -> list[str]:
+        """``knob: here / there`` for every knob that differs, ``section.knob`` in a section.
+
+        Knobs named in ``but`` may differ.
+        """
+        here, there = _flat(self), _flat(other)
+        return [
+            f"{name}: {here[name]!r} / {there[name]!r}"
+            for name in here
+            if here[name] != there[name] and name not in but
+        ]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def knobs(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose values are checked: what is wrong is a `FifaError`."""
+    config = ConfigDict(extra="forbid", validate_default=True)
+    made: Any = dataclass(cls, frozen=True, config=config)
+    check = made.__init__
+
+    @wraps(check)
+    def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            check(self, *args, **values)
+        except ValidationError as error:
+            raise _wrong(error, cls.__name__) from error
+
+    made.__init__ = checked_init
+    return made  # type: ignore[no-any-return]
+
+
+@knobs
+class Read(Knobs):
     """Where the pairs come from.
 
     Parameters
     ----------
     source
-        A file, folder, glob, ``hf://datasets/...`` id or fsspec URL.
+        A file, a folder, a glob, an ``hf://datasets/...`` id or any fsspec URL.
     format
-        A format's name; None recognises it by its columns.
+        The source's format; recognised by its columns if not given.
     columns
-        For a table of your own: ``prompt``, ``image_0``, ``image_1`` and ``label`` to the names
-        of its columns.
+        For a table of your own: the names of its columns, as
+        ``prompt=NAME,image_0=NAME,image_1=NAME,label=NAME``.
     allow_download
         Fetch images that the source only names by URL (public addresses only).
     """
 
-    source: str = ""
+    source: Annotated[str, Option(argument=True, required=True)] = ""
     format: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    allow_download: bool = False
+    columns: Annotated[dict[str, str], Option(commas=True)] = field(default_factory=dict)
+    allow_download: Annotated[bool, Option("--allow-download/--no-download")] = False
 
 
-@dataclass(frozen=True, config=_checked)
-class Score:
+@knobs
+class Score(Knobs):
     """What scores pairs and prompts.
 
     Parameters
     ----------
     margin
-        Reward models, several for a committee: ``column:NAME_0,NAME_1``, ``pickscore``,
-        ``hpsv2.1``, ``imagereward``, ..., ``NAME:FOLDER``, ``proxy``, ``proxy@clip:MODEL``,
-        ``proxy:FOLDER``.
+        A reward model: ``column:NAME_0,NAME_1``, ``pickscore``, ``hpsv2.1``, ``imagereward``, ...,
+        ``NAME:FOLDER``, ``proxy``, ``proxy@clip:MODEL``, ``proxy:FOLDER``. Several make a
+        committee.
     quality
-        The rater: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME`` or ``none``.
+        The rater of prompts: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME`` or
+        ``none``.
     diversity
-        The encoder: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME`` or ``none``.
+        The encoder of prompts: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME`` or
+        ``none``.
     k
-        The neighbour whose distance enters the entropy.
+        A prompt's diversity is taken from the distance to its k-th nearest neighbour.
     """
 
     margin: tuple[str, ...] = ()
     quality: str = "local"
     diversity: str = "minilm"
-    k: Annotated[int, Field(ge=1)] = 10
+    k: Count = 10
 
 
-@dataclass(frozen=True, config=_checked)
-class Select:
+@knobs
+class Select(Knobs):
     """What is kept.
 
     Parameters
     ----------
     keep
-        How many pairs: an int is a count, a float up to 1.0 a fraction of all pairs.
+        How many pairs: a count (5000) or a fraction of all pairs (0.1; on the command line also
+        10%).
     strategy
-        ``fifa`` (top-K by importance), or one of the others in `fifa.config.STRATEGIES`.
-    alpha, gamma
-        Weights of quality and diversity beside the margin's 1.
+        How pairs are chosen: ``fifa`` takes the most important ones, the others are controls and
+        variants of it.
+    alpha
+        Weight of the prompt's quality, beside the margin's 1.
+    gamma
+        Weight of the prompt's diversity, beside the margin's 1.
     normalize
-        How the three terms are brought to one scale.
+        How margin, quality and diversity are brought to one scale.
     unsafe_flags
-        A prompt with one of these flags is dropped.
+        Drop prompts that the rater gave one of these flags; an empty list drops none.
     drop_nonsense
-        Drop prompts the rater flags as ``nonsense``.
+        Drop prompts that the rater flags as nonsense.
     min_quality
-        Drop prompts rated below this (the rater's own scale, 1 to 5).
+        Drop prompts rated below this (on the rater's scale, 1 to 5).
     min_agreement
         Drop pairs where a smaller share of the committee agrees with the person.
     margin_window
-        Keep absolute margins within [low, high] only (the standardised committee scale, or the
-        scorer's own if there is one).
+        Keep only pairs whose absolute margin lies within these bounds (on the committee's
+        standardised scale, or on the scorer's own if there is only one).
     margin_percentiles
-        The same window, as percentiles in [0, 100] of all eligible pairs' margins.
+        The same bounds as percentiles, 0 to 100, of the margins of all eligible pairs.
     per_prompt
         At most this many pairs of one prompt.
     drop_duplicates
-        Drop a pair that compares the same two images as an earlier one, or an image with itself.
+        Drop a pair of the same two images as an earlier pair, and an image paired with itself.
     seed
-        For the strategies that draw.
+        Seed of the strategies that draw.
     """
 
-    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 5000
+    keep: Count | Annotated[float, Field(gt=0, le=1)] = 5000
     strategy: Literal[STRATEGIES] = "fifa"  # type: ignore[valid-type]
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
-    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    alpha: NotNegative = 0.5
+    gamma: NotNegative = 0.5
     normalize: Literal["none", "z", "rank", "robust"] = "robust"
-    unsafe_flags: tuple[str, ...] = UNSAFE_FLAGS
-    drop_nonsense: bool = True
+    unsafe_flags: Annotated[tuple[str, ...], Option(commas=True)] = UNSAFE_FLAGS
+    drop_nonsense: Annotated[bool, Option("--drop-nonsense/--keep-nonsense")] = True
     min_quality: float | None = None
-    min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_agreement: Share | None = None
     margin_window: tuple[float | None, float | None] = (None, None)
     margin_percentiles: tuple[float, float] = (0.0, 100.0)
-    per_prompt: Annotated[int, Field(ge=1)] | None = None
-    drop_duplicates: bool = True
+    per_prompt: Count | None = None
+    drop_duplicates: Annotated[bool, Option("--drop-duplicates/--keep-duplicates")] = True
     seed: int = 0
 
 
-@dataclass(frozen=True, config=_checked)
-class Compute:
+@knobs
+class Compute(Knobs):
     """Where and how models run. Only ``dtype`` changes a reward by more than rounding.
 
     Parameters
     ----------
     device
-        A torch device; None for the fastest.
+        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
     dtype
-        ``float32``, or ``bfloat16`` or ``float16`` under autocast; None for the model's own.
-    compile, channels_last
-        `torch.compile`; convolutions with channels last in memory.
+        What reward models compute in: ``float32``, or ``bfloat16`` or ``float16`` under autocast;
+        each model's own if not given.
+    compile
+        Compile the image tower with ``torch.compile``.
+    channels_last
+        Keep convolutions with their channels last in memory.
     batch
-        Images of 224 x 224 in a forward pass.
+        Images of 224 x 224 pixels in a forward pass.
     workers
-        Threads that decode and preprocess; 0 for one a core.
+        Threads that decode and preprocess images; 0 for one a core.
     executor
-        ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
-    actors, num_cpus, num_gpus
-        On Ray: how many actors, and what each takes.
+        Where shards run: ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
+    actors
+        On Ray: how many actors.
+    num_cpus
+        On Ray: CPUs that an actor takes.
+    num_gpus
+        On Ray: GPUs that an actor takes; a fraction shares one.
     store
-        A folder or URL that all workers reach, for unfinished shards; None: beside the scores.
+        A folder or URL that all workers reach, for unfinished shards; beside the scores if not
+        given.
     in_flight
-        Requests to a rater's endpoint under way at once.
+        How many requests a rater's endpoint is sent at once.
     """
 
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     compile: bool = False
-    channels_last: bool = False
-    batch: Annotated[int, Field(ge=1)] = 32
-    workers: Annotated[int, Field(ge=0)] = 0
+    channels_last: Annotated[bool, Option("--channels-last/--channels-first")] = False
+    batch: Count = 32
+    workers: CountOrZero = 0
     executor: Annotated[str, Field(pattern=r"^(local(:\d+)?|ray(://.+)?)$")] = "local"
-    actors: Annotated[int, Field(ge=1)] = 1
+    actors: Count = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     store: str | None = None
-    in_flight: Annotated[int, Field(ge=1)] = 16
+    in_flight: Count = 16
 
 
-@dataclass(frozen=True, config=_checked)
-class Recipe:
+@knobs
+class Recipe(Knobs):
     """A whole run: read, score, select, and what it runs on."""
 
     read: Read = Read()
@@ -177,49 +293,592 @@ class Recipe:
     select: Select = Select()
     compute: Compute = Compute()
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML; `from_yaml` gives the same recipe back."""
-        plain = TypeAdapter(Recipe).dump_python(self, mode="json")
-        # Escaped beyond ASCII: unescaped, PyYAML does not read every character back as it was.
-        return str(yaml.safe_dump(plain, sort_keys=False))
 
-    def differences(self, other: Recipe) -> list[str]:
-        """``section.knob: here / there`` for every knob in which two recipes differ."""
-        mine, theirs = asdict(self), asdict(other)
-        return [
-            f"{section}.{knob}: {mine[section][knob]!r} / {theirs[section][knob]!r}"
-            for section in mine
-            for knob in mine[section]
-            if mine[section][knob] != theirs[section][knob]
-        ]
+@knobs
+class Train(Knobs):
+    """A training of a diffusion model.
 
-
-def from_yaml(path: Path) -> Recipe:
-    """The recipe in a YAML file; what it leaves out has its default.
-
-    Raises `FifaError` for text that is no YAML, unknown knobs and values out of range.
+    Parameters
+    ----------
+    source
+        The pairs: a run folder, a subset, or Parquet files in the diffusers schema.
+    model
+        The model to train: a folder in diffusers' layout, or a hub id.
+    resolution
+        Pixels a side, of a square or of the buckets' area; what the model was made for if not
+        given.
+    buckets
+        Sort images into buckets by their aspect ratio, or crop them to a square.
+    flips
+        Mirror both images of a pair in half of the steps that show it.
+    cache_dtype
+        What cached latents and embeddings are stored in.
+    prompt_dropout
+        The share of the steps that show a pair with an empty prompt.
+    method
+        ``lora`` trains adapters, ``full`` all weights of the UNet or transformer.
+    rank
+        Rank of the LoRA.
+    alpha
+        Alpha of the LoRA; its rank if not given.
+    targets
+        A module that gets an adapter; the model's attention layers if none is named.
+    lora_dropout
+        Dropout of the adapters' inputs.
+    loss
+        ``sigmoid`` is Diffusion-DPO's; see docs/training.md for the others.
+    beta
+        How strongly the model is held to the base model; docs/training.md converts the betas of
+        other trainers.
+    poly
+        The a of Poly-DPO (loss ``poly``).
+    mapo
+        Weight of MaPO's ratio term (loss ``mapo``).
+    sft
+        Weight of the winner's own error, which is added to the loss.
+    weights
+        Multiply each pair's loss by the weight that the subset gives the pair.
+    label
+        The soft labels of the losses ``soft`` and ``smpo``: ``people`` takes the votes,
+        ``margin`` takes sigmoid(label_scale * signed margin).
+    label_scale
+        What the margin is multiplied by in a soft label.
+    draws
+        0 draws new noise and a new time for every step. With D > 0 each pair has a pool of D of
+        them, and the reference model's errors on these are computed once, before the training.
+    batch
+        Pairs a step, over all processes and micro-batches.
+    micro_batch
+        Pairs in one forward pass.
+    steps
+        How many steps; as many as the epochs take if not given.
+    epochs
+        How many epochs, where no steps are given.
+    optimizer
+        ``adamw8bit`` needs bitsandbytes.
+    lr
+        Learning rate.
+    schedule
+        How the learning rate goes on after the warm-up: ``linear`` and ``cosine`` fall to 0.
+    warmup
+        Steps of linear warm-up.
+    weight_decay
+        Weight decay of the optimiser.
+    beta1
+        AdamW's first beta.
+    beta2
+        AdamW's second beta.
+    epsilon
+        AdamW's epsilon.
+    clip
+        The largest norm of the gradient; 0 does not clip. Adafactor clips by itself.
+    ema
+        Decay of a moving average of the weights, which is then what is written; 0 for none.
+    seed
+        Seed of everything random.
+    device
+        ``cpu``; what accelerate chooses if not given.
+    dtype
+        ``float32``, or ``bfloat16`` or ``float16`` under autocast; as accelerate is configured if
+        not given, which is ``float32`` by default.
+    compile
+        Compile the denoiser with ``torch.compile``.
+    channels_last
+        Keep convolutions with their channels last in memory.
+    gradient_checkpointing
+        Compute activations twice to save memory.
+    tracker
+        Where the metrics go, beside ``stats.jsonl``.
+    log_every
+        Steps between two lines of metrics.
+    save_every
+        Steps between two saved states that a stopped training resumes from.
+    checkpoint_every
+        Steps between two sets of weights that are kept; 0 keeps those of the end only.
+    sample_every
+        Steps between two sheets of sample images; 0 for none.
+    sample_prompts
+        A prompt to draw samples of; the first four of the pairs if none is given.
+    sample_steps
+        Denoising steps of a sample.
     """
-    recipe: Recipe = build(Recipe, read_yaml(path, "the recipe"), where=str(path))
-    return recipe
+
+    source: Annotated[str, Option(argument=True, required=True)] = ""
+    model: Annotated[str, Option(required=True)] = ""
+    resolution: Count | None = None
+    buckets: Annotated[bool, Option("--buckets/--crop")] = False
+    flips: bool = False
+    cache_dtype: Dtype = "float16"
+    prompt_dropout: Share = 0.0
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 8
+    alpha: Positive | None = None
+    targets: Annotated[tuple[str, ...], Option("--target")] = ()
+    lora_dropout: Share = 0.0
+    loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo"] = "sigmoid"
+    beta: Positive = 5000.0
+    poly: NotNegative = 8.0
+    mapo: NotNegative = 0.1
+    sft: NotNegative = 0.0
+    weights: bool = True
+    label: Literal["people", "margin"] = "people"
+    label_scale: Positive = 1.0
+    draws: CountOrZero = 0
+    batch: Count = 32
+    micro_batch: Count = 1
+    steps: Count | None = None
+    epochs: Positive = 10.0
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    lr: Positive = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: CountOrZero = 0
+    weight_decay: NotNegative = 0.01
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    epsilon: Positive = 1e-8
+    clip: NotNegative = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    device: Literal["cpu"] | None = None
+    dtype: Dtype | None = None
+    compile: bool = False
+    channels_last: Annotated[bool, Option("--channels-last/--channels-first")] = False
+    gradient_checkpointing: bool = False
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    log_every: Count = 1
+    save_every: Count = 100
+    checkpoint_every: CountOrZero = 0
+    sample_every: CountOrZero = 0
+    sample_prompts: Annotated[tuple[str, ...], Option("--sample-prompt")] = ()
+    sample_steps: Count = 25
+
+    def steps_of(self, pairs: int) -> int:
+        """How many steps the training takes on so many pairs."""
+        return self.steps or max(1, round(self.epochs * pairs / self.batch))
 
 
-def build(kind: type[Any], values: object, *, where: str) -> Any:
-    """A recipe dataclass from plain values; `FifaError` names every knob that is wrong."""
+@knobs
+class Reward(Knobs):
+    """A training of a reward model.
+
+    Parameters
+    ----------
+    base
+        ``features`` trains a head on frozen features; otherwise the folder or hub id of a
+        transformers CLIP to fine-tune.
+    image
+        The frozen image encoder of a head: ``efficientnet-lite0`` or ``clip:MODEL``.
+    text
+        The frozen text encoder of a head: ``minilm``, ``text:MODEL``, ``clip:MODEL`` or ``none``.
+    folds
+        How many parts the prompts are dealt into to choose a head; each is held out once.
+    parts
+        What is trained of a CLIP: ``full``, or ``heads`` (both projections and logit_scale).
+    lr
+        Learning rate of a CLIP; it falls linearly to 0 after the warm-up.
+    weight_decay
+        Weight decay of a CLIP.
+    warmup
+        Steps of linear warm-up of a CLIP.
+    steps
+        How many steps a CLIP is trained at most.
+    batch
+        Pairs a step, of a CLIP.
+    clip
+        The largest norm of a CLIP's gradient.
+    bf16
+        Fine-tune a CLIP under bfloat16 autocast.
+    held_out
+        The share of the prompts that a CLIP is not trained on.
+    evaluate_every
+        Steps between two measurements on the held-out prompts. The best weights are kept.
+    patience
+        Fine-tuning ends after so many measurements without a gain.
+    seed
+        Seed of folds, order and bootstrap.
+    device
+        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
+    """
+
+    read: Read = Read()
+    base: str = "features"
+    image: str = "efficientnet-lite0"
+    text: str = "minilm"
+    folds: Annotated[int, Field(ge=2)] = 5
+    parts: Literal["full", "heads"] = "full"
+    lr: NotNegative = 3e-6
+    weight_decay: NotNegative = 0.3
+    warmup: CountOrZero = 500
+    steps: Count = 4000
+    batch: Count = 128
+    clip: Positive = 1.0
+    bf16: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    evaluate_every: Count = 100
+    patience: Count = 10
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup >= self.steps:
+            raise FifaError(
+                f"{self.warmup} warm-up steps of {self.steps}", do="fewer of them, or more steps"
+            )
+
+    @property
+    def shared(self) -> bool:
+        """Whether both frozen encoders are towers of one CLIP, so that images fit prompts."""
+        return self.image == self.text and self.image.startswith("clip:")
+
+    def settings(self) -> dict[str, Any]:
+        """The knobs that this kind of training reads, for the card and for file names."""
+        head = ("image", "text", "folds")
+        if self.base == "features":
+            return {name: getattr(self, name) for name in ("base", *head, "seed")}
+        return {k: v for k, v in asdict(self).items() if k not in (*head, "read", "device")}
+
+
+@knobs
+class Generate(Knobs):
+    """How images are made: the same for every model, so that only the weights differ.
+
+    Parameters
+    ----------
+    steps
+        Steps of the sampler; what is usual for the model's family if not given.
+    guidance
+        Scale of classifier-free guidance; what is usual for the model's family if not given.
+    sampler
+        The sampler; the base model's own if not given. The noise schedule stays each model's.
+    width
+        In pixels; what the base model was made for if not given.
+    height
+        In pixels; what the base model was made for if not given.
+    negative
+        A negative prompt; empty for none.
+    batch
+        Images made together. It is part of what names an image, because the last bit of a sum may
+        depend on it.
+    device
+        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
+    dtype
+        What the image models compute in; float32 on a CPU and the family's half precision
+        elsewhere if not given.
+    """
+
+    steps: Count | None = None
+    guidance: NotNegative | None = None
+    sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
+    width: Annotated[int, Field(ge=8)] | None = None
+    height: Annotated[int, Field(ge=8)] | None = None
+    negative: str = ""
+    batch: Count = 4
+    device: str | None = None
+    dtype: Dtype | None = None
+
+
+@knobs
+class Measure(Knobs):
+    """What is measured on the images.
+
+    Parameters
+    ----------
+    scorers
+        A reward model: ``pickscore``, ``hpsv2.1``, ``clipscore``, ..., ``NAME:FOLDER``,
+        ``proxy:FOLDER``; ``none`` for none.
+    picked
+        A reward model that picked the training data, where checkpoints and run do not say so
+        themselves: a win by it is no evidence of its own.
+    rater
+        Finds unsafe prompts: ``local``, ``openai:MODEL@URL``, ...; ``none``.
+    unsafe_categories
+        Categories whose prompts are unsafe, whatever the rater says.
+    detector
+        A transformers image classifier (folder or hub id) that finds unsafe images.
+    unsafe_labels
+        The detector's labels that mean unsafe.
+    encoder
+        The image encoder that measures how much a prompt's images differ, or ``none``.
+    """
+
+    scorers: Annotated[tuple[str, ...], Option("--score")] = ("pickscore", "hpsv2.1", "clipscore")
+    picked: tuple[str, ...] = ()
+    rater: str = "none"
+    unsafe_categories: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    detector: str | None = None
+    unsafe_labels: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    encoder: str = "efficientnet-lite0"
+
+
+@knobs
+class Evaluate(Knobs):
+    """An evaluation: models, prompts, how images are made and what is measured.
+
+    Parameters
+    ----------
+    base
+        The model that was tuned: a folder in diffusers' layout, or a hub id.
+    tuned
+        A checkpoint, PATH or NAME=PATH: a LoRA (file or folder), a folder with ``unet/`` or
+        ``transformer/``, or a whole pipeline.
+    prompts
+        Text (a line each), CSV, TSV, Parquet, JSON or JSON lines, or a folder of these.
+    limit
+        At most so many prompts, drawn in turn from each category.
+    seeds
+        Images a prompt and model.
+    first_seed
+        The number of the first seed; another one gives other images.
+    curve
+        Measure every ``checkpoints/step-*`` of a checkpoint too, on about so many of the prompts;
+        0 for none.
+    """
+
+    base: Annotated[str, Option(required=True)] = ""
+    tuned: Annotated[dict[str, str], Option(required=True)] = field(default_factory=dict)
+    prompts: Annotated[str, Option(required=True)] = ""
+    limit: Count | None = None
+    seeds: Count = 4
+    first_seed: CountOrZero = 0
+    curve: CountOrZero = 0
+    generate: Generate = Generate()
+    measure: Measure = Measure()
+
+
+@knobs
+class Vote(Knobs):
+    """What people are asked, and where the page is served.
+
+    Parameters
+    ----------
+    models
+        Compare these models only; all if none is named.
+    limit
+        So many comparisons a voter, the same for all; every comparison if not given.
+    repeats
+        Show this share of the comparisons again with sides swapped: are voters consistent?
+    checks
+        Add this share of pairs with a destroyed image: do voters look?
+    question
+        What stands above the images.
+    seed
+        Seed of what is drawn, and of every voter's order and sides.
+    host
+        The address to listen on. Beyond this machine, visitors need the link that is printed.
+    port
+        The port to listen on; 0 takes any free one.
+    allow_hosts
+        A further name that the server goes by, say behind a proxy.
+    """
+
+    models: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    limit: Count | None = None
+    repeats: Share = 0.0
+    checks: Share = 0.0
+    question: str = "Which image is better for this prompt?"
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8750
+    allow_hosts: Annotated[tuple[str, ...], Option("--allow-host")] = ()
+
+
+@knobs
+class Demo(Knobs):
+    """What the demo compares, and how much of it.
+
+    Parameters
+    ----------
+    arms
+        What is compared; each arm trains a model of its own: ``fifa`` the whole method,
+        ``margin`` the margin alone, ``random`` a random subset, ``full`` all the feedback.
+    seed
+        Seed of the random arm's pairs, of the order of training and of the images' noise.
+    fresh
+        Rate the prompts here, in place of the ratings that the package ships; takes a few minutes
+        more.
+    keep
+        Pairs that an arm trains on.
+    per_prompt
+        At most this many pairs of one prompt.
+    steps
+        Steps of the training, of all weights of the UNet.
+    batch
+        Pairs a step.
+    lr
+        Learning rate.
+    beta
+        How strongly the model is held to the base model.
+    draws
+        The pool of noise and times of a pair, as in ``fifa train``.
+    prompts
+        Test prompts of each kind: scenes that training pictures showed, and others.
+    unsafe
+        Test prompts that ask for weapons, drugs or cigarettes.
+    images
+        Images a prompt and model.
+    curve
+        Prompts on which the checkpoints on the way are measured too.
+    sampler_steps
+        Steps of the sampler.
+    guidance
+        Scale of classifier-free guidance.
+    """
+
+    arms: Annotated[
+        tuple[Literal["fifa", "margin", "random", "full"], ...],
+        Field(min_length=1),
+        Option(commas=True),
+    ] = ("fifa", "random")
+    seed: int = 0
+    fresh: bool = False
+    keep: Count = 150
+    per_prompt: Count = 3
+    steps: Count = 150
+    batch: Count = 32
+    lr: Positive = 2e-5
+    beta: Positive = 1000.0
+    draws: CountOrZero = 8
+    prompts: Count = 48
+    unsafe: CountOrZero = 16
+    images: Count = 2
+    curve: CountOrZero = 24
+    sampler_steps: Count = 20
+    guidance: NotNegative = 1.0
+
+
+def paper_sd15() -> Train:
+    """Diffusion-DPO on SD1.5, as its authors trained it.
+
+    From Salesforce's ``launchers/sd15.sh`` and ``train.py`` (github.com/SalesforceAIResearch/
+    DiffusionDPO): beta 5,000; lr 1e-8 scaled by the batch of 2,048 pairs; 2,000 steps, 500 of
+    them warm-up, then constant; AdamW (0.9, 0.999), weight decay 0.01, gradients clipped at 1;
+    every fifth prompt empty; half of the images mirrored (both of a pair alike here); all
+    weights; half precision, bf16 for their fp16.
+    """
+    return Train(
+        method="full",
+        loss="sigmoid",
+        beta=5000.0,
+        lr=1e-8 * 2048,
+        batch=2048,
+        steps=2000,
+        schedule="constant",
+        warmup=500,
+        optimizer="adamw",
+        weight_decay=0.01,
+        clip=1.0,
+        prompt_dropout=0.2,
+        flips=True,
+        resolution=512,
+        dtype="bfloat16",
+        save_every=100,
+        checkpoint_every=500,
+    )
+
+
+def paper_sdxl() -> Train:
+    """Diffusion-DPO on SDXL, as its authors trained it.
+
+    From ``launchers/sdxl.sh`` and ``train.py`` (see `paper_sd15`): 200 steps of warm-up of 2,000
+    (a comment there gives 30 hours for 200 steps), Adafactor without relative steps, gradient
+    checkpointing, 1,024 pixels, the rest as for SD1.5. Sizes and crops are each image's own, where
+    theirs are the constant resolution.
+    """
+    return replace(
+        paper_sd15(),
+        warmup=200,
+        optimizer="adafactor",
+        gradient_checkpointing=True,
+        resolution=1024,
+        checkpoint_every=200,
+    )
+
+
+def lora_small() -> Train:
+    """A LoRA on a few hundred to a few thousand pairs, on one GPU.
+
+    From the command in diffusers' ``examples/research_projects/diffusion_dpo/README.md``: rank 8
+    with alpha 8, lr 1e-5, constant, batch 32 (16 x 2 accumulated), beta 2,500 of its convention,
+    which is our 5,000. Its 10,000 steps and 8-bit AdamW are not taken over: a small subset
+    takes ten epochs, and adapters' states are small.
+    """
+    return Train(
+        method="lora",
+        rank=8,
+        alpha=8.0,
+        loss="sigmoid",
+        beta=5000.0,
+        lr=1e-5,
+        batch=32,
+        epochs=10.0,
+        schedule="constant",
+        optimizer="adamw",
+    )
+
+
+PRESETS: dict[str, Callable[[], Train]] = {
+    "paper-sd15": paper_sd15,
+    "paper-sdxl": paper_sdxl,
+    "lora-small": lora_small,
+}
+
+
+def preset(name: str) -> Train:
+    """The preset called ``name``; `FifaError` if there is none."""
+    if name not in PRESETS:
+        raise FifaError(f"no such preset: {name}", do=", ".join(PRESETS))
+    return PRESETS[name]()
+
+
+def build(cls: type[T], values: object, *, where: str) -> T:
+    """A ``cls`` from plain values; `FifaError` names every knob that is wrong."""
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise FifaError(f"the recipe is not valid: {wrong}", where=where) from error
+        raise _wrong(error, where) from error
 
 
-def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    """``recipe`` with some knobs of some sections replaced (None leaves a knob as it is)."""
-    parts = {}
-    for section, knobs in sections.items():
-        old = getattr(recipe, section)
-        values = {**asdict(old), **{k: v for k, v in knobs.items() if v is not None}}
-        parts[section] = build(type(old), values, where=f"section {section!r}")
-    return replace(recipe, **parts)
+def changed(old: K, **values: Any) -> K:
+    """``old`` with some knobs replaced; None leaves a knob as it is.
+
+    A knob of a section goes by its own name, or with its section: ``select={"keep": 7}``. Epochs
+    that are given take the place of steps that were there before.
+
+    Raises `FifaError` for unknown knobs and values out of range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if "epochs" in given:
+        given.setdefault("steps", None)
+    made: dict[str, Any] = asdict(old)
+    for section in sections(type(old)):
+        inner = given.pop(section, {})
+        inner |= {name: given.pop(name) for name in made[section] if name in given}
+        made[section] |= {name: value for name, value in inner.items() if value is not None}
+    return build(type(old), made | given, where="the options")
+
+
+def sections(cls: type[Any]) -> dict[str, type[Any]]:
+    """The sections of a class of knobs: the dataclasses within it, by their names."""
+    return {one.name: type(one.default) for one in fields(cls) if is_dataclass(one.default)}
+
+
+def _flat(one: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in asdict(one).items():
+        inside = name in sections(type(one))
+        found |= {f"{name}.{knob}": v for knob, v in value.items()} if inside else {name: value}
+    return found
+
+
+def _wrong(error: ValidationError, where: str) -> FifaError:
+    wrong = []
+    for item in error.errors():
+        name = ".".join(map(str, item["loc"])) or "recipe"
+        known = item["type"] != "unexpected_keyword_argument"
+        given = f", not {item['input']!r}" if known and _is_short(item["input"]) else ""
+        wrong.append(f"{name}: {item['msg']}{given}")
+    return FifaError(f"the recipe is not valid: {'; '.join(wrong)}", where=where)
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int | float) and len(str(value)) < 100

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from checkpoints import SMALL
 
-from fifa.evaluation.config import Generate
+from fifa.config import Generate
 from fifa.evaluation.generate import generate
 from fifa.evaluation.models import find_models
 from fifa.evaluation.prompts import read_prompts

@@ -8,8 +8,8 @@ from checkpoints import SMALL, write_lora, write_model, write_part
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from fifa.config import Generate
 from fifa.errors import FifaError
-from fifa.evaluation.config import Generate
 from fifa.evaluation.generate import generate, plan, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
 from fifa.evaluation.prompts import read_prompts

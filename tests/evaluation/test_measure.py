@@ -6,9 +6,8 @@ from checkpoints import write_clip
 from drawn import draw_images, draw_index
 from PIL import Image
 
-from fifa.config import Compute
+from fifa.config import Compute, Measure
 from fifa.errors import FifaError
-from fifa.evaluation.config import Measure
 from fifa.evaluation.judges import LOOKS, Judge, looks
 from fifa.evaluation.measure import (
     check_scorers,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from fifa.training.config import from_yaml
+from fifa.config import Train
 
 torch.set_num_threads(1)
 job, loop = import_module("fifa.training.job"), import_module("fifa.training.loop")
@@ -46,4 +46,4 @@ def stopped(self, number, rate):
 
 
 job.make_trainee, loop.Loop.step = make_trainee, stopped
-job.run_training(from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
+job.run_training(Train.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))

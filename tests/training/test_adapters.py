@@ -6,9 +6,9 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny_diffusion import write_model
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.training.adapters import (
-    Lora,
     adapters_off,
     add_lora,
     load_full,
@@ -40,9 +40,9 @@ def predicted(backbone, seed=0):
     return backbone.predict(noisy, time, prompts, frames)
 
 
-def trained(backbone, lora=None, seed=0):
+def trained(backbone, train=None, seed=0):
     """An adapter whose B is no longer zero."""
-    parameters = add_lora(backbone, lora or Lora(rank=4, alpha=8.0), seed)
+    parameters = add_lora(backbone, train or Train(rank=4, alpha=8.0, seed=seed))
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in parameters:
@@ -73,15 +73,15 @@ def stock(folder):
 def test_a_new_adapter_changes_nothing_and_alone_is_trained(models, kind):
     backbone = load_backbone(models[kind])
     before = predicted(backbone)
-    parameters = add_lora(backbone, Lora(rank=4))
+    parameters = add_lora(backbone, Train(rank=4))
     assert torch.equal(predicted(backbone), before)
     assert {id(p) for p in parameters} == {
         id(p) for p in backbone.denoiser.parameters() if p.requires_grad
     }
     predicted(backbone).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
-    again = add_lora(load_backbone(models[kind]), Lora(rank=4))
-    other = add_lora(load_backbone(models[kind]), Lora(rank=4), seed=1)
+    again = add_lora(load_backbone(models[kind]), Train(rank=4))
+    other = add_lora(load_backbone(models[kind]), Train(rank=4, seed=1))
     assert all(torch.equal(p, q) for p, q in zip(parameters, again, strict=True))
     assert not all(torch.equal(p, q) for p, q in zip(parameters, other, strict=True))
 
@@ -152,7 +152,7 @@ def test_full_weights_load_with_from_pretrained(models, kind, tmp_path):
 
 def test_adapters_are_float32_in_a_half_precision_model(models):
     backbone = load_backbone(models["sd15"], dtype="bfloat16")
-    parameters = add_lora(backbone, Lora(rank=2))
+    parameters = add_lora(backbone, Train(rank=2))
     assert {p.dtype for p in parameters} == {torch.float32}
     prediction = predicted(backbone)
     assert prediction.dtype == torch.float32 and bool(torch.isfinite(prediction).all())
@@ -161,7 +161,7 @@ def test_adapters_are_float32_in_a_half_precision_model(models):
 def test_targets_that_are_not_there(models):
     backbone = load_backbone(models["sd15"])
     with pytest.raises(FifaError, match="no adapter fits"):
-        add_lora(backbone, Lora(targets=("no_such_layer",)))
+        add_lora(backbone, Train(targets=("no_such_layer",)))
     with pytest.raises(FifaError, match="no adapter to save"):
         save_lora(load_backbone(models["sd15"]), models["sd15"])
     with pytest.raises(FifaError, match="no LoRA here"):

@@ -16,8 +16,8 @@ from trainings import LORA, assemble, furthest, quick, weights_of
 
 import fifa
 from fifa.cli import cli
+from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.training.config import Train, from_yaml
 from fifa.training.job import make_accelerator, run_training
 from fifa.training.metrics import read_stats
 from fifa.training.optim import make_optimizer
@@ -347,7 +347,7 @@ def test_the_command_line_trains(world, tmp_path):
     done = run(*given, "--out", tmp_path / "out")
     assert done.output.splitlines()[-1] == str(tmp_path / "out")
     assert (tmp_path / "out" / LORA).exists()
-    recipe = from_yaml(tmp_path / "out" / "train.yaml")
+    recipe = Train.from_yaml(tmp_path / "out" / "train.yaml")
     assert (recipe.targets, recipe.rank, recipe.alpha) == (("to_q", "to_k"), 2, 8.0)
     again = run("train", "--recipe", tmp_path / "out" / "train.yaml", "--out", tmp_path / "again")
     assert again.exit_code == 0
@@ -368,9 +368,10 @@ def test_every_knob_has_an_option():
     from dataclasses import fields
 
     command = cli.commands["train"]
-    names = {parameter.name for parameter in command.params}
+    params = command.get_params(click.Context(command))
+    names = {parameter.name for parameter in params}
     assert {field.name for field in fields(Train)} <= names
-    assert all(option.help for option in command.params if isinstance(option, click.Option))
+    assert all(option.help for option in params if isinstance(option, click.Option))
 
 
 def test_the_function_trains_as_the_command_does(world, tmp_path):

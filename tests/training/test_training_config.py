@@ -2,15 +2,15 @@ from dataclasses import replace
 
 import pytest
 
+from fifa.config import PRESETS, Train, changed, lora_small, preset
 from fifa.errors import FifaError
-from fifa.training.config import PRESETS, Train, changed, from_yaml, lora_small, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_yaml(name, tmp_path):
     train = changed(preset(name), source="run", model="größe ☃", sample_prompts=("a", "b: c"))
     (tmp_path / "train.yaml").write_text(train.to_yaml(), "utf-8")
-    assert from_yaml(tmp_path / "train.yaml") == train
+    assert Train.from_yaml(tmp_path / "train.yaml") == train
 
 
 def test_the_papers_learning_rate_is_scaled_by_its_batch():
@@ -33,10 +33,10 @@ def test_unknown_names_are_refused(tmp_path):
         changed(Train(), betta=3)
     (tmp_path / "train.yaml").write_text("loss: kto\nrank: 0")
     with pytest.raises(FifaError, match=r"(?s)rank.*loss"):
-        from_yaml(tmp_path / "train.yaml")
+        Train.from_yaml(tmp_path / "train.yaml")
     (tmp_path / "train.yaml").write_text("[")
     with pytest.raises(FifaError, match="cannot read"):
-        from_yaml(tmp_path / "train.yaml")
+        Train.from_yaml(tmp_path / "train.yaml")
 
 
 def test_steps_follow_from_epochs_unless_given():

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from fifa.training.config import Train, changed
+from fifa.config import Train, changed
 from fifa.training.job import encode_job, make_accelerator, make_job, make_reference, make_trainee
 from fifa.training.loop import Loop
 

@@ -1,23 +1,123 @@
-"""The command line's options, by the recipe's sections."""
+"""The command line's options, made from the classes of knobs in `fifa.config`.
+
+An option is named like its knob and has the knob's type, choices and bounds; its help text is the
+knob's entry in the class's docstring. No option has a default of its own: one that is not given
+leaves the knob as the class or the recipe has it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-if TYPE_CHECKING:
-    from fifa.config import Recipe
+from fifa.errors import FifaError
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from fifa.config import Knobs
+
+    K = TypeVar("K", bound=Knobs)
+
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The run folder."
+)
+
+
+class KnobCommand(click.Command):
+    """A command with an option for every knob of a class, and ``--recipe``.
+
+    The options are made when they are needed: `fifa --help` imports no class of knobs.
+
+    Parameters
+    ----------
+    knobs
+        The class's name in `fifa.config`.
+    sections
+        The class's sections that have options; all if empty.
+    """
+
+    def __init__(
+        self, *args: Any, knobs: str, sections: tuple[str, ...] = (), **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self._knobs, self._sections = knobs, sections
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters and those of the knobs."""
+        *own, help_option = super().get_params(ctx)
+        return [*own, *self._made, help_option]
+
+    @cached_property
+    def _made(self) -> list[click.Parameter]:
+        from fifa import config
+
+        cls = getattr(config, self._knobs)
+        inner = config.sections(cls)
+        classes = [inner[name] for name in self._sections or inner]
+        made = [one for part in (cls, *classes) for one in parameters(part)]
+        text = "A YAML file of knobs; options override it."
+        return [*made, click.Option(["--recipe"], type=click.Path(path_type=Path), help=text)]
+
+
+def chosen(base: K, options: dict[str, Any], *, only: tuple[str, ...] = ()) -> K:
+    """The knobs that the command line asks for.
+
+    Parameters
+    ----------
+    base
+        What holds without ``--recipe``.
+    options
+        The values of the command's options; None for those that were not given.
+    only
+        The sections that are taken from ``--recipe``; all if empty.
+
+    Raises `FifaError` for values out of range, and where what is required is not given.
+    """
+    from dataclasses import replace
+
+    from fifa.config import changed, sections
+
+    cls = type(base)
+    if recipe := options.pop("recipe"):
+        read = cls.from_yaml(recipe)
+        base = replace(base, **{name: getattr(read, name) for name in only}) if only else read
+    knobs = changed(base, **options)
+    for part in (knobs, *(getattr(knobs, name) for name in sections(cls))):
+        for name, option, *_ in _knobs_of(type(part)):
+            if option.required and not getattr(part, name):
+                how = "as the argument" if option.argument else f"with --{name}"
+                raise FifaError(f"no {name} given", do=f"give it {how}, or in the recipe")
+    return knobs
+
+
+def parameters(cls: type[Any]) -> Iterator[click.Parameter]:
+    """An option, or an argument, for every knob of a class."""
+    texts = _texts(cls)
+    for name, option, hint, bounds, default in _knobs_of(cls):
+        written = option.name or f"--{name.replace('_', '-')}"
+        text = texts[name]
+        if option.argument:
+            yield click.Argument([name], required=False)
+            continue
+        settings: dict[str, Any] = {"type": _type(hint, bounds, default, option.commas)}
+        if hint is bool:
+            written = option.name or f"{written}/--no-{written[2:]}"
+        elif get_origin(hint) in (tuple, dict) and settings["type"] is click.STRING:
+            settings |= {"multiple": True, "callback": lambda ctx, param, value: value or None}
+            text += " Give it several times for several."
+        if shown := _shown(default, written):
+            text += f"  [default: {shown}]"
+        yield click.Option([written, name], default=None, help=text, **settings)
 
 
 class _Keep(click.ParamType[Any]):
     """``5000`` is a count; ``0.1`` and ``10%`` are a fraction of all pairs."""
 
-    name = "count|fraction"
+    name = "count|fraction|percent"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int | float:
         text = str(value).strip()
@@ -35,143 +135,119 @@ class _Keep(click.ParamType[Any]):
 
 
 class _Window(click.ParamType[Any]):
-    """``LOW:HIGH``; either may be left out."""
+    """``LOW:HIGH``; an end that is left out is the default's."""
 
     name = "low:high"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float | None, float | None]:
-        if isinstance(value, tuple):
-            return value
-        low, colon, high = str(value).partition(":")
+    def __init__(self, default: tuple[float | None, float | None]) -> None:
+        self._default = default
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float | None, ...]:
+        ends = str(value).split(":")
         try:
-            if not colon:
+            if len(ends) != 2:
                 raise ValueError(value)
-            return (float(low) if low else None, float(high) if high else None)
+            pairs = zip(ends, self._default, strict=True)
+            return tuple(float(end) if end else default for end, default in pairs)
         except ValueError:
             self.fail(f"{value!r} is not LOW:HIGH", param, ctx)
 
 
-def _columns(ctx: Any, param: Any, value: str | None) -> dict[str, str] | None:
-    if not value:
-        return None
-    named = dict(part.partition("=")[::2] for part in value.split(","))
-    if not all(named.values()):
-        raise click.BadParameter("write prompt=NAME,image_0=NAME,image_1=NAME,label=NAME")
-    return {key.strip(): name.strip() for key, name in named.items()}
+class _Commas(click.ParamType[Any]):
+    """``A,B``; an empty text is no value at all."""
+
+    name = "name,name,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        return tuple(filter(None, map(str.strip, str(value).split(","))))
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
+class _Named(_Commas):
+    """``NAME=VALUE,NAME=VALUE``."""
 
-    return decorate
+    name = "name=value,..."
 
-
-read_options = _options(
-    click.option("--format", help="The source's format; recognised by its columns if not given."),
-    click.option(
-        "--columns",
-        callback=_columns,
-        help="Your own table: prompt=NAME,image_0=NAME,image_1=NAME,label=NAME.",
-    ),
-    click.option(
-        "--allow-download/--no-download",
-        default=None,
-        help="Fetch images the source only names by URL (public addresses only).",
-    ),
-)
-score_options = _options(
-    click.option(
-        "--margin",
-        multiple=True,
-        help="Reward model: column:NAME_0,NAME_1, pickscore, hpsv2.1, imagereward, ..., proxy, "
-        "proxy:FOLDER. Give it several times for a committee.",
-    ),
-    click.option(
-        "--quality",
-        help="Rater: local, local:MODEL, openai:MODEL@URL, column:NAME, none.  [default: local]",
-    ),
-    click.option(
-        "--diversity",
-        help="Encoder: minilm, text:MODEL, clip:MODEL, column:NAME, none.  [default: minilm]",
-    ),
-    click.option("--k", type=int, help="The neighbour whose distance enters the entropy."),
-)
-select_options = _options(
-    click.option("--keep", type=_Keep(), help="How many pairs: a count, a fraction or a per cent."),
-    click.option(
-        "--strategy",
-        help="fifa, random, low, middle, high, consensus, facility, farthest, weights.",
-    ),
-    click.option("--alpha", type=float, help="Weight of text quality beside the margin's 1."),
-    click.option("--gamma", type=float, help="Weight of text diversity beside the margin's 1."),
-    click.option("--normalize", help="none, z, rank or robust."),
-    click.option(
-        "--unsafe-flags",
-        callback=lambda ctx, param, value: (
-            None if value is None else tuple(filter(None, value.split(",")))
-        ),
-        help="Drop prompts with one of these flags; '' drops none.",
-    ),
-    click.option(
-        "--drop-nonsense/--keep-nonsense", default=None, help="Prompts flagged as nonsense."
-    ),
-    click.option("--min-quality", type=float, help="Drop prompts rated below this."),
-    click.option(
-        "--min-agreement", type=float, help="Drop pairs the committee contradicts: a share, 0 to 1."
-    ),
-    click.option("--margin-window", type=_Window(), help="Keep margins within LOW:HIGH only."),
-    click.option("--margin-percentiles", type=_Window(), help="The same, as percentiles 0 to 100."),
-    click.option("--per-prompt", type=int, help="At most this many pairs of one prompt."),
-    click.option(
-        "--drop-duplicates/--keep-duplicates", default=None, help="The same two images again."
-    ),
-    click.option("--seed", type=int, help="For the strategies that draw."),
-)
-compute_options = _options(
-    click.option("--device", help="cuda, cuda:1, mps, cpu; the fastest if not given."),
-    click.option("--dtype", help="float32, or bfloat16 or float16 under autocast."),
-    click.option("--compile/--no-compile", default=None, help="torch.compile the image tower."),
-    click.option("--channels-last/--channels-first", default=None, help="Memory of convolutions."),
-    click.option("--batch", type=int, help="Images of 224 x 224 in a forward pass."),
-    click.option("--workers", type=int, help="Threads that decode images; 0 for one a core."),
-    click.option("--executor", help="local, local:N processes, ray, ray://HEAD:10001."),
-    click.option("--actors", type=int, help="On Ray: how many actors."),
-    click.option("--num-cpus", type=float, help="On Ray: CPUs an actor takes."),
-    click.option("--num-gpus", type=float, help="On Ray: GPUs an actor takes; fractions share."),
-    click.option("--store", help="Folder or URL that all workers reach, for unfinished shards."),
-    click.option("--in-flight", type=int, help="Requests to an endpoint under way at once."),
-)
-recipe_option = click.option(
-    "--recipe", type=click.Path(path_type=Path), help="A YAML recipe; options override it."
-)
-out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The run folder."
-)
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        named = dict(one.partition("=")[::2] for one in super().convert(value, param, ctx))
+        if not all(named.values()):
+            self.fail(f"{value!r} is not NAME=VALUE,NAME=VALUE", param, ctx)
+        return {key.strip(): name.strip() for key, name in named.items()}
 
 
-def by_section(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options by the recipe's sections; what was not given is None."""
-    from dataclasses import fields
+def _knobs_of(cls: type[Any]) -> Iterator[tuple[str, Any, Any, dict[str, Any], Any]]:
+    """Name, `fifa.config.Option`, type, bounds and default of every knob outside of sections."""
+    from dataclasses import MISSING, fields, is_dataclass
+    from typing import get_type_hints
 
-    from fifa.config import Compute, Read, Score, Select
+    from fifa.config import Option
 
-    options = {**options, "margin": tuple(options.get("margin") or ()) or None}
-    low, high = options.get("margin_percentiles") or (None, None)
-    if (low, high) != (None, None):
-        options["margin_percentiles"] = (low or 0.0, 100.0 if high is None else high)
-    sections = {"read": Read, "score": Score, "select": Select, "compute": Compute}
-    return {
-        section: {field.name: options.get(field.name) for field in fields(kind)}
-        for section, kind in sections.items()
-    }
+    hints = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        if is_dataclass(field.default):
+            continue
+        hint, marks = _bare(hints[field.name])
+        options = [mark for mark in marks if isinstance(mark, Option)]
+        default = None if field.default is MISSING else field.default
+        yield field.name, (*options, Option())[0], hint, _bounds(marks), default
 
 
-def recipe_of(base: Path | None, source: str, options: dict[str, Any]) -> Recipe:
-    """The recipe in the file ``base`` (or the default), with what was given changed."""
-    from fifa.config import Recipe, changed, from_yaml
+def _bare(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without its annotations and without None, and the annotations."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        bare, more = _bare(inner)
+        return bare, [*marks, *more]
+    if type(None) in get_args(hint):
+        return _bare(get_args(hint)[0])
+    return hint, []
 
-    recipe = from_yaml(base) if base else Recipe()
-    return changed(recipe, **by_section({**options, "source": source}))
+
+def _bounds(marks: list[Any]) -> dict[str, Any]:
+    """What `click.IntRange` and `click.FloatRange` take, from pydantic's bounds."""
+    found: dict[str, Any] = {}
+    for bound in (bound for mark in marks for bound in getattr(mark, "metadata", ())):
+        for name, end, is_open in (
+            ("ge", "min", False),
+            ("gt", "min", True),
+            ("le", "max", False),
+            ("lt", "max", True),
+        ):
+            if hasattr(bound, name):
+                found |= {end: getattr(bound, name), f"{end}_open": is_open}
+    return found
+
+
+def _type(hint: Any, bounds: dict[str, Any], default: Any, commas: bool) -> Any:
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    if hint in (int, float):
+        of, within = ((int, click.IntRange), (float, click.FloatRange))[hint is float]
+        return within(**bounds) if bounds else of
+    if commas:
+        return _Named() if get_origin(hint) is dict else _Commas()
+    if get_origin(hint) is tuple and ... not in get_args(hint):
+        return _Window(default)
+    return {bool: click.BOOL, str: click.STRING}.get(hint) or (
+        click.STRING if get_origin(hint) in (tuple, dict) else _Keep()
+    )
+
+
+def _shown(default: Any, written: str) -> str:
+    """How a default is shown in a help text; empty for none."""
+    if isinstance(default, bool):
+        return written.split("/")[not default]
+    if isinstance(default, tuple):
+        numbers = all(isinstance(one, float) for one in default)
+        default = [one for one in default if one is not None]
+        return (":" if numbers else ", ").join(_shown(one, "") for one in default)
+    if isinstance(default, float):
+        return f"{default:g}"
+    return "" if default is None else str(default)
+
+
+def _texts(cls: type[Any]) -> dict[str, str]:
+    """The entries of a class's docstring by name, without its markup."""
+    from inspect import getdoc
+
+    entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", getdoc(cls) or "", re.MULTILINE)
+    return {name: " ".join(text.split()).replace("`", "") for name, text in entries}

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from fifa.cli.options import KnobCommand, chosen
+
 
 class _ServeByDefault(click.Group):
     """A group where ``vote RUN`` is ``vote serve RUN``; a run named like a command is ./NAME."""
@@ -25,59 +27,16 @@ def vote_group() -> None:
     """
 
 
-@vote_group.command("serve")
+@vote_group.command("serve", cls=KnobCommand, knobs="Vote")
 @click.argument("run")
-@click.option("--models", help="Compare these only: names with commas.  [default: all]")
-@click.option(
-    "--limit", type=click.IntRange(1), help="So many comparisons a voter, the same for all."
-)
-@click.option(
-    "--repeats",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    help="Show this share again, sides swapped: are voters consistent?  [default: 0]",
-)
-@click.option(
-    "--checks",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    help="Add this share of pairs with a destroyed image: do voters look?  [default: 0]",
-)
-@click.option("--question", help="What stands above the images.")
-@click.option("--seed", default=0, show_default=True, help="Of every voter's order and sides.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8750, show_default=True)
-@click.option(
-    "--allow-host", multiple=True, help="A name that the server goes by, say behind a proxy."
-)
 @click.option("--new-invitation", is_flag=True, help="End the links that were given out.")
-def serve_command(
-    run: str,
-    models: str | None,
-    question: str | None,
-    host: str,
-    port: int,
-    allow_host: tuple[str, ...],
-    new_invitation: bool,
-    **options: Any,
-) -> None:
+def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
     """Serve the page where people vote on RUN's images (what `fifa vote RUN` does)."""
-    from fifa.evaluation.vote.ballot import VoteOptions
+    from fifa.config import Vote
     from fifa.evaluation.vote.serve import serve_votes
 
-    if models:
-        options["models"] = tuple(name.strip() for name in models.split(","))
-    if question:
-        options["question"] = question
-    serve_votes(
-        run,
-        VoteOptions(**options),
-        host=host,
-        port=port,
-        allow_hosts=allow_host,
-        new_invitation=new_invitation,
-        tell=click.echo,
-    )
+    vote = chosen(Vote(), options)
+    serve_votes(run, vote, new_invitation=new_invitation, tell=click.echo)
 
 
 everybody_option = click.option(

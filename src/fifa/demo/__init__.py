@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fifa.demo.settings import ARMS, Demo
+from fifa.config import Demo
+from fifa.demo.settings import ARMS
 
 __all__ = ["ARMS", "Demo", "demo"]
 

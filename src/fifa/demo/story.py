@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fifa.config import Demo
 from fifa.console import echo
 from fifa.demo.picture import write_picture
-from fifa.demo.settings import ARMS, Demo
+from fifa.demo.settings import ARMS, recipe_of
 from fifa.moji.family import CLIP, RATINGS, SD, TRUTH
 from fifa.moji.judges import moji_judges
 from fifa.moji.prompts import wording
@@ -43,7 +44,7 @@ def tell_story(out: Path, knobs: Demo) -> Path:
         "what FiFA claims can be checked.\n"
     )
     run = filter_feedback(out, knobs)
-    subsets = {arm: subset_of(run, arm, knobs) for arm in knobs.arms}
+    subsets: dict[str, Path] = {arm: subset_of(run, arm, knobs) for arm in knobs.arms}
     tell_truth(run, subsets)
     tuned = {arm: train_arm(out, arm, subset, knobs) for arm, subset in subsets.items()}
     evaluated = evaluate_arms(out, tuned, knobs)
@@ -70,14 +71,14 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
         echo("  (ratings come with the package, made by the same code; --fresh makes them again)")
         (out / "scores").parent.mkdir(parents=True, exist_ok=True)
         _ready(out, knobs)
-    return filter_pairs(knobs.recipe, out)
+    return filter_pairs(recipe_of(knobs), out)
 
 
 def _ready(out: Path, knobs: Demo) -> None:
     """Begin the run and put the shipped ratings where its quality step looks for them."""
     from fifa.run.steps import start_run
 
-    run = start_run(out, knobs.recipe)
+    run = start_run(out, recipe_of(knobs))
     run.scores.mkdir(exist_ok=True)
     for path in sorted(RATINGS.iterdir()):
         if not (run.scores / path.name).exists():

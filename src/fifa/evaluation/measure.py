@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.config import UNSAFE_FLAGS, Compute
+from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.config import Measure
 from fifa.evaluation.images import Look, each_image, image_pairs
 from fifa.evaluation.judges import LOOKS, Detector, Judge, looks
 from fifa.evaluation.provenance import is_picked

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fifa.config import SAMPLERS, Generate
 from fifa.console import quiet
 from fifa.errors import FifaError
-from fifa.evaluation.config import SAMPLERS, Generate
 from fifa.evaluation.models import KINDS, Model, class_name, part_name
 from fifa.models.optional import require
 from fifa.models.runtime import make_runtime

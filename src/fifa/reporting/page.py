@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fifa import __version__
-from fifa.config import Recipe, from_yaml
+from fifa.config import Recipe
 from fifa.data.table import Origin, load_origin
 from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
@@ -59,7 +59,7 @@ def _context(folder: Path) -> dict[str, Any]:
     title = shorten(folder.resolve().name, 80)
     parts: dict[str, Any] = {}
     if selected or not evaluated:
-        recipe = from_yaml(folder / "recipe.yaml")
+        recipe = Recipe.from_yaml(folder / "recipe.yaml")
         origin = load_origin(folder)
         if origin is None:
             raise FifaError(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fifa.config import Compute, build
+from fifa.config import Compute, Evaluate, changed
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.config import Evaluation, Generate, Measure
 from fifa.evaluation.curves import steps_of
 from fifa.evaluation.generate import CURVE, FOLDER, INDEX, generate
 from fifa.evaluation.judges import Detector, Judge, as_judges
@@ -38,7 +37,6 @@ from fifa.run.steps import is_run, log_step
 from fifa.shards.files import cannot_write, sweep, write_text
 
 KNOBS = "evaluation.yaml"
-SCORERS = ("pickscore", "hpsv2.1", "clipscore")  # unless others are named, or judges given
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def evaluate(
     compute
         Where and how reward models run.
     **knobs
-        ``limit``, ``seeds``, ``first_seed`` and ``curve`` of `fifa.evaluation.config.Evaluation`,
+        ``limit``, ``seeds``, ``first_seed`` and ``curve`` of `fifa.config.Evaluate`,
         and every knob of its ``generate`` (``steps``, ``guidance``, ``sampler``, ``width``,
         ``height``, ``batch``, ...) and ``measure`` (``scorers``, ``picked``, ``rater``,
         ``detector``, ``unsafe_labels``, ``encoder``, ...).
@@ -113,39 +111,20 @@ def evaluate(
     FifaError
         For whatever a person can mend; what was done until then is kept.
     """
-    evaluation = make_evaluation(base, tuned, prompts, knobs)
+    if not isinstance(tuned, Mapping):
+        paths = [tuned] if isinstance(tuned, str | Path) else tuned
+        tuned = name_checkpoints([str(path) for path in paths])
+    knobs["tuned"] = {name: str(path) for name, path in tuned.items()}
+    if not knobs.get("scorers"):  # the default ones are for those who bring no judge
+        knobs["scorers"] = () if judges else None
+    evaluation = changed(Evaluate(), base=str(base), prompts=str(prompts), **knobs)
     evaluated = run_evaluation(evaluation, out, judges=judges, compute=compute)
     write_report(evaluated.folder)
     return evaluated
 
 
-def make_evaluation(
-    base: str | Path,
-    tuned: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
-    prompts: str | Path,
-    knobs: Mapping[str, Any],
-) -> Evaluation:
-    """An `Evaluation` from flat knobs; None leaves a knob at its default.
-
-    Raises `FifaError` for a knob that there is not, and for values out of range.
-    """
-    if isinstance(tuned, Mapping):
-        named = {name: str(path) for name, path in tuned.items()}
-    else:
-        paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
-        named = name_checkpoints([str(path) for path in paths])
-    given = {name: value for name, value in knobs.items() if value is not None}
-    parts: dict[str, dict[str, Any]] = {}
-    for section, kind in (("generate", Generate), ("measure", Measure)):
-        names = {field.name for field in fields(kind)}
-        parts[section] = {name: given.pop(name) for name in list(given) if name in names}
-    values = {"base": str(base), "tuned": named, "prompts": str(prompts), **given, **parts}
-    evaluation: Evaluation = build(Evaluation, values, where="the evaluation")
-    return evaluation
-
-
 def run_evaluation(
-    evaluation: Evaluation,
+    evaluation: Evaluate,
     out: str | Path,
     *,
     judges: Sequence[Judge] | Mapping[str, Any] | None = None,
@@ -153,7 +132,9 @@ def run_evaluation(
 ) -> Evaluated:
     """Generate, measure and compare in a run folder; see `evaluate`."""
     out = Path(out)
-    asked = _with_scorers(evaluation, bool(judges))
+    asked = evaluation
+    if asked.measure.scorers == ("none",):
+        asked = changed(asked, scorers=())
     compute = compute or Compute(device=asked.generate.device)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     models = find_models(asked.base, asked.tuned)
@@ -193,7 +174,7 @@ def run_evaluation(
     return Evaluated(out, images, measured, results)
 
 
-def start(out: Path, evaluation: Evaluation) -> Path:
+def start(out: Path, evaluation: Evaluate) -> Path:
     """The evaluation's folder in the run folder ``out``, which is made if need be.
 
     Raises `FifaError` for a folder with other things in it.
@@ -227,20 +208,12 @@ def echo_wins(evaluated: Evaluated) -> None:
         )
 
 
-def _with_scorers(evaluation: Evaluation, judged: bool) -> Evaluation:
-    if evaluation.measure.scorers == ("none",):
-        return replace(evaluation, measure=replace(evaluation.measure, scorers=()))
-    if evaluation.measure.scorers or judged:
-        return evaluation
-    return replace(evaluation, measure=replace(evaluation.measure, scorers=SCORERS))
-
-
-def _check(asked: Evaluation, compute: Compute) -> None:
+def _check(asked: Evaluate, compute: Compute) -> None:
     """What can be wrong is told before hours of images."""
     try:
         check_scorers(asked.measure.scorers, compute)
     except FifaError as error:
-        if asked.measure.scorers != SCORERS:
+        if asked.measure.scorers != Evaluate().measure.scorers:
             raise
         raise FifaError(
             f"the default scorers are not here: {error.what}",
@@ -261,7 +234,7 @@ def _check(asked: Evaluation, compute: Compute) -> None:
 
 
 def _generate(
-    asked: Evaluation, models: list[Model], prompts: Prompts, folder: Path, settings: Settings
+    asked: Evaluate, models: list[Model], prompts: Prompts, folder: Path, settings: Settings
 ) -> tuple[pa.Table, pa.Table | None]:
     """The images of all models, and those of the checkpoints on their way if asked for."""
     options: dict[str, Any] = {

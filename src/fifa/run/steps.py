@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.config import Recipe, changed, from_yaml
+from fifa.config import Recipe
 from fifa.console import collect_facts
 from fifa.data.table import FILES, Pairs, load_pairs, save_pairs
 from fifa.errors import FifaError
@@ -52,7 +52,7 @@ def open_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not is_run(folder):
         raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
-    return Run(folder, from_yaml(folder / "recipe.yaml"))
+    return Run(folder, Recipe.from_yaml(folder / "recipe.yaml"))
 
 
 def start_run(folder: str | Path, recipe: Recipe) -> Run:
@@ -84,7 +84,7 @@ def _same_results(folder: Path, recipe: Recipe) -> None:
     results = {"read": FILES["table"], "score": "scores.json", "select": "selection.parquet"}
     differences = [
         difference
-        for difference in from_yaml(folder / "recipe.yaml").differences(recipe)
+        for difference in Recipe.from_yaml(folder / "recipe.yaml").differences(recipe)
         if (folder / results.get(difference.partition(".")[0], "-")).exists()
     ]
     if differences:
@@ -233,13 +233,18 @@ def load_scores(folder: Path) -> Scores:
     )
 
 
-def revised(folder: str | Path, **sections: dict[str, Any]) -> Run:
-    """The run in ``folder`` with some knobs of its recipe changed, for good.
+def revised(run: Run, recipe: Recipe) -> Run:
+    """The run with another recipe, for good.
 
-    What the changed step and those after it wrote stays until they are run again.
+    What the changed step and those after it wrote stays until they are run again. Raises
+    `FifaError` for a recipe that reads other pairs.
     """
-    run = open_run(folder)
-    recipe = changed(run.recipe, **sections)
+    if recipe.read != run.recipe.read:
+        raise FifaError(
+            "the run has read its pairs already",
+            where=str(run.folder),
+            do="leave out what says how to read them, or begin a new run with --out",
+        )
     sweep(run.folder)
     write_text(run.folder / "recipe.yaml", recipe.to_yaml())
     return Run(run.folder, recipe)

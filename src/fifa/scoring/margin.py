@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from fifa.config import Compute
+from fifa.config import Compute, Read, Reward
 from fifa.console import echo, note
 from fifa.data.images import has_pixels
 from fifa.data.table import PAIRS, Pairs
@@ -107,9 +107,8 @@ def margin_scores(
     compute = compute or Compute()
     if parsed.trained_here:
         from fifa.scoring.rewards.crossfit import crossfit_rewards
-        from fifa.scoring.rewards.fit import TrainOptions
 
-        train = TrainOptions(device=compute.device, allow_download=allow_download)
+        train = Reward(read=Read(allow_download=allow_download), device=compute.device)
         if image := parsed.at:
             text = image if image.startswith("clip:") else train.text
             train = replace(train, image=image, text=text)

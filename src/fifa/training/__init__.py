@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fifa.training.config import Train
+    from fifa.config import Train
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
         The checkpoint's folder. A training that was stopped goes on where it was, and ends with
         the weights of one that was not; a finished one is left alone.
     knobs
-        `fifa.training.config.Train`, or a preset of `fifa.training.config.PRESETS`; None: the
+        `fifa.config.Train`, or a preset of `fifa.config.PRESETS`; None: the
         default.
     **changes
         Knobs to change: ``loss="ipo"``, ``steps=200``, ``draws=8``.
@@ -46,7 +46,7 @@ def train(
         For pairs, a model or knobs that do not fit together, too little memory, and a loss that
         is not finite; what was done until then is kept.
     """
-    from fifa.training.config import Train, changed
+    from fifa.config import Train, changed
     from fifa.training.job import run_training
 
     chosen = changed(knobs or Train(), **{**changes, "source": str(source), "model": str(model)})

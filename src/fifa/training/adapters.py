@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import atomic_folder, atomic_path
@@ -26,53 +26,32 @@ NAME = "default"  # of the adapter within the denoiser
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
 
 
-@dataclass(frozen=True)
-class Lora:
-    """A low-rank adapter (arXiv:2106.09685): ``W x + (alpha / rank) B A x``.
-
-    Parameters
-    ----------
-    rank
-        Rows of A, columns of B.
-    alpha
-        The scale's numerator; None for ``rank``, a scale of 1.
-    targets
-        The modules that get one, by the end of their names; None for the family's own.
-    dropout
-        Of the adapter's input, while training.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] | None = None
-    dropout: float = 0.0
-
-
-def add_lora(backbone: Backbone, lora: Lora, seed: int = 0) -> list[torch.nn.Parameter]:
+def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
     """Put an adapter on the denoiser and return its parameters, float32, the only trainable ones.
 
-    A is drawn from a normal distribution of deviation 1 / rank, B is zero: the denoiser predicts
-    as before. The same seed gives the same adapter.
+    The low-rank adapter of a weight W (arXiv:2106.09685) is ``W x + (alpha / rank) B A x``, with
+    ``rank`` rows in A and columns in B, and dropout of its input while training. A is drawn from a
+    normal distribution of deviation 1 / rank, B is zero: the denoiser predicts as before. The same
+    seed gives the same adapter.
 
     Raises
     ------
     FifaError
-        If the denoiser has no module that ``lora.targets`` names.
+        If the denoiser has no module that ``train.targets`` names.
     """
     torch = require("torch")
     peft = require("peft", "train")
-    alpha = lora.rank if lora.alpha is None else lora.alpha
     config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets or backbone.lora_targets),
+        r=train.rank,
+        lora_alpha=train.rank if train.alpha is None else train.alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=list(train.targets or backbone.lora_targets),
         init_lora_weights="gaussian",
     )
     denoiser: Any = backbone.denoiser
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(train.seed)
         try:
             denoiser.add_adapter(config, adapter_name=NAME)
         except ValueError as error:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fifa.config import Train
 from fifa.models.optional import require
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.config import Train
 from fifa.training.draws import draw_pair
 from fifa.training.losses import errors, margin_labels
 

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fifa.config import Train
 from fifa.shards.files import read_json
 from fifa.training.checkpoint import Progress
-from fifa.training.config import Train
 
 SHOWN = (
     ("loss", "loss"),

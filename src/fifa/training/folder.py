@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.shards.files import cannot_write, sweep, write_text
 from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state
-from fifa.training.config import FREE, Train, from_yaml
 from fifa.training.metrics import STATS
 
 TRAIN_FILE = "train.yaml"
 FACTS_FILE = "train.json"
 CARD = "README.md"
+# What may differ when a training is taken up again: it changes no weight by more than rounding.
+FREE = frozenset(
+    {"device", "compile", "channels_last", "gradient_checkpointing", "micro_batch"}
+    | {"tracker", "log_every", "save_every"}
+)
 
 
 def is_finished(out: Path) -> bool:
@@ -24,11 +29,13 @@ def is_finished(out: Path) -> bool:
 def check_folder(train: Train, out: Path) -> None:
     """Raise `FifaError` unless ``out`` is free, or holds this very training.
 
-    Knobs in `fifa.training.config.FREE` may differ; until the first state, any may.
+    Knobs in `FREE` may differ; until the first state, any may.
     """
     if (out / TRAIN_FILE).is_file():
         begun = latest_state(out) is not None or is_finished(out)
-        differences = from_yaml(out / TRAIN_FILE).differences(train, but=FREE) if begun else []
+        differences = (
+            Train.from_yaml(out / TRAIN_FILE).differences(train, but=FREE) if begun else []
+        )
         if differences:
             raise FifaError(
                 "the folder holds another training (there / asked): " + "; ".join(differences),

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
@@ -16,11 +17,10 @@ from fifa.training.adapters import add_lora, train_all
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Source
 from fifa.training.checkpoint import CHECKPOINTS, Trainee, step_name
-from fifa.training.config import Train
 from fifa.training.folder import check_folder, is_finished, start_folder
 from fifa.training.loop import Loop
 from fifa.training.optim import Average, make_optimizer
-from fifa.training.output import adapter, finish, write_weights
+from fifa.training.output import finish, write_weights
 from fifa.training.plan import Plan, check_memory, make_plan, memory_of_model
 from fifa.training.reference import (
     AdaptersOff,
@@ -255,10 +255,7 @@ def make_trainee(job: Job) -> Trainee:
     """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
     train, backbone, accelerator = job.train, job.backbone, job.accelerator
     torch = require("torch", "train")
-    if train.method == "lora":
-        learned = add_lora(backbone, adapter(train), train.seed)
-    else:
-        learned = train_all(backbone)
+    learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
     model: Any = backbone.denoiser
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import cannot_write, digest, read_json_lines, write_text
-from fifa.training.config import Train
 
 if TYPE_CHECKING:
     from torch import Tensor

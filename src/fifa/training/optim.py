@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.training.config import Train
 
 if TYPE_CHECKING:
     from torch import Tensor

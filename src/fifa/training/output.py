@@ -10,21 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fifa.console import echo
 from fifa.models.optional import require
 from fifa.shards.files import write_json, write_text
-from fifa.training.adapters import Lora, add_lora, save_full, save_lora
+from fifa.training.adapters import add_lora, save_full, save_lora
 from fifa.training.card import training_card, training_facts
 from fifa.training.checkpoint import Progress, Trainee
-from fifa.training.config import Train
 from fifa.training.folder import CARD, FACTS_FILE
 from fifa.training.metrics import read_stats
 from fifa.training.reference import with_denoiser
 
 if TYPE_CHECKING:
     from fifa.training.job import Job
-
-
-def adapter(train: Train) -> Lora:
-    """The adapter that the training asks for."""
-    return Lora(train.rank, train.alpha, train.targets or None, train.lora_dropout)
 
 
 def write_weights(job: Job, trainee: Trainee, folder: Path) -> None:
@@ -47,7 +41,7 @@ def _whole(job: Job, sharded: Any, weights: dict[str, Any]) -> Any:
     """A denoiser on the CPU with the trained weights that all shards together are."""
     model = type(sharded).from_config(sharded.config)
     if job.train.method == "lora":
-        add_lora(with_denoiser(job.backbone, model), adapter(job.train))
+        add_lora(with_denoiser(job.backbone, model), job.train)
     model.load_state_dict(weights, strict=False)
     return model
 

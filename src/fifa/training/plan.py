@@ -8,9 +8,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.training.config import Train
 from fifa.training.memory import free_bytes
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the

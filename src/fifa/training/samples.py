@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import atomic_path, read_json
 from fifa.training.backbones.base import Backbone
 from fifa.training.checkpoint import Trainee, step_name
-from fifa.training.config import Train
 from fifa.training.draws import seed_of
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 from vote_worlds import draw, make_run, read_index, write_index
 
+from fifa.config import Vote
 from fifa.errors import FifaError
 from fifa.evaluation.vote.app import create_app
-from fifa.evaluation.vote.ballot import Ballot, VoteOptions
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.pictures import destroyed, shown
 from fifa.shards.files import write_bytes
 
@@ -440,7 +441,7 @@ def test_a_later_model_is_for_new_voters(ballot: Ballot, client: TestClient) -> 
     run = make_run(
         ballot.folder.parent, models=("base", "tuned-secret", "more"), prompts=4, seeds=1
     )
-    again = Ballot(run, VoteOptions(checks=0.5))
+    again = Ballot(run, Vote(checks=0.5))
     assert len(again.asked) == 12
     with TestClient(create_app(again), base_url=HERE) as later:
         later.cookies = client.cookies
@@ -452,9 +453,9 @@ def test_a_later_model_is_for_new_voters(ballot: Ballot, client: TestClient) -> 
 
 def test_models_and_limit_choose_what_is_asked(tmp_path: Path) -> None:
     run = make_run(tmp_path, models=("base", "a", "b"), prompts=5, seeds=2)
-    ballot = Ballot(run, VoteOptions(models=("b", "base"), limit=5))
+    ballot = Ballot(run, Vote(models=("b", "base"), limit=5))
     asked = [ballot.comparisons[key] for key in ballot.asked]
     assert {(one.ours, one.theirs) for one in asked} == {("b", "base")}
     assert {one.prompt_id for one in asked} == {f"p{i}" for i in range(5)}
     with pytest.raises(FifaError, match="no model 'c'"):
-        Ballot(run, VoteOptions(models=("c",)))
+        Ballot(run, Vote(models=("c",)))

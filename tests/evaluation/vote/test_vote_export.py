@@ -14,12 +14,12 @@ from PIL import Image
 from test_vote_results import person, vote
 from vote_worlds import draw, make_run
 
-from fifa.config import Read, Recipe, Score, Select
+from fifa.config import Read, Recipe, Score, Select, Vote
 from fifa.data.decode import BadImage
 from fifa.data.images import read_images
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
-from fifa.evaluation.vote.ballot import Ballot, VoteOptions
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.export import export_votes
 from fifa.run.filtering import filter_pairs
 
@@ -27,7 +27,7 @@ from fifa.run.filtering import filter_pairs
 @pytest.fixture
 def ballot(tmp_path: Path) -> Ballot:
     run = make_run(tmp_path / "run", prompts=8, seeds=2, size=24)
-    return Ballot(run, VoteOptions(repeats=0.3, checks=0.3))
+    return Ballot(run, Vote(repeats=0.3, checks=0.3))
 
 
 def cast(ballot: Ballot) -> dict[str, list[float]]:

@@ -14,7 +14,8 @@ import pytest
 from scipy.stats import binomtest
 from vote_worlds import make_run
 
-from fifa.evaluation.vote.ballot import Ballot, VoteOptions
+from fifa.config import Vote
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.order import CHECK, Card
 from fifa.evaluation.vote.results import vote_results
 from fifa.evaluation.vote.text import told
@@ -55,7 +56,7 @@ def vote(ballot: Ballot, name: str, choose: Person, votes: int = 10**6, seed: in
 @pytest.fixture
 def ballot(tmp_path: Path) -> Ballot:
     run = make_run(tmp_path, models=("base", "a", "b"), prompts=9, seeds=2, size=16)
-    return Ballot(run, VoteOptions(repeats=0.3, checks=0.2))
+    return Ballot(run, Vote(repeats=0.3, checks=0.2))
 
 
 def test_the_figures_are_those_of_a_loop_over_all_votes(ballot: Ballot) -> None:
@@ -136,7 +137,7 @@ def test_who_fails_the_checks_is_not_counted(ballot: Ballot) -> None:
 
 
 def test_one_slip_in_four_checks_is_forgiven(tmp_path: Path) -> None:
-    ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), VoteOptions(checks=1.0))
+    ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), Vote(checks=1.0))
     slips = iter([1, 0, 0, 0])
     vote(ballot, "Ada", lambda card, rng: next(slips) if card.kind == CHECK else 0)
     (voter,) = vote_results(tmp_path).voters
@@ -144,7 +145,7 @@ def test_one_slip_in_four_checks_is_forgiven(tmp_path: Path) -> None:
 
 
 def test_a_tie_does_not_pass_a_check(tmp_path: Path) -> None:
-    ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), VoteOptions(checks=1.0))
+    ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), Vote(checks=1.0))
     vote(ballot, "Ada", lambda card, rng: None)
     (voter,) = vote_results(tmp_path).voters
     assert (voter.passed, voter.counted) == (0, False)

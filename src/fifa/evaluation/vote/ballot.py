@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fifa.config import Vote
 from fifa.console import progress
 from fifa.errors import FifaError
 from fifa.evaluation.vote.comparisons import (
@@ -26,35 +27,8 @@ from fifa.evaluation.vote.pictures import destroyed, shown
 from fifa.evaluation.vote.store import FILE, Place, VoteStore
 from fifa.formatting import shorten
 
-QUESTION = "Which image is better for this prompt?"
 LONGEST = 2000  # characters of a prompt
 KEPT_IMAGES = 64  # ready to be sent, in memory
-
-
-@dataclass(frozen=True)
-class VoteOptions:
-    """What is asked.
-
-    Parameters
-    ----------
-    models
-        Compare these only; all if empty.
-    limit
-        So many comparisons, the same for every voter; None is all.
-    repeats, checks
-        Repeats and attention checks for every comparison, from 0 to 1.
-    question
-        What stands above the images.
-    seed
-        Of the drawing and of every voter's order and sides.
-    """
-
-    models: tuple[str, ...] = ()
-    limit: int | None = None
-    repeats: float = 0.0
-    checks: float = 0.0
-    question: str = QUESTION
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,8 +76,8 @@ class Ballot:
         As `load_comparisons` does, and where an image has changed since it was voted on.
     """
 
-    def __init__(self, run: str | Path, options: VoteOptions | None = None) -> None:
-        self.options = options or VoteOptions()
+    def __init__(self, run: str | Path, options: Vote | None = None) -> None:
+        self.options = options or Vote()
         self.folder = evaluation_folder(run)
         every = load_comparisons(run)
         models = self.options.models

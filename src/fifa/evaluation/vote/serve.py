@@ -7,22 +7,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from fifa.config import Vote
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.vote.ballot import Ballot, VoteOptions
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.results import count_votes
 from fifa.models.optional import require
-
-PORT = 8750
 
 
 def serve_votes(
     run: str | Path,
-    options: VoteOptions | None = None,
+    options: Vote | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = PORT,
-    allow_hosts: tuple[str, ...] = (),
     new_invitation: bool = False,
     tell: Callable[[str], None] = print,
 ) -> None:
@@ -31,14 +27,8 @@ def serve_votes(
     Parameters
     ----------
     run, options
-        As for `Ballot`.
-    host
-        The address to listen on. Beyond loopback, and behind a proxy, visitors need the
-        invitation in the link that is told, and results another one.
-    port
-        0 takes any free one.
-    allow_hosts
-        Further names that the server goes by, say behind a proxy.
+        As for `Ballot`. Beyond loopback, and behind a proxy, visitors need the invitation in the
+        link that is told, and results another one.
     new_invitation
         Make a new token: the links given out so far end.
     tell
@@ -56,16 +46,18 @@ def serve_votes(
     from fifa.evaluation.vote.app import create_app
     from fifa.evaluation.vote.guard import INVITATION, OWNER, is_loopback
 
+    options = options or Vote()
+    host, names = options.host, options.allow_hosts
     ballot = Ballot(run, options)
     tokens = None
-    if allow_hosts or not is_loopback(host):
+    if names or not is_loopback(host):
         tokens = {
             name: ballot.store.secret(name, renew=new_invitation) for name in (INVITATION, OWNER)
         }
-    app = create_app(ballot, tokens=tokens, hosts=(*allow_hosts, host))
-    listening = _listen(host, port)
+    app = create_app(ballot, tokens=tokens, hosts=(*names, host))
+    listening = _listen(host, options.port)
     port = listening.getsockname()[1]
-    base = f"http://{_address(host, allow_hosts)}:{port}"
+    base = f"http://{_address(host, names)}:{port}"
     tell(f"{base}/" + (f"?{INVITATION}={tokens[INVITATION]}" if tokens else ""))
     tell(f"{base}/results" + (f"?{OWNER}={tokens[OWNER]}" if tokens else ""))
     echo(f"{len(ballot.asked):,} comparisons to vote on; stop with Ctrl-C, votes are kept")

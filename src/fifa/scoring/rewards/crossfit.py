@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fifa.config import Reward
 from fifa.console import note, progress
 from fifa.data.table import Pairs
 from fifa.models.runtime import make_runtime
@@ -17,7 +18,6 @@ from fifa.scoring.encoders import make_encoder, model_folder
 from fifa.scoring.rewards.engine import score_images
 from fifa.scoring.rewards.features import make_image_encoder, model_digest, unique_images
 from fifa.scoring.rewards.fit import (
-    TrainOptions,
     comparisons,
     features_of,
     fit_head,
@@ -45,7 +45,7 @@ def crossfit_rewards(
     folds: int = 5,
     seed: int = 0,
     folder: Path | None = None,
-    options: TrainOptions | None = None,
+    options: Reward | None = None,
 ) -> pa.Table:
     """What a proxy gives both images of every pair, trained on the other prompts' pairs.
 
@@ -76,7 +76,7 @@ def crossfit_rewards(
     that say almost the same are not looked for, nor are images that look almost the same: neither
     carries the label of the pair itself.
     """
-    options = options or TrainOptions()
+    options = options or Reward()
     path = None
     if folder is not None:
         path = score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
@@ -99,13 +99,13 @@ def crossfit_folds(
     folds: int = 5,
     seed: int = 0,
     folder: Path | None = None,
-    options: TrainOptions | None = None,
+    options: Reward | None = None,
 ) -> pa.Table:
     """As `crossfit_rewards`, with the fold and its temperature beside every pair: `FOLD`.
 
     Finished folds stay in ``folder`` until `crossfit_rewards` has written its table.
     """
-    options = options or TrainOptions()
+    options = options or Reward()
     identity = _identity(pairs, options, folds, seed)
     run = _ClipFolds if options.base != "features" else _HeadFolds
     fitting = run(pairs, options, folder)
@@ -131,7 +131,7 @@ def crossfit_folds(
 class _HeadFolds:
     """A head a fold; the features, which know no labels, once for all."""
 
-    def __init__(self, pairs: Pairs, options: TrainOptions, folder: Path | None) -> None:
+    def __init__(self, pairs: Pairs, options: Reward, folder: Path | None) -> None:
         self._pairs, self._options = pairs, options
         self._features, _ = features_of(pairs, options, folder)
         self._data, self._readable = comparisons(pairs, self._features)
@@ -155,9 +155,9 @@ class _HeadFolds:
 class _ClipFolds:
     """A fine-tuned CLIP a fold."""
 
-    def __init__(self, pairs: Pairs, options: TrainOptions, folder: Path | None) -> None:
+    def __init__(self, pairs: Pairs, options: Reward, folder: Path | None) -> None:
         self._pairs, self._options = pairs, options
-        asked = unique_images(pairs, folder=folder, allow_download=options.allow_download)
+        asked = unique_images(pairs, folder=folder, allow_download=options.read.allow_download)
         self.images = asked.image[asked.of_slot].reshape(-1, 2)
 
     def score(
@@ -176,7 +176,7 @@ class _ClipFolds:
         return Pairs(pairs.table.take(pa.array(rows)), pairs.prompts, origin=pairs.origin)
 
 
-def _identity(pairs: Pairs, options: TrainOptions, folds: int, seed: int) -> list[Any]:
+def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]:
     """Everything that the rewards depend on."""
     models: list[Any]
     if options.base == "features":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fifa.config import Reward
 from fifa.console import echo, note, progress
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -23,7 +24,7 @@ from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, measure, n
 from fifa.scoring.rewards.card import model_card
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.features import model_digest, read_unique, unique_images
-from fifa.scoring.rewards.fit import TrainOptions, training_facts
+from fifa.scoring.rewards.fit import training_facts
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
 from fifa.scoring.rewards.proxy import CARD, FORMAT, MODEL, SETTINGS
@@ -163,7 +164,7 @@ class _Clip:
         return there
 
 
-def finetune_clip(pairs: Pairs, out: Path, options: TrainOptions) -> dict[str, Any]:
+def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     """Fine-tune the CLIP ``options.base`` and write it to ``out``; returns ``reward.json``."""
     transformers = require("transformers")
     base = model_folder(options.base)
@@ -220,7 +221,7 @@ def finetune_clip(pairs: Pairs, out: Path, options: TrainOptions) -> dict[str, A
     return settings
 
 
-def _optimise(clip: _Clip, data: Comparisons, held_out: Comparisons, options: TrainOptions) -> int:
+def _optimise(clip: _Clip, data: Comparisons, held_out: Comparisons, options: Reward) -> int:
     """Train until held-out prompts stop gaining, put the best weights back, return their step."""
     torch = require("torch")
     model = clip.model.train()
@@ -282,7 +283,7 @@ def _copy(parameters: list[Any]) -> list[Any]:
     return [parameter.detach().to("cpu", copy=True) for parameter in parameters]
 
 
-def _batches(n: int, options: TrainOptions) -> Any:
+def _batches(n: int, options: Reward) -> Any:
     """Rows of one batch after the other, every pair once an epoch, in the seed's order."""
     rng = np.random.default_rng(options.seed)
     size = min(options.batch, n)
@@ -305,16 +306,16 @@ def _tokens(pairs: Pairs, base: Path, model: Any) -> npt.NDArray[np.int64]:
 
 
 def _pixels(
-    pairs: Pairs, tower: ImageTower, scratch: Path, options: TrainOptions
+    pairs: Pairs, tower: ImageTower, scratch: Path, options: Reward
 ) -> tuple[Any, Integers, Integers]:
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
-    asked = unique_images(pairs, allow_download=options.allow_download)
+    asked = unique_images(pairs, allow_download=options.read.allow_download)
     n = len(asked.images)
     path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     reserve(path)
     bad: dict[int, str] = {}
-    download = options.allow_download
+    download = options.read.allow_download
     with progress("reading images", n) as advance:
         for numbers, part in read_unique(
             pairs, asked, 0, n, tower.preprocess, bad, allow_download=download

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fifa.config import Reward
 from fifa.console import echo, note
 from fifa.data.read import read_pairs
 from fifa.data.table import Pairs
@@ -30,89 +31,9 @@ from fifa.scoring.rewards.split import prompt_folds
 from fifa.shards.files import atomic_folder
 
 PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
-PLACES = ("device", "allow_download")  # options that change no result
 PATIENCE = 2  # penalties that may pass without gain on held-out prompts
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a reward is trained.
-
-    Parameters
-    ----------
-    base
-        ``features``: a head on frozen features. Otherwise the folder or hub id of a transformers
-        CLIP to fine-tune.
-    image, text
-        The frozen encoders (`fifa.scoring.rewards.features.make_image_encoder`,
-        `fifa.scoring.encoders.make_encoder`); text may be ``none``.
-    folds
-        Of the prompts, each held out once; it decides how free the head may be, and its card.
-    parts
-        Of a CLIP: ``full``, or ``heads`` (both projections and logit_scale).
-    lr, weight_decay, warmup, steps, batch, clip
-        AdamW's; ``warmup`` steps, then linear decay to 0 at ``steps``; ``batch`` pairs a step;
-        gradients clipped to the norm ``clip``. The defaults are PickScore's.
-    bf16
-        Fine-tune under bfloat16 autocast.
-    held_out
-        The share of the prompts that a CLIP is not trained on.
-    evaluate_every, patience
-        Steps between two looks at the held-out prompts; fine-tuning ends after so many looks
-        without gain. The best of them is kept.
-    seed
-        Of folds, order and bootstrap.
-    device
-        A torch device; None for the fastest.
-    allow_download
-        Fetch images that the source only names by URL.
-    """
-
-    base: str = "features"
-    image: str = "efficientnet-lite0"
-    text: str = "minilm"
-    folds: int = 5
-    parts: str = "full"
-    lr: float = 3e-6
-    weight_decay: float = 0.3
-    warmup: int = 500
-    steps: int = 4000
-    batch: int = 128
-    clip: float = 1.0
-    bf16: bool = False
-    held_out: float = 0.1
-    evaluate_every: int = 100
-    patience: int = 10
-    seed: int = 0
-    device: str | None = None
-    allow_download: bool = False
-
-    def __post_init__(self) -> None:
-        if self.parts not in ("full", "heads"):
-            raise FifaError(f"no such part of a CLIP: {self.parts}", do="full or heads")
-        for name in ("steps", "batch", "evaluate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise FifaError(f"{name} has to be at least 1")
-        if self.warmup >= self.steps:
-            raise FifaError(
-                f"{self.warmup} warm-up steps of {self.steps}", do="fewer of them, or more steps"
-            )
-        if not 0 < self.held_out < 1:
-            raise FifaError(f"held_out has to lie between 0 and 1, not be {self.held_out}")
-
-    @property
-    def shared(self) -> bool:
-        """Whether both frozen encoders are towers of one CLIP, so that images fit prompts."""
-        return self.image == self.text and self.image.startswith("clip:")
-
-    def settings(self) -> dict[str, Any]:
-        """The options that this kind of training reads, for the card and for file names."""
-        head = ("image", "text", "folds")
-        if self.base == "features":
-            return {name: getattr(self, name) for name in ("base", *head, "seed")}
-        return {k: v for k, v in asdict(self).items() if k not in (*head, *PLACES)}
 
 
 @dataclass(frozen=True)
@@ -167,7 +88,7 @@ class FittedHead:
 def train_reward(
     source_or_pairs: str | Path | Pairs,
     out: str | Path,
-    options: TrainOptions | None = None,
+    options: Reward | None = None,
     *,
     cache: Path | None = None,
 ) -> TrainedReward:
@@ -194,7 +115,7 @@ def train_reward(
     FifaError
         For a folder that is not ours, pairs without images, and too few prompts.
     """
-    options, out = options or TrainOptions(), Path(out)
+    options, out = options or Reward(), Path(out)
     check_out(out)
     pairs = source_or_pairs if isinstance(source_or_pairs, Pairs) else read_pairs(source_or_pairs)
     if options.base != "features":
@@ -235,9 +156,7 @@ def comparisons(pairs: Pairs, features: Features) -> tuple[Comparisons, npt.NDAr
     return data, ~(unreadable[data.image[:, 0]] | unreadable[data.image[:, 1]])
 
 
-def fit_head(
-    pairs: Pairs, features: Features, data: Comparisons, options: TrainOptions
-) -> FittedHead:
+def fit_head(pairs: Pairs, features: Features, data: Comparisons, options: Reward) -> FittedHead:
     """The head that held-out prompts like best.
 
     The prompts are dealt into ``options.folds``. From the strongest penalty on, one head a fold
@@ -302,20 +221,16 @@ def _walk(
     return best
 
 
-def features_of(
-    pairs: Pairs, options: TrainOptions, cache: Path | None
-) -> tuple[Features, ImageEncoder]:
+def features_of(pairs: Pairs, options: Reward, cache: Path | None) -> tuple[Features, ImageEncoder]:
     """The frozen features that ``options`` ask for, and the image encoder."""
     runtime = make_runtime(options.device, None, False, False)
     encoder = make_image_encoder(options.image, runtime)
-    download = options.allow_download
+    download = options.read.allow_download
     found = frozen_features(pairs, encoder, options.text, folder=cache, allow_download=download)
     return found, encoder
 
 
-def _train_head(
-    pairs: Pairs, out: Path, options: TrainOptions, cache: Path | None
-) -> dict[str, Any]:
+def _train_head(pairs: Pairs, out: Path, options: Reward, cache: Path | None) -> dict[str, Any]:
     features, encoder = features_of(pairs, options, cache)
     data, readable = comparisons(pairs, features)
     data = data.part(readable)

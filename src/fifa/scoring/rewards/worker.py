@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.decode import BadImage
 from fifa.data.images import read_images
@@ -61,8 +62,8 @@ class EngineOptions:
         beside the scores.
     """
 
-    batch: int = 32
-    workers: int = 0
+    batch: int = Compute.batch
+    workers: int = Compute.workers
     shard: int = 512
     trust_keys: bool | None = None
     allow_download: bool = False

@@ -1,0 +1,28 @@
+"""`fifa compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The page.",
+)
+def compare_command(runs: tuple[str, ...], out: Path) -> None:
+    """Several evaluated RUNs in one table and one figure."""
+    from fifa.evaluation.compare import compare_runs
+    from fifa.reporting.comparison import comparison_text, write_comparison
+
+    compared = compare_runs(runs)
+    for difference in compared.differences:
+        click.echo(f"not the same in all runs: {difference}", err=True)
+    click.echo(comparison_text(compared), err=True)
+    click.echo(write_comparison(compared, out))

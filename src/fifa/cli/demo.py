@@ -1,0 +1,20 @@
+"""`fifa demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fifa.cli.options import KnobCommand, chosen
+
+
+@click.command("demo", cls=KnobCommand, knobs="Demo")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
+def demo_command(out: Path, **options: Any) -> None:
+    """All of it in a built-in world: filter, train, generate, judge, report. No GPU needed."""
+    from fifa.config import Demo
+    from fifa.demo import demo
+
+    click.echo(demo(out, chosen(Demo(), options)))

@@ -1,0 +1,22 @@
+"""`fifa read`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fifa.cli.options import KnobCommand, chosen, out_option
+
+
+@click.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
+@out_option
+def read_command(out: Path, **options: Any) -> None:
+    """Index SOURCE as a table of pairs, without reading pixels."""
+    from fifa.config import Recipe
+    from fifa.run.filtering import tell_read
+    from fifa.run.steps import read_step, start_run
+
+    tell_read(read_step(start_run(out, chosen(Recipe(), options))))
+    click.echo(out / "pairs.parquet")

@@ -1,0 +1,16 @@
+"""`fifa report`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("report")
+@click.argument("run")
+def report_command(run: str) -> None:
+    """Write RUN's report.html again."""
+    from fifa.evaluation.results import is_evaluated
+    from fifa.reporting.page import write_report
+    from fifa.run.steps import open_run
+
+    click.echo(write_report(run if is_evaluated(run) else open_run(run).folder))

@@ -1,0 +1,26 @@
+"""`fifa score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fifa.cli.options import KnobCommand, chosen
+
+
+@click.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder, for a new run.")
+def score_command(out: Path | None, **options: Any) -> None:
+    """Score every pair and prompt of SOURCE (or of a RUN that was read)."""
+    from fifa.config import Recipe
+    from fifa.run.steps import open_run, read_step, revised, score_step, start_run
+
+    if out is None:
+        run = open_run(options.pop("source") or "")
+        run = revised(run, chosen(run.recipe, options, only=("score", "compute")))
+    else:
+        run = start_run(out, chosen(Recipe(), options))
+    score_step(run, read_step(run))
+    click.echo(run.scores)

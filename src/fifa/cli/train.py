@@ -1,0 +1,32 @@
+"""`fifa train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fifa.cli.options import KnobCommand, chosen
+from fifa.errors import FifaError
+
+
+@click.command("train", cls=KnobCommand, knobs="Train")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--preset", help="paper-sd15, paper-sdxl or lora-small; options override it.")
+@click.option("--dry-run", is_flag=True, help="Print the training and what it takes; stop.")
+def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
+    """Align a diffusion model with SOURCE's pairs (a RUN, a subset, or the diffusers schema).
+
+    Several devices: `accelerate launch -m fifa train ...`.
+    """
+    from fifa import config
+    from fifa.training.job import plan_training, run_training
+
+    if preset and options["recipe"]:
+        raise FifaError("a preset and a recipe at once", do="give one of --preset and --recipe")
+    train = chosen(config.preset(preset) if preset else config.Train(), options)
+    if dry_run:
+        click.echo(train.to_yaml() + "\n" + str(plan_training(train, out)))
+        return
+    click.echo(run_training(train, out))
