@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from common import peak_mb, report
-from fifa.scoring.raters.endpoint import EndpointRater, request_body
+from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.raters.models import load_reader, precision, smollm_path
 from fifa.scoring.rubric import QUALITIES, load_rubric
 
@@ -136,9 +136,7 @@ async def sequential(url: str, prompts: list[str]) -> None:
 
     async with openai.AsyncOpenAI(api_key="none", base_url=url) as client:
         for prompt in prompts:
-            reply = await client.chat.completions.create(
-                **request_body(EndpointRater("m", url), prompt)
-            )
+            reply = await client.chat.completions.create(**EndpointRater("m", url).request(prompt))
             json.loads(reply.choices[0].message.content or "")
 
 

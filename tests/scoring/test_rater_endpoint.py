@@ -26,10 +26,11 @@ from fifa.console import collect_facts
 from fifa.data.table import PAIRS, Pairs
 from fifa.data.table import PROMPTS as PROMPTS_SCHEMA
 from fifa.errors import FifaError
+from fifa.scoring import endpoint
+from fifa.scoring.answers import Answers
+from fifa.scoring.endpoint import public_url
 from fifa.scoring.quality import make_rater, quality_scores
-from fifa.scoring.raters import endpoint
-from fifa.scoring.raters.answers import Answers
-from fifa.scoring.raters.endpoint import EndpointRater, public_url
+from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.rubric import Answer, load_rubric, parse_answer, response_format
 
 KEY = "sk-not-to-be-seen-4711"
@@ -188,7 +189,7 @@ def test_a_killed_process_loses_at_most_what_was_under_way(tmp_path: Path) -> No
     with server(handle) as url:
         code = (
             "from pathlib import Path; from fifa.scoring.raters.endpoint import EndpointRater; "
-            f"EndpointRater('m', {url!r}, Path({str(tmp_path)!r}), in_flight=4)"
+            f"EndpointRater('m', {url!r}, folder=Path({str(tmp_path)!r}), in_flight=4)"
             f".rate({PROMPTS[:80]!r})"
         )
         process = subprocess.Popen([sys.executable, "-c", code])

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fifa.config import Score
 from fifa.console import echo, note, progress
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -41,7 +42,7 @@ def diversity_scores(
     pairs: Pairs,
     spec: str | Encoder,
     *,
-    k: int = 10,
+    k: int = Score.k,
     folder: Path | None = None,
     knn: Literal["auto", "exact", "approx"] = "auto",
 ) -> pa.Table:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fifa.config import Compute
 from fifa.console import echo, progress
 from fifa.data.table import Pairs
 from fifa.scoring.encoders import prompt_embeddings
@@ -24,7 +25,9 @@ from fifa.shards.ledger import forget, map_shards
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
 
 
-def make_rater(spec: str, folder: Path | None = None, *, in_flight: int = 16) -> Rater:
+def make_rater(
+    spec: str, folder: Path | None = None, *, in_flight: int = Compute.in_flight
+) -> Rater:
     """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
 
     Parameters
@@ -46,7 +49,7 @@ def make_rater(spec: str, folder: Path | None = None, *, in_flight: int = 16) ->
 
 
 def quality_scores(
-    pairs: Pairs, spec: str, *, folder: Path | None = None, in_flight: int = 16
+    pairs: Pairs, spec: str, *, folder: Path | None = None, in_flight: int = Compute.in_flight
 ) -> pa.Table:
     """Rate every unique prompt of ``pairs``.
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.raters.answers import Answers, answer_key
-from fifa.scoring.raters.endpoint import make_endpoint, request_body
+from fifa.scoring.answers import Answers
+from fifa.scoring.endpoint import endpoint_of
+from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.rubric import Answer, parse_answer
 from fifa.scoring.specs import RATERS
 from fifa.shards.files import atomic_path
@@ -56,18 +57,17 @@ def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = No
     folder
         The scores folder: prompts whose answers are there already are left out.
     """
-    rater = make_endpoint(RATERS.parse(spec))
+    rater = _rater(spec)
     prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
-    keys = [answer_key(rater.identity, prompt) for prompt in prompts]
-    known: dict[str, Answer] = {}
+    missing = dict(zip(rater.keys(prompts), prompts, strict=True))
     if folder is not None:
         answers = Answers(folder)
-        known = answers.get(keys)
+        for key in answers.get(list(missing)):
+            del missing[key]
         answers.close()
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
     with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as out:
         for key, prompt in missing.items():
-            body = request_body(rater, prompt)
+            body = rater.request(prompt)
             request = {"custom_id": key, "method": "POST", "url": ROUTE, "body": body}
             out.write(json.dumps(request, ensure_ascii=False) + "\n")
     return len(missing)
@@ -87,8 +87,8 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
 
     Raises `FifaError` for a file that cannot be read and one that answers none of the prompts.
     """
-    rater = make_endpoint(RATERS.parse(spec))
-    keys = {answer_key(rater.identity, p) for p in pairs.prompts["prompt"].to_pylist()}
+    rater = _rater(spec)
+    keys = set(rater.keys(pairs.prompts["prompt"].to_pylist()))
     reasons: Counter[str] = Counter()
     spent: Counter[str] = Counter()
     answers = Answers(folder)
@@ -100,7 +100,7 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
                 if key is None or key not in keys:
                     reasons["not one of these prompts" if key else "not a result"] += 1
                 elif isinstance(answer, Answer):
-                    answers.put(key, rater.model, answer)
+                    answers.put(key, rater.model, answer.model_dump_json())
                     rated.add(key)
                 else:
                     reasons[answer] += 1
@@ -111,14 +111,21 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
     finally:
         answers.close()
     if not rated:
-        told = "; ".join(f"{count} x {why}" for why, count in reasons.most_common(5))
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         raise FifaError(
-            f"the batch answers none of the prompts: {told or 'the file is empty'}",
+            f"the batch answers none of the prompts: {why or 'the file is empty'}",
             where=str(path),
             do="give the pairs and the rater that the batch was written with",
         )
     tokens = spent["prompt_tokens"], spent["completion_tokens"]
     return Imported(len(rated), len(keys - rated), dict(reasons), *tokens)
+
+
+def _rater(spec: str) -> EndpointRater:
+    parsed = RATERS.parse(spec)
+    if parsed.name != "openai":
+        raise FifaError(f"the rater {spec} is not behind an endpoint", do="openai:MODEL@URL")
+    return EndpointRater(*endpoint_of(parsed))
 
 
 def _result(line: str) -> tuple[str | None, Answer | str, dict[str, Any]]:

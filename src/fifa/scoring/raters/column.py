@@ -42,7 +42,3 @@ def column_ratings(pairs: Pairs, name: str) -> pa.Table:
     flags = pa.array(["" if some else None for some in count], pa.string())
     ids = pairs.prompts["prompt_id"].combine_chunks()
     return pa.table([ids, pa.array(rating), flags], schema=QUALITY)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fifa.console import note
+from fifa.models.transformer import ModelEncoder
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.logits import LogitReader, Numbers, Reading
 from fifa.scoring.raters.models import find_model, load_reader, model_digest, precision, smollm_path
@@ -24,56 +25,6 @@ from fifa.shards.files import digest
 
 HARMFUL = 0.5  # a predicted toxicity that is graded 1
 LOW = 2.0  # a language model's expected grade below this raises the flag
-
-
-class DefaultRater:
-    """SmolLM2-135M read by its logits, helped by its perplexity and a harm head on MiniLM.
-
-    The language model is too small to see harm, and its grades hardly leave the middle, so
-
-    - ``clarity = 1 + 4 p``, p a logistic regression on nats a byte, length and its own grades;
-    - ``specificity = 1 + 4 d p``, d its expected grade for detail, stretched so that 5 % and
-      95 % of ordinary prompts are at 0 and 1; nonsense settles nothing;
-    - ``harmlessness = 5 - 4 min(1, toxicity / 0.5)``, the toxicity that the harm head predicts.
-
-    Flags: ``nonsense`` and ``unsafe``, with the false alarms that docs/quality.md reports. What
-    kind of harm it is, it does not know.
-    """
-
-    name = "local"
-
-    @cached_property
-    def _precision(self) -> tuple[str, str]:
-        return precision()
-
-    @cached_property
-    def _reader(self) -> LogitReader:
-        return load_reader(smollm_path(), *self._precision)
-
-    @cached_property
-    def _encoder(self) -> Any:
-        return make_encoder("minilm")
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """Models by their files' content, heads and rubric by their text."""
-        return {
-            "model": model_digest(smollm_path()),
-            "precision": self._precision[1],
-            "encoder": self._encoder.identity,
-            "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
-            "words": WORDS_DIGEST,
-            "rubric": load_rubric().identity,
-        }
-
-    def rate(self, prompts: Sequence[str], vectors: Numbers | None = None) -> pa.Table:
-        """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
-        if vectors is None:
-            vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
-        table = default_ratings(self._reader.read(prompts), vectors)
-        flags = add_word_flags(prompts, table["flags"].to_pylist())
-        place = table.schema.get_field_index("flags")
-        return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
 
 
 class LogitRater:
@@ -115,6 +66,51 @@ class LogitRater:
     def rate(self, prompts: Sequence[str]) -> pa.Table:
         """`RATINGS` of ``prompts``."""
         return logit_ratings(self._reader.read(prompts))
+
+
+class DefaultRater(LogitRater):
+    """SmolLM2-135M read by its logits, helped by its perplexity and a harm head on MiniLM.
+
+    The language model is too small to see harm, and its grades hardly leave the middle, so
+
+    - ``clarity = 1 + 4 p``, p a logistic regression on nats a byte, length and its own grades;
+    - ``specificity = 1 + 4 d p``, d its expected grade for detail, stretched so that 5 % and
+      95 % of ordinary prompts are at 0 and 1; nonsense settles nothing;
+    - ``harmlessness = 5 - 4 min(1, toxicity / 0.5)``, the toxicity that the harm head predicts.
+
+    Flags: ``nonsense`` and ``unsafe``, with the false alarms that docs/quality.md reports. What
+    kind of harm it is, it does not know.
+    """
+
+    def __init__(self) -> None:
+        self.name = "local"
+
+    @cached_property
+    def _path(self) -> Path:
+        return smollm_path()
+
+    @cached_property
+    def _encoder(self) -> ModelEncoder:
+        return make_encoder("minilm")
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Models by their files' content, heads and rubric by their text."""
+        return {
+            **super().identity,
+            "encoder": self._encoder.identity,
+            "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
+            "words": WORDS_DIGEST,
+        }
+
+    def rate(self, prompts: Sequence[str], vectors: Numbers | None = None) -> pa.Table:
+        """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
+        if vectors is None:
+            vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
+        table = default_ratings(self._reader.read(prompts), vectors)
+        flags = add_word_flags(prompts, table["flags"].to_pylist())
+        place = table.schema.get_field_index("flags")
+        return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
 
 
 def make_local(spec: Spec, *_: object) -> DefaultRater | LogitRater:

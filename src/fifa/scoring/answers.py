@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fifa.errors import FifaError
-from fifa.scoring.rubric import Answer
-from fifa.shards.files import digest
 
 FILE = "ratings.sqlite"
 
 
 class Answers:
-    """What was asked and answered.
+    """What was asked and answered, as JSON.
 
     Parameters
     ----------
     folder
         Where ``ratings.sqlite`` is kept; None keeps answers in memory.
+
+    Raises `FifaError`, here and in `put`, where the file is damaged or there is no room for it.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.path = folder / FILE if folder else None
-        try:
+        with self._failing("cannot open the cache of ratings", "delete the file if it is damaged"):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
             # One thread at a time uses it, but not always the one that opened it (a notebook).
@@ -38,42 +39,30 @@ class Answers:
                 "CREATE TABLE IF NOT EXISTS answers"
                 " (key TEXT PRIMARY KEY, model TEXT, answer TEXT) WITHOUT ROWID"
             )
-        except (sqlite3.Error, OSError) as error:
-            raise FifaError(
-                f"cannot open the cache of ratings: {error}",
-                where=str(self.path),
-                do="delete the file if it is damaged, or choose another --out",
-            ) from error
 
-    def get(self, keys: Sequence[str]) -> dict[str, Answer]:
+    def get(self, keys: Sequence[str]) -> dict[str, str]:
         """The answers known for ``keys``."""
-        known = {}
+        known: dict[str, str] = {}
         for i in range(0, len(keys), 500):
             some = keys[i : i + 500]
             marks = ",".join("?" * len(some))
-            rows = self.base.execute(
-                f"SELECT key, answer FROM answers WHERE key IN ({marks})", some
-            )
-            known.update({key: Answer.model_validate_json(answer) for key, answer in rows})
+            query = f"SELECT key, answer FROM answers WHERE key IN ({marks})"
+            known.update(self.base.execute(query, some).fetchall())
         return known
 
-    def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keep an answer; raises `FifaError` where there is no room for it."""
-        row = (key, model, answer.model_dump_json())
-        try:
+    def put(self, key: str, model: str, answer: str) -> None:
+        """Keep an answer."""
+        with self._failing("cannot keep a rating", "free space; what was answered before is kept"):
+            row = (key, model, answer)
             self.base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
-        except sqlite3.Error as error:
-            raise FifaError(
-                f"cannot keep a rating: {error}",
-                where=str(self.path),
-                do="free space and run again: what was answered before is kept",
-            ) from error
 
     def close(self) -> None:
         """Close the file."""
         self.base.close()
 
-
-def answer_key(identity: dict[str, object], prompt: str) -> str:
-    """Names a question: model, rubric and parameters in ``identity``, and the prompt itself."""
-    return digest(identity, prompt.encode("utf-8", "surrogatepass"))
+    @contextmanager
+    def _failing(self, what: str, do: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise FifaError(f"{what}: {error}", where=str(self.path), do=do) from error
