@@ -1,21 +1,46 @@
+from contextlib import contextmanager
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 
 def squares(numbers):
     return pa.table({"square": [n * n for n in numbers]})
 
 
-SHARDS = [("a", [1, 2]), ("b", [3]), ("c", [4, 5])]
+SHARDS = [Shard("a", 2, [1, 2]), Shard("b", 1, [3]), Shard("c", 2, [4, 5])]
 
 
-def test_shards_are_joined_in_their_order():
-    assert map_shards(squares, SHARDS, None)["square"].to_pylist() == [1, 4, 9, 16, 25]
+@pytest.fixture(params=["folder", "memory"])
+def ledger(request, tmp_path):
+    return Ledger.beside(tmp_path / "table.parquet" if request.param == "folder" else None)
 
 
-def test_a_stopped_run_goes_on_and_does_no_shard_twice(tmp_path):
+@pytest.fixture
+def bars(monkeypatch):
+    """What every progress bar was made with, and what it was told."""
+    made = []
+
+    @contextmanager
+    def bar(what, total):
+        advanced = []
+        made.append((what, total, advanced))
+        yield advanced.append
+
+    monkeypatch.setattr("fifa.shards.pool.progress", bar)
+    return made
+
+
+def test_shards_are_joined_in_their_order(ledger):
+    table = map_shards("squares", squares, SHARDS, ledger)
+    assert table["square"].to_pylist() == [1, 4, 9, 16, 25]
+
+
+def test_a_stopped_run_goes_on_and_does_no_shard_twice(ledger):
     asked = []
 
     def fragile(numbers):
@@ -25,15 +50,24 @@ def test_a_stopped_run_goes_on_and_does_no_shard_twice(tmp_path):
         return squares(numbers)
 
     with pytest.raises(KeyboardInterrupt):
-        map_shards(fragile, SHARDS, tmp_path / "parts")
-    again = map_shards(fragile, SHARDS, tmp_path / "parts")
-    assert again == map_shards(squares, SHARDS, None)
+        map_shards("squares", fragile, SHARDS, ledger)
+    again = map_shards("squares", fragile, SHARDS, ledger)
+    assert again == map_shards("squares", squares, SHARDS, Ledger())
     assert asked == [[1, 2], [3], [4, 5], [4, 5]]
 
 
-def test_progress_counts_rows_and_forgetting_removes_the_parts(tmp_path):
-    rows = []
-    map_shards(squares, SHARDS, tmp_path / "parts", done=rows.append)
-    assert rows == [2, 1, 2]
-    forget(tmp_path / "parts")
-    assert not (tmp_path / "parts").exists()
+def test_progress_counts_sizes_and_forgetting_removes_the_parts(tmp_path, bars):
+    ledger = Ledger.beside(tmp_path / "table.parquet")
+    map_shards("squares", squares, SHARDS[:2], ledger)
+    map_shards("squares", squares, SHARDS, ledger)
+    assert bars == [("squares", 3, [0, 2, 1]), ("squares", 5, [3, 2])]
+    assert [path.name for path in tmp_path.iterdir()] == [".parts-table"]
+    ledger.forget()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_lie_beside_their_file_or_where_all_workers_reach():
+    assert Ledger.beside(None) == Ledger()
+    path = "/run/scores/margin-x-1.parquet"
+    assert Ledger.beside(Path(path)).place == "/run/scores/.parts-margin-x-1"
+    assert Ledger.beside(Path(path), "s3://bucket/").place == "s3://bucket/.parts-margin-x-1"

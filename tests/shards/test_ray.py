@@ -13,17 +13,19 @@ ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 from steps import EXPECTED, KEYS, SHARDS, Squares, squares_of  # noqa: E402
 
+import fifa  # noqa: E402
 from fifa.errors import FifaError  # noqa: E402
-from fifa.shards.pool import run_shards  # noqa: E402
+from fifa.shards.ledger import Ledger  # noqa: E402
+from fifa.shards.pool import Shard, run_shards  # noqa: E402
 from fifa.shards.ray import RayPool  # noqa: E402
-from fifa.shards.store import Store  # noqa: E402
 
-REWARDS = str(Path(__file__).parents[1] / "rewards")
+SOURCE = str(Path(fifa.__file__).parents[1])
+REWARDS = str(Path(__file__).parents[1] / "scoring" / "rewards")
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    path = os.pathsep.join([REWARDS, str(Path(__file__).parent)])
+    path = os.pathsep.join([SOURCE, REWARDS, str(Path(__file__).parent)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -41,13 +43,12 @@ def cluster():
 
 def test_an_actor_that_is_killed_loses_nothing(cluster, tmp_path):
     make = partial(Squares, tmp_path / "died", 0.02)
-    store = Store(str(tmp_path / "parts"))
-    done = []
+    ledger = Ledger(str(tmp_path / "parts"))
+    shards = [Shard(key, len(shard), shard) for key, shard in zip(KEYS, SHARDS, strict=True)]
     pool = RayPool(workers=2, num_cpus=0.5)
-    tables = run_shards(pool, make, KEYS, SHARDS.__getitem__, store, done.append)
-    assert squares_of(tables) == EXPECTED
+    assert squares_of(run_shards("squares", make, shards, ledger, pool)) == EXPECTED
     assert (tmp_path / "died").exists()
-    assert sorted(done) == KEYS
+    assert ledger.keys() == set(KEYS)
 
 
 def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
@@ -76,22 +77,22 @@ def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
 
 
 def test_an_error_of_the_step_reaches_the_person(cluster, tmp_path):
-    store = Store(str(tmp_path / "parts"))
+    ledger = Ledger(str(tmp_path / "parts"))
     with pytest.raises(FifaError, match="cannot be squared"):
-        list(RayPool(num_cpus=0.5).map(Squares, [("a", ["seven"])], store))
+        list(RayPool(num_cpus=0.5).map(Squares, [("a", ["seven"])], ledger))
 
 
 def test_workers_that_fit_nowhere_are_refused_and_not_waited_for(cluster, tmp_path):
     pool = RayPool(workers=1, num_gpus=1)
     with pytest.raises(FifaError, match="ask for 1 GPUs, the cluster has 0"):
-        list(pool.map(Squares, [("a", [1])], Store(str(tmp_path))))
+        list(pool.map(Squares, [("a", [1])], Ledger(str(tmp_path))))
 
 
 def test_no_shards_need_no_actors(cluster, tmp_path):
-    assert list(RayPool(num_cpus=0.5).map(Squares, [], Store(str(tmp_path)))) == []
+    assert list(RayPool(num_cpus=0.5).map(Squares, [], Ledger(str(tmp_path)))) == []
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(FifaError, match=r"fifa-align\[ray\]"):
-        list(RayPool().map(Squares, [("a", [1])], Store(str(tmp_path))))
+        list(RayPool().map(Squares, [("a", [1])], Ledger(str(tmp_path))))

@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fifa.console import progress
 from fifa.data.decode import BadImage, open_image
 from fifa.data.ids import pair_ids
 from fifa.data.table import PAIRS, PROMPTS, Origin, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import column_digest, digest
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.pool import Shard, map_shards
 
 SHARD = 64  # images measured between two points where a run can be resumed
 
@@ -101,10 +100,8 @@ def each_image(
     files = images["file"].to_pylist()
     prompts = images["prompt"].to_pylist()
     path = score_path(scores, kind, name, identity, files, prompts)
-    parts = path.parent / f".parts-{path.stem}"
 
-    def measure(start: int) -> pa.Table:
-        part = slice(start, start + SHARD)
+    def measure(part: slice) -> pa.Table:
         found = look(prompts[part], [open_picture(folder / file) for file in files[part]])
         count = len(files[part])
         columns = {key: np.asarray(value, np.float32) for key, value in found.items()}
@@ -113,17 +110,13 @@ def each_image(
             raise FifaError(f"{name} gave {shapes} for {count} images", do="one number an image")
         return pa.table(columns)
 
-    def make() -> pa.Table:
-        starts = range(0, len(files), SHARD)
-        shards = [
-            (digest(identity, files[i : i + SHARD], prompts[i : i + SHARD]), i) for i in starts
-        ]
-        with progress(f"images through {name}", len(files)) as advance:
-            return map_shards(measure, shards, parts, advance)
-
-    table = scored_once(path, make)
-    forget(parts)
-    return table
+    parts = [slice(i, i + SHARD) for i in range(0, len(files), SHARD)]
+    shards = [
+        Shard(digest(identity, files[part], prompts[part]), len(files[part]), part)
+        for part in parts
+    ]
+    what = f"images through {name}"
+    return scored_once(path, lambda ledger: map_shards(what, measure, shards, ledger))
 
 
 def open_picture(path: Path) -> Image.Image:

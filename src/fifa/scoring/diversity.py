@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fifa.config import Score
-from fifa.console import echo, note, progress
+from fifa.console import echo, note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require
@@ -23,7 +23,8 @@ from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prom
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import DIVERSITY, score_path, scored_once
 from fifa.shards.files import digest
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 Rows = npt.NDArray[np.int64]
 Search = Callable[[Vectors, int], Rows]  # (queries [q, d], k) -> the rows of the k nearest [q, k]
@@ -100,10 +101,9 @@ def diversity_scores(
         content = (identity, *prompts_identity(pairs), method)
         path = score_path(folder, "diversity", f"{name}-k{k}", *content)
 
-    def make() -> pa.Table:
+    def make(ledger: Ledger) -> pa.Table:
         found = prompt_embeddings(pairs, encoder, folder) if given is None else given
-        parts = path.parent / f".parts-{path.stem}" if path else None
-        distance, facts = _distances(found, nearest, method, parts)
+        distance, facts = _distances(found, nearest, method, ledger)
         # h_c = log ||z_c - z_c^(k)||, bounded below
         entropy = np.log(np.maximum(distance, np.float32(FLOOR)))
         if n == 1:
@@ -116,10 +116,7 @@ def diversity_scores(
         metadata = {"fifa.score": json.dumps(facts)}
         return pa.table([*columns, pa.array(entropy)], schema=DIVERSITY.with_metadata(metadata))
 
-    table = scored_once(path, make, {"encoder": identity, "k": k, "floor": FLOOR})
-    if path is not None:
-        forget(path.parent / f".parts-{path.stem}")
-    return table
+    return scored_once(path, make, {"encoder": identity, "k": k, "floor": FLOOR})
 
 
 def entropy_estimate(log_distances: Vectors, k: int, dimensions: int) -> float:
@@ -229,7 +226,7 @@ def sampled_recall(vectors: Vectors, search: Search, k: int) -> float:
 
 
 def _distances(
-    vectors: Vectors, k: int, method: str, parts: Path | None
+    vectors: Vectors, k: int, method: str, ledger: Ledger
 ) -> tuple[Vectors, dict[str, Any]]:
     """The distance to the k-th neighbour of every prompt, and how it was found."""
     n = len(vectors)
@@ -242,9 +239,10 @@ def _distances(
         found = build()(vectors[start : start + QUERIES], k + 1)
         return pa.table({"distance": kth_distances(vectors, rows, found)})
 
-    shards = [(f"from-{start}", start) for start in range(0, n, QUERIES)]
-    with progress(f"{k} nearest neighbours ({method})", n) as advance:
-        table = map_shards(measure, shards, parts if len(shards) > 1 else None, advance)
+    starts = range(0, n, QUERIES)
+    shards = [Shard(f"from-{i}", min(QUERIES, n - i), i) for i in starts]
+    kept = ledger if len(shards) > 1 else Ledger()
+    table = map_shards(f"{k} nearest neighbours ({method})", measure, shards, kept)
     facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
     if method == "approx":
         facts["recall"] = sampled_recall(vectors, build(), k)

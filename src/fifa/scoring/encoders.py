@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.console import note, progress
+from fifa.console import note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
@@ -20,7 +20,8 @@ from fifa.models.transformer import MODEL_FILES, ModelEncoder, Vectors, normalis
 from fifa.scoring.specs import ENCODERS, Spec
 from fifa.scoring.table import score_path
 from fifa.shards.files import column_digest, write_table
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 SHARD = 4096  # prompts embedded between two points where a run can be resumed
 
@@ -141,15 +142,14 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
         lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
         return pa.table({"prompt_id": part["prompt_id"].combine_chunks(), "embedding": lists})
 
-    # The parts' folder carries the fingerprint of encoder and prompts, so a row names a shard.
-    parts = path.parent / f".parts-{path.stem}" if path else None
-    shards = [(f"from-{start}", start) for start in range(0, prompts.num_rows, SHARD)]
-    with progress(f"embedding prompts ({encoder.name})", prompts.num_rows) as advance:
-        table = map_shards(embed, shards, parts, advance)
-    note(prompts_embedded=prompts.num_rows)
-    if path is not None and parts is not None:
+    # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
+    ledger, n = Ledger.beside(path), prompts.num_rows
+    shards = [Shard(f"from-{i}", min(SHARD, n - i), i) for i in range(0, n, SHARD)]
+    table = map_shards(f"embedding prompts ({encoder.name})", embed, shards, ledger)
+    note(prompts_embedded=n)
+    if path is not None:
         _write(path, table)
-        forget(parts)
+    ledger.forget()
     column = table["embedding"]
     return _vectors(column.chunks, len(column), column.type.list_size)
 

@@ -20,6 +20,7 @@ from fifa.data.table import PAIRS, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.scoring.table import MARGIN, score_path, scored_once
+from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
 
 Numbers = npt.NDArray[np.float32]
@@ -181,7 +182,7 @@ def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
         identity = (reading, pairs.pairs_digest, content.hexdigest())
         path = score_path(folder, "margin", spec.text, *identity)
 
-    def make() -> pa.Table:
+    def make(ledger: Ledger) -> pa.Table:
         rewards = [_reward(source, reading) for source in (source_0, source_1)]
         lost = int((~np.isfinite(rewards[0]) | ~np.isfinite(rewards[1])).sum())
         meaning = "log-odds of probabilities" if reading == "logodds" else "rewards as they stand"

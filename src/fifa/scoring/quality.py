@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fifa.config import Compute
-from fifa.console import echo, progress
+from fifa.console import echo
 from fifa.data.table import Pairs
 from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.raters import Rater
@@ -20,7 +20,8 @@ from fifa.scoring.rubric import RATINGS
 from fifa.scoring.specs import RATERS
 from fifa.scoring.table import QUALITY, score_path, scored_once
 from fifa.shards.files import column_digest, digest
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
 
@@ -83,7 +84,7 @@ def quality_scores(
         ratings = column_ratings(pairs, name)
         numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
         path = _path(folder, f"column-{name}", pairs, digest(numbers))
-        return scored_once(path, lambda: ratings, {"rater": name})
+        return scored_once(path, lambda ledger: ratings, {"rater": name})
     rater = make_rater(spec, folder, in_flight=in_flight)
     path = _path(folder, rater.name, pairs, rater.identity)
     if path is not None and path.exists():
@@ -91,10 +92,8 @@ def quality_scores(
         if unrated:  # the others' answers are kept, so only these are asked for
             echo(f"asking again for {unrated:,} prompts that were given up on")
             path.unlink()
-    table = scored_once(path, lambda: _rated(pairs, rater, path), {"rater": rater.identity})
-    if path is not None:
-        forget(_parts(path))
-    return table
+    facts = {"rater": rater.identity}
+    return scored_once(path, lambda ledger: _rated(pairs, rater, folder, ledger), facts)
 
 
 def _path(folder: Path | None, name: str, pairs: Pairs, identity: object) -> Path | None:
@@ -105,34 +104,32 @@ def _path(folder: Path | None, name: str, pairs: Pairs, identity: object) -> Pat
     return score_path(folder, "quality", name, *content)
 
 
-def _parts(path: Path) -> Path:
-    return path.parent / f".parts-{path.stem}"
-
-
-def _rated(pairs: Pairs, rater: Rater, path: Path | None) -> pa.Table:
+def _rated(pairs: Pairs, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
     prompts: list[str] = pairs.prompts["prompt"].to_pylist()
     if not prompts:
         ratings = RATINGS.empty_table()
     elif isinstance(rater, EndpointRater):
         ratings = rater.rate(prompts)
     else:
-        ratings = _rated_here(pairs, rater, prompts, path)
+        ratings = _rated_here(pairs, rater, folder, ledger)
     ids = pairs.prompts["prompt_id"].combine_chunks()
     return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
 
 
-def _rated_here(pairs: Pairs, rater: Rater, prompts: list[str], path: Path | None) -> pa.Table:
+def _rated_here(pairs: Pairs, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
     """Shard by shard: a shard's batches are its own, so resuming changes no byte."""
+    prompts: list[str] = pairs.prompts["prompt"].to_pylist()
     default = isinstance(rater, DefaultRater)
     # Of the same encoder as the diversity step's default: embedded once for both.
-    vectors = prompt_embeddings(pairs, "minilm", path.parent if path else None) if default else None
+    vectors = prompt_embeddings(pairs, "minilm", folder) if default else None
 
     def rate(shard: slice) -> pa.Table:
         if isinstance(rater, DefaultRater) and vectors is not None:
             return rater.rate(prompts[shard], vectors[shard])
         return rater.rate(prompts[shard])
 
-    shards = [slice(i, i + SHARD) for i in range(0, len(prompts), SHARD)]
-    keyed = [(digest(rater.identity, prompts[shard]), shard) for shard in shards]
-    with progress(f"rating prompts ({rater.name})", len(prompts)) as advance:
-        return map_shards(rate, keyed, _parts(path) if path else None, advance)
+    parts = [slice(i, i + SHARD) for i in range(0, len(prompts), SHARD)]
+    shards = [
+        Shard(digest(rater.identity, prompts[part]), len(prompts[part]), part) for part in parts
+    ]
+    return map_shards(f"rating prompts ({rater.name})", rate, shards, ledger)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from fifa.config import Score
 from fifa.shards.files import digest, write_table
+from fifa.shards.ledger import Ledger
 
 MARGIN = pa.schema(
     [("pair_id", pa.string()), ("reward_0", pa.float32()), ("reward_1", pa.float32())]
@@ -59,20 +60,28 @@ def score_path(folder: Path, kind: str, name: str, *identity: object) -> Path:
 
 
 def scored_once(
-    path: Path | None, make: Callable[[], pa.Table], facts: dict[str, Any] | None = None
+    path: Path | None,
+    make: Callable[[Ledger], pa.Table],
+    facts: dict[str, Any] | None = None,
+    store: str | None = None,
 ) -> pa.Table:
-    """The table in ``path``, or ``make()`` written there; ``path`` None keeps nothing.
+    """The table in ``path``, or ``make(ledger)`` written there; ``path`` None keeps nothing.
+
+    The ledger keeps finished shards of the table until it is written, beside it or in ``store``.
 
     The table's metadata (`score_facts`) says what made it: ``facts``, any facts that ``make``
     put there itself, and ``file``, the file's name.
     """
+    ledger = Ledger.beside(path, store)
     if path is not None and path.exists():
+        ledger.forget()  # a run may have been killed before it did
         return pq.read_table(path)
-    table = make()
+    table = make(ledger)
     known = {**score_facts(table), **(facts or {}), "file": path.name if path else None}
     table = table.replace_schema_metadata({"fifa.score": json.dumps(known, sort_keys=True)})
     if path is not None:
         write_table(path, table)
+    ledger.forget()
     return table
 
 

@@ -1,55 +1,113 @@
-"""The ledger: a step is a function from shard to table, and a folder of finished shards."""
+"""The ledger: which shards of a step are finished, in a folder or an object store.
+
+A file is there whole or not at all (an atomic rename, or a single upload), so being there is what
+finishes a shard: a step that was killed is run again and does only what is missing.
+"""
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa.shards.files import write_table
+from fifa.errors import FifaError
+from fifa.shards.files import cannot_write, sweep, write_table
 
-Shard = TypeVar("Shard")
 
-
-def map_shards(
-    function: Callable[[Shard], pa.Table],
-    shards: Iterable[tuple[str, Shard]],
-    folder: Path | None,
-    done: Callable[[int], None] = lambda rows: None,
-) -> pa.Table:
-    """Apply ``function`` to every shard once, whatever happens in between, and join the tables.
+@dataclass(frozen=True)
+class Ledger:
+    """Finished shards, ``<key>.parquet`` each.
 
     Parameters
     ----------
-    function
-        From a shard to its table.
-    shards
-        ``(key, shard)``; the key names the shard's content and everything the result depends
-        on, so a finished file is never taken for another's.
-    folder
-        Where finished shards are kept (``<key>.parquet``) until the caller has written the
-        joined table and calls `forget`; None keeps nothing.
-    done
-        Called with the number of rows of every finished shard (for a progress bar).
+    place
+        A folder (on a shared file system for a cluster), a URL that fsspec knows
+        (``s3://bucket/prefix``), or None: in the memory of this process.
     """
-    tables = []
-    for key, shard in shards:
-        path = folder / f"{key}.parquet" if folder else None
-        if path and path.exists():
-            table = pq.read_table(path)
+
+    place: str | None = None
+    _tables: dict[str, pa.Table] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def beside(cls, target: Path | None, above: str | None = None) -> Ledger:
+        """The ledger of the shards that ``target`` is made of.
+
+        It lies in ``.parts-NAME`` beside the file, or below ``above``, a folder or URL. Without
+        a target it is in memory.
+        """
+        if target is None:
+            return cls()
+        name = f".parts-{target.stem}"
+        return cls(f"{above.rstrip('/')}/{name}" if above else str(target.parent / name))
+
+    def keys(self) -> frozenset[str]:
+        """The keys of all finished shards, by one listing."""
+        if self.place is None:
+            return frozenset(self._tables)
+        system, path = self._system()
+        try:
+            system.invalidate_cache()
+            files = [Path(name) for name in system.ls(path, detail=False)]
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise FifaError(f"cannot list the shards: {error}", where=self.place) from error
+        done = (file for file in files if file.suffix == ".parquet" and file.name[0] != ".")
+        return frozenset(file.stem for file in done)
+
+    def read(self, key: str) -> pa.Table:
+        """The table of a finished shard."""
+        if self.place is None:
+            return self._tables[key]
+        system, path = self._system()
+        return pq.read_table(io.BytesIO(system.cat_file(f"{path}/{key}.parquet")))
+
+    def write(self, key: str, table: pa.Table) -> None:
+        """Keep a shard's table; raises `FifaError` where there is no room or no permission."""
+        if self.place is None:
+            self._tables[key] = table
+        elif "://" not in self.place:
+            write_table(Path(self.place, f"{key}.parquet"), table)
         else:
-            table = function(shard)
-            if path:
-                write_table(path, table)
-        tables.append(table)
-        done(table.num_rows)
-    return pa.concat_tables(tables)
+            system, path = self._system()
+            data = io.BytesIO()
+            pq.write_table(table.combine_chunks(), data, compression="zstd")
+            try:
+                system.pipe_file(f"{path}/{key}.parquet", data.getvalue())
+            except OSError as error:
+                raise cannot_write(Path(f"{self.place}/{key}.parquet"), error) from error
 
+    def sweep(self) -> None:
+        """Remove what writes that were killed have left."""
+        if self.place is not None and "://" not in self.place:
+            sweep(Path(self.place))
 
-def forget(folder: Path) -> None:
-    """Remove a folder of finished shards, once their joined table is safely written."""
-    shutil.rmtree(folder, ignore_errors=True)
+    def forget(self) -> None:
+        """Remove all shards, once what they were for is safely written."""
+        self._tables.clear()
+        if self.place is None:
+            return
+        if "://" not in self.place:
+            shutil.rmtree(self.place, ignore_errors=True)
+            return
+        system, path = self._system()
+        if system.exists(path):
+            system.rm(path, recursive=True)
+
+    def _system(self) -> tuple[Any, str]:
+        import fsspec
+
+        try:
+            system, path = fsspec.core.url_to_fs(self.place)
+        except (ValueError, ImportError, OSError) as error:
+            raise FifaError(
+                f"cannot open the store for shards: {error}",
+                where=self.place,
+                do="install the fsspec library that the message names, or name a shared folder",
+            ) from error
+        return system, str(path).rstrip("/")

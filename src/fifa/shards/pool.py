@@ -13,16 +13,36 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from fifa.console import progress
 from fifa.errors import FifaError
-from fifa.shards.store import Store
+from fifa.shards.ledger import Ledger
 
-Shard = TypeVar("Shard")
-Keyed = tuple[str, Any]  # a key that names the shard's content, and the shard
+Keyed = tuple[str, Any]  # the key of a shard, and what the step is given
+
+
+class Shard(NamedTuple):
+    """A part of a step's work.
+
+    Parameters
+    ----------
+    key
+        Names its content and everything its table depends on, so that a finished file is never
+        taken for another's.
+    size
+        In the unit of the progress bar.
+    value
+        What the step is given.
+    """
+
+    key: str
+    size: int
+    value: Any
 
 
 class Step(Protocol):
@@ -41,8 +61,8 @@ Make = Callable[[], Step]
 class Executor(Protocol):
     """Anything that can run a step over shards: the seam between the local pool and Ray."""
 
-    def map(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
-        """Run a step over shards and keep every table in ``store``.
+    def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
+        """Run a step over shards and keep every table in ``ledger``.
 
         Parameters
         ----------
@@ -50,7 +70,7 @@ class Executor(Protocol):
             Makes the step, once in every worker. It travels to other processes.
         shards
             What is left to do; taken a few at a time, so that an iterator keeps memory flat.
-        store
+        ledger
             Every worker must be able to reach it.
 
         Yields
@@ -70,12 +90,12 @@ class Worker:
         self.step = make()
         self._turn = threading.Lock()
 
-    def run(self, keyed: Keyed, store: Store) -> str:
+    def run(self, keyed: Keyed, ledger: Ledger) -> str:
         """Do a shard and return its key; two threads may call: one reads, one computes."""
         key, shard = keyed
         begun = self.step.begin(shard)
         with self._turn:
-            store.write(key, self.step.finish(begun))
+            ledger.write(key, self.step.finish(begun))
         return key
 
 
@@ -95,11 +115,11 @@ class LocalPool:
         self._make: Make | None = None
         self._pool: ProcessPoolExecutor | None = None
 
-    def map(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
+    def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         """Run a step over shards; see `Executor.map`."""
         if self.processes:
-            return self._in_processes(make, shards, store)
-        return self._here(make, shards, store)
+            return self._in_processes(make, shards, ledger)
+        return self._here(make, shards, ledger)
 
     def close(self) -> None:
         """End the processes."""
@@ -107,38 +127,40 @@ class LocalPool:
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
 
-    def _here(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
+    def _here(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         step: Step | None = None
-        ready: tuple[str, Any] | None = None
-        for following in shards:
-            step = step or make()
-            begun = following[0], step.begin(following[1])
-            if ready is not None:
-                yield _finish(step, ready, store)
-            ready = begun
-        if step is not None and ready is not None:
-            yield _finish(step, ready, store)
+        ready: list[tuple[str, Any]] = []
+        for keyed in chain(shards, [None]):
+            if keyed is not None:
+                step = step or make()
+                ready.append((keyed[0], step.begin(keyed[1])))
+            if step is not None and (keyed is None or len(ready) > 1):
+                key, begun = ready.pop(0)
+                ledger.write(key, step.finish(begun))
+                yield key
 
-    def _in_processes(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
+    def _in_processes(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         waiting = iter(shards)
-        lost: list[Keyed] = []
         progressed = True
         while progressed:
             progressed = False
-            running: dict[Future[str], Keyed] = {}
+            taken: dict[str, Keyed] = {}  # and not finished
+            running: set[Future[str]] = set()
             try:
                 while True:
-                    for keyed in _next(lost, waiting, 2 * self.processes - len(running)):
-                        running[self._processes(make).submit(_run, keyed, store)] = keyed
+                    for keyed in islice(waiting, 2 * self.processes - len(running)):
+                        taken[keyed[0]] = keyed
+                        running.add(self._processes(make).submit(_run, keyed, ledger))
                     if not running:
                         return
-                    for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for job in done:
                         key = job.result()
-                        del running[job]
+                        del taken[key]
                         progressed = True
                         yield key
             except BrokenProcessPool:
-                lost += running.values()
+                waiting = chain(list(taken.values()), waiting)
                 self.close()
         raise FifaError(
             "worker processes keep dying before they finish a shard",
@@ -160,34 +182,52 @@ class LocalPool:
 
 
 def run_shards(
-    executor: Executor,
+    what: str,
     make: Make,
-    keys: Sequence[str],
-    shard: Callable[[int], Any],
-    store: Store,
-    done: Callable[[str], None] = lambda key: None,
+    shards: Sequence[Shard],
+    ledger: Ledger,
+    executor: Executor | None = None,
+    prepare: Callable[[Any], Any] = lambda value: value,
 ) -> Iterator[pa.Table]:
     """Run a step over every shard that is not finished yet; then read all tables, in order.
 
     Parameters
     ----------
-    executor, make, store
-        As `Executor.map` takes them.
-    keys
-        A key a shard, which names its content and everything its table depends on.
-    shard
-        Makes shard i, when it is needed.
-    done
-        Called with the key of every finished shard (for a progress bar).
+    what
+        For the progress bar.
+    make
+        As `Executor.map` takes it.
+    shards
+        All of them; their keys differ.
+    ledger
+        Where finished ones are kept: `Ledger.forget` them once what they are for is written.
+    executor
+        Who runs the step; by default this process.
+    prepare
+        Makes of a shard's value what the step is given, when it is needed.
     """
-    store.sweep()
-    there = store.keys()
-    for key in there.intersection(keys):
-        done(key)
-    left = [i for i, key in enumerate(keys) if key not in there]
-    for key in executor.map(make, ((keys[i], shard(i)) for i in left), store):
-        done(key)
-    return (store.read(key) for key in keys)
+    ledger.sweep()
+    finished = ledger.keys()
+    size = {shard.key: shard.size for shard in shards}
+    left = ((s.key, prepare(s.value)) for s in shards if s.key not in finished)
+    with progress(what, sum(size.values())) as advance:
+        advance(sum(size[key] for key in finished & size.keys()))
+        for key in (executor or LocalPool()).map(make, left, ledger):
+            advance(size[key])
+    return (ledger.read(shard.key) for shard in shards)
+
+
+def map_shards(
+    what: str,
+    function: Callable[[Any], pa.Table],
+    shards: Sequence[Shard],
+    ledger: Ledger,
+) -> pa.Table:
+    """The joined tables that ``function`` makes of every shard's ``value``, in this process.
+
+    As `run_shards`, for a step of one function that needs nothing read ahead.
+    """
+    return pa.concat_tables(run_shards(what, lambda: _Function(function), shards, ledger))
 
 
 def cores() -> int:
@@ -197,15 +237,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _next(lost: list[Keyed], waiting: Iterator[Keyed], most: int) -> list[Keyed]:
-    """Up to ``most`` shards: first (and taken out) those that a dead worker had."""
-    again, lost[:] = lost[:most], lost[most:]
-    return again + list(islice(waiting, max(0, most - len(again))))
+@dataclass(frozen=True)
+class _Function:
+    """A step that is a function of the whole shard."""
 
+    finish: Callable[[Any], pa.Table]
 
-def _finish(step: Step, begun: tuple[str, Any], store: Store) -> str:
-    store.write(begun[0], step.finish(begun[1]))
-    return begun[0]
+    def begin(self, shard: Any) -> Any:
+        return shard
 
 
 _worker: Worker | None = None
@@ -220,6 +259,6 @@ def _start(threads: int, make: Make) -> None:
     _worker = Worker(make)
 
 
-def _run(keyed: Keyed, store: Store) -> str:
+def _run(keyed: Keyed, ledger: Ledger) -> str:
     assert _worker is not None, "_start comes first"
-    return _worker.run(keyed, store)
+    return _worker.run(keyed, ledger)

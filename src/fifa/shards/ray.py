@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fifa.errors import FifaError
+from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Keyed, Make, Worker
-from fifa.shards.store import Store
 
 IN_FLIGHT = 2  # shards an actor: one is read and decoded while the other is scored
 RETRIES = 5  # of one shard, each time after the actor that had it was lost
@@ -48,7 +48,7 @@ class RayPool:
         self._make: Make | None = None
         self._actors: list[Any] = []
 
-    def map(self, make: Make, shards: Iterable[Keyed], store: Store) -> Iterator[str]:
+    def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         """Run a step over shards; see `fifa.shards.pool.Executor.map`.
 
         The actors stay, with the model they have loaded, until the step is another or `close`.
@@ -60,7 +60,7 @@ class RayPool:
         from ray.util import ActorPool
 
         def run(actor: Any, keyed: Keyed) -> Any:
-            return actor.run.remote(keyed, store)
+            return actor.run.remote(keyed, ledger)
 
         pool: Any = None
         try:

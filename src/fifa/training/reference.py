@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fifa.console import note, progress
 from fifa.models.optional import require
 from fifa.shards.files import atomic_path, digest, write_bytes
-from fifa.shards.ledger import forget
+from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone
 from fifa.training.batches import Batch, Source, predict
 from fifa.training.draws import micro_batches
@@ -163,7 +163,7 @@ def precompute(source: Source, path: Path, accelerator: Any) -> Scalars:
             whole = [_part(source, start, parts, accelerator.autocast) for start in starts]
             with atomic_path(path) as temporary:
                 save({"errors": np.concatenate(whole)}, temporary)
-            forget(parts)
+            Ledger.beside(path).forget()
         note(reference_draws=len(source.pairs) * source.train.draws)
     accelerator.wait_for_everyone()
     scalars: Scalars = load(path)["errors"]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fifa.config import Reward
-from fifa.console import note, progress
+from fifa.console import note
 from fifa.data.table import Pairs
 from fifa.models.runtime import make_runtime
 from fifa.scoring.encoders import make_encoder, model_folder
@@ -26,7 +26,8 @@ from fifa.scoring.rewards.fit import (
 from fifa.scoring.rewards.split import prompt_folds
 from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.files import column_digest, digest
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 FOLD = pa.schema(
     [
@@ -77,20 +78,15 @@ def crossfit_rewards(
     carries the label of the pair itself.
     """
     options = options or Reward()
-    path = None
-    if folder is not None:
-        path = score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
+    path = _path(folder, _identity(pairs, options, folds, seed))
     facts = {"scorer": "proxy", "folds": folds, "seed": seed, "options": options.settings()}
 
-    def make() -> pa.Table:
+    def make(ledger: Ledger) -> pa.Table:
         table = crossfit_folds(pairs, folds=folds, seed=seed, folder=folder, options=options)
         rewards = (table[f"reward_{side}"].combine_chunks() for side in (0, 1))
         return pa.table([pairs.table["pair_id"].combine_chunks(), *rewards], schema=MARGIN)
 
-    table = scored_once(path, make, facts)
-    if folder is not None:
-        forget(_parts(folder, _identity(pairs, options, folds, seed)))
-    return table
+    return scored_once(path, make, facts)
 
 
 def crossfit_folds(
@@ -120,10 +116,8 @@ def crossfit_folds(
         columns = [rows, *rewards, (k * constant).astype(np.int32), temperature * constant]
         return pa.table([pa.array(c) for c in columns], names=FOLD.names).cast(FOLD)
 
-    shards = [(digest(identity, k), k) for k in range(folds)]
-    parts = _parts(folder, identity) if folder is not None else None
-    with progress("cross-fitting", len(pairs)) as advance:
-        table = map_shards(one, shards, parts, advance)
+    shards = [Shard(digest(identity, k), int(np.sum(fold == k)), k) for k in range(folds)]
+    table = map_shards("cross-fitting", one, shards, Ledger.beside(_path(folder, identity)))
     note(crossfit_folds=folds, crossfit_pairs=len(pairs))
     return table.sort_by("row")
 
@@ -190,5 +184,5 @@ def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]
     return [options.settings(), folds, seed, models, content]
 
 
-def _parts(folder: Path, identity: list[Any]) -> Path:
-    return folder / f".parts-proxy-{digest(identity)}"
+def _path(folder: Path | None, identity: list[Any]) -> Path | None:
+    return None if folder is None else score_path(folder, "margin", "proxy", identity)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa.console import echo, note, progress
+from fifa.console import echo, note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.rewards.base import RewardModel
@@ -36,8 +36,8 @@ from fifa.scoring.rewards.worker import (
 )
 from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.files import atomic_path, column_digest, digest, write_table
-from fifa.shards.pool import Executor, LocalPool, run_shards
-from fifa.shards.store import Store
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Executor, LocalPool, Shard, run_shards
 
 __all__ = ["EngineOptions", "prompt_features", "score_images", "unreadable_path"]
 
@@ -69,35 +69,15 @@ class _Job:
         self,
         what: str,
         target: Path,
-        keys: Sequence[str],
-        sizes: Sequence[int],
-        shard: Callable[[int], Any],
+        shards: Sequence[Shard],
+        prepare: Callable[[Any], Any],
     ) -> Iterator[pa.Table]:
-        """The tables of all shards in order; `forget` them once they are in ``target``.
+        """The tables of all shards in order, for the file ``target``."""
+        return run_shards(what, self.make, shards, self.ledger(target), self.executor, prepare)
 
-        Parameters
-        ----------
-        what
-            For the progress bar.
-        target
-            The file that the tables are for: it names the store that they are kept in.
-        keys, sizes, shard
-            A key and a size a shard, and what makes shard i.
-        """
-        size = dict(zip(keys, sizes, strict=True))
-        store = self._store(target)
-        with progress(what, sum(sizes)) as advance:
-            return run_shards(
-                self.executor, self.make, keys, shard, store, lambda key: advance(size[key])
-            )
-
-    def forget(self, target: Path) -> None:
-        """Remove the shards of ``target``, which is there; also what a killed run left of them."""
-        self._store(target).forget()
-
-    def _store(self, target: Path) -> Store:
-        place, above = f".parts-{target.stem}", self.options.store
-        return Store(f"{above.rstrip('/')}/{place}" if above else str(target.parent / place))
+    def ledger(self, target: Path) -> Ledger:
+        """Of the shards of ``target``: forgotten once it is there."""
+        return Ledger.beside(target, self.options.store)
 
 
 def score_images(
@@ -153,9 +133,8 @@ def score_images(
         asked = ask(pairs, keys, _contents(job, keys))
         path = _path(job, "margin", asked)
         facts = {"scorer": model.name, "scale": model.scale, "identity": model.identity}
-        table = scored_once(path, lambda: _margins(job, keys, asked, path), facts)
-        job.forget(path)
-        return table
+        margins = partial(_margins, job, keys, asked, path)
+        return scored_once(path, lambda ledger: margins(), facts, options.store)
 
 
 def prompt_features(
@@ -207,12 +186,14 @@ def _contents(job: _Job, keys: Keys) -> pa.Array | None:
         tables = job.run(
             "telling images apart",
             path,
-            [digest(source, start, len(part)) for start, part in zip(starts, slots, strict=True)],
-            [len(part) for part in slots],
-            lambda i: DigestShard(*places(job.pairs, slots[i])),
+            [
+                Shard(digest(source, start, len(part)), len(part), part)
+                for start, part in zip(starts, slots, strict=True)
+            ],
+            lambda part: DigestShard(*places(job.pairs, part)),
         )
         write_table(path, pa.concat_tables([DIGESTS.empty_table(), *tables]))
-    job.forget(path)
+    job.ledger(path).forget()
     contents: pa.Array = pq.read_table(path)["content"].combine_chunks()
     return contents
 
@@ -227,13 +208,15 @@ def _prompt_features(job: _Job) -> np.ndarray:
         tables = job.run(
             f"prompts through {job.model.name}",
             path,
-            [digest(job.model.identity, i, column_digest(part)) for i, part in enumerate(parts)],
-            [len(part) for part in parts],
-            lambda i: PromptShard(parts[i].to_pylist()),
+            [
+                Shard(digest(job.model.identity, i, column_digest(part)), len(part), part)
+                for i, part in enumerate(parts)
+            ],
+            lambda part: PromptShard(part.to_pylist()),
         )
         note(prompts_embedded=len(prompts))
         _write_array(path, len(prompts), map(table_features, tables))
-    job.forget(path)
+    job.ledger(path).forget()
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 
@@ -259,7 +242,6 @@ def _write_array(path: Path, n: int, parts: Iterator[np.ndarray]) -> None:
 def _margins(job: _Job, keys: Keys, asked: Asked, path: Path) -> pa.Table:
     """The rewards of all asks, put where the pairs want them; images that failed, listed."""
     images, size = len(asked.images), job.options.shard
-    starts = list(range(0, images, size))
     features = _prompt_features(job) if images else np.empty((0, 1), np.float32)
     spelling, source = job.pairs.prompts["prompt"], job.pairs.origin.fingerprint
 
@@ -270,8 +252,7 @@ def _margins(job: _Job, keys: Keys, asked: Asked, path: Path) -> pa.Table:
         counts = (asked.image[part] - start).tobytes()
         return digest(job.model.identity, source, contents, counts, texts)
 
-    def shard(i: int) -> ImageShard:
-        start = starts[i]
+    def prepare(start: int) -> ImageShard:
         part = asked.asks(start, start + size)
         unique, local = np.unique(asked.prompt[part], return_inverse=True)
         subset, sides = places(job.pairs, asked.first[start : start + size])
@@ -281,9 +262,8 @@ def _margins(job: _Job, keys: Keys, asked: Asked, path: Path) -> pa.Table:
     tables = job.run(
         f"images through {job.model.name}",
         path,
-        [key(start) for start in starts],
-        [min(size, images - start) for start in starts],
-        shard,
+        [Shard(key(i), min(size, images - i), i) for i in range(0, images, size)],
+        prepare,
     )
     rewards, reasons = _joined(asked, tables)
     bad = _unreadable(job.pairs, keys, asked, reasons)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from fifa.console import note, progress
+from fifa.console import note
 from fifa.data.decode import BadImage
 from fifa.data.images import read_images
 from fifa.data.prefetch import Batch, batched, decode_images
@@ -34,7 +34,8 @@ from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest, files_digest, read_json
-from fifa.shards.ledger import forget, map_shards
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Shard, map_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,9 +137,11 @@ def frozen_features(
     """
     asked = unique_images(pairs, folder=folder, allow_download=allow_download)
     path = folder and score_path(folder, "features", images.name, images.identity, asked.identity)
-    parts = path.parent / f".parts-{path.stem}" if path else None
-    starts = range(0, len(asked.images), SHARD)
-    shards = [(digest(images.identity, asked.images[i : i + SHARD].to_pylist()), i) for i in starts]
+    contents = [asked.images[i : i + SHARD] for i in range(0, len(asked.images), SHARD)]
+    shards = [
+        Shard(digest(images.identity, content.to_pylist()), len(content), i * SHARD)
+        for i, content in enumerate(contents)
+    ]
 
     def embed(start: int) -> pa.Table:
         torch = require("torch")
@@ -160,9 +163,8 @@ def frozen_features(
         reasons = pa.array([bad.get(i) for i in range(count)], pa.string())
         return pa.table({"features": cells, "reason": reasons})
 
-    def make() -> pa.Table:
-        with progress(f"images through {images.name}", len(asked.images)) as advance:
-            table = map_shards(embed, shards, parts, advance)
+    def make(ledger: Ledger) -> pa.Table:
+        table = map_shards(f"images through {images.name}", embed, shards, ledger)
         lost = len(table) - table["reason"].null_count
         note(images_embedded=len(table), images_unreadable=lost)
         return table
@@ -170,8 +172,6 @@ def frozen_features(
     if not shards:
         raise FifaError("there are no pairs to take images from")
     table = scored_once(path, make)
-    if parts is not None:
-        forget(parts)
     prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
     if text != "none":
         prompts = prompt_embeddings(pairs, text, folder)
@@ -188,17 +188,20 @@ def unique_images(
         return ask(pairs, keys, None)
     step = ScoreStep(_no_model, EngineOptions(workers=1, allow_download=allow_download))
     path = folder and score_path(folder, "contents", "", keys_identity(pairs, keys))
-    parts = path.parent / f".parts-{path.stem}" if path else None
-    starts = range(0, len(keys.first), DIGEST_SHARD)
-    shards = [(digest(keys_identity(pairs, keys), i, DIGEST_SHARD), i) for i in starts]
+    source, n = keys_identity(pairs, keys), len(keys.first)
+    shards = [
+        Shard(digest(source, i, DIGEST_SHARD), min(DIGEST_SHARD, n - i), i)
+        for i in range(0, n, DIGEST_SHARD)
+    ]
 
     def contents(start: int) -> pa.Table:
         part = places(pairs, keys.first[start : start + DIGEST_SHARD])
         return step.finish(step.begin(DigestShard(*part)))
 
-    table = scored_once(path, lambda: map_shards(contents, shards, parts))
-    if parts is not None:
-        forget(parts)
+    def make(ledger: Ledger) -> pa.Table:
+        return map_shards("telling images apart", contents, shards, ledger)
+
+    table = scored_once(path, make)
     return ask(pairs, keys, table["content"].combine_chunks())
 
 
