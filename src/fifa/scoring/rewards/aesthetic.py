@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from fifa.models.runtime import Runtime
 from fifa.scoring.encoders import model_folder
 from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.weights import fill, find_weights, read_weights
+from fifa.scoring.rewards.weights import find_weights, linear_head, read_weights
 from fifa.shards.files import files_digest
 
 if TYPE_CHECKING:
@@ -29,8 +28,7 @@ FILES = (
     "aesthetic-model.pth",
 )
 CLIP_HUB = "openai/clip-vit-large-patch14"
-WIDTHS = (1024, 128, 64, 16, 1)
-PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the original's nn.Sequential: dropout between
+LINEAR = (0, 2, 4, 6, 7)  # where the original has linear layers: dropout between
 
 
 class AestheticReward(PublishedReward):
@@ -84,30 +82,6 @@ class AestheticReward(PublishedReward):
 
     @cached_property
     def _head(self) -> Any:
-        torch = require("torch")
-        tensors = read_weights(self._weights)
-        first = tensors.get("layers.0.weight")
-        width = 768 if first is None else first.shape[1]
-        with torch.device("meta"):
-            head = linear_stack((width, *WIDTHS))
-        places = dict(zip(PLACES, range(len(PLACES)), strict=True))
-        fill(head, renumbered(tensors, "layers.", places), self._weights)
-        return head.float().eval().requires_grad_(False).to(self.runtime.device)
-
-
-def linear_stack(widths: Sequence[int]) -> Any:
-    """Linear layers of these widths with nothing between: dropout rests when nobody trains."""
-    torch = require("torch")
-    return torch.nn.Sequential(*(torch.nn.Linear(i, o) for i, o in pairwise(widths)))
-
-
-def renumbered(tensors: dict[str, Any], prefix: str, places: dict[int, int]) -> dict[str, Any]:
-    """``tensors`` below ``prefix`` with layer numbers changed from the keys to the values."""
-    out = {}
-    for key, tensor in tensors.items():
-        number, _, kind = key.removeprefix(prefix).partition(".")
-        if key.startswith(prefix) and number.isdigit() and int(number) in places:
-            out[f"{places[int(number)]}.{kind}"] = tensor
-        else:
-            out[key] = tensor
-    return out
+        tensors = {k.removeprefix("layers."): t for k, t in read_weights(self._weights).items()}
+        head = linear_head(tensors, LINEAR, self._weights)
+        return head.eval().requires_grad_(False).to(self.runtime.device)

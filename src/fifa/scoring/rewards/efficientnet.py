@@ -8,7 +8,6 @@ convolutions, so the forward pass is a list of them.
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime
+from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.shards.files import files_digest
 
@@ -168,15 +168,7 @@ class EfficientNetLite0:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        torch = require("torch")
-        try:  # torch's format of 2020, which cannot be memory-mapped as `read_weights` does
-            tensors: dict[str, Tensor] = torch.load(
-                self.weights, map_location="cpu", weights_only=True
-            )
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            brief = str(error).partition("\n")[0]
-            raise FifaError(f"cannot read the weights: {brief}", where=str(self.weights)) from error
-        return tensors
+        return read_weights(self.weights)
 
     @property
     def _stem(self) -> Convolution:

@@ -29,7 +29,7 @@ from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
 from fifa.scoring.rewards.proxy import CARD, FORMAT, MODEL, SETTINGS
 from fifa.scoring.rewards.split import prompt_folds
-from fifa.scoring.rewards.weights import TOKENIZER_FILES
+from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
 from fifa.shards.files import atomic_folder, reserve, write_json, write_text
 
 if TYPE_CHECKING:
@@ -295,10 +295,7 @@ def _batches(n: int, options: Reward) -> Any:
 
 def _tokens(pairs: Pairs, base: Path, model: Any) -> npt.NDArray[np.int64]:
     """Ids and mask of every prompt, int64 [prompts, 2, t]."""
-    transformers = require("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        base, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = load_tokenizer(base)
     limit = model.config.text_config.max_position_embeddings
     prompts = pairs.prompts["prompt"].to_pylist()
     coded = tokenizer(prompts, truncation=True, max_length=limit, padding=True)

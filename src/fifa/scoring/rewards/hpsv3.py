@@ -26,9 +26,12 @@ from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, STD, fit_area, standardise
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
+    below,
     companion_folder,
     fill,
     find_weights,
+    linear_head,
+    load_tokenizer,
     read_weights,
 )
 from fifa.shards.files import digest, files_digest, read_json
@@ -44,7 +47,7 @@ AREA = 256 * 28 * 28  # pixels, least and most
 TOKENS = 1536  # of the rubric (378 words) with the prompt in it
 REWARD_TOKEN = "<|Reward|>"
 # 3584-1024-16-2 with ReLU; where the original's nn.Sequential has the linear layers
-HEAD_PLACES = (0, 3, 5)
+LINEAR = (0, 3, 5)
 # Qwen2-VL's chat template around one image and one text; the answer's beginning is left out
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -182,13 +185,7 @@ class HPSv3(PublishedReward):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        transformers = require("transformers")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self._base, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise FifaError(f"cannot load the tokenizer: {error}", where=str(self._base)) from error
+        tokenizer = load_tokenizer(self._base)
         tokenizer.add_special_tokens({"extra_special_tokens": [REWARD_TOKEN]})
         return tokenizer
 
@@ -211,7 +208,7 @@ class HPSv3(PublishedReward):
             "visual": self.runtime.place(qwen.visual),
             "language": self.runtime.place(qwen.language_model),
             "words": plain.place(qwen.language_model.embed_tokens),
-            "head": plain.place(head.float()),
+            "head": plain.place(head),
         }
 
 
@@ -222,33 +219,20 @@ def build(tensors: dict[str, Any], settings: dict[str, Any], where: Path) -> tup
     ``rm_head``. Raises `FifaError` for weights that are not HPSv3's.
     """
     torch, transformers = require("torch"), require("transformers")
-    parts: dict[str, dict[str, Any]] = {"qwen": {}, "head": {}}
-    for key, tensor in tensors.items():
-        if key.startswith("visual."):
-            parts["qwen"][key] = tensor
-        elif key.startswith("model."):
-            parts["qwen"]["language_model." + key.removeprefix("model.")] = tensor
-        elif key.startswith("rm_head."):
-            number, _, kind = key.removeprefix("rm_head.").partition(".")
-            place = HEAD_PLACES.index(int(number)) * 2 if int(number) in HEAD_PLACES else number
-            parts["head"][f"{place}.{kind}"] = tensor
-    words = parts["qwen"].get("language_model.embed_tokens.weight")
-    heads = [parts["head"][key] for i in (0, 2, 4) if (key := f"{i}.weight") in parts["head"]]
-    if words is None or len(heads) != len(HEAD_PLACES):
+    vision, language, head = below(tensors, "visual.", "model.", "rm_head.")
+    embedding = language.get("embed_tokens.weight")
+    if embedding is None or not all(f"{place}.weight" in head for place in LINEAR):
         raise FifaError("not the weights of HPSv3", where=str(where))
     config = transformers.Qwen2VLConfig.from_dict(dict(settings))
     # the tokenizer with <|Reward|> has fewer entries than Qwen2-VL has rows
-    config.text_config.vocab_size = words.shape[0]
+    config.text_config.vocab_size = embedding.shape[0]
     with torch.device("meta"):
         qwen = transformers.Qwen2VLModel(config)
-        layers: list[Any] = []
-        for tensor in heads:
-            layers += [torch.nn.Linear(tensor.shape[1], tensor.shape[0]), torch.nn.ReLU()]
-        head = torch.nn.Sequential(*layers[:-1])
-    fill(qwen, parts["qwen"], where)
-    fill(head, parts["head"], where)
+    named = {f"visual.{key}": tensor for key, tensor in vision.items()}
+    named |= {f"language_model.{key}": tensor for key, tensor in language.items()}
+    fill(qwen, named, where)
     _restore_buffers(qwen, config)
-    return qwen, head
+    return qwen, linear_head(head, LINEAR, where, relu=True)
 
 
 def _restore_buffers(qwen: Any, config: Any) -> None:

@@ -18,14 +18,17 @@ from PIL import Image
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
-from fifa.scoring.rewards.aesthetic import PLACES, WIDTHS, linear_stack, renumbered
+from fifa.scoring.rewards.aesthetic import LINEAR
 from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, STD, crop_convert, standardise
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
+    below,
     companion_folder,
     fill,
     find_weights,
+    linear_head,
+    load_tokenizer,
     read_weights,
 )
 from fifa.shards.files import files_digest
@@ -128,15 +131,7 @@ class ImageReward(PublishedReward):
     @cached_property
     def _tokenizer(self) -> Any:
         """BERT's, with the two marks that BLIP added to it."""
-        transformers = require("transformers")
-        try:
-            tokenizer = transformers.BertTokenizer.from_pretrained(
-                self._tokenizer_folder, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise FifaError(
-                f"cannot load the tokenizer: {error}", where=str(self._tokenizer_folder)
-            ) from error
+        tokenizer = load_tokenizer(self._tokenizer_folder, "BertTokenizer")
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
         return tokenizer
@@ -147,7 +142,7 @@ class ImageReward(PublishedReward):
         image, text, head = build(tensors, self._weights)
         place = self.runtime.place
         plain = Runtime(self.runtime.device)
-        return {"image": place(image), "text": place(text), "head": plain.place(head.float())}
+        return {"image": place(image), "text": place(text), "head": plain.place(head)}
 
 
 def build(tensors: dict[str, Any], where: Path) -> tuple[Any, Any, Any]:
@@ -156,16 +151,13 @@ def build(tensors: dict[str, Any], where: Path) -> tuple[Any, Any, Any]:
     Raises `FifaError` for weights that are not ImageReward's.
     """
     torch, transformers = require("torch"), require("transformers")
-    parts: dict[str, dict[str, Any]] = {"image": {}, "text": {}, "head": {}}
-    for key, tensor in tensors.items():
-        if key.startswith("blip.visual_encoder."):
-            parts["image"][_visual(key.removeprefix("blip.visual_encoder."))] = tensor
-        elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
-            parts["text"][key.removeprefix("blip.text_encoder.")] = tensor
-        elif key.startswith("mlp."):
-            parts["head"][key.removeprefix("mlp.")] = tensor
+    blocks, text_tensors, head = below(
+        tensors, "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+    )
+    image_tensors = {_visual(key): tensor for key, tensor in blocks.items()}
+    text_tensors = {k: t for k, t in text_tensors.items() if not k.endswith("position_ids")}
     try:
-        vision, text_config, width = _configs(parts["image"], parts["text"])
+        vision, text_config = _configs(image_tensors, text_tensors)
     except KeyError as error:
         raise FifaError(
             f"not the weights of ImageReward: {error} is missing", where=str(where)
@@ -175,15 +167,12 @@ def build(tensors: dict[str, Any], where: Path) -> tuple[Any, Any, Any]:
         text = transformers.models.blip.modeling_blip_text.BlipTextModel(
             transformers.BlipTextConfig(**text_config), add_pooling_layer=False
         )
-        head = linear_stack((width, *WIDTHS))
-    fill(image, parts["image"], where)
-    fill(text, parts["text"], where)
+    fill(image, image_tensors, where)
+    fill(text, text_tensors, where)
     # a buffer that no checkpoint holds does not survive the meta device
     length = text_config["max_position_embeddings"]
     text.embeddings.position_ids = torch.arange(length).expand(1, -1)
-    places = dict(zip(PLACES, range(len(PLACES)), strict=True))
-    fill(head, renumbered(parts["head"], "layers.", places), where)
-    return image.float(), text.float(), head
+    return image.float(), text.float(), linear_head(head, LINEAR, where)
 
 
 def _visual(key: str) -> str:
@@ -192,9 +181,7 @@ def _visual(key: str) -> str:
     return key
 
 
-def _configs(
-    image: dict[str, Any], text: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes of both halves, from the weights; the rest is BLIP's and BERT's."""
     patch = image["embeddings.patch_embedding.weight"]
     positions = image["embeddings.position_embedding"].shape[1]
@@ -222,4 +209,4 @@ def _configs(
         "hidden_act": "gelu",
         "is_decoder": True,  # which is how these classes spell cross attention
     }
-    return vision, language, width
+    return vision, language

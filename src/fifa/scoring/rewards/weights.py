@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +80,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             loaded: Any = require("safetensors.torch").load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mappable = zipfile.is_zipfile(path)  # torch's format before 2020 is not
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         brief = str(error).partition("\n")[0]
         raise FifaError(f"cannot read the weights: {brief}", where=str(path)) from error
@@ -95,6 +98,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def below(tensors: dict[str, Any], *prefixes: str) -> list[dict[str, Any]]:
+    """The tensors below each prefix, named without it."""
+    return [
+        {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        for prefix in prefixes
+    ]
+
+
 def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
     """Give ``module`` (on the meta device) its weights; `FifaError` unless all fit."""
     try:
@@ -106,6 +117,50 @@ def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
     wrong = [*(f"no {key}" for key in missing), *(f"{key} too much" for key in unexpected)]
     if wrong:
         raise FifaError(f"the weights do not fit: {', '.join(wrong[:3])}", where=str(where))
+
+
+def linear_head(
+    tensors: dict[str, Any], places: Sequence[int], where: Path, *, relu: bool = False
+) -> Any:
+    """A head of linear layers with its weights, float32, as its original's `Sequential` has them.
+
+    Parameters
+    ----------
+    tensors
+        ``PLACE.weight`` and ``PLACE.bias``, and nothing else.
+    places
+        Where the linear layers stand in the original. What stands between (dropout) rests when
+        nobody trains,
+    relu
+        but for a ReLU if this is True.
+    where
+        For `FifaError`, which is raised unless all weights fit.
+    """
+    torch = require("torch")
+    layers: dict[str, Any] = {}
+    width = 0
+    with torch.device("meta"):
+        for place in places:
+            weight = tensors.get(f"{place}.weight")
+            if weight is None or weight.dim() != 2:
+                raise FifaError(f"the weights do not fit: no {place}.weight", where=str(where))
+            if relu and layers:
+                layers[f"relu-{place}"] = torch.nn.ReLU()
+            layers[str(place)] = torch.nn.Linear(width or weight.shape[1], len(weight))
+            width = len(weight)
+        head = torch.nn.Sequential(OrderedDict(layers))
+    fill(head, tensors, where)
+    return head.float()
+
+
+def load_tokenizer(folder: Path, type_name: str = "AutoTokenizer") -> Any:
+    """The tokenizer in a local folder, by the transformers class of that name; no remote code."""
+    try:
+        return getattr(require("transformers"), type_name).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise FifaError(f"cannot load the tokenizer: {error}", where=str(folder)) from error
 
 
 def cache_folder() -> Path:
