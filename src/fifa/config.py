@@ -162,15 +162,11 @@ class Score(Knobs):
     Parameters
     ----------
     margin
-        A reward model: ``column:NAME_0,NAME_1``, ``pickscore``, ``hpsv2.1``, ``imagereward``, ...,
-        ``NAME:FOLDER``, ``proxy``, ``proxy@clip:MODEL``, ``proxy:FOLDER``. Several make a
-        committee.
+        A reward model: `fifa.scoring.specs.REWARDS`. Several make a committee.
     quality
-        The rater of prompts: ``local``, ``local:MODEL``, ``openai:MODEL@URL``, ``column:NAME`` or
-        ``none``.
+        The rater of prompts: `fifa.scoring.specs.RATERS`, none.
     diversity
-        The encoder of prompts: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME`` or
-        ``none``.
+        The encoder of prompts: `fifa.scoring.specs.ENCODERS`, none.
     k
         A prompt's diversity is taken from the distance to its k-th nearest neighbour.
     """
@@ -467,9 +463,9 @@ class Reward(Knobs):
         ``features`` trains a head on frozen features; otherwise the folder or hub id of a
         transformers CLIP to fine-tune.
     image
-        The frozen image encoder of a head: ``efficientnet-lite0`` or ``clip:MODEL``.
+        The frozen image encoder of a head: `fifa.scoring.specs.IMAGE_ENCODERS`.
     text
-        The frozen text encoder of a head: ``minilm``, ``text:MODEL``, ``clip:MODEL`` or ``none``.
+        The frozen text encoder of a head: `fifa.scoring.specs.ENCODERS`, none.
     folds
         How many parts the prompts are dealt into to choose a head; each is held out once.
     parts
@@ -584,13 +580,13 @@ class Measure(Knobs):
     Parameters
     ----------
     scorers
-        A reward model: ``pickscore``, ``hpsv2.1``, ``clipscore``, ..., ``NAME:FOLDER``,
-        ``proxy:FOLDER``; ``none`` for none.
+        A reward model that looks at images (none for none): of `fifa.scoring.specs.REWARDS` all
+        but columns and a proxy that has no folder.
     picked
         A reward model that picked the training data, where checkpoints and run do not say so
         themselves: a win by it is no evidence of its own.
     rater
-        Finds unsafe prompts: ``local``, ``openai:MODEL@URL``, ...; ``none``.
+        The rater that finds unsafe prompts: `fifa.scoring.specs.RATERS`, none.
     unsafe_categories
         Categories whose prompts are unsafe, whatever the rater says.
     detector
@@ -598,7 +594,8 @@ class Measure(Knobs):
     unsafe_labels
         The detector's labels that mean unsafe.
     encoder
-        The image encoder that measures how much a prompt's images differ, or ``none``.
+        The image encoder that measures how much a prompt's images differ:
+        `fifa.scoring.specs.IMAGE_ENCODERS`, none.
     """
 
     scorers: Annotated[tuple[str, ...], Option("--score")] = ("pickscore", "hpsv2.1", "clipscore")

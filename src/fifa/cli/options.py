@@ -246,8 +246,21 @@ def _shown(default: Any, written: str) -> str:
 
 
 def _texts(cls: type[Any]) -> dict[str, str]:
-    """The entries of a class's docstring by name, without its markup."""
+    """The entries of a class's docstring by name, without its markup.
+
+    A reference to a registry of `fifa.scoring.specs` becomes the forms that a spec may have.
+    """
     from inspect import getdoc
 
+    from fifa.scoring import specs
+
+    def forms(reference: re.Match[str]) -> str:
+        return str(getattr(specs, reference[1]).forms)
+
     entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", getdoc(cls) or "", re.MULTILINE)
-    return {name: " ".join(text.split()).replace("`", "") for name, text in entries}
+    return {
+        name: re.sub(r"`fifa\.scoring\.specs\.(\w+)`", forms, " ".join(text.split())).replace(
+            "`", ""
+        )
+        for name, text in entries
+    }
