@@ -201,8 +201,8 @@ def test_votes_of_people_come_first(run, text, tmp_path):
     assert "What people say" not in write_report(copy).read_text("utf-8")  # nobody has voted yet
     ballot.register("ada", "ada")
     for position in range(40):
-        card = ballot.store.place("ada").cards[0]
-        ours_left = card.left == 0  # the first image of a comparison is ours
+        trial = ballot.store.place("ada").trials[0]
+        ours_left = trial.left == 0  # the first image of a comparison is ours
         answer = "tie" if position % 4 == 0 else "left" if ours_left else "right"
         assert ballot.store.vote("ada", position, answer)
     told = words(write_report(copy).read_text("utf-8"))

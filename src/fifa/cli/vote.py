@@ -53,10 +53,10 @@ def results_command(run: str, everybody: bool, as_json: bool) -> None:
     import json
 
     from fifa.evaluation.vote.results import vote_results
-    from fifa.evaluation.vote.text import told
+    from fifa.evaluation.vote.text import results_text
 
     found = vote_results(run, everybody=everybody)
-    click.echo(json.dumps(found.plain(), indent=2) if as_json else told(found))
+    click.echo(json.dumps(found.plain(), indent=2) if as_json else results_text(found))
 
 
 @vote_group.command("export")

@@ -153,16 +153,37 @@ def plan(
 
 
 def read_index(folder: Path, index: str = INDEX) -> pa.Table:
-    """The `IMAGES` of an evaluation's folder.
+    """The `IMAGES` of an evaluation's folder; without a category where the file has no such column.
 
-    Raises `FifaError` where there are none.
+    Raises `FifaError` where there are none, and for an index that is broken.
     """
     path = folder / index
     if not path.exists():
         raise FifaError(
-            "no images here", where=str(path), do="make them with `fifa evaluate ... --out RUN`"
+            "no generated images here",
+            where=str(path),
+            do="run `fifa evaluate` first: it makes them",
         )
-    return pq.read_table(path, schema=IMAGES)
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
+        raise FifaError(
+            "the index of the images cannot be read", where=str(path), do="run `fifa evaluate`"
+        ) from error
+    if "category" not in table.column_names:
+        table = table.append_column("category", pa.nulls(len(table), pa.string()))
+    lacks = [name for name in IMAGES.names if name not in table.column_names]
+    if lacks:
+        raise FifaError(f"no column {', '.join(map(repr, lacks))}", where=str(path))
+    try:
+        table = table.select(IMAGES.names).cast(IMAGES)
+    except (ValueError, NotImplementedError) as error:
+        brief = str(error).partition("\n")[0][:200]
+        raise FifaError(f"a column has the wrong type: {brief}", where=str(path)) from error
+    for name in IMAGES.names[:-1]:
+        if table[name].null_count:
+            raise FifaError(f"column {name!r} has empty cells", where=str(path))
+    return table
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

@@ -18,7 +18,7 @@ from fifa.config import Vote
 from fifa.errors import FifaError
 from fifa.evaluation.vote.app import create_app
 from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.pictures import destroyed, shown
+from fifa.evaluation.vote.pictures import anonymous_png, scrambled_png
 from fifa.shards.files import write_bytes
 
 HERE = "http://127.0.0.1:8750"
@@ -144,12 +144,12 @@ def test_the_pixels_are_those_of_the_file(tmp_path: Path) -> None:
     assert b"secret" in data
     for original in (data, as_format(data, "WEBP"), as_format(data, "JPEG")):
         assert b"secret" in original
-        got = shown(original)
+        got = anonymous_png(original)
         assert b"secret" not in got
         pixels = [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in (original, got)]
         assert (pixels[0] == pixels[1]).all()
     with pytest.raises(FifaError, match="cannot be shown"):
-        shown(b"no image")
+        anonymous_png(b"no image")
 
 
 def as_format(data: bytes, name: str) -> bytes:
@@ -166,8 +166,8 @@ def test_a_destroyed_image_is_far_from_the_intact_one(size: tuple[int, int]) -> 
     out = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert("RGB").save(out, "PNG")
     data = out.getvalue()
-    got = destroyed(data)
-    assert got == destroyed(data)
+    got = scrambled_png(data)
+    assert got == scrambled_png(data)
     broken, intact = (np.asarray(Image.open(io.BytesIO(x)), float) for x in (got, data))
     assert broken.shape == intact.shape
     assert np.abs(broken - intact).mean() > 30

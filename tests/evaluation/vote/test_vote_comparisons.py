@@ -9,7 +9,7 @@ import pytest
 from vote_worlds import make_run, read_index, write_index
 
 from fifa.errors import FifaError
-from fifa.evaluation.vote.comparisons import draw, load_comparisons, read_file
+from fifa.evaluation.vote.comparisons import draw_comparisons, load_comparisons, read_file
 
 
 def spoiled(run: Path, row: int = 0, **changes: object) -> Path:
@@ -107,11 +107,11 @@ def test_one_model_is_nothing_to_compare(tmp_path: Path) -> None:
 
 def test_drawn_comparisons_take_every_prompt_before_a_second_seed(tmp_path: Path) -> None:
     found = load_comparisons(make_run(tmp_path, prompts=6, seeds=5))
-    got = draw(found, 8, seed=1)
+    got = draw_comparisons(found, 8, seed=1)
     prompts = Counter(one.prompt_id for one in got)
     assert len(got) == 8
     assert len(prompts) == 6
     assert max(prompts.values()) == 2
-    assert got == draw(found, 8, seed=1)
-    assert got != draw(found, 8, seed=2)
-    assert draw(found, 1000, seed=0) == found
+    assert got == draw_comparisons(found, 8, seed=1)
+    assert got != draw_comparisons(found, 8, seed=2)
+    assert draw_comparisons(found, 1000, seed=0) == found

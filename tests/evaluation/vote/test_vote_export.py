@@ -34,9 +34,9 @@ def cast(ballot: Ballot) -> dict[str, list[float]]:
     """Three people vote; gives the outcomes for ours by comparison."""
     outcomes = defaultdict(list)
     for name, votes in (("Ada", 10**6), ("Ben", 20), ("Cyd", 9)):
-        for card, chosen in vote(ballot, name, person(0.7, 0.3), votes):
-            if card.kind == "compare":
-                outcomes[card.comparison].append(0.5 if chosen is None else 1.0 - chosen)
+        for trial, chosen in vote(ballot, name, person(0.7, 0.3), votes):
+            if trial.type == "compare":
+                outcomes[trial.comparison].append(0.5 if chosen is None else 1.0 - chosen)
     return outcomes
 
 

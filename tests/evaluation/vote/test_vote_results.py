@@ -16,18 +16,18 @@ from vote_worlds import make_run
 
 from fifa.config import Vote
 from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.order import CHECK, Card
 from fifa.evaluation.vote.results import vote_results
-from fifa.evaluation.vote.text import told
+from fifa.evaluation.vote.text import results_text
+from fifa.evaluation.vote.trials import CHECK, Trial
 
-Person = Callable[[Card, np.random.Generator], int | None]
+Person = Callable[[Trial, np.random.Generator], int | None]
 
 
 def person(wins: float = 0.6, ties: float = 0.2, careful: float = 1.0) -> Person:
     """Somebody who prefers ours in ``wins`` of the pairs that are no ``ties``."""
 
-    def choose(card: Card, rng: np.random.Generator) -> int | None:
-        if card.kind == CHECK:
+    def choose(trial: Trial, rng: np.random.Generator) -> int | None:
+        if trial.type == CHECK:
             return int(rng.random() >= careful)
         if rng.random() < ties:
             return None
@@ -37,7 +37,7 @@ def person(wins: float = 0.6, ties: float = 0.2, careful: float = 1.0) -> Person
 
 
 def vote(ballot: Ballot, name: str, choose: Person, votes: int = 10**6, seed: int = 0) -> list:
-    """Let somebody vote; gives the cards that were shown and the images that were chosen."""
+    """Let somebody vote; gives the trials that were shown and the images that were chosen."""
     rng = np.random.default_rng([seed, len(name), *name.encode()])
     ballot.register(name, name)
     done = []
@@ -45,11 +45,11 @@ def vote(ballot: Ballot, name: str, choose: Person, votes: int = 10**6, seed: in
         place = ballot.store.place(name)
         if place.position == place.total:
             break
-        card = place.cards[0]
-        chosen = choose(card, rng)
-        answer = "tie" if chosen is None else ("left" if chosen == card.left else "right")
+        trial = place.trials[0]
+        chosen = choose(trial, rng)
+        answer = "tie" if chosen is None else ("left" if chosen == trial.left else "right")
         assert ballot.store.vote(name, position, answer)
-        done.append((card, chosen))
+        done.append((trial, chosen))
     return done
 
 
@@ -69,18 +69,18 @@ def test_the_figures_are_those_of_a_loop_over_all_votes(ballot: Ballot) -> None:
 
     cast = defaultdict(list)  # (voter, outcome) by comparison
     same = repeats = left = chosen_any = 0
-    for name, cards in shown.items():
+    for name, trials in shown.items():
         first = {}
-        for card, chosen in cards:
-            if card.kind == "compare":
-                first[card.comparison] = chosen
+        for trial, chosen in trials:
+            if trial.type == "compare":
+                first[trial.comparison] = chosen
                 value = 0.5 if chosen is None else 1.0 - chosen
-                cast[card.comparison].append((name, value))
+                cast[trial.comparison].append((name, value))
                 chosen_any += chosen is not None
-                left += chosen is not None and chosen == card.left
-            elif card.kind == "repeat":
+                left += chosen is not None and chosen == trial.left
+            elif trial.type == "repeat":
                 repeats += 1
-                same += first[card.comparison] == chosen
+                same += first[trial.comparison] == chosen
     assert (got.repeats, got.same) == (repeats, same)
     assert repeats > 10
     assert got.left == pytest.approx(left / chosen_any)
@@ -132,21 +132,21 @@ def test_who_fails_the_checks_is_not_counted(ballot: Ballot) -> None:
     assert got.voters[0].passed == got.voters[0].checks > 5
     assert {verdict.rate.share for verdict in got.verdicts} == {1.0}
     assert got.left_out == got.voters[1].votes == 54
-    assert "not counted: 54 votes of Bot" in told(got)
+    assert "not counted: 54 votes of Bot" in results_text(got)
     assert {v.rate.share for v in vote_results(run, everybody=True).verdicts} == {0.5}
 
 
 def test_one_slip_in_four_checks_is_forgiven(tmp_path: Path) -> None:
     ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), Vote(checks=1.0))
     slips = iter([1, 0, 0, 0])
-    vote(ballot, "Ada", lambda card, rng: next(slips) if card.kind == CHECK else 0)
+    vote(ballot, "Ada", lambda trial, rng: next(slips) if trial.type == CHECK else 0)
     (voter,) = vote_results(tmp_path).voters
     assert (voter.checks, voter.passed, voter.counted) == (4, 3, True)
 
 
 def test_a_tie_does_not_pass_a_check(tmp_path: Path) -> None:
     ballot = Ballot(make_run(tmp_path, prompts=4, seeds=1, size=16), Vote(checks=1.0))
-    vote(ballot, "Ada", lambda card, rng: None)
+    vote(ballot, "Ada", lambda trial, rng: None)
     (voter,) = vote_results(tmp_path).voters
     assert (voter.passed, voter.counted) == (0, False)
 
@@ -155,7 +155,7 @@ def test_before_the_first_vote(ballot: Ballot) -> None:
     ballot.register("Ada", None)
     got = vote_results(ballot.folder.parent)
     assert (got.verdicts, got.voters, got.votes) == ((), (), 0)
-    assert told(got) == "nobody has voted yet"
+    assert results_text(got) == "nobody has voted yet"
     assert math.isnan(got.alpha)
 
 
@@ -165,4 +165,4 @@ def test_the_results_are_plain_json(ballot: Ballot) -> None:
     assert plain["alpha"] is None
     assert plain["voters"][0]["name"] == "Ada"
     assert plain["verdicts"][0]["rate"]["n"] == 18
-    assert "voter" not in told(vote_results(ballot.folder.parent)).split("votes of")[0]
+    assert "voter" not in results_text(vote_results(ballot.folder.parent)).split("votes of")[0]

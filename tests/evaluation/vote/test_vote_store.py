@@ -11,8 +11,8 @@ import pytest
 
 from fifa.errors import FifaError
 from fifa.evaluation.vote.comparisons import Comparison
-from fifa.evaluation.vote.order import COMPARE, Card
 from fifa.evaluation.vote.store import VoteStore
+from fifa.evaluation.vote.trials import COMPARE, Trial
 
 ONE = Comparison("k", "ours", "theirs", "p", "a fox", 3, None, "a.png", "b.png")
 
@@ -24,25 +24,25 @@ def store(tmp_path: Path) -> VoteStore:
     return made
 
 
-def deck(n: int) -> list[Card]:
-    return [Card(COMPARE, "k", i % 2) for i in range(n)]
+def trials_of(n: int) -> list[Trial]:
+    return [Trial(COMPARE, "k", i % 2) for i in range(n)]
 
 
 def test_a_voter_goes_on_where_they_were(store: VoteStore) -> None:
     assert store.place("x") is None
-    store.register("x", "Ada", lambda number: deck(3))
-    store.register("x", "again", lambda number: deck(9))
+    store.register("x", "Ada", lambda number: trials_of(3))
+    store.register("x", "again", lambda number: trials_of(9))
     assert store.vote("x", 0, "left")
     again = VoteStore(store.path).place("x")
     assert again is not None
     assert (again.position, again.total) == (1, 3)
-    assert again.cards == tuple(deck(3)[1:])
+    assert again.trials == tuple(trials_of(3)[1:])
     assert store.voters() == {1: "Ada"}
     assert store.comparisons() == {"k": ONE}
 
 
 def test_a_vote_for_another_card_changes_nothing(store: VoteStore) -> None:
-    store.register("x", None, lambda number: deck(2))
+    store.register("x", None, lambda number: trials_of(2))
     assert not store.vote("nobody", 0, "left")
     assert not store.vote("x", 1, "left")
     assert store.vote("x", 0, "left")
@@ -54,7 +54,7 @@ def test_a_vote_for_another_card_changes_nothing(store: VoteStore) -> None:
 
 
 def test_undo_takes_the_last_vote_back_once(store: VoteStore) -> None:
-    store.register("x", None, lambda number: deck(3))
+    store.register("x", None, lambda number: trials_of(3))
     assert not store.undo("x", 0)
     store.vote("x", 0, "left")
     store.vote("x", 1, "left")
@@ -69,14 +69,14 @@ def test_undo_takes_the_last_vote_back_once(store: VoteStore) -> None:
 
 
 def test_the_chosen_image_does_not_depend_on_the_side(store: VoteStore) -> None:
-    store.register("x", None, lambda number: deck(4))
+    store.register("x", None, lambda number: trials_of(4))
     for i, answer in enumerate(["left", "left", "right", "tie"]):
         store.vote("x", i, answer)
     assert [vote.chosen for vote in store.votes()] == [0, 1, 1, None]
 
 
 def test_other_answers_are_refused_by_the_file_itself(store: VoteStore) -> None:
-    store.register("x", None, lambda number: deck(1))
+    store.register("x", None, lambda number: trials_of(1))
     with pytest.raises(FifaError, match="cannot be kept"):
         store.vote("x", 0, "both")
     assert store.votes() == []
@@ -85,13 +85,13 @@ def test_other_answers_are_refused_by_the_file_itself(store: VoteStore) -> None:
 def test_many_voters_and_double_clicks_at_once(store: VoteStore) -> None:
     def person(number: int) -> int:
         mine = VoteStore(store.path)
-        mine.register(f"v{number}", None, lambda _: deck(10))
+        mine.register(f"v{number}", None, lambda _: trials_of(10))
         return sum(mine.vote(f"v{number}", i, "left") for i in range(10))
 
     def clicker(answer: str) -> list[bool]:
         return [store.vote("twice", i, answer) for i in range(5)]
 
-    store.register("twice", None, lambda number: deck(5))
+    store.register("twice", None, lambda number: trials_of(5))
     with ThreadPoolExecutor(8) as pool:
         people = [pool.submit(person, i) for i in range(6)]
         clicks = [pool.submit(clicker, answer) for answer in ("left", "right")]
@@ -138,5 +138,5 @@ def test_a_file_that_was_begun_and_no_more_is_made_whole(tmp_path: Path) -> None
     (tmp_path / "votes.sqlite").touch()  # killed before the tables were there
     store = VoteStore(tmp_path / "votes.sqlite")
     store.add_comparisons([ONE])
-    store.register("x", None, lambda number: deck(1))
+    store.register("x", None, lambda number: trials_of(1))
     assert store.vote("x", 0, "tie")

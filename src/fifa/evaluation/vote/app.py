@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.vote.ballot import Ballot, Showing
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.guard import Guard, read_cookies, set_cookie
 from fifa.evaluation.vote.results import count_votes
 from fifa.evaluation.vote.store import ANSWERS
-from fifa.evaluation.vote.text import called
+from fifa.evaluation.vote.text import voter_name
 from fifa.formatting import page_templates
 
 HERE = Path(__file__).parent
@@ -63,7 +64,7 @@ def create_app(
         Route("/leave", pages.leave, methods=["POST"]),
         Route("/image/{image}.png", pages.image),
         Route("/results", pages.results),
-        *(Route(f"/{name}", _static(name, kind)) for name, kind in STATIC.items()),
+        *(Route(f"/{name}", _static(name, media)) for name, media in STATIC.items()),
     ]
     handlers: dict[Any, Any] = {HTTPException: _http_error, FifaError: _error}
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -74,7 +75,7 @@ class _Pages:
     def __init__(self, ballot: Ballot, cookie: str, *, public: bool) -> None:
         self.ballot, self.cookie, self.public = ballot, cookie, public
         self.templates = page_templates(HERE / "templates")
-        self.templates.filters["called"] = called
+        self.templates.filters["voter"] = voter_name
 
     async def vote_page(self, request: Request) -> Response:
         """The next pair, the welcome before the first or the thanks after the last."""
@@ -96,7 +97,7 @@ class _Pages:
         return response
 
     async def start(self, request: Request) -> Response:
-        """Deal a deck to this visitor."""
+        """Draw the trials of this visitor."""
         visitor, fields = await self._form(request)
         name = " ".join(fields.get("name", "").split())[:MAX_NAME] or None
         await run_in_threadpool(self.ballot.register, visitor.who, name)
@@ -166,22 +167,11 @@ class _Pages:
         showing = await run_in_threadpool(self.ballot.showing, visitor.who)
         if showing is None:
             raise HTTPException(403, "nobody votes here yet: load the page again")
-        return JSONResponse(_plain(showing), 200 if taken else 409)
+        return JSONResponse({**asdict(showing), "done": showing.done}, 200 if taken else 409)
 
     def _page(self, name: str, **values: Any) -> Response:
         text = self.templates.get_template(f"{name}.html.j2").render(values)
         return Response(text, media_type="text/html")
-
-
-def _plain(showing: Showing) -> dict[str, Any]:
-    return {
-        "position": showing.position,
-        "total": showing.total,
-        "prompt": showing.prompt,
-        "images": showing.images,
-        "upcoming": showing.upcoming,
-        "done": showing.done,
-    }
 
 
 def _position(fields: dict[str, str]) -> int:
@@ -191,11 +181,11 @@ def _position(fields: dict[str, str]) -> int:
     return int(text)
 
 
-def _static(name: str, kind: str) -> Any:
+def _static(name: str, media: str) -> Any:
     data = (HERE / "static" / name).read_bytes()
 
     async def send(request: Request) -> Response:
-        return Response(data, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
+        return Response(data, headers={"Content-Type": media, "Cache-Control": "no-cache"})
 
     return send
 
@@ -207,7 +197,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _error(request: Request, error: Exception) -> Response:
     """A mistake of this machine's: its owner reads the details, voters do not."""
-    from fifa.console import echo
-
     echo(f"error: {error}")
     return PlainTextResponse("The vote could not be kept or shown; tell who invited you.\n", 503)

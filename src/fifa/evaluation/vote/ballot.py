@@ -14,17 +14,18 @@ import xxhash
 
 from fifa.config import Vote
 from fifa.console import progress
+from fifa.data.images import file_images, look
 from fifa.errors import FifaError
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.vote.comparisons import (
     Comparison,
-    draw,
-    evaluation_folder,
+    draw_comparisons,
     load_comparisons,
     read_file,
 )
-from fifa.evaluation.vote.order import CHECK, Card, deal
-from fifa.evaluation.vote.pictures import destroyed, shown
+from fifa.evaluation.vote.pictures import anonymous_png, scrambled_png
 from fifa.evaluation.vote.store import FILE, Place, VoteStore
+from fifa.evaluation.vote.trials import CHECK, Trial, draw_trials
 from fifa.formatting import shorten
 
 LONGEST = 2000  # characters of a prompt
@@ -66,7 +67,7 @@ class Ballot:
     ----------
     run
         A run with generated images. Votes go to ``RUN/evaluate/votes.sqlite``; those that are
-        there go on, each voter with the deck dealt at first.
+        there go on, each voter with the trials drawn at first.
     options
         What is asked of voters who are new.
 
@@ -78,12 +79,12 @@ class Ballot:
 
     def __init__(self, run: str | Path, options: Vote | None = None) -> None:
         self.options = options or Vote()
-        self.folder = evaluation_folder(run)
+        self.folder = Path(run) / FOLDER
         every = load_comparisons(run)
         models = self.options.models
         asked = load_comparisons(run, models) if models else every
         if self.options.limit is not None:
-            asked = draw(asked, self.options.limit, self.options.seed)
+            asked = draw_comparisons(asked, self.options.limit, self.options.seed)
         self.store = VoteStore(self.folder / FILE, create=True)
         self._check_same(every)
         self.store.add_comparisons(asked)
@@ -104,21 +105,21 @@ class Ballot:
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:32]
 
     def register(self, who: str, name: str | None) -> None:
-        """Deal a deck to a new voter; nothing for one who is known."""
+        """Draw the trials of a new voter; nothing for one who is known."""
         options = self.options
 
-        def dealt(voter: int) -> list[Card]:
+        def draw(voter: int) -> list[Trial]:
             rng = np.random.default_rng([options.seed, voter])
-            return deal(self.asked, rng, repeats=options.repeats, checks=options.checks)
+            return draw_trials(self.asked, rng, repeats=options.repeats, checks=options.checks)
 
-        self.store.register(who, name, dealt)
+        self.store.register(who, name, draw)
 
     def showing(self, who: str) -> Showing | None:
         """What the voter called ``who`` sees; None if there is none."""
         place = self.store.place(who)
         if place is None:
             return None
-        pairs = [self._pair(card) for card in place.cards]
+        pairs = [self._pair(trial) for trial in place.trials]
         return Showing(
             place.position,
             place.total,
@@ -133,24 +134,24 @@ class Ballot:
         data = read_file(self.folder, name)
         if not self.store.remember(name, xxhash.xxh3_128_hexdigest(data)):
             raise _changed([name], self.folder)
-        return destroyed(data) if broken else shown(data)
+        return scrambled_png(data) if broken else anonymous_png(data)
 
     def _id(self, name: str, broken: bool) -> str:
         return self.sign("image", name, "broken" if broken else "")
 
-    def _pair(self, card: Card) -> tuple[str, str]:
-        one = self.comparisons[card.comparison]
+    def _pair(self, trial: Trial) -> tuple[str, str]:
+        one = self.comparisons[trial.comparison]
         files = (one.file_0, one.file_1)
-        if card.kind == CHECK:
-            file = files[card.image]
+        if trial.type == CHECK:
+            file = files[trial.image]
             intact, broken = self._id(file, False), self._id(file, True)
-            return (intact, broken) if card.left == 0 else (broken, intact)
-        return self._id(files[card.left], False), self._id(files[1 - card.left], False)
+            return (intact, broken) if trial.left == 0 else (broken, intact)
+        return self._id(files[trial.left], False), self._id(files[1 - trial.left], False)
 
     def _prompt(self, place: Place) -> str:
-        if not place.cards:
+        if not place.trials:
             return ""
-        return shorten(self.comparisons[place.cards[0].comparison].prompt, LONGEST)
+        return shorten(self.comparisons[place.trials[0].comparison].prompt, LONGEST)
 
     def _check_same(self, every: Sequence[Comparison]) -> None:
         """Votes belong to the pictures that they were cast for."""
@@ -168,13 +169,11 @@ class Ballot:
 
 def changed_images(store: VoteStore, folder: Path) -> None:
     """Raise `FifaError` if an image that was shown is another one by now."""
-    changed = []
     digests = store.digests()
     with progress("checking the images that were voted on", len(digests)) as advance:
-        for name, digest in digests.items():
-            if xxhash.xxh3_128_hexdigest(read_file(folder, name)) != digest:
-                changed.append(name)
-            advance(1)
+        facts = look(file_images(folder, list(digests)), sizes=False, done=advance)
+    found = zip(digests, facts["content"].to_pylist(), strict=True)
+    changed = [name for name, content in found if content != digests[name]]
     if changed:
         raise _changed(changed, folder)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fifa.data.decode import MAX_BYTES
+from fifa.data.decode import BadImage
+from fifa.data.images import file_images, read
 from fifa.data.source import inside
 from fifa.errors import FifaError
+from fifa.evaluation.generate import FOLDER, INDEX, read_index
 from fifa.shards.files import digest
-
-INDEX = "images.parquet"
-TEXT = ("model", "prompt_id", "prompt", "file")
 
 
 @dataclass(frozen=True)
@@ -51,27 +46,13 @@ class Comparison:
     file_1: str
 
 
-def evaluation_folder(run: str | Path) -> Path:
-    """``RUN/evaluate``; raises `FifaError` where no images were generated yet."""
-    folder = Path(run) / "evaluate"
-    if not (folder / INDEX).is_file():
-        raise FifaError(
-            "no generated images here",
-            where=str(folder / INDEX),
-            do="run `fifa evaluate` first: it makes the images that people vote on",
-        )
-    return folder
-
-
 def load_comparisons(run: str | Path, models: Sequence[str] = ()) -> list[Comparison]:
     """Every two models' images of the same prompt and seed, in the order of the index.
 
     Parameters
     ----------
     run
-        A run folder with ``evaluate/images.parquet``: a row an image, with ``model``,
-        ``prompt_id``, ``prompt``, ``seed``, ``file`` (below ``evaluate/``) and perhaps
-        ``category``. The base comes first.
+        A run folder with an index of images (`fifa.evaluation.generate.read_index`).
     models
         Compare these only; all if empty.
 
@@ -81,9 +62,8 @@ def load_comparisons(run: str | Path, models: Sequence[str] = ()) -> list[Compar
         Where the index is missing or broken, an image is not there or outside of the folder, or
         there is nothing to compare.
     """
-    folder = evaluation_folder(run)
-    where = str(folder / INDEX)
-    rows = _rows(folder / INDEX)
+    folder = Path(run) / FOLDER
+    where, rows = str(folder / INDEX), read_index(folder).to_pylist()
     known = list(dict.fromkeys(row["model"] for row in rows))
     unknown = [model for model in models if model not in known]
     if unknown:
@@ -119,7 +99,7 @@ def load_comparisons(run: str | Path, models: Sequence[str] = ()) -> list[Compar
     return found
 
 
-def draw(comparisons: Sequence[Comparison], count: int, seed: int) -> list[Comparison]:
+def draw_comparisons(comparisons: Sequence[Comparison], count: int, seed: int) -> list[Comparison]:
     """``count`` comparisons, spread over models and prompts before a second seed of any."""
     order = np.random.default_rng(seed).permutation(len(comparisons)).tolist()
     seen: Counter[tuple[str, str, str]] = Counter()
@@ -137,78 +117,41 @@ def read_file(folder: Path, name: str) -> bytes:
 
     Raises `FifaError`.
     """
-    try:
-        path = _resolved(folder, name)
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FifaError("an image cannot be read", where=f"{folder}: {name}") from error
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            raise FifaError("not an image, or too large a file", where=str(path))
-        return file.read()
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
-        raise FifaError(
-            "the index of the images cannot be read", where=str(path), do="run `fifa evaluate`"
-        ) from error
-    lacks = [name for name in (*TEXT, "seed") if name not in table.column_names]
-    if lacks:
-        raise FifaError(f"no column {', '.join(map(repr, lacks))}", where=str(path))
-    names = [*TEXT, "seed"] + ["category"] * ("category" in table.column_names)
-    fields = [(name, pa.int64() if name == "seed" else pa.string()) for name in names]
-    try:
-        table = table.select(names).cast(pa.schema(fields))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        brief = str(error).partition("\n")[0][:200]
-        raise FifaError(f"a column has the wrong type: {brief}", where=str(path)) from error
-    for name in (*TEXT, "seed"):
-        if table[name].null_count:
-            raise FifaError(f"column {name!r} has empty cells", where=str(path))
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    ((_, data),) = read(file_images(folder, [name]))
+    if isinstance(data, BadImage):
+        raise FifaError(f"an image cannot be read: {data.reason}", where=f"{folder}: {name}")
+    return data
 
 
 def _comparison(theirs: dict[str, Any], ours: dict[str, Any]) -> Comparison:
-    seed = int(ours["seed"])
     return Comparison(
-        key=digest([ours["model"], theirs["model"], ours["prompt_id"], seed]),
+        key=digest([ours["model"], theirs["model"], ours["prompt_id"], ours["seed"]]),
         ours=ours["model"],
         theirs=theirs["model"],
         prompt_id=ours["prompt_id"],
         prompt=ours["prompt"],
-        seed=seed,
-        category=ours.get("category"),
+        seed=ours["seed"],
+        category=ours["category"],
         file_0=ours["file"],
         file_1=theirs["file"],
     )
 
 
-def _resolved(folder: Path, name: str) -> Path:
-    """The real path of ``name``; ValueError where it lies outside of ``folder``."""
-    path = (folder / name).resolve(strict=True)
-    if Path(name).is_absolute() or not inside(folder.resolve(), path):
-        raise ValueError(name)
-    return path
-
-
 def _check_files(folder: Path, found: Sequence[Comparison]) -> None:
-    missing = []
+    missing, root = [], folder.resolve()
     for name in dict.fromkeys(name for one in found for name in (one.file_0, one.file_1)):
         try:
-            if not _resolved(folder, name).is_file():
-                missing.append(name)
-        except (ValueError, RuntimeError) as error:
+            path = (root / name).resolve()
+            outside = not inside(root, path)
+        except (OSError, ValueError, RuntimeError):  # a name that no path can have, a loop
+            outside = True
+        if outside:
             raise FifaError(
                 f"the path of an image leaves the folder: {name!r}",
                 where=str(folder / INDEX),
                 do="take an index that `fifa evaluate` wrote",
-            ) from error
-        except OSError:
+            )
+        if not path.is_file():
             missing.append(name)
     if missing:
         raise FifaError(

@@ -13,6 +13,7 @@ import xxhash
 
 from fifa.console import progress
 from fifa.errors import FifaError
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.vote.ballot import changed_images
 from fifa.evaluation.vote.comparisons import Comparison, read_file
 from fifa.evaluation.vote.results import count_votes, counted_votes, outcome
@@ -69,13 +70,14 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
     FifaError
         Where nobody has voted, or an image is gone or another one than was voted on.
     """
-    folder, path = Path(run) / "evaluate", Path(path)
+    folder, path = Path(run) / FOLDER, Path(path)
     store = VoteStore(folder / FILE)
     changed_images(store, folder)
-    counted = counted_votes(store.votes(), count_votes(store, everybody=everybody).voters)
+    results = count_votes(store, everybody=everybody)
+    counted = counted_votes(store.votes(), results.voters)
     outcomes: dict[str, list[float]] = defaultdict(list)
     for vote in counted:
-        outcomes[vote.card.comparison].append(outcome(vote))
+        outcomes[vote.trial.comparison].append(outcome(vote))
     if not outcomes:
         raise FifaError("no vote counts yet", where=str(store.path), do="run `fifa vote RUN`")
     rows = _rows(folder, store.comparisons(), outcomes)
@@ -87,8 +89,7 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
         for table in _groups(rows):
             writer.write_table(table)
             advance(table.num_rows)
-    everything = sum(vote.card.kind == "compare" for vote in store.votes())
-    return ExportedVotes(path, len(outcomes), len(counted), everything - len(counted))
+    return ExportedVotes(path, len(outcomes), len(counted), results.left_out)
 
 
 def _rows(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +13,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.stats import WinRate, alpha, by_category, win_rate
 from fifa.evaluation.vote.comparisons import Comparison
-from fifa.evaluation.vote.order import CHECK, COMPARE, REPEAT
 from fifa.evaluation.vote.store import FILE, Vote, VoteStore
+from fifa.evaluation.vote.trials import CHECK, COMPARE, REPEAT
 from fifa.scoring.agreement import wilson
 
 PASS = 0.75  # the share of attention checks that a voter has to pass to be counted
@@ -123,7 +126,7 @@ class Results:
 
     def plain(self) -> dict[str, Any]:
         """As dictionaries and lists, for JSON: NaN becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = json.loads(TypeAdapter(Results).dump_json(self))
         return plain
 
 
@@ -142,7 +145,7 @@ def vote_results(run: str | Path, *, everybody: bool = False) -> Results:
     FifaError
         Where nobody has voted yet.
     """
-    return count_votes(VoteStore(Path(run) / "evaluate" / FILE), everybody=everybody)
+    return count_votes(VoteStore(Path(run) / FOLDER / FILE), everybody=everybody)
 
 
 def count_votes(store: VoteStore, *, everybody: bool = False) -> Results:
@@ -155,7 +158,7 @@ def count_votes(store: VoteStore, *, everybody: bool = False) -> Results:
         (one.ours, one.theirs): [] for one in comparisons.values()
     }
     for vote in counted:
-        one = comparisons[vote.card.comparison]
+        one = comparisons[vote.trial.comparison]
         of_models[one.ours, one.theirs].append(vote)
     good = [voter for voter in voters if voter.counted]
     left, right = sum(voter.left for voter in good), sum(voter.right for voter in good)
@@ -176,7 +179,7 @@ def count_votes(store: VoteStore, *, everybody: bool = False) -> Results:
 def counted_votes(votes: Iterable[Vote], voters: Iterable[Voter]) -> list[Vote]:
     """The votes that count: on comparisons shown for the first time, of voters who count."""
     good = {voter.number for voter in voters if voter.counted}
-    return [vote for vote in votes if vote.card.kind == COMPARE and vote.voter in good]
+    return [vote for vote in votes if vote.trial.type == COMPARE and vote.voter in good]
 
 
 def outcome(vote: Vote) -> float:
@@ -192,12 +195,12 @@ def _voters(votes: Sequence[Vote], names: dict[int, str | None], *, everybody: b
 
 
 def _voter(number: int, name: str | None, votes: list[Vote], everybody: bool) -> Voter:
-    first = {vote.card.comparison: vote for vote in votes if vote.card.kind == COMPARE}
+    first = {vote.trial.comparison: vote for vote in votes if vote.trial.type == COMPARE}
     answers = Counter(vote.answer for vote in first.values())
-    checks = [vote for vote in votes if vote.card.kind == CHECK]
+    checks = [vote for vote in votes if vote.trial.type == CHECK]
     passed = sum(vote.chosen == 0 for vote in checks)  # of a check, 0 is the intact image
-    repeats = [vote for vote in votes if vote.card.kind == REPEAT]
-    same = sum(vote.chosen == first[vote.card.comparison].chosen for vote in repeats)
+    repeats = [vote for vote in votes if vote.trial.type == REPEAT]
+    same = sum(vote.chosen == first[vote.trial.comparison].chosen for vote in repeats)
     times = [datetime.fromisoformat(vote.at) for vote in votes]
     gaps = [(after - before).total_seconds() for before, after in pairwise(times)]
     return Voter(
@@ -219,7 +222,7 @@ def _voter(number: int, name: str | None, votes: list[Vote], everybody: bool) ->
 def _verdict(
     ours: str, theirs: str, votes: list[Vote], comparisons: dict[str, Comparison]
 ) -> Verdict:
-    shown = [comparisons[vote.card.comparison] for vote in votes]
+    shown = [comparisons[vote.trial.comparison] for vote in votes]
     outcomes = np.array([outcome(vote) for vote in votes])
     prompts = [one.prompt_id for one in shown]
     categories = [one.category for one in shown]
@@ -240,17 +243,9 @@ def _verdict(
 
 def _alpha(votes: Sequence[Vote]) -> float:
     """Krippendorff's alpha of ours, theirs and tie, a comparison being a unit."""
-    units = {key: i for i, key in enumerate({vote.card.comparison: 0 for vote in votes})}
+    units = {key: i for i, key in enumerate({vote.trial.comparison: 0 for vote in votes})}
     people = {voter: i for i, voter in enumerate({vote.voter: 0 for vote in votes})}
     table = np.full((len(people), len(units)), np.nan)
     for vote in votes:
-        table[people[vote.voter], units[vote.card.comparison]] = outcome(vote)
+        table[people[vote.voter], units[vote.trial.comparison]] = outcome(vote)
     return alpha(table)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from fifa.errors import FifaError
 from fifa.evaluation.vote.comparisons import Comparison
-from fifa.evaluation.vote.order import Card
+from fifa.evaluation.vote.trials import Trial
 from fifa.shards.files import cannot_write
 
 FILE = "votes.sqlite"
-FORMAT = 1  # SQLite's user_version
+FORMAT = 2  # SQLite's user_version
 ANSWERS = ("left", "right", "tie")
 MAX_VOTERS = 10_000
 
@@ -30,27 +30,27 @@ create table comparison (
 create table image (file text primary key, digest text not null);
 create table voter (
     id integer primary key, who text not null unique, name text, joined text not null);
-create table card (
+create table trial (
     voter integer not null references voter, position integer not null,
-    kind text not null, comparison text not null references comparison,
+    type text not null, comparison text not null references comparison,
     left integer not null, image integer not null, primary key (voter, position)) without rowid;
 create table vote (
     id integer primary key, voter integer not null, position integer not null,
     answer text not null check (answer in ('left', 'right', 'tie')), at text not null,
     undone integer not null default 0,
-    foreign key (voter, position) references card (voter, position));
+    foreign key (voter, position) references trial (voter, position));
 create unique index one_vote on vote (voter, position) where undone = 0;
 """
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a voter is: how many votes stand, of how many cards, and the next two cards."""
+    """Where a voter is: how many votes stand, of how many trials, and the next two trials."""
 
     voter: int
     position: int
     total: int
-    cards: tuple[Card, ...]
+    trials: tuple[Trial, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Vote:
     Parameters
     ----------
     voter, position
-        Whose, and on which card of the deck.
-    card
+        Whose, and on which trial of theirs.
+    trial
         What was shown.
     answer
         One of `ANSWERS`.
@@ -71,16 +71,16 @@ class Vote:
 
     voter: int
     position: int
-    card: Card
+    trial: Trial
     answer: str
     at: str
 
     @property
     def chosen(self) -> int | None:
-        """The image that was preferred, 0 or 1 as in `Card.left`; None for a tie."""
+        """The image that was preferred, 0 or 1 as in `Trial.left`; None for a tie."""
         if self.answer == "tie":
             return None
-        return self.card.left if self.answer == "left" else 1 - self.card.left
+        return self.trial.left if self.answer == "left" else 1 - self.trial.left
 
 
 class VoteStore:
@@ -148,8 +148,8 @@ class VoteStore:
             known = db.execute("select digest from image where file = ?", (file,)).fetchone()
         return bool(known[0] == digest)
 
-    def register(self, who: str, name: str | None, deal: Callable[[int], list[Card]]) -> None:
-        """Add a voter with the deck that ``deal(number)`` gives; one who is known keeps theirs."""
+    def register(self, who: str, name: str | None, draw: Callable[[int], list[Trial]]) -> None:
+        """Add a voter with the trials of ``draw(number)``; one who is known keeps theirs."""
         with self._change() as db:
             if db.execute("select 1 from voter where who = ?", (who,)).fetchone():
                 return
@@ -161,8 +161,8 @@ class VoteStore:
             ).lastrowid
             assert added is not None  # an insert has one
             db.executemany(
-                "insert into card values (?, ?, ?, ?, ?, ?)",
-                ((added, i, *astuple(card)) for i, card in enumerate(deal(added))),
+                "insert into trial values (?, ?, ?, ?, ?, ?)",
+                ((added, i, *astuple(trial)) for i, trial in enumerate(draw(added))),
             )
 
     def place(self, who: str) -> Place | None:
@@ -212,11 +212,11 @@ class VoteStore:
         """All votes that stand, by voter and position."""
         with self._open() as db:
             rows = db.execute(
-                "select vote.voter, vote.position, kind, comparison, left, image, answer, at "
-                "from vote join card using (voter, position) where undone = 0 "
+                "select vote.voter, vote.position, type, comparison, left, image, answer, at "
+                "from vote join trial using (voter, position) where undone = 0 "
                 "order by vote.voter, vote.position"
             ).fetchall()
-        return [Vote(row[0], row[1], Card(*row[2:6]), *row[6:]) for row in rows]
+        return [Vote(row[0], row[1], Trial(*row[2:6]), *row[6:]) for row in rows]
 
     def voters(self) -> dict[int, str | None]:
         """The name of every voter, by number."""
@@ -258,13 +258,13 @@ def _place(db: sqlite3.Connection, who: str) -> Place | None:
     (position,) = db.execute(
         "select count(*) from vote where voter = ? and undone = 0", voter
     ).fetchone()
-    (total,) = db.execute("select count(*) from card where voter = ?", voter).fetchone()
-    cards = db.execute(
-        "select kind, comparison, left, image from card "
+    (total,) = db.execute("select count(*) from trial where voter = ?", voter).fetchone()
+    trials = db.execute(
+        "select type, comparison, left, image from trial "
         "where voter = ? and position >= ? order by position limit 2",
         (voter[0], position),
     ).fetchall()
-    return Place(voter[0], position, total, tuple(Card(*row) for row in cards))
+    return Place(voter[0], position, total, tuple(Trial(*row) for row in trials))
 
 
 def _now() -> str:

@@ -6,7 +6,7 @@ from fifa.evaluation.vote.results import PASS, Results, Verdict, Voter
 from fifa.formatting import number, percent, shorten
 
 
-def told(results: Results) -> str:
+def results_text(results: Results) -> str:
     """The results in a few lines."""
     if not results.voters:
         return "nobody has voted yet"
@@ -23,13 +23,13 @@ def told(results: Results) -> str:
     out = [voter for voter in results.voters if not voter.counted]
     if out:
         lines.append(
-            f"not counted: {results.left_out:,} votes of {', '.join(map(called, out))}, who "
+            f"not counted: {results.left_out:,} votes of {', '.join(map(voter_name, out))}, who "
             f"passed fewer than {percent(PASS)} of their checks"
         )
     return "\n".join(lines)
 
 
-def called(voter: Voter) -> str:
+def voter_name(voter: Voter) -> str:
     """The voter's name, or number."""
     return shorten(voter.name, 60) if voter.name else f"voter {voter.number}"
 

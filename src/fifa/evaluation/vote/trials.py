@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 COMPARE, REPEAT, CHECK = "compare", "repeat", "check"
-GAP = 5  # cards between a comparison and its repeat, where there are enough
+GAP = 5  # trials between a comparison and its repeat, where there are enough
 
 
 @dataclass(frozen=True)
-class Card:
+class Trial:
     """One pair that a voter sees.
 
     Parameters
     ----------
-    kind
+    type
         `COMPARE`; `REPEAT`, a comparison shown before, its sides swapped; `CHECK`, an image
         beside a destroyed version of itself.
     comparison
@@ -28,15 +28,15 @@ class Card:
         Of a check: which of the comparison's images.
     """
 
-    kind: str
+    type: str
     comparison: str
     left: int
     image: int = 0
 
 
-def deal(
+def draw_trials(
     keys: Sequence[str], rng: np.random.Generator, *, repeats: float = 0, checks: float = 0
-) -> list[Card]:
+) -> list[Trial]:
     """Every comparison once, in random order and on random sides.
 
     Parameters
@@ -47,28 +47,28 @@ def deal(
         Of the voter.
     repeats, checks
         So many repeats and checks for every comparison, from 0 to 1. They are spread over the
-        whole deck, so that a voter who stops early has seen some.
+        whole order, so that a voter who stops early has seen some.
     """
     n = len(keys)
     order, sides = rng.permutation(n).tolist(), rng.integers(0, 2, n).tolist()
     gap = min(GAP, max(1, n // 2))
     again, check = _due(repeats, rng), _due(checks, rng)
-    cards: list[Card] = []
-    open_to_repeat: list[tuple[int, Card]] = []  # where a comparison stands, not repeated yet
+    trials: list[Trial] = []
+    open_to_repeat: list[tuple[int, Trial]] = []  # where a comparison stands, not repeated yet
     owed = 0
     for of, left in zip(order, sides, strict=True):
-        open_to_repeat.append((len(cards), Card(COMPARE, keys[of], left)))
-        cards.append(open_to_repeat[-1][1])
+        open_to_repeat.append((len(trials), Trial(COMPARE, keys[of], left)))
+        trials.append(open_to_repeat[-1][1])
         if next(check):
             other = keys[int(rng.integers(n))]
-            cards.append(Card(CHECK, other, int(rng.integers(2)), int(rng.integers(2))))
+            trials.append(Trial(CHECK, other, int(rng.integers(2)), int(rng.integers(2))))
         owed += next(again)
-        ready = [i for i, (at, _) in enumerate(open_to_repeat) if at + gap <= len(cards)]
+        ready = [i for i, (at, _) in enumerate(open_to_repeat) if at + gap <= len(trials)]
         if owed and ready:
             _, first = open_to_repeat.pop(ready[int(rng.integers(len(ready)))])
-            cards.append(Card(REPEAT, first.comparison, 1 - first.left))
+            trials.append(Trial(REPEAT, first.comparison, 1 - first.left))
             owed -= 1
-    return cards
+    return trials
 
 
 def _due(share: float, rng: np.random.Generator) -> Iterator[bool]:
