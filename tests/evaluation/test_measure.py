@@ -77,7 +77,9 @@ def test_differences_that_a_judge_calls_too_small_are_ties(tmp_path):
         return [next(gain) for _ in images]
 
     judge = Judge("value", value, tie=0.25)
-    found = measure(index, tmp_path, Measure(encoder="none"), judges=[judge], compute=HERE)
+    found = measure(
+        index, tmp_path, Measure(scorers=(), encoder="none"), judges=[judge], compute=HERE
+    )
     (wins,) = [comparison.wins for comparison in comparisons(found)]
     assert (wins.wins, wins.ties, wins.losses) == (2, 5, 1)
     assert load_measured(tmp_path).scales == found.scales
@@ -85,7 +87,7 @@ def test_differences_that_a_judge_calls_too_small_are_ties(tmp_path):
 
 def test_looks_and_diversity(tmp_path):
     index = draw_images(draw_index(["base", "a"], prompts=3, seeds=3), tmp_path)
-    found = measure(index, tmp_path, Measure(), compute=HERE)
+    found = measure(index, tmp_path, Measure(scorers=()), compute=HERE)
     images = [Image.open(tmp_path / file).convert("RGB") for file in index["file"].to_pylist()]
     expected = looks([""] * len(images), images)
     for name in LOOKS:
@@ -108,16 +110,16 @@ def test_looks_and_diversity(tmp_path):
 
 def test_one_image_a_prompt_has_no_diversity(tmp_path):
     index = draw_images(draw_index(["base"], seeds=1), tmp_path)
-    assert measure(index, tmp_path, Measure(), compute=HERE).diversity.num_rows == 0
+    assert measure(index, tmp_path, Measure(scorers=()), compute=HERE).diversity.num_rows == 0
     assert np.isnan(pairwise_distance(np.ones((1, 4))))
 
 
 def test_unsafe_prompts_by_category_and_rater(tmp_path):
     index = draw_images(draw_index(["base", "a"], prompts=3, seeds=1), tmp_path)
-    asked = Measure(encoder="none", unsafe_categories=("places",))
+    asked = Measure(scorers=(), encoder="none", unsafe_categories=("places",))
     found = measure(index, tmp_path, asked, compute=HERE)
     assert found.table["unsafe_prompt"].to_pylist() == [False, True, False] * 2
-    bare = measure(index, tmp_path, Measure(encoder="none"), compute=HERE)
+    bare = measure(index, tmp_path, Measure(scorers=(), encoder="none"), compute=HERE)
     assert bare.table["unsafe_prompt"].null_count == 6
 
 
@@ -130,7 +132,13 @@ def test_scorers_that_look_at_no_images_are_refused():
 def test_a_judge_with_a_wrong_answer_is_told(tmp_path):
     index = draw_images(draw_index(["base"], prompts=2), tmp_path)
     with pytest.raises(FifaError, match="red gave"):
-        measure(index, tmp_path, Measure(), judges=[Judge("red", lambda p, i: [1.0])], compute=HERE)
+        measure(
+            index,
+            tmp_path,
+            Measure(scorers=()),
+            judges=[Judge("red", lambda p, i: [1.0])],
+            compute=HERE,
+        )
 
 
 @pytest.mark.parametrize(
