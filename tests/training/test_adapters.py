@@ -30,8 +30,8 @@ def models(tmp_path_factory):
 
 def predicted(backbone, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    noisy = torch.randn(2, backbone.latent_channels, 8, 8, generator=generator)
-    time = torch.stack([backbone.draw_time(generator) for _ in range(2)])
+    noisy = torch.randn(2, backbone.vae.channels, 8, 8, generator=generator)
+    time = torch.stack([backbone.schedule.draw_time(generator) for _ in range(2)])
     prompts = {
         name: torch.randn(value.shape, generator=generator)
         for name, value in backbone.encode_prompts(["a", "b"]).items()
@@ -108,7 +108,7 @@ def test_the_lora_loads_in_a_stock_pipeline_and_scale_0_is_the_base(models, kind
     base = painted(pipeline)
     pipeline.load_lora_weights(tmp_path)
     mine = load_backbone(models[kind])
-    mine.denoiser = getattr(pipeline, mine.denoiser_name)
+    mine.denoiser = getattr(pipeline, mine.family.part)
     torch.testing.assert_close(predicted(mine), tuned, atol=1e-6, rtol=1e-6)  # alpha included
     assert np.abs(painted(pipeline) - base).max() > 1e-3
     pipeline.set_adapters(pipeline.get_active_adapters(), 0.0)
@@ -139,7 +139,7 @@ def test_full_weights_load_with_from_pretrained(models, kind, tmp_path):
         for parameter in parameters:
             parameter.mul_(1.01)
     path = save_full(backbone, tmp_path)
-    assert path == tmp_path / backbone.denoiser_name
+    assert path == tmp_path / backbone.family.part
     tuned = predicted(backbone)
     other = load_backbone(models[kind])
     assert not torch.equal(predicted(other), tuned)

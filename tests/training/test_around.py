@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -18,14 +19,25 @@ import fifa
 from fifa.cli import cli
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.families import family_named
+from fifa.training.adapters import add_lora
+from fifa.training.backbones import load_backbone
 from fifa.training.job import make_accelerator, run_training
 from fifa.training.metrics import read_stats
 from fifa.training.optim import make_optimizer
-from fifa.training.plan import count, lora_numbers, memory_of, needs_copy, numbers_in
+from fifa.training.plan import (
+    count,
+    lora_numbers,
+    memory_of,
+    memory_of_model,
+    needs_copy,
+    numbers_in,
+)
 from fifa.training.reference import AdaptersOff, Table
 from fifa.training.samples import GAP
 
 CPU = torch.device("cpu")
+SD = family_named("sd")
 
 
 def pixels(path):
@@ -315,14 +327,22 @@ def test_memory_is_counted_from_the_files_headers(world):
     unet.add_adapter(LoraConfig(r=3, target_modules=list(targets)))
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     assert lora_numbers(shapes, targets, 3) == trained
-    lora = memory_of(train, "bfloat16", shapes, 10)
+    lora = memory_of(train, SD, "bfloat16", shapes, 10)
     assert lora.weights == 2 * whole + 4 * trained
     assert lora.training == trained * (4 + 8)
-    full = memory_of(replace(train, method="full", ema=0.9), "float32", shapes, 10)
+    full = memory_of(replace(train, method="full", ema=0.9), SD, "float32", shapes, 10)
     assert full.weights == 2 * 4 * whole
     assert full.training == whole * (4 + 8 + 4)
-    table = memory_of(replace(train, method="full", draws=2), "float32", shapes, 10)
+    table = memory_of(replace(train, method="full", draws=2), SD, "float32", shapes, 10)
     assert table.weights == 4 * whole
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
+    train = Train(model=str(write_model(tmp_path, kind)), rank=3)
+    trained = sum(p.numel() for p in add_lora(load_backbone(train.model), train))
+    memory, _ = memory_of_model(train, "float32", SimpleNamespace(device=CPU))
+    assert memory.training == trained * (4 + 8)
 
 
 def test_a_batch_has_a_pair_for_every_process(world):
@@ -393,4 +413,4 @@ def test_every_family_trains_and_resumes(kind, tmp_path):
     out = run_training(train, tmp_path / "out")
     assert all(torch.isfinite(value).all() for value in weights_of(out).values())
     facts = json.loads((out / "train.json").read_text())
-    assert facts["kind"] == kind.partition("-")[0]
+    assert facts["family"] == kind.partition("-")[0]

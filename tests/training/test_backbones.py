@@ -44,11 +44,13 @@ def randn(*shape, seed=0):
 
 def times(backbone, n, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([backbone.draw_time(generator) for _ in range(n)])
+    return torch.stack([backbone.schedule.draw_time(generator) for _ in range(n)])
 
 
 def test_the_family_is_told_by_the_folder(backbones):
-    found = {kind: (b.kind, b.prediction, b.denoiser_name) for kind, b in backbones.items()}
+    found = {
+        kind: (b.family.name, b.schedule.prediction, b.family.part) for kind, b in backbones.items()
+    }
     assert found == {
         "sd15": ("sd", "epsilon", "unet"),
         "sd2": ("sd", "v_prediction", "unet"),
@@ -70,14 +72,14 @@ def test_prompts_are_embedded_as_by_the_pipeline(models, backbones, kind):
     prompts = list(PROMPTS)
     mine = backbone.encode_prompts(prompts)
     with torch.no_grad():
-        if backbone.kind == "sd":
+        if backbone.family.name == "sd":
             expected = {"prompt": pipeline.encode_prompt(prompts, "cpu", 1, False)[0]}
-        elif backbone.kind == "sdxl":
+        elif backbone.family.name == "sdxl":
             prompt, _, pooled, _ = pipeline.encode_prompt(
                 prompts, do_classifier_free_guidance=False
             )
             expected = {"prompt": prompt, "pooled": pooled}
-        elif backbone.kind == "sd3":
+        elif backbone.family.name == "sd3":
             joined, _, pooled, _ = pipeline.encode_prompt(
                 prompts, None, None, do_classifier_free_guidance=False
             )
@@ -97,13 +99,13 @@ def test_prompts_are_embedded_as_by_the_pipeline(models, backbones, kind):
 def test_predictions_are_those_inside_the_pipeline(models, backbones, kind):
     pipeline, backbone = stock(models[kind], kind), backbones[kind]
     seen = []
-    denoiser = getattr(pipeline, backbone.denoiser_name)
+    denoiser = getattr(pipeline, backbone.family.part)
     denoiser.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])),
         with_kwargs=True,
     )
     extra = {}
-    if backbone.kind == "sdxl":
+    if backbone.family.name == "sdxl":
         extra = {
             "original_size": (90, 120),
             "crops_coords_top_left": (0, 21),
@@ -115,7 +117,7 @@ def test_predictions_are_those_inside_the_pipeline(models, backbones, kind):
         num_inference_steps=2,
         height=height,
         width=width,
-        guidance_scale=flux_family.GUIDANCE if backbone.kind == "flux" else 1.0,
+        guidance_scale=backbone.family.guidance if backbone.family.name == "flux" else 1.0,
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
         **({"max_sequence_length": 256} if kind == "flux-schnell" else {}),
@@ -125,9 +127,9 @@ def test_predictions_are_those_inside_the_pipeline(models, backbones, kind):
     prompts = backbone.encode_prompts(PROMPTS)
     assert len(seen) >= 2
     for args, kwargs, output in seen:
-        if backbone.kind in ("sd", "sdxl"):
+        if backbone.family.name in ("sd", "sdxl"):
             noisy, time = args[0], args[1].expand(3)
-        elif backbone.kind == "sd3":
+        elif backbone.family.name == "sd3":
             noisy, time = kwargs["hidden_states"], kwargs["timestep"] / 1000
         else:
             noisy, time = kwargs["hidden_states"], kwargs["timestep"]
@@ -159,9 +161,9 @@ def test_frames_are_the_pipelines_time_ids(models, backbones):
 def test_moments_are_the_posteriors_and_latents_a_scaled_sample_of_it(models, backbones, kind):
     pipeline, backbone = stock(models[kind], kind), backbones[kind]
     pixels = randn(2, 3, 64, 48).clamp(-1, 1)
-    moments = backbone.encode_images(pixels)
+    moments = backbone.vae.moments(pixels)
     mean, std = moments.chunk(2, dim=1)
-    assert mean.shape == (2, backbone.latent_channels, 8, 6)
+    assert mean.shape == (2, backbone.vae.channels, 8, 6)
     config = pipeline.vae.config
     with torch.no_grad():
         encoded = pipeline.vae.encode(pixels)
@@ -176,7 +178,7 @@ def test_moments_are_the_posteriors_and_latents_a_scaled_sample_of_it(models, ba
         sample = encoded.latent_dist.sample(torch.Generator().manual_seed(5))
         noise = torch.randn(mean.shape, generator=generator)
         expected = (sample - (config.shift_factor or 0.0)) * config.scaling_factor
-        torch.testing.assert_close(backbone.latents(moments, noise), expected, **CLOSE)
+        torch.testing.assert_close(backbone.vae.latents(moments, noise), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
@@ -184,12 +186,12 @@ def test_noise_and_targets_are_ddpms(models, backbones, kind):
     backbone = backbones[kind]
     scheduler = DDPMScheduler.from_pretrained(models[kind], subfolder="scheduler")
     latents, noise, time = randn(50, 4, 4, 4), randn(50, 4, 4, 4, seed=1), times(backbone, 50)
-    noisy = backbone.add_noise(latents, noise, time)
+    noisy = backbone.schedule.add_noise(latents, noise, time)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, time), **CLOSE)
     expected = noise
     if scheduler.config.prediction_type == "v_prediction":
         expected = scheduler.get_velocity(latents, noise, time)
-    torch.testing.assert_close(backbone.target(latents, noise, time), expected, **CLOSE)
+    torch.testing.assert_close(backbone.schedule.target(latents, noise, time), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", None])
@@ -208,14 +210,16 @@ def test_flows_are_straight_lines_to_the_noise(models, backbones, kind):
     latents, noise, time = randn(50, 8, 4, 4), randn(50, 8, 4, 4, seed=1), times(backbone, 50)
     s = time.view(-1, 1, 1, 1)
     expected = (1 - s) * latents + s * noise
-    torch.testing.assert_close(backbone.add_noise(latents, noise, time), expected, **CLOSE)
-    torch.testing.assert_close(backbone.target(latents, noise, time), noise - latents, **CLOSE)
+    torch.testing.assert_close(backbone.schedule.add_noise(latents, noise, time), expected, **CLOSE)
+    torch.testing.assert_close(
+        backbone.schedule.target(latents, noise, time), noise - latents, **CLOSE
+    )
     # diffusers' own, at its own sigmas
     scheduler = FlowMatch.from_pretrained(models[kind], subfolder="scheduler")
     at = torch.arange(0, 1000, 20)
     noisy = scheduler.scale_noise(latents, scheduler.timesteps[at], noise)
     torch.testing.assert_close(
-        backbone.add_noise(latents, noise, scheduler.sigmas[at]), noisy, **CLOSE
+        backbone.schedule.add_noise(latents, noise, scheduler.sigmas[at]), noisy, **CLOSE
     )
 
 
@@ -255,17 +259,17 @@ def test_patches_go_there_and_back(models):
 def test_without_encoders_training_goes_on(models, kind):
     backbone = load_backbone(models[kind])
     prompts = backbone.encode_prompts(["the cat"])
-    moments = backbone.encode_images(randn(1, 3, 32, 32))
+    moments = backbone.vae.moments(randn(1, 3, 32, 32))
     before = backbone.encoders
     backbone.drop_encoders()
     assert backbone.encoders == before
-    latents = backbone.latents(moments, randn(*moments.chunk(2, 1)[0].shape))
+    latents = backbone.vae.latents(moments, randn(*moments.chunk(2, 1)[0].shape))
     frames = torch.tensor([[32, 32, 0, 0, 32, 32]])
     assert backbone.predict(latents, times(backbone, 1), prompts, frames).shape == latents.shape
     with pytest.raises(FifaError, match="encode before"):
         backbone.encode_prompts(["the cat"])
     with pytest.raises(FifaError, match="encode before"):
-        backbone.encode_images(randn(1, 3, 32, 32))
+        backbone.vae.moments(randn(1, 3, 32, 32))
 
 
 def test_encoders_are_named_by_their_content(models, tmp_path):
@@ -293,7 +297,7 @@ def test_infinite_moments_are_an_error(models):
     with torch.no_grad():
         backbone.vae._model.quant_conv.bias[0] = float("inf")
     with pytest.raises(FifaError, match=r"infinite or NaN latents in float32[\s\S]*fp16-fix"):
-        backbone.encode_images(randn(1, 3, 32, 32))
+        backbone.vae.moments(randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])

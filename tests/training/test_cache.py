@@ -33,7 +33,7 @@ def backbone(model):
 def counted(backbone, monkeypatch):
     """How many images and prompts go through the encoders."""
     seen = {"images": 0, "prompts": []}
-    images, prompts = backbone.encode_images, backbone.encode_prompts
+    images, prompts = backbone.vae.moments, backbone.encode_prompts
 
     def encode_images(pixels):
         seen["images"] += len(pixels)
@@ -43,14 +43,14 @@ def counted(backbone, monkeypatch):
         seen["prompts"] += texts
         return prompts(texts)
 
-    monkeypatch.setattr(backbone, "encode_images", encode_images)
+    monkeypatch.setattr(backbone.vae, "moments", encode_images)
     monkeypatch.setattr(backbone, "encode_prompts", encode_prompts)
     return seen
 
 
 def direct(backbone, data, frame, flip=False):
     pixels = cut(open_image(data), frame, flip)
-    return backbone.encode_images(torch.from_numpy(pixels)[None].float() / 127.5 - 1)[0]
+    return backbone.vae.moments(torch.from_numpy(pixels)[None].float() / 127.5 - 1)[0]
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -93,7 +93,7 @@ def test_moments_are_kept_and_not_a_sample(tmp_path, backbone):
     mean, std = moments.chunk(2, dim=1)
     assert (std > 0).all() and mean.shape == std.shape == (2, 4, 8, 8)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    samples = [backbone.latents(moments, noise * scale) for scale in (0, 1)]
+    samples = [backbone.vae.latents(moments, noise * scale) for scale in (0, 1)]
     scale = backbone.vae.scale
     torch.testing.assert_close(samples[0], mean * scale)
     torch.testing.assert_close(samples[1] - samples[0], std * noise * scale)
@@ -191,8 +191,8 @@ def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, 
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path, backbone, monkeypatch):
-    images = backbone.encode_images
-    monkeypatch.setattr(backbone, "encode_images", lambda pixels: 1e6 * images(pixels))
+    images = backbone.vae.moments
+    monkeypatch.setattr(backbone.vae, "moments", lambda pixels: 1e6 * images(pixels))
     pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
     with pytest.raises(FifaError, match="bfloat16 or float32"):
         encode(pairs, backbone, tmp_path / "c", resolution=64)

@@ -34,7 +34,7 @@ def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
 
         return call
 
-    backbone.encode_images = counting(backbone.encode_images)
+    backbone.vae.moments = counting(backbone.vae.moments)
     backbone.encode_prompts = counting(backbone.encode_prompts)
     encode(read_training_pairs(source), backbone, folder, resolution=64, buckets=True, batch=2)
 

@@ -31,7 +31,7 @@ def test_a_training_writes_what_its_contract_says(method, world, tmp_path):
     assert (out / "checkpoints" / "step-000002" / weights).exists()
     assert [path.name for path in (out / "state").iterdir()] == ["step-000003"]
     facts = json.loads((out / "train.json").read_text())
-    assert (facts["kind"], facts["method"], facts["steps"]) == ("sd", method, 3)
+    assert (facts["family"], facts["method"], facts["steps"]) == ("sd", method, 3)
     assert (facts["pairs"], facts["pairs_seen"]) == (4, 12)
     assert facts["base_model"] == str(world / "sd15")
     assert facts["accelerator_hours"] == pytest.approx(facts["seconds"] / 3600, rel=1e-2)

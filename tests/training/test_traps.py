@@ -134,7 +134,7 @@ def test_trap_7_sdxls_vae_stays_in_float32(tmp_path):
     full, half = (load_backbone(tmp_path / "sdxl", dtype=d) for d in ("float32", "float16"))
     assert next(half.denoiser.parameters()).dtype == torch.float16
     pixels = randn(2, 3, 64, 64).clamp(-1, 1)
-    assert torch.equal(half.encode_images(pixels), full.encode_images(pixels))
+    assert torch.equal(half.vae.moments(pixels), full.vae.moments(pixels))
 
 
 def test_trap_8_ipo_trains(world, tmp_path):
@@ -214,7 +214,7 @@ def test_trap_12_winner_and_loser_share_a_micro_batch_a_time_and_a_noise(world, 
         assert len(batch.noisy) == 2
         assert int(batch.time[0]) == int(batch.time[1])
         # epsilon prediction: the target is the noise
-        assert backbone.prediction == "epsilon"
+        assert backbone.schedule.prediction == "epsilon"
         assert torch.equal(batch.target[0], batch.target[1])
         assert not torch.equal(batch.noisy[0], batch.noisy[1])
 
@@ -222,16 +222,16 @@ def test_trap_12_winner_and_loser_share_a_micro_batch_a_time_and_a_noise(world, 
 def test_trap_13_every_presentation_samples_the_posterior_anew(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
     source = loop.source
-    assert source.encoded.moments(0).shape[1] == 2 * source.backbone.latent_channels
+    assert source.encoded.moments(0).shape[1] == 2 * source.backbone.vae.channels
     given = []
-    latents = type(source.backbone).latents
+    latents = type(source.backbone.vae).latents
 
     def watched(self, moments, noise):
         given.append((moments, latents(self, moments, noise)))
         return given[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(source.backbone), "latents", watched)
+        patch.setattr(type(source.backbone.vae), "latents", watched)
         for epoch in range(200):
             source.batch([(0, epoch)])
     assert all(torch.equal(moments, given[0][0]) for moments, _ in given)

@@ -13,11 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from fifa.errors import FifaError
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import load_model
-from fifa.scoring.encoders import model_folder
-from fifa.scoring.rewards.features import model_digest
 
 Floats = npt.NDArray[np.float32]
 Measure = Callable[[list[str], list[Image.Image]], Any]
@@ -130,7 +129,7 @@ class Detector:
         """The detector as a judge."""
         scale = f"probability of {' or '.join(self.labels)}"
         identity = {
-            "detector": model_digest(self._folder),
+            "detector": model_digest(self._folder, CONFIG_AND_WEIGHTS),
             "labels": list(self.labels),
             "dtype": self._runtime.dtype,
         }

@@ -154,7 +154,7 @@ def measure(
             Scale(column, judge.name, judge.kind, judge.scale, source="judge", tie=judge.tie)
         )
     if asked.detector:
-        runtime = make_runtime(compute.device, compute.dtype, False, False)
+        runtime = make_runtime(compute.device, compute.dtype)
         detector = Detector(asked.detector, asked.unsafe_labels, runtime).judge
         found = [_judged(part, folder, detector, scores) for part in parts]
         columns["detector"] = np.concatenate(found)
@@ -280,7 +280,7 @@ def _diversity(
         names = np.asarray(part["prompt_id"].to_pylist(), object)
         if len(set(names)) == len(names):  # one image a prompt: nothing to compare
             continue
-        runtime = make_runtime(compute.device, compute.dtype, False, False)
+        runtime = make_runtime(compute.device, compute.dtype)
         features = frozen_features(
             image_pairs(part, folder), make_image_encoder(encoder, runtime), folder=scores
         )

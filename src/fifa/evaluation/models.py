@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fifa.errors import FifaError
-from fifa.models.transformer import MODEL_FILES
-from fifa.scoring.encoders import model_folder
+from fifa.models.hub import HUB_FILES, MODEL_FILES, model_folder
 from fifa.shards.files import digest, files_digest, read_json
-from fifa.training.backbones.parts import HUB_FILES
 
 Method = Literal["base", "lora", "part", "pipeline"]
 
@@ -21,13 +19,6 @@ LORA = "pytorch_lora_weights.safetensors"  # what diffusers' and our trainer wri
 PARTS = ("unet", "transformer")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 CHECKPOINT_FILES = ("*.json", LORA, *(f"{part}/{name}" for part in PARTS for name in WEIGHTS))
-# Pipelines whose defaults are known; any other is run with its own
-KINDS = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-}
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # no part of making an image
 
 

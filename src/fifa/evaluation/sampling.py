@@ -14,15 +14,12 @@ import numpy.typing as npt
 from fifa.config import SAMPLERS, Generate
 from fifa.console import quiet
 from fifa.errors import FifaError
-from fifa.evaluation.models import KINDS, Model, class_name, part_name
+from fifa.evaluation.models import Model, class_name, part_name
+from fifa.models.families import PIPELINES
 from fifa.models.optional import require
-from fifa.models.runtime import make_runtime
-from fifa.scoring.rewards.worker import out_of_memory
+from fifa.models.runtime import make_runtime, out_of_memory
 from fifa.shards.files import read_json
 
-GUIDANCE = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "flux": 3.5}
-STEPS = {"sd": 50, "sdxl": 50, "sd3": 28, "flux": 28}
-DISTILLED_STEPS = 4  # FLUX schnell, which has no guidance either
 # What a model was trained with; the rest of a scheduler's settings belong to the sampler
 SCHEDULE = (
     "num_train_timesteps",
@@ -69,17 +66,17 @@ class Settings:
 
 
 def settings_for(asked: Generate, base: Path) -> Settings:
-    """The settings for a base model: what was asked for, and its kind's defaults for the rest.
+    """The settings for a base model: what was asked for, and its family's defaults for the rest.
 
     Raises `FifaError` for a device that this machine does not have.
     """
-    kind = KINDS.get(class_name(base))
-    device = make_runtime(asked.device, None, False, False).device.partition(":")[0]
-    half = "float16" if kind in ("sd", "sdxl") else "bfloat16"
-    steps, guidance = STEPS.get(kind or ""), GUIDANCE.get(kind or "")
-    own = read_json(base / "transformer" / "config.json", "the model's settings", missing={})
-    if kind == "flux" and not own.get("guidance_embeds"):
-        steps, guidance = DISTILLED_STEPS, 0.0
+    family = PIPELINES.get(class_name(base))
+    device = make_runtime(asked.device).device.partition(":")[0]
+    steps, guidance, half = None, None, "bfloat16"
+    if family is not None:
+        config = base / family.part / "config.json"
+        steps, guidance = family.sampling(read_json(config, "the model's settings", missing={}))
+        half = family.half
     return Settings(
         steps=steps if asked.steps is None else asked.steps,
         guidance=guidance if asked.guidance is None else asked.guidance,
@@ -109,7 +106,7 @@ class Pipelines:
 
     def __init__(self, base: Path, settings: Settings, device: str | None = None) -> None:
         self._folder, self._settings = base, settings
-        self._device = make_runtime(device, None, False, False).device
+        self._device = make_runtime(device).device
         self._base: Any = None
 
     @contextmanager

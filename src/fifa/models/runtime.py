@@ -1,4 +1,4 @@
-"""Where and how a reward model computes: device, precision, memory format, compiler."""
+"""Where and how a model computes: device, precision, memory format, compiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.transformer import best_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,18 +58,21 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model runs; none for ``float32``."""
         torch = require("torch")
-        kind: AbstractContextManager[Any] = torch.autocast(
+        context: AbstractContextManager[Any] = torch.autocast(
             torch.device(self.device).type,
             dtype=getattr(torch, self.dtype),
             enabled=self.dtype != "float32",
         )
-        return kind
+        return context
 
 
 def make_runtime(
-    device: str | None, dtype: str | None, compile: bool | str, channels_last: bool
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool | str = False,
+    channels_last: bool = False,
 ) -> Runtime:
-    """A `Runtime`; without a device the fastest one, without a precision ``float32``.
+    """A `Runtime`: by default (or for ``auto``) on the fastest device, in ``float32``.
 
     Raises
     ------
@@ -86,3 +88,19 @@ def make_runtime(
     except (RuntimeError, AssertionError) as error:
         raise FifaError(f"no such device here: {device}", do="cpu, cuda, cuda:N or mps") from error
     return Runtime(device, dtype or "float32", compile, channels_last)
+
+
+def best_device() -> str:
+    """The fastest torch device of this machine: ``cuda``, ``mps`` or ``cpu``."""
+    torch = require("torch")
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when a device, or the machine, has no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "alloc_failed"))

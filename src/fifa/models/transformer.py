@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from fifa.console import note, quiet
 from fifa.errors import FifaError
+from fifa.models.hub import model_digest
 from fifa.models.optional import require
-from fifa.shards.files import files_digest, read_json
+from fifa.models.runtime import best_device
+from fifa.shards.files import read_json
 
 Vectors = npt.NDArray[np.float32]
 
-MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
 BATCH_TOKENS = 8192  # padded tokens a forward pass
 CHARACTERS_PER_TOKEN = 100  # a prompt is cut here before tokenizing: a 10 MB prompt costs nothing
 POOLINGS = {
@@ -62,7 +63,7 @@ class ModelEncoder:
             "encoder": self.name,
             "kind": self.kind,
             "dtype": self.dtype,
-            "files": folder_digest(self.folder),
+            "files": model_digest(self.folder, nested=True),
         }
 
     def embed(self, prompts: Sequence[str]) -> Vectors:
@@ -210,14 +211,6 @@ def normalised(vectors: Vectors) -> Vectors:
     return vectors
 
 
-def best_device() -> str:
-    """The fastest torch device of this machine: ``cuda``, ``mps`` or ``cpu``."""
-    torch = require("torch")
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _pool(states: Any, mask: Any, mode: str) -> Any:
     """Token states [n, t, d] to vectors [n, d], as sentence-transformers does it."""
     torch = require("torch")
@@ -271,12 +264,6 @@ def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def folder_digest(folder: Path) -> str:
-    """16 hex characters that name the content of a model's files, wherever they lie."""
-    files = (p for p in folder.rglob("*") if p.suffix in MODEL_FILES and p.is_file())
-    return files_digest({path.relative_to(folder).as_posix(): path for path in files})
 
 
 def _settings(path: Path, of: type[Any] = dict) -> Any:

@@ -221,7 +221,7 @@ def _check(asked: Evaluate, compute: Compute) -> None:
             do="get online, name others with --score NAME:FOLDER, or none with --score none",
         ) from error
     if asked.measure.detector:
-        runtime = make_runtime(compute.device, compute.dtype, False, False)
+        runtime = make_runtime(compute.device, compute.dtype)
         Detector(asked.measure.detector, asked.measure.unsafe_labels, runtime)
     if asked.measure.rater != "none":
         from fifa.scoring.quality import make_rater
@@ -230,7 +230,7 @@ def _check(asked: Evaluate, compute: Compute) -> None:
     if asked.measure.encoder != "none":
         from fifa.scoring.rewards.features import make_image_encoder
 
-        make_image_encoder(asked.measure.encoder, make_runtime(compute.device, None, False, False))
+        make_image_encoder(asked.measure.encoder, make_runtime(compute.device))
 
 
 def _generate(

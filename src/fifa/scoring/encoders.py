@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from fifa.console import note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.models.optional import require, wheel_path
+from fifa.models.hub import model_folder
+from fifa.models.optional import wheel_path
 from fifa.models.runtime import DTYPES
-from fifa.models.transformer import MODEL_FILES, ModelEncoder, Vectors, normalised
+from fifa.models.transformer import ModelEncoder, Vectors, normalised
 from fifa.scoring.specs import ENCODERS, Spec
 from fifa.scoring.table import score_path
 from fifa.shards.files import column_digest, write_table
@@ -86,26 +87,6 @@ def make_transformer(spec: Spec, device: str, dtype: str) -> ModelEncoder:
             do="convert it with its save_pretrained, or choose another",
         )
     return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)
-
-
-def model_folder(model: str, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a model: local as it is, or a hub id's files, fetched once.
-
-    ``patterns`` are the names (with ``*``) to fetch; default: `MODEL_FILES`.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    hub = require("huggingface_hub")
-    try:
-        names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
-        return Path(hub.snapshot_download(model, allow_patterns=names))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        raise FifaError(
-            f"no such model: {model} is neither a folder nor on the hub",
-            where=str(error).splitlines()[0],
-            do="name a folder with safetensors weights, or a hub id while online",
-        ) from error
 
 
 def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = None) -> Vectors:

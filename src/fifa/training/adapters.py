@@ -45,7 +45,7 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
         r=train.rank,
         lora_alpha=train.rank if train.alpha is None else train.alpha,
         lora_dropout=train.lora_dropout,
-        target_modules=list(train.targets or backbone.lora_targets),
+        target_modules=list(train.targets or backbone.family.targets),
         init_lora_weights="gaussian",
     )
     denoiser: Any = backbone.denoiser
@@ -57,7 +57,7 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
         except ValueError as error:
             raise FifaError(
                 f"no adapter fits: {str(error).splitlines()[0]}",
-                where=f"the {backbone.denoiser_name}",
+                where=f"the {backbone.family.part}",
                 do=f"name other modules than {', '.join(config.target_modules)}",
             ) from error
     return _trainable([p for p in denoiser.parameters() if p.requires_grad])
@@ -87,7 +87,7 @@ def save_lora(backbone: Backbone, folder: Path) -> Path:
     """
     peft = require("peft", "train")
     denoiser: Any = backbone.denoiser
-    name = backbone.denoiser_name
+    name = backbone.family.part
     config = getattr(denoiser, "peft_config", {}).get(NAME)
     if config is None:
         raise FifaError("there is no adapter to save")
@@ -121,14 +121,14 @@ def load_lora(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
     denoiser.requires_grad_(False)
     try:
         denoiser.load_lora_adapter(
-            path.parent, weight_name=path.name, prefix=backbone.denoiser_name, adapter_name=NAME
+            path.parent, weight_name=path.name, prefix=backbone.family.part, adapter_name=NAME
         )
     except (ValueError, RuntimeError, OSError) as error:
         brief = str(error).strip().splitlines()[0]
         raise FifaError(f"the LoRA does not fit the model: {brief}", where=str(path)) from error
     if NAME not in getattr(denoiser, "peft_config", {}):
         raise FifaError(
-            f"the LoRA has nothing for a {backbone.denoiser_name}",
+            f"the LoRA has nothing for a {backbone.family.part}",
             where=str(path),
             do="name a LoRA of the same family as the model",
         )
@@ -141,7 +141,7 @@ def save_full(backbone: Backbone, folder: Path) -> Path:
     What ``from_pretrained`` of its class reads, weights in safetensors.
     """
     denoiser: Any = backbone.denoiser
-    path = folder / backbone.denoiser_name
+    path = folder / backbone.family.part
     with atomic_folder(path) as made:
         denoiser.save_pretrained(made)
     return path
@@ -149,7 +149,7 @@ def save_full(backbone: Backbone, folder: Path) -> Path:
 
 def load_full(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
     """Give the denoiser the weights that `save_full` wrote; its parameters, trainable."""
-    path = folder / backbone.denoiser_name
+    path = folder / backbone.family.part
     denoiser: Any = backbone.denoiser
     try:
         saved = type(denoiser).from_pretrained(path, use_safetensors=True)

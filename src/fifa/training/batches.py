@@ -75,13 +75,13 @@ class Source:
         torch = require("torch", "train")
         train, backbone, encoded = self.train, self.backbone, self.encoded
         rows = [pair for pair, _ in items]
-        shape = (backbone.latent_channels, *encoded.shape(rows[0]))
+        shape = (backbone.vae.channels, *encoded.shape(rows[0]))
         draws = [
             draw_pair(
                 train.seed,
                 self.pairs.pair_id[pair],
                 d,
-                backbone.draw_time,
+                backbone.schedule.draw_time,
                 shape,
                 train.prompt_dropout,
                 train.flips,
@@ -97,15 +97,15 @@ class Source:
             self._put(torch.cat([torch.stack(part)] * 2))
             for part in ([one.noise for one in draws], [one.time for one in draws])
         )
-        latents = backbone.latents(moments, posterior)
+        latents = backbone.vae.latents(moments, posterior)
         prompts = [
             encoded.empty if one.no_prompt else encoded.prompts(pair)
             for pair, one in zip(rows, draws, strict=True)
         ]
         return Batch(
             items=list(items),
-            noisy=backbone.add_noise(latents, noise, time),
-            target=backbone.target(latents, noise, time),
+            noisy=backbone.schedule.add_noise(latents, noise, time),
+            target=backbone.schedule.target(latents, noise, time),
             time=time,
             prompts={
                 name: self._put(torch.cat([torch.stack([one[name] for one in prompts])] * 2))

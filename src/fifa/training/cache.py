@@ -161,7 +161,7 @@ def encode(
         prompt_places=prompts[[number[caption] for caption in pairs.caption]],
         empty_place=(int(prompts[0, 0]), int(prompts[0, 1])),
         all_frames=plan.frames,
-        factor=backbone.pixels_per_latent // backbone.patch,
+        factor=backbone.vae.factor,
         bytes=encoder.shards.check(),
         digest=digest(pairs.digest, encoder.shards.names),
     )
@@ -183,6 +183,6 @@ def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype
     one = backbone.encode_prompts([""])
     prompt = sum(value.numel() for value in one.values())
     # factor^2 pixels are one latent pixel of 2 c numbers
-    image = 2 * backbone.latent_channels * (resolution // backbone.pixels_per_latent) ** 2
-    image *= backbone.patch**2
+    sides = resolution // backbone.pixels_per_latent * backbone.patch
+    image = 2 * backbone.vae.channels * sides**2
     return int(size * ((1 + len(set(pairs.caption))) * prompt + 2 * len(pairs) * image))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fifa.config import Train
+from fifa.models.families import Family, family_named
 from fifa.shards.files import read_json
 from fifa.training.checkpoint import Progress
 
@@ -21,7 +22,7 @@ SHOWN = (
 def training_facts(
     train: Train,
     *,
-    kind: str,
+    family: str,
     progress: Progress,
     pairs: Any,
     processes: int,
@@ -35,8 +36,8 @@ def training_facts(
     ----------
     train
         The training.
-    kind
-        The backbone's.
+    family
+        The short name of the model's.
     progress
         How far it went.
     pairs
@@ -51,7 +52,7 @@ def training_facts(
     return {
         "fifa": __version__,
         "base_model": train.model,
-        "kind": kind,
+        "family": family,
         "method": train.method,
         "steps": progress.step,
         "pairs": len(pairs),
@@ -85,8 +86,8 @@ def training_card(facts: dict[str, Any]) -> str:
     options, name = facts["options"], _public(facts["base_model"])
     lora = facts["method"] == "lora"
     hub = f"base_model: {facts['base_model']}\n" if _is_hub(facts["base_model"]) else ""
-    part = "transformer" if facts["kind"] in ("sd3", "flux") else "unet"
-    what = "A LoRA" if lora else f"All weights of the {part}"
+    family = family_named(facts["family"])
+    what = "A LoRA" if lora else f"All weights of the {family.part}"
     loss = f"{options['loss']}, beta {options['beta']:g}" if options["loss"] != "mapo" else "mapo"
     table = [
         ("method", f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"),
@@ -114,7 +115,7 @@ on pairs of images of which people preferred one.
 ## Use
 
 ```python
-{_use(facts, lora, part)}
+{_use(facts, lora, family)}
 ```
 
 ## How it was trained
@@ -136,7 +137,7 @@ and the data's hold for these weights too.
 """
 
 
-def _use(facts: dict[str, Any], lora: bool, part: str) -> str:
+def _use(facts: dict[str, Any], lora: bool, family: Family) -> str:
     base = facts["base_model"] if _is_hub(facts["base_model"]) else "the base model's folder"
     if lora:
         return (
@@ -144,8 +145,7 @@ def _use(facts: dict[str, Any], lora: bool, part: str) -> str:
             f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
             'pipeline.load_lora_weights("path/to/this/folder")'
         )
-    cls = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
-    model = cls.get(facts["kind"], "UNet2DConditionModel")
+    part, model = family.part, family.denoiser
     return (
         f"from diffusers import DiffusionPipeline, {model}\n\n"
         f'{part} = {model}.from_pretrained("path/to/this/folder", subfolder="{part}")\n'

@@ -29,7 +29,7 @@ class Draw:
     flip
         Whether both images are mirrored.
     time
-        A scalar, as `fifa.training.backbones.base.Backbone.draw_time` gives it.
+        A scalar, as the ``draw_time`` of the backbone's schedule gives it.
     noise
         float32 ``[c, h, w]``.
     posterior
@@ -69,7 +69,7 @@ def draw_pair(
     d
         The epoch, or the epoch modulo the size of the pool.
     draw_time
-        The backbone's.
+        The schedule's.
     shape
         (c, h, w) of the latents.
     dropout

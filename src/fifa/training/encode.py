@@ -121,9 +121,9 @@ class Encoder:
     def images(self, plan: ImagePlan) -> tuple[Ints, ...]:
         """Where every image of the plan is: shard and row, int32 [images, 2], by flip."""
         torch = require("torch")
-        size = 2 * self.backbone.latent_channels * torch.empty((), dtype=self._kind).element_size()
+        size = 2 * self.backbone.vae.channels * torch.empty((), dtype=self._kind).element_size()
         area = max(h * w for *_, h, w in plan.frames.reshape(-1, 6).tolist())
-        factor = self.backbone.pixels_per_latent // self.backbone.patch
+        factor = self.backbone.vae.factor
         most = max(1, SHARD_BYTES // (size * area // factor**2))
         places, todo = [], []
         for flip in plan.flips:
@@ -143,7 +143,7 @@ class Encoder:
             for shard, part, flip in todo:
                 made = []
                 for pixels in self._batches(plan, part, flip, pool):
-                    made.append(self._kept(self.backbone.encode_images(_unit(pixels))))
+                    made.append(self._kept(self.backbone.vae.moments(_unit(pixels))))
                     advance(len(pixels))
                 self.shards.write(shard, {"moments": torch.cat(made)})
         return tuple(places)

@@ -10,9 +10,9 @@ from typing import Any
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
 from fifa.models.optional import require
 from fifa.run.steps import is_run
-from fifa.shards.files import files_digest
 from fifa.training.adapters import add_lora, train_all
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Source
@@ -200,9 +200,9 @@ def check_pairs(train: Train, pairs: Any, processes: int) -> None:
 
 def native_resolution(backbone: Backbone) -> int:
     """Pixels a side that the model was made for: 512 for SD1.5, 1,024 for SDXL, SD3, FLUX."""
-    side = getattr(backbone.denoiser, "config", {}).get("sample_size")
-    factor = backbone.pixels_per_latent // getattr(backbone, "patch", 1)
-    return side * factor if isinstance(side, int) else 1024
+    config: Any = backbone.denoiser.config
+    side = config.get("sample_size")
+    return side * backbone.vae.factor if isinstance(side, int) else 1024
 
 
 def encode_job(job: Job) -> Job:
@@ -234,15 +234,9 @@ def make_reference(job: Job) -> Reference | None:
     """
     train, accelerator = job.train, job.accelerator
     if train.draws:
-        folders = [Path(job.backbone.folder) / n for n in (job.backbone.denoiser_name, "scheduler")]
-        kept = (".json", ".safetensors")
-        files = {
-            f"{folder.name}/{path.name}": path
-            for folder in folders
-            for path in sorted(folder.iterdir())
-            if path.suffix in kept
-        }
-        path = scalars_path(job.source, job.cache, files_digest(files), job.plan.dtype)
+        parts = (job.backbone.family.part, "scheduler")
+        base = [model_digest(job.backbone.folder / part, CONFIG_AND_WEIGHTS) for part in parts]
+        path = scalars_path(job.source, job.cache, base, job.plan.dtype)
         return Table(precompute(job.source, path, accelerator), accelerator.device)
     if train.loss == "mapo":
         return None

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from fifa.config import Train
 from fifa.console import progress as progress_bar
 from fifa.errors import FifaError
+from fifa.models.memory import peak_bytes
 from fifa.models.optional import require
 from fifa.training.batches import Source, predict
 from fifa.training.checkpoint import Progress, Trainee
 from fifa.training.draws import Stream, micro_batches, seed_of
 from fifa.training.losses import Loss
-from fifa.training.memory import peak_bytes
 from fifa.training.metrics import Stats, distance, stats_line, sums
 from fifa.training.optim import learning_rate
 from fifa.training.reference import Reference

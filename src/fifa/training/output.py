@@ -52,7 +52,7 @@ def finish(job: Job, trainee: Trainee, done: Progress) -> None:
     if job.accelerator.is_main_process:
         facts = training_facts(
             job.train,
-            kind=job.backbone.kind,
+            family=job.backbone.family.name,
             progress=done,
             pairs=job.pairs,
             processes=job.accelerator.num_processes,

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.families import Family
+from fifa.models.memory import free_bytes
 from fifa.models.optional import require
-from fifa.training.memory import free_bytes
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
 # 8-bit one two bytes, Adafactor next to nothing (a row and a column of each matrix).
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
 FLOAT = 4
 HALF = 2
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what adapters sit on unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,35 @@ def numbers_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:
     """How many numbers there are in these shapes."""
-    total = 0
-    for shape in shapes.values():
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+    return sum(map(prod, shapes.values()))
 
 
 def lora_numbers(shapes: dict[str, tuple[int, ...]], targets: tuple[str, ...], rank: int) -> int:
     """How many numbers adapters on the layers called ``targets`` have.
 
-    A layer ``[out, in, ...]`` gets ``rank * in`` and ``rank * out``.
+    A layer ``[out, in, ...]`` gets ``[rank, in, ...]`` and ``[out, rank]``.
     """
     ends = tuple(f".{target}.weight" for target in targets)
     return sum(
-        rank * (shape[0] + shape[1])
+        rank * (shape[0] + prod(shape[1:]))
         for name, shape in shapes.items()
         if name.endswith(ends) and len(shape) >= 2
     )
 
 
 def memory_of(
-    train: Train, dtype: str, denoiser: dict[str, tuple[int, ...]], encoders: int
+    train: Train,
+    family: Family,
+    dtype: str,
+    denoiser: dict[str, tuple[int, ...]],
+    encoders: int,
 ) -> Memory:
     """The least memory a training takes.
 
     Parameters
     ----------
-    train
-        The training.
+    train, family
+        The training, and the base's family.
     dtype
         What the base's weights are loaded in.
     denoiser
@@ -104,7 +102,7 @@ def memory_of(
     """
     whole, size = count(denoiser), FLOAT if dtype == "float32" else HALF
     if train.method == "lora":
-        trained = lora_numbers(denoiser, train.targets or ATTENTION, train.rank)
+        trained = lora_numbers(denoiser, train.targets or family.targets, train.rank)
         weights = whole * size + trained * FLOAT
     else:
         trained = whole
@@ -122,11 +120,12 @@ def memory_of_model(train: Train, dtype: str, accelerator: Any) -> tuple[Memory,
     from fifa.training.backbones.parts import open_folder
 
     torch = require("torch", "train")
-    folder = open_folder(train.model, accelerator.device, getattr(torch, dtype)).path
-    shapes = {part.name: numbers_in(part) for part in sorted(folder.iterdir()) if part.is_dir()}
-    denoiser = shapes.get("unet") or shapes.get("transformer") or {}
-    encoders = sum(count(s) for name, s in shapes.items() if name.startswith(("vae", "text_")))
-    return memory_of(train, dtype, denoiser, encoders), free_bytes(accelerator.device)
+    folder = open_folder(train.model, accelerator.device, getattr(torch, dtype))
+    shapes = {part: numbers_in(folder.path / part) for part in folder.parts}
+    denoiser = shapes.pop(folder.family.part, {})
+    encoders = sum(map(count, shapes.values()))
+    memory = memory_of(train, folder.family, dtype, denoiser, encoders)
+    return memory, free_bytes(accelerator.device)
 
 
 def needs_copy(train: Train) -> bool:

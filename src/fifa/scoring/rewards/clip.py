@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
+from fifa.models.hub import model_digest
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
-from fifa.models.transformer import ModelEncoder, folder_digest, load_model
+from fifa.models.transformer import ModelEncoder, load_model
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.base import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
@@ -97,7 +98,7 @@ class ImageTower:
     @cached_property
     def digest(self) -> str:
         """Names the content of the folder's files."""
-        return folder_digest(self.folder)
+        return model_digest(self.folder, nested=True)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """``[3, size, size]``, uint8 or (where the original resizes floats) float32."""

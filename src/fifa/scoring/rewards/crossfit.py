@@ -13,10 +13,11 @@ import pyarrow as pa
 from fifa.config import Reward
 from fifa.console import note
 from fifa.data.table import Pairs
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.runtime import make_runtime
-from fifa.scoring.encoders import make_encoder, model_folder
+from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.engine import score_images
-from fifa.scoring.rewards.features import make_image_encoder, model_digest, unique_images
+from fifa.scoring.rewards.features import make_image_encoder, unique_images
 from fifa.scoring.rewards.fit import (
     comparisons,
     features_of,
@@ -174,11 +175,11 @@ def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]
     """Everything that the rewards depend on."""
     models: list[Any]
     if options.base == "features":
-        runtime = make_runtime("cpu", None, False, False)
+        runtime = make_runtime("cpu")
         text = None if options.text == "none" else make_encoder(options.text).identity
         models = [make_image_encoder(options.image, runtime).identity, text]
     else:
-        models = [model_digest(model_folder(options.base))]
+        models = [model_digest(model_folder(options.base), CONFIG_AND_WEIGHTS)]
     labels = pairs.table["label"].cast(pa.string())
     content = [pairs.pairs_digest, column_digest(labels), pairs.origin.fingerprint]
     return [options.settings(), folds, seed, models, content]

@@ -23,17 +23,18 @@ from fifa.data.images import read_images
 from fifa.data.prefetch import Batch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.models.transformer import load_model
-from fifa.scoring.encoders import model_folder, prompt_embeddings
+from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.scoring.table import score_path, scored_once
-from fifa.shards.files import digest, files_digest, read_json
+from fifa.shards.files import digest, read_json
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
@@ -276,7 +277,7 @@ class ClipImages:
         """As in `ImageEncoder`."""
         return {
             "encoder": self.name,
-            "weights": model_digest(self._tower.folder),
+            "weights": model_digest(self._tower.folder, CONFIG_AND_WEIGHTS),
             "preprocessing": self._tower.description,
             "dtype": self._tower.runtime.dtype,
         }
@@ -309,7 +310,7 @@ class VisionModel:
         """As in `ImageEncoder`."""
         return {
             "encoder": self.name,
-            "weights": model_digest(self._folder),
+            "weights": model_digest(self._folder, CONFIG_AND_WEIGHTS),
             "preprocessing": f"convert, bicubic {self._side} x {self._side}",
             "normalisation": [self._mean, self._std],
             "dtype": self._runtime.dtype,
@@ -340,9 +341,3 @@ class VisionModel:
     @cached_property
     def _model(self) -> Any:
         return self._runtime.place(load_model(require("transformers").AutoModel, self._folder))
-
-
-def model_digest(folder: Path) -> str:
-    """Names the content of a model's weights and settings."""
-    files = sorted(p for kind in ("*.safetensors", "*.json") for p in folder.glob(kind))
-    return files_digest({path.name: path for path in files})

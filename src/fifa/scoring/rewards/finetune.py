@@ -16,14 +16,14 @@ from fifa.config import Reward
 from fifa.console import echo, note, progress
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, make_runtime
 from fifa.models.transformer import load_model
-from fifa.scoring.encoders import model_folder
 from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, measure, nll
 from fifa.scoring.rewards.card import model_card
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.features import model_digest, read_unique, unique_images
+from fifa.scoring.rewards.features import read_unique, unique_images
 from fifa.scoring.rewards.fit import training_facts
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
@@ -168,7 +168,7 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     """Fine-tune the CLIP ``options.base`` and write it to ``out``; returns ``reward.json``."""
     transformers = require("transformers")
     base = model_folder(options.base)
-    runtime = make_runtime(options.device, "bfloat16" if options.bf16 else None, False, False)
+    runtime = make_runtime(options.device, "bfloat16" if options.bf16 else None)
     tower = ImageTower(base, "convert-crop", runtime)
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "format": FORMAT,
         "kind": "clip",
-        "base": {"name": Path(options.base).name, "files": model_digest(base)},
+        "base": {"name": Path(options.base).name, "files": model_digest(base, CONFIG_AND_WEIGHTS)},
         "options": {**options.settings(), "base": Path(options.base).name},
         "training": training_facts(pairs, data.label, data.prompt, int((~readable).sum()))
         | {"best step": best_step},

@@ -223,7 +223,7 @@ def _walk(
 
 def features_of(pairs: Pairs, options: Reward, cache: Path | None) -> tuple[Features, ImageEncoder]:
     """The frozen features that ``options`` ask for, and the image encoder."""
-    runtime = make_runtime(options.device, None, False, False)
+    runtime = make_runtime(options.device)
     encoder = make_image_encoder(options.image, runtime)
     download = options.read.allow_download
     found = frozen_features(pairs, encoder, options.text, folder=cache, allow_download=download)

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
+from fifa.models.hub import MODEL_FILES
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
-from fifa.models.transformer import MODEL_FILES
 from fifa.scoring.encoders import Encoder, make_encoder
 from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.rewards.clip import ClipReward

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.errors import FifaError
+from fifa.models.hub import model_folder
 from fifa.models.optional import require
-from fifa.scoring.encoders import model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,9 @@ from fifa.data.images import read_images
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.models.memory import release_memory
 from fifa.models.optional import require
+from fifa.models.runtime import out_of_memory
 from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.shards.pool import cores
@@ -254,19 +255,9 @@ class ScoreStep:
                 start = stop
                 continue
             # only now: the error kept what the attempt had allocated
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_memory()
             echo(f"out of memory: batches of {max(1, int(most * self._share))} from here on")
         return torch.cat(parts)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises when a device, or the machine, has no memory left."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in ("out of memory", "can't allocate memory", "alloc_failed"))
 
 
 def features_table(features: np.ndarray) -> pa.Table:

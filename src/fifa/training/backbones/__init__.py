@@ -1,4 +1,4 @@
-"""Families of diffusion models behind one seam."""
+"""Diffusion models as the trainer needs them: a file for each row of `fifa.models.families`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.training.backbones.base import Backbone
 
 if TYPE_CHECKING:
     import torch
-
-# By the pipeline's class: the module here, and the class in it.
-FAMILIES = {
-    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
-    "FluxPipeline": ("flux", "Flux"),
-}
 
 
 def load_backbone(
@@ -33,7 +24,7 @@ def load_backbone(
     Parameters
     ----------
     model
-        A folder in diffusers layout, or a hub id. Its ``model_index.json`` tells the family.
+        A folder in diffusers layout, or a hub id. Its ``model_index.json`` names the family.
     device
         Where to put it.
     dtype
@@ -49,17 +40,11 @@ def load_backbone(
     torch = require("torch", "train")
     from fifa.training.backbones.parts import open_folder
 
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    folder = open_folder(model, torch.device(device), kind)
-    family = FAMILIES.get(folder.pipeline)
-    if family is None:
-        raise FifaError(
-            f"a model of class {folder.pipeline} is not known",
-            where=str(folder.path / "model_index.json"),
-            do=f"one of {', '.join(FAMILIES)}",
-        )
-    module, name = family
-    backbone: Backbone = getattr(import_module(f"fifa.training.backbones.{module}"), name)(folder)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    folder = open_folder(model, torch.device(device), dtype)
+    folder.check()
+    module = import_module(f"fifa.training.backbones.{folder.family.name}")
+    backbone: Backbone = getattr(module, folder.family.backbone)(folder)
     return backbone
 
 

@@ -1,109 +1,133 @@
-"""The seam between the trainer and a family of diffusion models."""
+"""The seam between the trainer and a family of diffusion models, and what all families share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
+
+from fifa.errors import FifaError
+from fifa.models.families import Family
+from fifa.models.hub import model_digest
+from fifa.models.memory import release_memory
+from fifa.training.backbones.parts import ModelFolder, diffusers
+from fifa.training.backbones.schedule import Diffusion, Flow
+from fifa.training.backbones.text import TextEncoder
+from fifa.training.backbones.vae import Vae
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "flow"]
 Tensors = dict[str, "Tensor"]
-FRAME = 6  # numbers in a frame: original height and width, crop top and left, target height, width
 
 
-class Backbone(Protocol):
+class Backbone:
     """A latent diffusion model: what turns images and prompts into numbers, and the denoiser.
 
     Everything but `denoiser` is frozen. The trainer encodes every image and prompt once, lets the
-    encoders go (`drop_encoders`), and from then on calls `latents`, `add_noise`, `target` and
-    `predict` only.
+    encoders go (`drop_encoders`), and from then on calls `predict`, ``vae.latents`` and the
+    schedule only. A family's class defines ``__init__``, `encode_prompts` and `predict`.
+
+    Parameters
+    ----------
+    folder
+        The model's folder.
+    text
+        Its text encoders, in the family's order.
 
     Attributes
     ----------
-    kind
-        ``sd``, ``sdxl``, ``sd3`` or ``flux``.
+    family
+        Its row of `fifa.models.families.FAMILIES`.
     folder
         The model's folder in diffusers layout.
     denoiser
         The UNet or transformer, the only part that is trained.
-    denoiser_name
-        ``unet`` or ``transformer``: its folder, and the prefix of its keys in a LoRA file.
-    lora_targets
-        The modules that get an adapter unless others are named.
+    schedule
+        How time is drawn, noise is added, and what the denoiser should predict.
+    vae
+        From pixels to the moments of latents, and from moments to latents.
+    patch
+        Sides of latents are multiples of it.
     """
 
-    kind: str
-    folder: Path
-    denoiser: torch.nn.Module
-    denoiser_name: Literal["unet", "transformer"]
-    lora_targets: tuple[str, ...]
+    patch = 1
 
-    @property
-    def patch(self) -> int:
-        """Sides of latents are multiples of it."""
-
-    @property
-    def prediction(self) -> Prediction:
-        """What the denoiser predicts: the noise, v, or the flow ``noise - latents``."""
+    def __init__(self, folder: ModelFolder, text: Sequence[TextEncoder]) -> None:
+        self.family: Family = folder.family
+        self.folder: Path = folder.path
+        self.device: torch.device = folder.device
+        part = self.family.part
+        self.denoiser: torch.nn.Module = folder.model(part, diffusers(self.family.denoiser))
+        schedule = Flow if self.family.schedule == "flow" else Diffusion
+        where = str(folder.path / "scheduler")
+        self.schedule: Diffusion | Flow = schedule(folder.config("scheduler"), where)
+        self.vae = Vae(folder)
+        self._text = list(text)
+        self._origin = folder
+        self._encoders: dict[str, Any] | None = None
 
     @property
     def encoders(self) -> dict[str, Any]:
-        """JSON that changes whenever a cached moment or embedding could."""
+        """JSON that changes whenever a cached moment or embedding could.
 
-    @property
-    def latent_channels(self) -> int:
-        """c: channels of a latent."""
+        Digests of VAE, text encoders and tokenizers, and their floating type.
+        """
+        if self._encoders is None:
+            trained = (self.family.part, "scheduler")
+            parts = [part for part in self._origin.parts if part not in trained]
+            self._encoders = {
+                "family": self.family.name,
+                "dtype": str(self._origin.dtype).removeprefix("torch."),
+                **{part: model_digest(self.folder / part, nested=True) for part in parts},
+            }
+        return self._encoders
 
     @property
     def pixels_per_latent(self) -> int:
-        """The VAE's factor from latent to pixel sides, times the denoiser's patch: sides of
-        images are multiples of it."""
+        """The VAE's factor from latent to pixel sides, times the denoiser's patch.
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
-        """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device."""
-        ...
+        Sides of images are multiples of it.
+        """
+        return self.vae.factor * self.patch
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """The VAE posterior's moments (mean, then standard deviation, before scaling), float32
-        ``[n, 2c, h, w]``, of pixels ``[n, 3, H, W]`` in [-1, 1]; computed in float32 where the
-        VAE overflows in half precision."""
-        ...
+    @property
+    def text(self) -> list[TextEncoder]:
+        """The text encoders; `FifaError` once they are gone."""
+        if not self._text:
+            raise FifaError("the text encoders have been let go of: encode before drop_encoders")
+        return self._text
 
     def drop_encoders(self) -> None:
         """Let go of VAE and text encoders, to have their memory for training."""
+        _ = self.encoders  # their digests are asked for later, when the files may be gone
+        self.vae.drop()
+        self._text.clear()
+        release_memory()
 
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """A sample of the posterior, ``scale * (mean + std * noise - shift)``, ``[n, c, h, w]``."""
-        ...
+    def inputs(self, tensors: Tensors) -> Tensors:
+        """``tensors`` on the device, in the floating type of the denoiser's weights."""
+        dtype = next(self.denoiser.parameters()).dtype
+        return {name: value.to(self.device, dtype) for name, value in tensors.items()}
 
-    def draw_time(self, generator: torch.Generator) -> Tensor:
-        """One time as training draws it, a scalar: an int64 timestep, or a float32 sigma."""
-        ...
-
-    def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """``[n, c, h, w]``: latents at ``time`` ``[n]``, by the training schedule's formula."""
-        ...
-
-    def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """``[n, c, h, w]``: what the denoiser should predict."""
-        ...
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
+        """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device."""
+        raise NotImplementedError
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
-        """The denoiser's prediction, ``[n, c, h, w]``, with gradients where they are on.
+        """The denoiser's prediction, float32 ``[n, c, h, w]``, with gradients where they are on.
 
         Parameters
         ----------
         noisy
             ``[n, c, h, w]``.
         time
-            ``[n]``, as `draw_time` gives.
+            ``[n]``, as ``schedule.draw_time`` gives: int64 timesteps or float32 sigmas.
         prompts
             As `encode_prompts` gives.
         frames
-            int64 ``[n, 6]`` (see `FRAME`): where SDXL is told the image's size and crop.
+            int64 ``[n, 6]``, `fifa.training.resize.Frame`: SDXL takes them as an input, the
+            image's size and crop.
         """
-        ...
+        raise NotImplementedError

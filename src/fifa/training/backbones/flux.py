@@ -3,67 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fifa.models.optional import require
-from fifa.training.backbones.base import Tensors
-from fifa.training.backbones.latent import LatentBackbone
-from fifa.training.backbones.parts import ModelFolder, diffusers
-from fifa.training.backbones.schedule import Flow
+from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text, t5_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = (
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
-GUIDANCE = 3.5  # what a guidance-distilled model is told: the pipeline's default
 
-
-class Flux(LatentBackbone):
+class Flux(Backbone):
     """A transformer on 2 x 2 patches of latents, with positions by rotary embedding.
 
-    FLUX.1 [dev] is distilled to take the guidance scale as an input: it is `GUIDANCE` in training
-    as it is in the pipeline, so that what is trained is what is sampled.
+    FLUX.1 [dev] is distilled to take the guidance scale as an input: in training
+    it is the family's, as in the pipeline, so that what is trained is what is sampled.
     """
 
-    kind = "flux"
-    denoiser_name: Literal["unet", "transformer"] = "transformer"
-    lora_targets: tuple[str, ...] = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    )
     patch = 2
 
     def __init__(self, folder: ModelFolder) -> None:
-        folder.check(PARTS)
-        denoiser = folder.model("transformer", diffusers("FluxTransformer2DModel"))
-        self.guided = bool(denoiser.config.guidance_embeds)
+        self.guided = bool(folder.config("transformer").get("guidance_embeds"))
         # the pipeline takes 512 tokens, of which schnell was trained on 256
         length = 512 if self.guided else 256
-        super().__init__(
-            folder,
-            denoiser,
-            Flow(folder.config("scheduler"), str(folder.path / "scheduler")),
-            [clip_text(folder), t5_text(folder, "_2", length)],
-        )
+        super().__init__(folder, [clip_text(folder), t5_text(folder, "_2", length)])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt``, T5's last layer, float32 ``[n, length, d]``, and ``pooled``, CLIP's."""
@@ -75,16 +39,17 @@ class Flux(LatentBackbone):
         torch = require("torch")
         x = self.inputs({"noisy": noisy, **prompts})
         n, _, height, width = noisy.shape
-        guidance = torch.full((n,), GUIDANCE, device=self.device) if self.guided else None
-        kind = x["noisy"].dtype
+        dtype, guidance = x["noisy"].dtype, None
+        if self.guided:
+            guidance = torch.full((n,), self.family.guidance, device=self.device)
         predicted = self.denoiser(
             hidden_states=pack(x["noisy"]),
-            timestep=time.to(self.device, kind),  # the model multiplies it by 1,000 itself
+            timestep=time.to(self.device, dtype),  # the model multiplies it by 1,000 itself
             guidance=guidance,
             pooled_projections=x["pooled"],
             encoder_hidden_states=x["prompt"],
-            txt_ids=torch.zeros(x["prompt"].shape[1], 3, device=self.device, dtype=kind),
-            img_ids=positions(height // 2, width // 2).to(self.device, kind),
+            txt_ids=torch.zeros(x["prompt"].shape[1], 3, device=self.device, dtype=dtype),
+            img_ids=positions(height // 2, width // 2).to(self.device, dtype),
             return_dict=False,
         )[0]
         return unpack(predicted, height, width).float()

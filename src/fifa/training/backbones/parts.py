@@ -1,43 +1,24 @@
 """The folder of a diffusion model: what it should hold, and its parts as their real classes.
 
-Which class a part has is decided by the family's table here, never by code that the folder
+Which class a part has is decided by the family's row and file, never by code that the folder
 names; weights come from safetensors files only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from fifa.console import quiet
 from fifa.errors import FifaError
+from fifa.models.families import PIPELINES, Family
+from fifa.models.hub import HUB_FILES, model_folder
 from fifa.models.optional import require
-from fifa.scoring.encoders import model_folder
 from fifa.shards.files import read_json
 
 if TYPE_CHECKING:
     import torch
-
-WEIGHTS = ("diffusion_pytorch_model", "model")
-PARTS = (
-    "unet",
-    "transformer",
-    "vae",
-    *(f"text_encoder{n}" for n in ("", "_2", "_3")),
-    *(f"tokenizer{n}" for n in ("", "_2", "_3")),
-    "scheduler",
-)
-# What is fetched from the hub: not the .bin, fp16, non-ema and single-file copies of the weights.
-HUB_FILES = (
-    "model_index.json",
-    *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt", "model")),
-    *(f"{part}/{name}.safetensors" for part in PARTS for name in WEIGHTS),
-    *(f"{part}/{name}-*-of-*.safetensors" for part in PARTS for name in WEIGHTS),
-)
 
 
 @dataclass(frozen=True)
@@ -48,31 +29,25 @@ class ModelFolder:
     ----------
     path
         Where it is.
-    index
-        Its ``model_index.json``.
+    family
+        What ``model_index.json`` says that it is.
+    parts
+        The parts of its family that it has: some may be lacking (SD3 works without its T5).
     device, dtype
         Where its parts are put, and the floating type of their weights.
     """
 
     path: Path
-    index: dict[str, Any]
+    family: Family
+    parts: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def pipeline(self) -> str:
-        """The class of its pipeline, as the folder names it."""
-        return str(self.index.get("_class_name"))
-
-    def has(self, part: str) -> bool:
-        """Whether the model has this part at all (SD3 works without its T5)."""
-        return (self.index.get(part) or [None])[-1] is not None
-
-    def check(self, parts: Sequence[str]) -> None:
-        """Raise `FifaError` unless all ``parts`` are there, with weights where they have some."""
-        for part in parts:
+    def check(self) -> None:
+        """Raise `FifaError` unless all parts are there, with weights where they have some."""
+        for part in dict.fromkeys((*self.family.parts, *self.parts)):
             folder = self.path / part
-            if not self.has(part):
+            if part not in self.parts:
                 raise self._lacks(part, "model_index.json does not name it")
             if not folder.is_dir():
                 raise self._lacks(part, f"there is no folder {part}")
@@ -96,8 +71,12 @@ class ModelFolder:
         dtype
             Of its weights; default: the folder's.
         """
-        kind = dtype or self.dtype
-        settings = {"use_safetensors": True, "variant": self._variant(part), "dtype": kind}
+        names = [path.name for path in (self.path / part).glob("*.safetensors")]
+        settings = {
+            "use_safetensors": True,
+            "variant": "fp16" if names and all(".fp16" in name for name in names) else None,
+            "dtype": dtype or self.dtype,
+        }
         module = self._loaded(part, lambda: cls.from_pretrained(self.path / part, **settings))
         return module.eval().requires_grad_(False).to(self.device)
 
@@ -110,18 +89,6 @@ class ModelFolder:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         config: dict[str, Any] = read_json(self.path / part / name, f"the settings of {part}")
         return config
-
-    def digest(self, part: str) -> str:
-        """32 hex characters that name the content of a part's files."""
-        h = xxhash.xxh3_128()
-        for path in sorted((self.path / part).rglob("*")):
-            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".safetensors"):
-                h.update(f"{path.relative_to(self.path)}:{_content(path)}\n".encode())
-        return h.hexdigest()
-
-    def _variant(self, part: str) -> str | None:
-        names = [path.name for path in (self.path / part).glob("*.safetensors")]
-        return "fp16" if names and all(".fp16" in name for name in names) else None
 
     def _loaded(self, part: str, load: Any) -> Any:
         libraries = (require(name, "train") for name in ("diffusers", "transformers"))
@@ -144,8 +111,11 @@ class ModelFolder:
 
 
 def open_folder(model: str | Path, device: torch.device, dtype: torch.dtype) -> ModelFolder:
-    """The folder of a model, local or from the hub; `FifaError` where there is none."""
-    path = model_folder(str(model), HUB_FILES)
+    """The folder of a model, local or from the hub.
+
+    Raises `FifaError` where there is none, and for a family that is not known.
+    """
+    path = model_folder(model, HUB_FILES)
     index = path / "model_index.json"
     if not index.is_file():
         raise FifaError(
@@ -153,19 +123,18 @@ def open_folder(model: str | Path, device: torch.device, dtype: torch.dtype) -> 
             where=str(path),
             do="name a folder in diffusers layout (what its save_pretrained writes), or a hub id",
         )
-    return ModelFolder(path, read_json(index, "the pipeline's index"), device, dtype)
-
-
-def _content(path: Path) -> str:
-    """Names a file's content: the hub's cache already does, in the name that its links lead to."""
-    blob = path.resolve()
-    if path.is_symlink() and blob.parent.name == "blobs":
-        return blob.name
-    h = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            h.update(block)
-    return h.hexdigest()
+    known = read_json(index, "the pipeline's index")
+    family = PIPELINES.get(str(known.get("_class_name")))
+    if family is None:
+        raise FifaError(
+            f"a model of class {known.get('_class_name')} is not known",
+            where=str(index),
+            do=f"one of {', '.join(PIPELINES)}",
+        )
+    parts = [part for part in family.parts if (known.get(part) or [None])[-1] is not None]
+    if any((known.get(part) or [None])[-1] is not None for part in family.optional):
+        parts += family.optional
+    return ModelFolder(path, family, tuple(parts), device, dtype)
 
 
 def diffusers(name: str) -> Any:

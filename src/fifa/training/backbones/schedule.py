@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.training.backbones.base import Prediction
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+Prediction = Literal["epsilon", "v_prediction", "flow"]
 
 
 class Diffusion:
@@ -27,14 +29,14 @@ class Diffusion:
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
         torch = require("torch", "train")
-        kind = config.get("prediction_type", "epsilon")
-        if kind not in ("epsilon", "v_prediction"):
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
             raise FifaError(
-                f"a model that predicts {kind!r} cannot be trained here",
+                f"a model that predicts {prediction!r} cannot be trained here",
                 where=where,
                 do="use a model with prediction_type epsilon or v_prediction",
             )
-        self.prediction: Prediction = kind
+        self.prediction: Prediction = prediction
         betas = _betas(config, where)
         self.steps = len(betas)
         # alpha_bar_t = prod_{s <= t} (1 - beta_s), in float32 as diffusers multiplies it

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from fifa.training.backbones.base import Tensors
-from fifa.training.backbones.latent import LatentBackbone
-from fifa.training.backbones.parts import ModelFolder, diffusers
-from fifa.training.backbones.schedule import Diffusion
+from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-
-class StableDiffusion(LatentBackbone):
+class StableDiffusion(Backbone):
     """A UNet that attends to CLIP's last layer (arXiv:2112.10752).
 
     Stable Diffusion 1.x predicts the noise, 2.x at 768 pixels predicts v: the model's scheduler
     configuration says which.
     """
 
-    kind = "sd"
-    denoiser_name: Literal["unet", "transformer"] = "unet"
-    lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
-
     def __init__(self, folder: ModelFolder) -> None:
-        folder.check(PARTS)
-        super().__init__(
-            folder,
-            folder.model("unet", diffusers("UNet2DConditionModel")),
-            Diffusion(folder.config("scheduler"), str(folder.path / "scheduler")),
-            [clip_text(folder)],
-        )
+        super().__init__(folder, [clip_text(folder)])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt``: the last layer with its norm, float32 ``[n, length, d]``."""

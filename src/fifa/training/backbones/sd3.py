@@ -3,65 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fifa.models.optional import require
-from fifa.training.backbones.base import Tensors
-from fifa.training.backbones.latent import LatentBackbone
-from fifa.training.backbones.parts import ModelFolder, diffusers
-from fifa.training.backbones.schedule import Flow
-from fifa.training.backbones.text import clip_text, penultimate, t5_text
+from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.text import clip_text, side_by_side, t5_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = (
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
-T5 = ("text_encoder_3", "tokenizer_3")
 T5_LENGTH = 256  # tokens, as in the pipeline
 
 
-class StableDiffusion3(LatentBackbone):
+class StableDiffusion3(Backbone):
     """A transformer of image and text tokens on a straight flow (arXiv:2403.03206).
 
     Its text is two CLIPs side by side and, if the folder has one, a T5 behind them; without it
     zeros stand there, as in the pipeline.
     """
 
-    kind = "sd3"
-    denoiser_name: Literal["unet", "transformer"] = "transformer"
-    lora_targets: tuple[str, ...] = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-
     def __init__(self, folder: ModelFolder) -> None:
-        t5 = folder.has(T5[0])
-        folder.check((*PARTS, *(T5 if t5 else ())))
         first = clip_text(folder, projection=True)
         # both CLIPs are given prompts of the first one's length
         text = [first, clip_text(folder, "_2", projection=True, length=first.length)]
-        if t5:
+        if "text_encoder_3" in folder.parts:
             text.append(t5_text(folder, "_3", T5_LENGTH))
-        super().__init__(
-            folder,
-            folder.model("transformer", diffusers("SD3Transformer2DModel")),
-            Flow(folder.config("scheduler"), str(folder.path / "scheduler")),
-            text,
-        )
+        super().__init__(folder, text)
         config: Any = self.denoiser.config
         self.patch = int(config.patch_size)
         self.text_width = int(config.joint_attention_dim)
@@ -72,13 +40,8 @@ class StableDiffusion3(LatentBackbone):
         ``t5`` is ``[n, 256, d]``. They are put together in `predict`, as most of the whole would
         be zeros.
         """
-        torch = require("torch")
-        one, pooled = penultimate(self.text[0], prompts)
-        two, pooled_two = penultimate(self.text[1], prompts)
-        encoded = {
-            "clip": torch.cat([one, two], dim=-1),
-            "pooled": torch.cat([pooled, pooled_two], dim=-1),
-        }
+        tokens, pooled = side_by_side(self.text[:2], prompts)
+        encoded = {"clip": tokens, "pooled": require("torch").cat(pooled, dim=-1)}
         for t5 in self.text[2:]:
             encoded["t5"] = t5(prompts)[0].float()
         return encoded

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from fifa.models.optional import require
-from fifa.training.backbones.base import Tensors
-from fifa.training.backbones.latent import LatentBackbone
-from fifa.training.backbones.parts import ModelFolder, diffusers
-from fifa.training.backbones.schedule import Diffusion
-from fifa.training.backbones.text import clip_text, penultimate
+from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.text import clip_text, side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
 
-
-class StableDiffusionXL(LatentBackbone):
+class StableDiffusionXL(Backbone):
     """A UNet that attends to two CLIPs and is told sizes and crop (arXiv:2307.01952)."""
 
-    kind = "sdxl"
-    denoiser_name: Literal["unet", "transformer"] = "unet"
-    lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
-
     def __init__(self, folder: ModelFolder) -> None:
-        folder.check(PARTS)
-        super().__init__(
-            folder,
-            folder.model("unet", diffusers("UNet2DConditionModel")),
-            Diffusion(folder.config("scheduler"), str(folder.path / "scheduler")),
-            [clip_text(folder), clip_text(folder, "_2", projection=True)],
-        )
+        super().__init__(folder, [clip_text(folder), clip_text(folder, "_2", projection=True)])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt`` float32 ``[n, length, d1 + d2]``, ``pooled`` ``[n, d2]``.
@@ -49,11 +26,8 @@ class StableDiffusionXL(LatentBackbone):
         The empty prompt is encoded like any other, as in training; the pipeline's zeros
         (``force_zeros_for_empty_prompt``) are for its negative prompt.
         """
-        torch = require("torch")
-        first, second = self.text
-        one, _ = penultimate(first, prompts)
-        two, pooled = penultimate(second, prompts)
-        return {"prompt": torch.cat([one, two], dim=-1), "pooled": pooled}
+        tokens, (_, pooled) = side_by_side(self.text, prompts)
+        return {"prompt": tokens, "pooled": pooled}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The UNet's prediction, float32 ``[n, c, h, w]``.

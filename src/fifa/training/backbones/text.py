@@ -77,7 +77,14 @@ def t5_text(folder: ModelFolder, number: str, length: int) -> TextEncoder:
     return TextEncoder(model, tokenizer, length)
 
 
-def penultimate(encoder: TextEncoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The last but one layer ``[n, length, d]`` and the first output (pooled if projected)."""
-    output = encoder(prompts, output_hidden_states=True)
-    return output.hidden_states[-2].float(), output[0].float()
+def side_by_side(
+    encoders: Sequence[TextEncoder], prompts: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
+    """The last but one layers of CLIPs, and the first output of each (pooled if it projects).
+
+    float32 ``[n, length, d1 + d2 + ...]``, and ``[n, d]`` of each.
+    """
+    torch = require("torch")
+    outputs = [encoder(prompts, output_hidden_states=True) for encoder in encoders]
+    tokens: Tensor = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
+    return tokens, [output[0].float() for output in outputs]

@@ -32,18 +32,18 @@ class Vae:
     def __init__(self, folder: ModelFolder) -> None:
         torch = require("torch", "train")
         config = folder.config("vae")
-        kind = str(config.get("_class_name"))
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        class_name = str(config.get("_class_name"))
+        if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
             raise FifaError(
-                f"an autoencoder of class {kind} is not known",
+                f"an autoencoder of class {class_name} is not known",
                 where=str(folder.path / "vae"),
                 do="AutoencoderKL or AutoencoderTiny",
             )
-        self.tiny = kind == "AutoencoderTiny"
+        self.tiny = class_name == "AutoencoderTiny"
         # SDXL's overflows in fp16 and says so by force_upcast, which is also the class's default.
         self.upcast = bool(config.get("force_upcast", not self.tiny))
         self._dtype = torch.float32 if self.upcast else folder.dtype
-        self._model: Any = folder.model("vae", diffusers(kind), self._dtype)
+        self._model: Any = folder.model("vae", diffusers(class_name), self._dtype)
         known = self._model.config
         if getattr(known, "latents_mean", None) or getattr(known, "latents_std", None):
             raise FifaError(

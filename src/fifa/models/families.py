@@ -1,0 +1,183 @@
+"""The families of diffusion models that can be trained and sampled: one row each.
+
+Adding a family is a row in `FAMILIES` and the file ``fifa/training/backbones/<name>.py`` with the
+class that the row names. What is fetched from the hub, what a training counts and writes, the
+defaults of an evaluation and the texts about them are all read from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The variant of a family that was distilled to few steps and no guidance.
+
+    Parameters
+    ----------
+    title
+        What people call it.
+    lacks
+        The setting that its denoiser's ``config.json`` lacks, or has as false.
+    steps
+        How many it is sampled in.
+    """
+
+    title: str
+    lacks: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of latent diffusion models.
+
+    Parameters
+    ----------
+    name
+        Its short name, and its file in ``fifa/training/backbones``.
+    title
+        What people call it.
+    pipeline
+        The class of its pipeline in diffusers, as ``model_index.json`` names it.
+    backbone
+        The class in its file.
+    denoiser
+        The class, in diffusers, of what is trained.
+    part
+        The denoiser's folder, and the prefix of its keys in a LoRA file.
+    parts
+        All folders that a model needs.
+    schedule
+        How noise is added: ``diffusion`` (the model's own betas; it predicts the noise or v, as
+        its scheduler says) or ``flow`` (rectified flow; it predicts ``noise - latents``).
+    targets
+        The modules that get an adapter unless others are named, by the end of their names.
+    steps, guidance
+        What its pipeline is sampled with unless told otherwise.
+    half
+        The 16-bit floating type that its weights bear.
+    optional
+        Folders that a model may lack.
+    distilled
+        Its distilled variant, if it has one.
+    """
+
+    name: str
+    title: str
+    pipeline: str
+    backbone: str
+    denoiser: str
+    part: Literal["unet", "transformer"]
+    parts: tuple[str, ...]
+    schedule: Literal["diffusion", "flow"]
+    targets: tuple[str, ...]
+    steps: int
+    guidance: float
+    half: Literal["float16", "bfloat16"]
+    optional: tuple[str, ...] = ()
+    distilled: Distilled | None = None
+
+    def sampling(self, config: Mapping[str, Any]) -> tuple[int, float]:
+        """Steps and guidance of a model whose denoiser has this ``config.json``."""
+        if self.distilled is not None and not config.get(self.distilled.lacks):
+            return self.distilled.steps, 0.0
+        return self.steps, self.guidance
+
+
+ONE_ENCODER = ("text_encoder", "tokenizer")
+TWO_ENCODERS = (*ONE_ENCODER, "text_encoder_2", "tokenizer_2")
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+# of image and text tokens together
+JOINT_ATTENTION = tuple(
+    f"attn.{name}" for name in (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+)
+
+FAMILIES = (
+    Family(
+        name="sd",
+        title="SD",
+        pipeline="StableDiffusionPipeline",
+        backbone="StableDiffusion",
+        denoiser="UNet2DConditionModel",
+        part="unet",
+        parts=("unet", "vae", *ONE_ENCODER, "scheduler"),
+        schedule="diffusion",
+        targets=ATTENTION,
+        steps=50,
+        guidance=7.5,
+        half="float16",
+    ),
+    Family(
+        name="sdxl",
+        title="SDXL",
+        pipeline="StableDiffusionXLPipeline",
+        backbone="StableDiffusionXL",
+        denoiser="UNet2DConditionModel",
+        part="unet",
+        parts=("unet", "vae", *TWO_ENCODERS, "scheduler"),
+        schedule="diffusion",
+        targets=ATTENTION,
+        steps=50,
+        guidance=5.0,
+        half="float16",
+    ),
+    Family(
+        name="sd3",
+        title="SD3",
+        pipeline="StableDiffusion3Pipeline",
+        backbone="StableDiffusion3",
+        denoiser="SD3Transformer2DModel",
+        part="transformer",
+        parts=("transformer", "vae", *TWO_ENCODERS, "scheduler"),
+        optional=("text_encoder_3", "tokenizer_3"),
+        schedule="flow",
+        targets=JOINT_ATTENTION,
+        steps=28,
+        guidance=7.0,
+        half="bfloat16",
+    ),
+    Family(
+        name="flux",
+        title="FLUX",
+        pipeline="FluxPipeline",
+        backbone="Flux",
+        denoiser="FluxTransformer2DModel",
+        part="transformer",
+        parts=("transformer", "vae", *TWO_ENCODERS, "scheduler"),
+        schedule="flow",
+        targets=(
+            *JOINT_ATTENTION,
+            "ff.net.0.proj",
+            "ff.net.2",
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+        ),
+        steps=28,
+        guidance=3.5,
+        half="bfloat16",
+        distilled=Distilled("FLUX schnell", lacks="guidance_embeds", steps=4),
+    ),
+)
+PIPELINES = {family.pipeline: family for family in FAMILIES}
+
+
+def family_named(name: str) -> Family:
+    """The family whose short name this is; raises `KeyError` where there is none."""
+    return {family.name: family for family in FAMILIES}[name]
+
+
+def listed(field: Literal["steps", "guidance", "half"]) -> str:
+    """What every family has in a field, for help texts: ``50 for SD and SDXL, 28 for ...``."""
+    known = [(getattr(family, field), family.title) for family in FAMILIES]
+    if field == "steps":
+        known += [(f.distilled.steps, f.distilled.title) for f in FAMILIES if f.distilled]
+    values = []
+    for value, rows in groupby(known, key=lambda row: row[0]):
+        text = f"{value:g}" if isinstance(value, (int, float)) else value
+        values.append(f"{text} for {' and '.join(title for _, title in rows)}")
+    return ", ".join(values)

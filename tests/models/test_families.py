@@ -1,0 +1,41 @@
+"""The rows of the families, against diffusers' own classes and the texts made from them."""
+
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from fifa.models.families import FAMILIES, PIPELINES, family_named, listed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_row_is_as_diffusers_has_it(family):
+    assert PIPELINES[family.pipeline] is family_named(family.name) is family
+    pipeline = getattr(diffusers, family.pipeline)
+    parts = signature(pipeline.__init__).parameters
+    assert set(family.parts) | set(family.optional) <= set(parts)
+    assert parts[family.part].annotation.__name__ == family.denoiser
+    defaults = signature(pipeline.__call__).parameters
+    assert defaults["num_inference_steps"].default == family.steps
+    assert defaults["guidance_scale"].default == family.guidance
+    module = import_module(f"fifa.training.backbones.{family.name}")
+    assert getattr(module, family.backbone).__module__ == module.__name__
+
+
+def test_a_distilled_model_is_sampled_in_few_steps_without_guidance():
+    flux = family_named("flux")
+    assert flux.sampling({"guidance_embeds": True}) == (28, 3.5)
+    assert flux.sampling({"guidance_embeds": False}) == flux.sampling({}) == (4, 0.0)
+    assert family_named("sd").sampling({}) == (50, 7.5)
+
+
+def test_the_guide_says_what_the_rows_say():
+    steps, guidance = listed("steps"), listed("guidance")
+    assert steps == "50 for SD and SDXL, 28 for SD3 and FLUX, 4 for FLUX schnell"
+    assert guidance == "7.5 for SD, 5 for SDXL, 7 for SD3, 3.5 for FLUX"
+    guide = (ROOT / "docs" / "evaluate.md").read_text("utf-8")
+    assert steps in guide and guidance in guide
