@@ -22,17 +22,18 @@ from fifa.errors import FifaError
 
 # "unsafe" is what raters say that see harm, but not of which kind.
 UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
-STRATEGIES = (
-    "fifa",
-    "random",
-    "low",
-    "middle",
-    "high",
-    "consensus",
-    "facility",
-    "farthest",
-    "weights",
-)
+# In which order pairs are kept; `fifa.selection.strategies` has the function of each.
+STRATEGIES = {
+    "fifa": "importance, largest first",
+    "random": "a seeded draw from each pair's id",
+    "low": "absolute margin, smallest first",
+    "middle": "absolute margin, nearest the median first",
+    "high": "absolute margin, largest first",
+    "consensus": "only pairs where all scorers agree with the person, then importance",
+    "facility": "prompts that best represent all prompts, a pair of each in turn",
+    "farthest": "prompts farthest from those already taken, a pair of each in turn",
+    "weights": "no cut: every eligible pair, with a soft weight",
+}
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -217,7 +218,7 @@ class Select(Knobs):
     """
 
     keep: Count | Annotated[float, Field(gt=0, le=1)] = 5000
-    strategy: Literal[STRATEGIES] = "fifa"  # type: ignore[valid-type]
+    strategy: Literal[tuple(STRATEGIES)] = "fifa"  # type: ignore[valid-type]
     alpha: NotNegative = 0.5
     gamma: NotNegative = 0.5
     normalize: Literal["none", "z", "rank", "robust"] = "robust"

@@ -55,11 +55,13 @@ def test_importance_is_margin_plus_weighted_quality_and_diversity(how):
     m, q, h = np.random.default_rng(1).normal(size=(3, 40)).astype(np.float32)
     knobs = Select(alpha=0.3, gamma=2.0, normalize=how)
     expected = normalized(m, how) + 0.3 * normalized(q, how) + 2 * normalized(h, how)
-    np.testing.assert_allclose(importance(m, q, h, knobs), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(importance(m, q, h, knobs, 40), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_absent_term_and_one_of_weight_zero_change_nothing():
     m, q, h = np.random.default_rng(1).normal(size=(3, 40)).astype(np.float32)
-    alone = importance(m, None, None, Select())
-    np.testing.assert_array_equal(importance(m, q * np.nan, h, Select(alpha=0, gamma=0)), alone)
-    assert not importance(None, q, h, Select(alpha=0, gamma=0)).any()
+    alone = importance(m, None, None, Select(), 40)
+    none = Select(alpha=0, gamma=0)
+    np.testing.assert_array_equal(importance(m, q * np.nan, h, none, 40), alone)
+    assert not importance(None, q, h, none, 40).any()
+    np.testing.assert_array_equal(importance(None, None, None, none, 3), np.zeros(3))

@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from worlds import make_embeddings, make_pairs, make_scores, permuted
 from fifa.config import STRATEGIES, Select
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores
-from fifa.selection import greedy, select
+from fifa.selection import greedy, select, strategies
 from fifa.selection.table import REASONS, SELECTION, reason_counts
 
 ELIGIBLE = {"selected", "below_cutoff", "prompt_cap"}
@@ -74,6 +75,13 @@ def slow_order(strategy, pairs, selection, vectors):
         turns.append((seen[p], place[p], r["row"]))
         seen[p] += 1
     return [row for _, _, row in sorted(turns)]
+
+
+def test_every_name_has_its_function_and_its_line_in_the_docs():
+    assert list(strategies.STRATEGIES) == list(STRATEGIES)
+    page = Path(__file__).parents[2] / "docs" / "select.md"
+    for name, line in STRATEGIES.items():
+        assert f"| `{name}` | {line} |" in page.read_text("utf-8")
 
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["fine", "many ties"])
@@ -144,7 +152,7 @@ def test_a_cap_lets_the_next_prompts_in_and_names_itself_as_the_reason():
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(list(STRATEGIES)),
     st.integers(0, 10_000),
     st.sampled_from(["none", "z", "rank", "robust"]),
     st.booleans(),

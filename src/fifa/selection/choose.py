@@ -16,7 +16,7 @@ from fifa.console import echo
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores
-from fifa.selection.components import Terms, gather_terms
+from fifa.selection.components import gather_terms
 from fifa.selection.gates import reason_codes
 from fifa.selection.importance import importance
 from fifa.selection.order import id_bytes, occurrence
@@ -55,15 +55,21 @@ def select(
     rows = np.flatnonzero(codes == BELOW_CUTOFF).astype(np.int32)
     if len(rows) == 0:
         raise _nothing_eligible(codes)
-    value = _importance(terms, rows, knobs)
-    count = how_many(knobs, n)
-    order = STRATEGIES[knobs.strategy](
+    strategy = STRATEGIES[knobs.strategy]
+    margin, quality, diversity = (
+        None if term is None else term[rows]
+        for term in (terms.margin, terms.quality, terms.diversity)
+    )
+    value = importance(margin, quality, diversity, knobs, len(rows))
+    count = max(1, round(knobs.keep * n)) if isinstance(knobs.keep, float) else knobs.keep
+    prompts = pairs.table["prompt_index"].to_numpy()
+    order = strategy.order(
         Candidates(
             rows=rows,
             ids=id_bytes(pairs.table["pair_id"]),
             importance=value,
-            margins=terms.margin,
-            prompt=pairs.table["prompt_index"].to_numpy()[rows],
+            margin=margin,
+            prompt=prompts[rows],
             count=count,
             seed=knobs.seed,
             embeddings=_embeddings(embeddings, pairs, knobs),
@@ -72,24 +78,19 @@ def select(
     rank = np.zeros(n, np.int32)
     rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
     if knobs.per_prompt is not None:
-        prompts = pairs.table["prompt_index"].to_numpy()[order]
-        below = occurrence(prompts) < knobs.per_prompt
+        below = occurrence(prompts[order]) < knobs.per_prompt
         codes[order[~below]] = PROMPT_CAP
         order = order[below]
-    kept = order if knobs.strategy == "weights" else order[:count]
-    if len(kept) < count and knobs.strategy != "weights":
+    kept = order if strategy.soft else order[:count]
+    if len(kept) < count and not strategy.soft:
         echo(f"keep asks for {count:,} of {n:,} pairs; only {len(kept):,} are eligible, all kept")
     codes[kept] = SELECTED
     every = np.full(n, np.nan, np.float32)
     every[rows] = value
     weight = np.zeros(n, np.float32)
-    weight[kept] = soft_weights(every[kept]) if knobs.strategy == "weights" else 1.0
+    weight[kept] = soft_weights(every[kept]) if strategy.soft else 1.0
     columns = {
-        "margin": terms.margin,
-        "signed_margin": terms.signed_margin,
-        "agreement": terms.agreement,
-        "quality": terms.quality,
-        "diversity": terms.diversity,
+        **vars(terms),
         "importance": every,
         "rank": rank,
         "weight": weight,
@@ -98,25 +99,8 @@ def select(
     return table.replace_schema_metadata({"fifa.select": json.dumps({"select": asdict(knobs)})})
 
 
-def how_many(knobs: Select, n: int) -> int:
-    """The number of pairs that ``keep`` asks for, out of ``n``: a count, or a share up to 1.0."""
-    if isinstance(knobs.keep, float):
-        return max(1, round(knobs.keep * n))
-    return knobs.keep
-
-
-def _importance(terms: Terms, rows: npt.NDArray[np.int32], knobs: Select) -> Floats:
-    def eligible(values: Floats | None) -> Floats | None:
-        return None if values is None else values[rows]
-
-    parts = (eligible(terms.margin), eligible(terms.quality), eligible(terms.diversity))
-    if all(part is None for part in parts):
-        return np.zeros(len(rows), np.float32)
-    return importance(*parts, knobs)
-
-
 def _embeddings(embeddings: Embeddings | None, pairs: Pairs, knobs: Select) -> Callable[[], Floats]:
-    if knobs.strategy in ("facility", "farthest") and embeddings is None:
+    if STRATEGIES[knobs.strategy].needs == "embeddings" and embeddings is None:
         raise FifaError(
             f"the strategy {knobs.strategy!r} works on prompt embeddings, and there are none",
             do="name an encoder with --diversity, or give select() the embeddings",

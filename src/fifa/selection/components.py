@@ -15,6 +15,7 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.margin import committee
 from fifa.scoring.table import Scores
+from fifa.selection.strategies import STRATEGIES
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -30,8 +31,8 @@ class Terms:
         float32 [pairs], of the committee; NaN where a reward is missing or infinite.
     quality, diversity
         float32 [pairs], the prompt's rating and entropy term; NaN where missing.
-    flagged
-        For each flag that some prompt has: bool [pairs].
+    unsafe, nonsense
+        bool [pairs]: the rater flagged the prompt with one of ``unsafe_flags``, or as nonsense.
     unrated
         bool [pairs]: the rater gave the prompt no flags, not even none.
     """
@@ -83,10 +84,10 @@ def _check(scores: Scores, knobs: Select) -> None:
     weighed = (scores.quality is not None and knobs.alpha > 0) or (
         scores.diversity is not None and knobs.gamma > 0
     )
-    needs = None
-    if knobs.strategy in ("low", "middle", "high", "consensus"):
+    needs, of_strategy = None, STRATEGIES[knobs.strategy].needs
+    if of_strategy == "margin":
         needs = f"the strategy {knobs.strategy!r}"
-    elif knobs.strategy in ("fifa", "weights") and not weighed:
+    elif of_strategy == "importance" and not weighed:
         needs = f"the strategy {knobs.strategy!r} without a weighed quality or diversity score"
     elif knobs.min_agreement is not None:
         needs = "min_agreement"
@@ -100,11 +101,8 @@ def _check(scores: Scores, knobs: Select) -> None:
 
 
 def _rewards(pairs: Pairs, scores: Scores) -> list[tuple[Floats, Floats]]:
-    names = ["reward_0", "reward_1"]
-    tables = (
-        _aligned(table, "pair_id", pairs.table["pair_id"], names)
-        for table in scores.margins.values()
-    )
+    ids, names = pairs.table["pair_id"], ["reward_0", "reward_1"]
+    tables = (_aligned(table, "pair_id", ids, names) for table in scores.margins.values())
     return [(_floats(table["reward_0"]), _floats(table["reward_1"])) for table in tables]
 
 

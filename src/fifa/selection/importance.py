@@ -15,24 +15,25 @@ BLOCK = 1 << 18  # pairs at a time: the temporaries stay in the processor's cach
 
 
 def importance(
-    margin: Floats | None, quality: Floats | None, diversity: Floats | None, knobs: Select
+    margin: Floats | None, quality: Floats | None, diversity: Floats | None, knobs: Select, n: int
 ) -> Floats:
     """The importance of every eligible pair (arXiv 2410.10166).
 
     Parameters
     ----------
     margin, quality, diversity
-        float32 [eligible pairs], finite; None where there is no such score, which is then
-        absent from the sum; at least one is there.
+        float32 [n], finite; None where there is no such score, which is then absent from the sum.
     knobs
         ``alpha``, ``gamma`` and ``normalize``.
+    n
+        How many pairs are eligible.
 
     Returns
     -------
-    float32 [eligible pairs].
+    float32 [n]; zeros where there is no score at all.
     """
     terms = [(1.0, margin), (knobs.alpha, quality), (knobs.gamma, diversity)]
-    result = np.zeros(next(len(term) for _, term in terms if term is not None), np.float32)
+    result = np.zeros(n, np.float32)
     scaled = [
         (weight, *_scale(term, knobs.normalize))
         for weight, term in terms

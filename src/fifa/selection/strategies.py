@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +28,8 @@ class Candidates:
         `fifa.selection.order.id_bytes` of the whole table.
     importance
         float32 [eligible].
-    margins
-        float32 [pairs], the absolute margins of the whole table; None without a scorer.
+    margin
+        float32 [eligible], absolute; None without a scorer.
     prompt
         int32 [eligible], the prompt's row in `Pairs.prompts`.
     count
@@ -41,14 +43,34 @@ class Candidates:
     rows: Rows
     ids: npt.NDArray[np.bytes_]
     importance: Floats
-    margins: Floats | None
+    margin: Floats | None
     prompt: Rows
     count: int
     seed: int
     embeddings: Callable[[], Floats]
 
 
-Strategy = Callable[[Candidates], Rows]
+@dataclass(frozen=True)
+class Strategy:
+    """How pairs are taken.
+
+    Parameters
+    ----------
+    order
+        From the candidates to their rows, first taken first.
+    needs
+        Without which it has nothing to go by: ``margin``; ``importance`` (any score with a
+        weight); ``embeddings``; or nothing.
+    unanimous
+        Only pairs are eligible on which every scorer agrees with the person.
+    soft
+        There is no cut: every eligible pair is kept, with `soft_weights`.
+    """
+
+    order: Callable[[Candidates], Rows]
+    needs: Literal["margin", "importance", "embeddings", ""] = "importance"
+    unanimous: bool = False
+    soft: bool = False
 
 
 def by_importance(pairs: Candidates) -> Rows:
@@ -61,43 +83,35 @@ def by_chance(pairs: Candidates) -> Rows:
     return ascending(draws(pairs.ids, pairs.rows, pairs.seed), pairs.ids, pairs.rows)
 
 
-def by_low_margin(pairs: Candidates) -> Rows:
-    """Smallest absolute margin first."""
-    return ascending(_margin(pairs), pairs.ids, pairs.rows)
+def by_margin(pairs: Candidates, key: Callable[[Floats], Floats]) -> Rows:
+    """By a key of the absolute margin, smallest first."""
+    assert pairs.margin is not None  # `gather_terms` has refused the strategy otherwise
+    return ascending(key(pairs.margin), pairs.ids, pairs.rows)
 
 
-def by_high_margin(pairs: Candidates) -> Rows:
-    """Largest absolute margin first."""
-    return ascending(-_margin(pairs), pairs.ids, pairs.rows)
+def over_prompts(pairs: Candidates, greedy: Greedy) -> Rows:
+    """A pair of every prompt in turn, prompts as `fifa.selection.greedy` takes them."""
+    best = by_importance(pairs)
+    prompts = pairs.prompt[np.searchsorted(pairs.rows, best)]  # rows are ascending
+    return best[spread(prompts, pairs.embeddings, greedy, pairs.count)]
 
 
-def by_middle_margin(pairs: Candidates) -> Rows:
-    """Nearest to the median absolute margin first."""
-    margin = _margin(pairs)
-    distance = np.abs(margin - np.float32(np.median(margin)))
-    return ascending(distance, pairs.ids, pairs.rows)
+def from_median(margin: Floats) -> Floats:
+    """The distance to the median, float32."""
+    return np.asarray(np.abs(margin - np.float32(np.median(margin))))
 
 
-def by_facility_location(pairs: Candidates) -> Rows:
-    """Prompts that best represent all prompts first (`fifa.selection.greedy`)."""
-    return _over_prompts(pairs, facility_location)
-
-
-def by_farthest_point(pairs: Candidates) -> Rows:
-    """Prompts farthest from those already taken first (`fifa.selection.greedy`)."""
-    return _over_prompts(pairs, farthest_point)
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "fifa": by_importance,
-    "random": by_chance,
-    "low": by_low_margin,
-    "middle": by_middle_margin,
-    "high": by_high_margin,
-    "consensus": by_importance,  # of the pairs that its gate lets through
-    "facility": by_facility_location,
-    "farthest": by_farthest_point,
-    "weights": by_importance,  # keeps every eligible pair
+# A row for every name in `fifa.config.STRATEGIES`, which says in words what it does.
+STRATEGIES = {
+    "fifa": Strategy(by_importance),
+    "random": Strategy(by_chance, needs=""),
+    "low": Strategy(partial(by_margin, key=np.positive), needs="margin"),
+    "middle": Strategy(partial(by_margin, key=from_median), needs="margin"),
+    "high": Strategy(partial(by_margin, key=np.negative), needs="margin"),
+    "consensus": Strategy(by_importance, needs="margin", unanimous=True),
+    "facility": Strategy(partial(over_prompts, greedy=facility_location), needs="embeddings"),
+    "farthest": Strategy(partial(over_prompts, greedy=farthest_point), needs="embeddings"),
+    "weights": Strategy(by_importance, soft=True),
 }
 
 
@@ -111,14 +125,3 @@ def soft_weights(importance: Floats) -> Floats:
     soft = 0.5 * (1.0 + np.tanh(0.5 * importance.astype(np.float64)))
     total = np.sort(soft).mean()  # sorted: a sum that does not depend on the rows' order
     return (soft / total).astype(np.float32) if total > 0 else np.ones_like(importance)
-
-
-def _margin(pairs: Candidates) -> Floats:
-    assert pairs.margins is not None  # `gather_terms` has refused the strategy otherwise
-    return np.asarray(pairs.margins[pairs.rows])
-
-
-def _over_prompts(pairs: Candidates, greedy: Greedy) -> Rows:
-    best = ascending(-pairs.importance, pairs.ids, pairs.rows)
-    prompts = pairs.prompt[np.searchsorted(pairs.rows, best)]  # rows are ascending
-    return best[spread(prompts, pairs.embeddings, greedy, pairs.count)]
