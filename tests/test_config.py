@@ -15,7 +15,7 @@ recipes = st.builds(
     select=st.builds(
         Select,
         keep=st.integers(1, 10**9) | st.floats(1e-6, 1, exclude_min=True),
-        strategy=st.sampled_from(STRATEGIES),
+        strategy=st.sampled_from(list(STRATEGIES)),
         alpha=st.floats(0, 1e6),
         margin_window=st.tuples(st.none() | st.floats(-9, 9), st.none() | st.floats(-9, 9)),
     ),
