@@ -57,12 +57,12 @@ def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
     monkeypatch.syspath_prepend(REWARDS)
     from tiny import Fragile, Tiny, recurring
 
-    from fifa.scoring.rewards.engine import EngineOptions, score_images
+    from fifa.scoring.rewards.engine import EngineOptions, score_pairs
 
     pairs, _ = recurring(tmp_path / "data", pairs=60)
     options = EngineOptions(batch=4, workers=1, shard=5)
-    score_images(pairs, Tiny(), folder=tmp_path / "here", options=options)
-    score_images(
+    score_pairs(pairs, Tiny(), folder=tmp_path / "here", options=options)
+    score_pairs(
         pairs,
         Tiny(),
         folder=tmp_path / "there",

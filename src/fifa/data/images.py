@@ -103,36 +103,28 @@ class Images:
         return f"row {one['row']} of {one['file']}" if one["file"] else str(one["ref"])
 
 
-@dataclass(frozen=True)
-class Keys:
-    """The image keys of some pairs, each once.
+def unique_images(pairs: Pairs) -> tuple[Images, Integers]:
+    """The image behind every image key of ``pairs``, once, and the image in every slot.
 
-    Parameters
-    ----------
-    names
-        The different keys in order of first appearance, strings [keys].
-    first
-        The slot (2 * row + side) where each appears first, int64 [keys].
+    Returns
+    -------
+    images
+        In order of first appearance, each where it stands first.
     of_slot
-        The key in every slot, int64 [2 * pairs].
+        The row of ``images`` in every slot (2 * row + side), int64 [2 * pairs].
     """
-
-    names: pa.Array
-    first: Integers
-    of_slot: Integers
-
-
-def image_keys(pairs: Pairs) -> Keys:
-    """The keys of all images in ``pairs``, each once."""
     n = len(pairs)
     columns = (pairs.table[f"image_{side}"] for side in (0, 1))
     # large: the keys of 100M pairs are more than the 2 GB that a plain string column can hold
     chunks = [chunk.cast(pa.large_string()) for column in columns for chunk in column.chunks]
     encoded = pa.chunked_array(chunks, pa.large_string()).dictionary_encode().unify_dictionaries()
     codes = np.concatenate([np.empty(0, np.int32), *(c.indices for c in encoded.chunks)])
-    names = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], pa.large_string())
-    order, first, of_slot = _renumbered(codes.reshape(2, n).T.reshape(-1))
-    return Keys(names.take(pa.array(order)), first, of_slot)
+    codes = codes.reshape(2, n).T.reshape(-1)  # by slot
+    old, first = np.unique(codes, return_index=True)
+    order = np.argsort(first)
+    of_code = np.empty(len(old), np.int64)
+    of_code[order] = np.arange(len(old))
+    return pair_images(pairs.table, pairs.origin, first[order]), of_code[codes]
 
 
 def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> Images:
@@ -147,7 +139,7 @@ def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> I
         `fifa.data.table.Pairs.origin`.
     slots
         Which images, each as 2 * row of ``table`` + side; None takes them all, so that image
-        ``side`` of pair i is row 2 * i + side of the result. `Keys.first` gives every key once.
+        ``side`` of pair i is row 2 * i + side of the result.
     """
     n = len(table)
     slots = np.arange(2 * n) if slots is None else np.asarray(slots, np.int64)
@@ -324,15 +316,6 @@ def look(
             fact["reason"] = error.reason
         done(1)
     return pa.Table.from_pylist([facts[row] for row in wanted], schema=FACTS)
-
-
-def _renumbered(codes: Integers) -> tuple[Integers, Integers, Integers]:
-    """Codes in order of first appearance: the old code and the position of each, and all codes."""
-    old, first = np.unique(codes, return_index=True)
-    order = np.argsort(first)
-    new = np.empty(len(old), np.int64)
-    new[order] = np.arange(len(old))
-    return old[order], first[order].astype(np.int64), new[codes]
 
 
 def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fifa.data.decode import BadImage, open_image
+from fifa.data.decode import BadImage
 from fifa.data.ids import pair_ids
+from fifa.data.images import Images, file_images, read
+from fifa.data.prefetch import decode_images
 from fifa.data.table import PAIRS, PROMPTS, Origin, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import score_path, scored_once
@@ -102,8 +104,8 @@ def each_image(
     path = score_path(scores, kind, name, identity, files, prompts)
 
     def measure(part: slice) -> pa.Table:
-        found = look(prompts[part], [open_picture(folder / file) for file in files[part]])
         count = len(files[part])
+        found = look(prompts[part], open_pictures(generated_images(images[part], folder)))
         columns = {key: np.asarray(value, np.float32) for key, value in found.items()}
         if any(column.shape != (count,) for column in columns.values()):
             shapes = {key: column.shape for key, column in columns.items()}
@@ -119,17 +121,26 @@ def each_image(
     return scored_once(path, lambda ledger: map_shards(what, measure, shards, ledger))
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A generated image, RGB; `FifaError` where it is missing or damaged."""
-    try:
-        with open_image(path.read_bytes()) as image:
-            return image.convert("RGB")
-    except (OSError, BadImage) as error:
-        raise FifaError(
-            f"cannot open a generated image: {error}",
-            where=str(path),
-            do="delete it, if it is there, and run `fifa evaluate` again",
-        ) from error
+def generated_images(images: pa.Table, folder: Path) -> Images:
+    """Rows of `fifa.evaluation.generate.IMAGES` as a table of images; files are named by content.
+
+    ``folder`` is what their files are below.
+    """
+    return file_images(folder, images["file"].to_pylist(), keyed=True)
+
+
+def open_pictures(images: Images) -> list[Image.Image]:
+    """Generated images, RGB; `FifaError` where one is missing or damaged."""
+    pictures: list[Any] = [None] * len(images)
+    for row, picture in decode_images(read(images), lambda image, row: image.convert("RGB")):
+        if isinstance(picture, BadImage):
+            raise FifaError(
+                f"cannot open a generated image: {picture}",
+                where=str(Path(images.root) / images.place(row)),
+                do="delete it, if it is there, and run `fifa evaluate` again",
+            )
+        pictures[row] = picture
+    return pictures
 
 
 def _cast(values: Any, kind: pa.DataType) -> pa.Array:

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.images import Look, each_image, image_pairs
+from fifa.evaluation.images import Look, each_image, generated_images, image_pairs
 from fifa.evaluation.judges import LOOKS, Detector, Judge, looks
 from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
-from fifa.scoring.margin import margin_scores
+from fifa.scoring.margin import image_rewards
 from fifa.scoring.quality import quality_scores
-from fifa.scoring.rewards.features import frozen_features, make_image_encoder
+from fifa.scoring.rewards.features import image_features, make_image_encoder
 from fifa.scoring.rewards.load import load_reward
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import write_table
@@ -222,9 +222,8 @@ def _of_model(images: pa.Table, name: str) -> pa.Table:
 
 
 def _rewards(part: pa.Table, folder: Path, spec: str, scores: Path, compute: Compute) -> Floats:
-    table = margin_scores(image_pairs(part, folder), spec, scores, compute=compute)
-    rewards: Floats = table["reward_0"].to_numpy().astype(np.float32)
-    return rewards
+    prompts = part["prompt"].combine_chunks()
+    return image_rewards(generated_images(part, folder), prompts, spec, scores, compute)
 
 
 def _judged(part: pa.Table, folder: Path, judge: Judge, scores: Path) -> Floats:
@@ -281,10 +280,10 @@ def _diversity(
         if len(set(names)) == len(names):  # one image a prompt: nothing to compare
             continue
         runtime = make_runtime(compute.device, compute.dtype)
-        features = frozen_features(
-            image_pairs(part, folder), make_image_encoder(encoder, runtime), folder=scores
+        features, of_image = image_features(
+            generated_images(part, folder), make_image_encoder(encoder, runtime), folder=scores
         )
-        vectors = features.images[features.of_pair[:, 0]]
+        vectors = features[of_image]
         model = part["model"][0].as_py()
         rows += [
             {

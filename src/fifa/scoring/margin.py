@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import xxhash
 
 from fifa.config import Compute, Read, Reward
 from fifa.console import echo, note
-from fifa.data.images import has_pixels
+from fifa.data.images import Images, has_pixels
 from fifa.data.table import PAIRS, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.specs import REWARDS, Spec
@@ -120,9 +121,44 @@ def margin_scores(
 def _model_rewards(
     pairs: Pairs, spec: str, folder: Path | None, compute: Compute, allow_download: bool
 ) -> pa.Table:
-    """The rewards of a model that looks at images, by whoever ``compute`` says runs it."""
+    """The rewards of a model that looks at images."""
     from fifa.scoring.encoders import keep_embeddings
-    from fifa.scoring.rewards.engine import EngineOptions, prompt_features, score_images
+    from fifa.scoring.rewards.engine import prompt_features, score_pairs
+
+    with _loaded(spec, compute, allow_download) as (model, run):
+        table = score_pairs(pairs, model, folder=folder, **run)
+        encoder = getattr(model, "encoder", None)
+        if folder is not None and encoder is not None:  # the diversity step finds them there
+            vectors = prompt_features(pairs.prompts["prompt"], model, folder, **run)
+            keep_embeddings(pairs, encoder, vectors, folder)
+        return table
+
+
+def image_rewards(
+    images: Images, prompts: pa.Array, spec: str, folder: Path, compute: Compute
+) -> Numbers:
+    """What a reward model gives every image for its own prompt, float32 [images].
+
+    ``spec`` is one of a model that looks at images, ``prompts`` has a string an image; the rest
+    as for `margin_scores`.
+    """
+    from fifa.scoring.rewards.engine import score_requests
+
+    coded = prompts.dictionary_encode()
+    different = pa.chunked_array([coded.dictionary])
+    rows = np.arange(len(images)), coded.indices.to_numpy().astype(np.int64)
+    with _loaded(spec, compute) as (model, run):
+        table = score_requests(images, different, *rows, model, folder=folder, **run)
+    rewards: Numbers = table["reward"].to_numpy()
+    return rewards
+
+
+@contextmanager
+def _loaded(
+    spec: str, compute: Compute, allow_download: bool = False
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A reward model, and how ``compute`` says that it is run, as the engine takes it."""
+    from fifa.scoring.rewards.engine import EngineOptions
     from fifa.scoring.rewards.load import load_reward
 
     load = partial(
@@ -140,13 +176,8 @@ def _model_rewards(
         allow_download=allow_download,
         store=compute.store,
     )
-    run: dict[str, Any] = {"folder": folder, "options": options, "executor": executor, "load": load}
     try:
-        table = score_images(pairs, model, **run)
-        encoder = getattr(model, "encoder", None)
-        if folder is not None and encoder is not None:  # the diversity step finds them there
-            keep_embeddings(pairs, encoder, prompt_features(pairs, model, **run), folder)
-        return table
+        yield model, {"options": options, "executor": executor, "load": load}
     finally:
         executor.close()
 

@@ -22,7 +22,7 @@ from fifa.scoring.rewards import engine
 from fifa.scoring.rewards.engine import (
     EngineOptions,
     prompt_features,
-    score_images,
+    score_pairs,
     unreadable_path,
 )
 from fifa.scoring.rewards.worker import features_table, table_features
@@ -68,7 +68,7 @@ def test_rewards_are_those_of_a_loop_over_pairs(pairs, seed, images, prompts, ba
     with tempfile.TemporaryDirectory() as folder:
         read, rows = recurring(Path(folder), pairs, seed, images, prompts)
         options = EngineOptions(batch=batch, workers=2, shard=shard, trust_keys=trust)
-        table = score_images(read, Tiny(), options=options)
+        table = score_pairs(read, Tiny(), options=options)
     assert table.schema.equals(MARGIN)
     assert table["pair_id"].equals(read.table["pair_id"])
     np.testing.assert_allclose(rewards(table), naive(in_order_of(read, rows)), rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ def test_each_image_and_prompt_is_looked_at_once_whatever_its_keys(tmp_path):
     pairs, rows = recurring(tmp_path, pairs=60, images=20, prompts=5)
     model = Tiny()
     with collect_facts() as facts:
-        score_images(pairs, model, options=SMALL)
+        score_pairs(pairs, model, options=SMALL)
     images = {image for _, *both in rows for image in both}
     asks = {(prompt, image) for prompt, *both in rows for image in both}
     assert len(pairs.table["image_0"].unique()) > len(images)  # keys are cells, so they differ
@@ -92,8 +92,8 @@ def test_trusted_keys_save_the_pass_over_the_bytes(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
     pairs = files(tmp_path, [("one", "a.png", "b.png"), ("two", "c.png", "b.png")])
     trusting = EngineOptions(trust_keys=True)
-    trusted = score_images(pairs, Tiny(), folder=tmp_path / "a", options=trusting)
-    told_apart = score_images(pairs, Tiny(), folder=tmp_path / "b", options=SMALL)
+    trusted = score_pairs(pairs, Tiny(), folder=tmp_path / "a", options=trusting)
+    told_apart = score_pairs(pairs, Tiny(), folder=tmp_path / "b", options=SMALL)
     assert rewards(trusted) == pytest.approx(rewards(told_apart))
     assert not list((tmp_path / "a").glob("images-*"))
     assert len(list((tmp_path / "b").glob("images-*"))) == 1
@@ -118,7 +118,7 @@ def test_shapes_may_differ_and_large_images_go_fewer_at_a_time(tmp_path):
     rows = [(f"p{i % 3}", images[i], images[i + 1]) for i in range(23)]
     pairs = cells(tmp_path, rows)
     model = Whole()
-    table = score_images(pairs, model, options=EngineOptions(batch=4, shard=100))
+    table = score_pairs(pairs, model, options=EngineOptions(batch=4, shard=100))
     assert {size[0] for size in model.sizes if size[1:] == (448, 448)} == {1}
     assert {size[0] for size in model.sizes if size[1:] == (224, 448)} == {2}
     assert max(size[0] for size in model.sizes) == 4
@@ -131,9 +131,9 @@ def test_shapes_may_differ_and_large_images_go_fewer_at_a_time(tmp_path):
 
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, capsys):
     pairs, _ = recurring(tmp_path)
-    expected = score_images(pairs, Tiny(), options=SMALL)
+    expected = score_pairs(pairs, Tiny(), options=SMALL)
     model = Tiny(memory=3)
-    found = score_images(pairs, model, options=EngineOptions(batch=13, shard=30))
+    found = score_pairs(pairs, model, options=EngineOptions(batch=13, shard=30))
     np.testing.assert_allclose(rewards(found), rewards(expected), rtol=1e-6)
     assert "batches of 3 from here on" in capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, capsys):
 def test_out_of_memory_with_one_image_is_told(tmp_path):
     pairs, _ = recurring(tmp_path, pairs=3)
     with pytest.raises(FifaError, match="out of memory with a single image"):
-        score_images(pairs, Tiny(memory=0), options=SMALL)
+        score_pairs(pairs, Tiny(memory=0), options=SMALL)
 
 
 def test_other_errors_of_a_model_are_not_taken_for_memory():
@@ -153,13 +153,13 @@ def test_other_errors_of_a_model_are_not_taken_for_memory():
 def test_a_finished_file_is_read_and_another_model_gets_its_own(tmp_path):
     pairs, _ = recurring(tmp_path / "data")
     model = Tiny()
-    first = score_images(pairs, model, folder=tmp_path / "scores", options=SMALL)
+    first = score_pairs(pairs, model, folder=tmp_path / "scores", options=SMALL)
     seen = model.seen.copy()
-    assert score_images(pairs, model, folder=tmp_path / "scores").equals(first)
+    assert score_pairs(pairs, model, folder=tmp_path / "scores").equals(first)
     assert model.seen == seen
     other = Tiny()
     other.identity = {"tiny": 2}
-    score_images(pairs, other, folder=tmp_path / "scores")
+    score_pairs(pairs, other, folder=tmp_path / "scores")
     assert other.seen["embedded"] == model.seen["embedded"]
     assert len(list((tmp_path / "scores").glob("margin-tiny-*.parquet"))) == 2
     assert len(list((tmp_path / "scores").glob("images-*.parquet"))) == 1  # shared
@@ -170,7 +170,7 @@ def test_a_finished_file_is_read_and_another_model_gets_its_own(tmp_path):
 def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, monkeypatch, after):
     pairs, _ = recurring(tmp_path / "data")
     expected = tmp_path / "expected"
-    score_images(pairs, Tiny(), folder=expected, options=SMALL)
+    score_pairs(pairs, Tiny(), folder=expected, options=SMALL)
     real, left = atomic.pq.write_table, [after]
 
     def full(*args, **kwargs):
@@ -183,9 +183,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(atomic.pq, "write_table", full)
         with pytest.raises(FifaError, match=r"No space left[^$]*free space"):
-            score_images(pairs, Tiny(), folder=scores, options=SMALL)
+            score_pairs(pairs, Tiny(), folder=scores, options=SMALL)
     model = Tiny()
-    score_images(pairs, model, folder=scores, options=SMALL)
+    score_pairs(pairs, model, folder=scores, options=SMALL)
     assert contents(scores) == contents(expected)
     # two writes tell 20 images apart, one keeps prompts, three keep 7 images each, two the result
     assert model.seen["embedded"] == 20 - min(20, 7 * max(0, after - 3))
@@ -199,9 +199,9 @@ def test_prompt_features_are_kept_and_mapped(tmp_path):
     pairs, _ = recurring(tmp_path / "data")
     model = Tiny()
     expected = model.prompt_features(pairs.prompts["prompt"].to_pylist()).numpy()
-    score_images(pairs, model, folder=tmp_path / "scores", options=SMALL)
+    score_pairs(pairs, model, folder=tmp_path / "scores", options=SMALL)
     seen = model.seen.copy()
-    found = prompt_features(pairs, model, tmp_path / "scores")
+    found = prompt_features(pairs.prompts["prompt"], model, tmp_path / "scores")
     assert isinstance(found, np.memmap)
     np.testing.assert_array_equal(found, expected)
     assert model.seen == seen
@@ -218,7 +218,7 @@ def test_features_of_any_shape_survive_their_table(dtype):
 def test_prompt_features_of_many_shards_are_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PROMPT_SHARD", 3)
     pairs, rows = recurring(tmp_path, pairs=40, prompts=17)
-    table = score_images(pairs, Tiny(), options=SMALL)
+    table = score_pairs(pairs, Tiny(), options=SMALL)
     np.testing.assert_allclose(rewards(table), naive(in_order_of(pairs, rows)), rtol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_an_image_that_is_missing_is_a_row_and_its_pairs_are_nan(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     rows = [("one", "a.png", "b.png"), ("two", "gone.png", "a.png"), ("one", "a.png", "a.png")]
     pairs = files(tmp_path, rows)
-    table = score_images(pairs, Tiny(), folder=tmp_path / "scores", options=SMALL)
+    table = score_pairs(pairs, Tiny(), folder=tmp_path / "scores", options=SMALL)
     sound = {
         row: (np.isfinite(pair).tolist())
         for row, pair in zip(pairs.table["row"].to_pylist(), rewards(table), strict=True)
@@ -248,4 +248,4 @@ def test_an_image_that_is_missing_is_a_row_and_its_pairs_are_nan(tmp_path):
 def test_no_pairs_at_all_are_scored_too(tmp_path):
     pairs, _ = recurring(tmp_path, pairs=2)
     empty = type(pairs)(pairs.table[:0], pairs.prompts[:0], pairs.rejected, pairs.origin)
-    assert score_images(empty, Tiny()).num_rows == 0
+    assert score_pairs(empty, Tiny()).num_rows == 0

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tiny import Tiny, cells, one_by_one, picture
 
-from fifa.scoring.rewards.engine import EngineOptions, score_images, unreadable_path
+from fifa.scoring.rewards.engine import EngineOptions, score_pairs, unreadable_path
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options) -> bytes:
@@ -120,7 +120,7 @@ def test_a_thousand_broken_images_are_a_thousand_rows_with_reasons(tmp_path):
     pairs = cells(tmp_path / "data", rows, row_group=100)
     model = Tiny()
     begun = time.monotonic()
-    table = score_images(pairs, model, folder=tmp_path, options=EngineOptions(batch=8, shard=200))
+    table = score_pairs(pairs, model, folder=tmp_path, options=EngineOptions(batch=8, shard=200))
     assert time.monotonic() - begun < 60
     assert len(pairs) == 1000
     found = {
@@ -134,7 +134,7 @@ def test_a_thousand_broken_images_are_a_thousand_rows_with_reasons(tmp_path):
     }
     (path,) = tmp_path.glob("margin-*.parquet")
     listed = pq.read_table(unreadable_path(path)).to_pylist()
-    reasons = {row["row"]: row["reason"] for row in listed if row["side"] == 1}
+    reasons = {row["row"]: row["reason"] for row in listed if row["column"] == "jpg_1"}
     assert len(listed) == len(reasons) == 1000
     for row, (prompt, data, _) in enumerate(rows):
         kind = KINDS[row % len(KINDS)].__name__

@@ -1,13 +1,16 @@
-"""Which images and prompts are asked for, against plain dictionaries."""
+"""Which images are different, against plain dictionaries."""
 
 from __future__ import annotations
+
+import pickle
 
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fifa.data.images import unique_images
 from fifa.data.table import PROMPTS, Pairs
-from fifa.scoring.rewards.dedup import ask, image_keys, places
+from fifa.scoring.rewards.dedup import tell_apart
 
 ROWS = st.lists(st.tuples(*[st.sampled_from("abcdef")] * 2, st.integers(0, 3)), max_size=25)
 
@@ -29,35 +32,37 @@ def pairs_of(rows):
 
 
 @given(ROWS, st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(["u", "v", None])))
-def test_images_and_asks_are_those_of_a_dictionary(rows, contents):
-    pairs = pairs_of(rows)
-    keys = image_keys(pairs)
+def test_different_images_are_those_of_a_dictionary(rows, contents):
+    images, of_slot = unique_images(pairs_of(rows))
     slots = [key for a, b, _ in rows for key in (a, b)]
     order = list(dict.fromkeys(slots))
-    assert keys.names.to_pylist() == order
-    assert keys.first.tolist() == [slots.index(key) for key in order]
-    assert [order[i] for i in keys.of_slot] == slots
+    assert images.table["key"].to_pylist() == order
+    assert [order[i] for i in of_slot] == slots
 
     same = pa.array([contents.get(key, key) for key in order], pa.string())
-    asked = ask(pairs, keys, same)
+    distinct = tell_apart(images, same)
     content = {key: contents.get(key, key) or key for key in order}
-    images = list(dict.fromkeys(content[key] for key in slots))
-    assert asked.images.to_pylist() == images
-    assert [images[i] for i in asked.of_key] == [content[key] for key in order]
-    first = [next(s for s, key in enumerate(slots) if content[key] == image) for image in images]
-    assert asked.first.tolist() == first
-    wanted = [(images.index(content[key]), rows[s // 2][2]) for s, key in enumerate(slots)]
-    asks = list(zip(asked.image.tolist(), asked.prompt.tolist(), strict=True))
-    assert asks == sorted(set(wanted))
-    assert [asks[i] for i in asked.of_slot] == wanted
+    names = list(dict.fromkeys(content[key] for key in order))
+    assert distinct.contents.to_pylist() == names
+    assert [names[i] for i in distinct.of_image] == [content[key] for key in order]
+    assert [order[i] for i in distinct.first] == [
+        next(key for key in order if content[key] == name) for name in names
+    ]
 
 
 @given(ROWS)
-def test_places_hold_one_reference_a_row_and_no_prompts(rows):
+def test_every_image_stands_where_its_key_comes_first(rows):
     pairs = pairs_of(rows)
-    keys = image_keys(pairs)
-    part, sides = places(pairs, keys.first)
-    assert part.prompts.num_rows == 0
-    for i, (slot, side) in enumerate(zip(keys.first.tolist(), sides, strict=True)):
-        assert part.table[f"image_{side}_ref"][i].as_py() == f"{slot // 2}-{side}"
-        assert part.table[f"image_{1 - side}_ref"][i].as_py() is None
+    images, _ = unique_images(pairs)
+    slots = [key for a, b, _ in rows for key in (a, b)]
+    first = [slots.index(key) for key in dict.fromkeys(slots)]
+    assert images.table["ref"].to_pylist() == [f"{slot // 2}-{slot % 2}" for slot in first]
+    assert images.table["row"].to_pylist() == [slot // 2 for slot in first]
+
+
+def test_a_part_of_a_large_table_is_small_enough_to_travel():
+    rows = [(f"a{i}", f"b{i}", 0) for i in range(20_000)]
+    images, _ = unique_images(pairs_of(rows))
+    part = images.take([7, 1])
+    assert part.table["key"].to_pylist() == ["b3", "b0"]
+    assert len(pickle.dumps(part)) < 5_000

@@ -10,7 +10,7 @@ import pytest
 from tiny import Tiny, recurring
 
 from fifa.data import read_pairs
-from fifa.scoring.rewards.engine import EngineOptions, score_images
+from fifa.scoring.rewards.engine import EngineOptions, score_pairs
 from fifa.shards.files import sweep
 from forked import finish, forked
 
@@ -24,7 +24,7 @@ def score(data: Path, scores: Path) -> None:
     sweep(scores)  # as every run does with its folder
     options = EngineOptions(batch=4, workers=2, shard=8)
     model = Tiny(seconds=0.003)
-    score_images(read_pairs(data / "pairs.parquet"), model, folder=scores, options=options)
+    score_pairs(read_pairs(data / "pairs.parquet"), model, folder=scores, options=options)
 
 
 @pytest.fixture(scope="module")

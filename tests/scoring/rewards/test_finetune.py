@@ -12,7 +12,7 @@ from fifa.config import Reward
 from fifa.errors import FifaError
 from fifa.scoring.rewards import finetune
 from fifa.scoring.rewards.crossfit import crossfit_rewards
-from fifa.scoring.rewards.engine import score_images
+from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.finetune import preference_loss, schedule
 from fifa.scoring.rewards.fit import train_reward
 from fifa.scoring.rewards.load import load_reward
@@ -70,12 +70,12 @@ def test_a_clip_learns_the_taste_and_is_calibrated(clip, tmp_path):
     base_scale, scale = 1.5, weights(tmp_path / "reward")["logit_scale"].item()
     assert scale == pytest.approx(base_scale - np.log(trained.temperature), abs=0.2)
     model = trained.load()
-    table = score_images(pairs, model)
+    table = score_pairs(pairs, model)
     z = table["reward_0"].to_numpy() - table["reward_1"].to_numpy()
     assert np.mean((z > 0) == (pairs.table["label"].to_numpy() > 0.5)) > 0.8
     # as a PickScore, it is the same
     again = load_reward(f"pickscore:{tmp_path / 'reward' / 'model'}", device="cpu")
-    assert score_images(pairs, again)["reward_0"].to_pylist() == table["reward_0"].to_pylist()
+    assert score_pairs(pairs, again)["reward_0"].to_pylist() == table["reward_0"].to_pylist()
     assert "fine-tuned (both towers)" in (tmp_path / "reward" / "README.md").read_text()
 
 

@@ -12,7 +12,7 @@ from fifa.config import Reward
 from fifa.errors import FifaError
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards import fit
-from fifa.scoring.rewards.engine import score_images
+from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.features import frozen_features, make_image_encoder
 from fifa.scoring.rewards.fit import comparisons, fit_head, train_reward
 from fifa.scoring.rewards.proxy import load_proxy
@@ -54,7 +54,7 @@ def test_the_engine_scores_with_what_was_saved(feedback, reads_prompts, tmp_path
     data, _ = comparisons(pairs, features)
     fitted = fit_head(pairs, features, data, options)
     assert fitted.head.reads_prompts == reads_prompts
-    table = score_images(pairs, load_proxy(tmp_path / "reward"))
+    table = score_pairs(pairs, load_proxy(tmp_path / "reward"))
     for side in (0, 1):
         images = features.images[data.image[:, side]]
         expected = fitted.head.rewards(images, features.prompts[data.prompt])
@@ -68,12 +68,12 @@ def test_a_folder_that_went_elsewhere_scores_the_same(feedback, tmp_path):
     shutil.copytree(options.image.removeprefix("clip:"), tmp_path / "home" / "encoder")
     own = f"clip:{tmp_path / 'home' / 'encoder'}"
     trained = train_reward(pairs, tmp_path / "home" / "reward", replace(options, image=own))
-    first, here = score_images(pairs, trained.load()), trained.load().identity
+    first, here = score_pairs(pairs, trained.load()), trained.load().identity
     shutil.move(tmp_path / "home" / "reward", tmp_path / "away")
     shutil.rmtree(tmp_path / "home")
     moved = load_proxy(tmp_path / "away")
     assert moved.identity == here
-    assert score_images(pairs, moved).equals(first)
+    assert score_pairs(pairs, moved).equals(first)
 
 
 def test_another_encoder_than_the_one_it_was_trained_on_is_refused(feedback, tmp_path):
@@ -166,7 +166,7 @@ def test_any_vision_model_can_be_the_image_encoder(feedback, tmp_path):
     own = replace(options, image=f"image:{tmp_path / 'vit'}", text="none")
     trained = train_reward(pairs, tmp_path / "reward", own)
     assert trained.metrics.accuracy > 0.9
-    assert np.isfinite(score_images(pairs, trained.load())["reward_0"].to_numpy()).all()
+    assert np.isfinite(score_pairs(pairs, trained.load())["reward_0"].to_numpy()).all()
 
 
 def test_what_is_no_reward_is_refused(tmp_path):

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from fifa.config import Reward
 from fifa.console import note
+from fifa.data.images import unique_images
 from fifa.data.table import Pairs
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.runtime import make_runtime
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.rewards.engine import score_images
-from fifa.scoring.rewards.features import make_image_encoder, unique_images
+from fifa.scoring.rewards.engine import EngineOptions, distinct_images, score_pairs
+from fifa.scoring.rewards.features import make_image_encoder
 from fifa.scoring.rewards.fit import (
     comparisons,
     features_of,
@@ -152,8 +153,10 @@ class _ClipFolds:
 
     def __init__(self, pairs: Pairs, options: Reward, folder: Path | None) -> None:
         self._pairs, self._options = pairs, options
-        asked = unique_images(pairs, folder=folder, allow_download=options.read.allow_download)
-        self.images = asked.image[asked.of_slot].reshape(-1, 2)
+        images, of_slot = unique_images(pairs)
+        download = EngineOptions(allow_download=options.read.allow_download)
+        distinct = distinct_images(images, folder, options=download)
+        self.images = distinct.of_image[of_slot].reshape(-1, 2)
 
     def score(
         self, training: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]
@@ -162,7 +165,7 @@ class _ClipFolds:
         with tempfile.TemporaryDirectory() as scratch:
             learn = self._part(np.flatnonzero(training))
             trained = train_reward(learn, Path(scratch) / "reward", self._options)
-            table = score_images(self._part(rows), trained.load())
+            table = score_pairs(self._part(rows), trained.load())
         rewards = [table[f"reward_{side}"].to_numpy() for side in (0, 1)]
         return rewards, trained.temperature
 

@@ -18,8 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from fifa.console import note
-from fifa.data.decode import BadImage
-from fifa.data.images import read_images
+from fifa.data.images import Images, Integers, read, unique_images
 from fifa.data.prefetch import Batch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -29,9 +28,8 @@ from fifa.models.runtime import Runtime
 from fifa.models.transformer import load_model
 from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.dedup import Asked, ask, image_keys, keys_identity, places, trusted
+from fifa.scoring.rewards.engine import EngineOptions, distinct_images
 from fifa.scoring.rewards.pixels import refuse_slivers
-from fifa.scoring.rewards.worker import DigestShard, EngineOptions, ScoreStep
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest, read_json
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHARD = 512  # images embedded between two points where a run can be resumed
-DIGEST_SHARD = 16_384
 BATCH = 8  # images of 224 x 224 a forward pass: more only fills the processor's caches
 MOST = 256  # smaller images share a pass until they weigh as much, up to so many
 AREA = 224 * 224
@@ -115,7 +112,7 @@ def make_image_encoder(spec: str, runtime: Runtime) -> ImageEncoder:
 
 def frozen_features(
     pairs: Pairs,
-    images: ImageEncoder,
+    encoder: ImageEncoder,
     text: str = "none",
     *,
     folder: Path | None = None,
@@ -127,7 +124,7 @@ def frozen_features(
     ----------
     pairs
         The pairs; labels are not read.
-    images
+    encoder
         The image encoder.
     text
         The text encoder as for `fifa.scoring.encoders.prompt_embeddings`, or ``none``.
@@ -136,106 +133,86 @@ def frozen_features(
     allow_download
         Fetch images that the source only names by URL.
     """
-    asked = unique_images(pairs, folder=folder, allow_download=allow_download)
-    path = folder and score_path(folder, "features", images.name, images.identity, asked.identity)
-    contents = [asked.images[i : i + SHARD] for i in range(0, len(asked.images), SHARD)]
+    images, of_slot = unique_images(pairs)
+    if not len(images):
+        raise FifaError("there are no pairs to take images from")
+    vectors, of_image = image_features(
+        images, encoder, folder=folder, allow_download=allow_download
+    )
+    prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
+    if text != "none":
+        prompts = prompt_embeddings(pairs, text, folder)
+    return Features(vectors, prompts, of_image[of_slot].reshape(-1, 2))
+
+
+def image_features(
+    images: Images,
+    encoder: ImageEncoder,
+    *,
+    folder: Path | None = None,
+    allow_download: bool = False,
+) -> tuple[Floats, Integers]:
+    """The features of different images, float32 [distinct, d], and which each of ``images`` is.
+
+    Parameters as for `frozen_features`. NaN where an image could not be read; raises `FifaError`
+    where none could.
+    """
+    options = EngineOptions(workers=1, allow_download=allow_download)
+    distinct = distinct_images(images, folder, options=options)
+    path = folder and score_path(
+        folder, "features", encoder.name, encoder.identity, distinct.identity
+    )
+    contents = [distinct.contents[i : i + SHARD] for i in range(0, len(distinct), SHARD)]
     shards = [
-        Shard(digest(images.identity, content.to_pylist()), len(content), i * SHARD)
+        Shard(digest(encoder.identity, content.to_pylist()), len(content), i * SHARD)
         for i, content in enumerate(contents)
     ]
 
     def embed(start: int) -> pa.Table:
         torch = require("torch")
         bad: dict[int, str] = {}
-        count = min(SHARD, len(asked.images) - start)
-        reader = read_unique(
-            pairs, asked, start, count, images.preprocess, bad, allow_download=allow_download
-        )
+        own = images.take(distinct.first[start : start + SHARD])
+        reader = image_batches(own, encoder.preprocess, bad, allow_download=allow_download)
         found: list[tuple[list[int], Floats]] = [
-            (numbers, images.embed(torch.from_numpy(pixels)).cpu().numpy())
+            (numbers, encoder.embed(torch.from_numpy(pixels)).cpu().numpy())
             for numbers, pixels in reader
         ]
         width = found[0][1].shape[1] if found else 0
-        rows: list[Floats | None] = [None] * count
+        rows: list[Floats | None] = [None] * len(own)
         for numbers, vectors in found:
             for number, vector in zip(numbers, vectors, strict=True):
                 rows[number] = vector
         cells = pa.array(rows, pa.list_(pa.float32(), width) if width else pa.null())
-        reasons = pa.array([bad.get(i) for i in range(count)], pa.string())
+        reasons = pa.array([bad.get(i) for i in range(len(own))], pa.string())
         return pa.table({"features": cells, "reason": reasons})
 
     def make(ledger: Ledger) -> pa.Table:
-        table = map_shards(f"images through {images.name}", embed, shards, ledger)
+        table = map_shards(f"images through {encoder.name}", embed, shards, ledger)
         lost = len(table) - table["reason"].null_count
         note(images_embedded=len(table), images_unreadable=lost)
         return table
 
-    if not shards:
-        raise FifaError("there are no pairs to take images from")
     table = scored_once(path, make)
-    prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
-    if text != "none":
-        prompts = prompt_embeddings(pairs, text, folder)
-    of_pair = asked.image[asked.of_slot].reshape(-1, 2)
-    return Features(_matrix(table, pairs), prompts, of_pair)
+    return _matrix(table, images.root), distinct.of_image
 
 
-def unique_images(
-    pairs: Pairs, *, folder: Path | None = None, allow_download: bool = False
-) -> Asked:
-    """Which images are the same, by their bytes (or their keys, where those are ids)."""
-    keys = image_keys(pairs)
-    if trusted(pairs):
-        return ask(pairs, keys, None)
-    step = ScoreStep(_no_model, EngineOptions(workers=1, allow_download=allow_download))
-    path = folder and score_path(folder, "contents", "", keys_identity(pairs, keys))
-    source, n = keys_identity(pairs, keys), len(keys.first)
-    shards = [
-        Shard(digest(source, i, DIGEST_SHARD), min(DIGEST_SHARD, n - i), i)
-        for i in range(0, n, DIGEST_SHARD)
-    ]
-
-    def contents(start: int) -> pa.Table:
-        part = places(pairs, keys.first[start : start + DIGEST_SHARD])
-        return step.finish(step.begin(DigestShard(*part)))
-
-    def make(ledger: Ledger) -> pa.Table:
-        return map_shards("telling images apart", contents, shards, ledger)
-
-    table = scored_once(path, make)
-    return ask(pairs, keys, table["content"].combine_chunks())
-
-
-def read_unique(
-    pairs: Pairs,
-    asked: Asked,
-    start: int,
-    count: int,
+def image_batches(
+    images: Images,
     preprocess: Callable[[Image.Image], np.ndarray],
     bad: dict[int, str],
     *,
     allow_download: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of unique images ``start`` to ``start + count``, numbered from 0, preprocessed.
-
-    ``bad`` gets the reason of every image that cannot be read.
-    """
-    subset, sides = places(pairs, asked.first[start : start + count])
-
-    def read() -> Iterator[tuple[int, bytes | BadImage]]:
-        for row, side, data in read_images(
-            subset, range(len(sides)), allow_download=allow_download
-        ):
-            if side == sides[row]:
-                yield row, data
-
+    """Batches of preprocessed images, each as its row; ``bad`` gets the reason of all others."""
     decoded = decode_images(
-        read(), lambda image, row: preprocess(refuse_slivers(image)), most=WAITING
+        read(images, allow_download=allow_download),
+        lambda image, row: preprocess(refuse_slivers(image)),
+        most=WAITING,
     )
-    yield from batched(decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad)
+    return batched(decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad)
 
 
-def _matrix(table: pa.Table, pairs: Pairs) -> Floats:
+def _matrix(table: pa.Table, where: str) -> Floats:
     """float32 [images, d], NaN for nulls; raises where not one image could be read."""
     widths = {
         chunk.type.list_size
@@ -245,7 +222,7 @@ def _matrix(table: pa.Table, pairs: Pairs) -> Floats:
     if not widths:
         raise FifaError(
             f"not one image could be read; the first: {table['reason'][0].as_py()}",
-            where=pairs.origin.source,
+            where=where,
             do="check the source, or --allow-download where it names images by URL",
         )
     features = np.full((len(table), widths.pop()), np.nan, np.float32)
@@ -259,10 +236,6 @@ def _matrix(table: pa.Table, pairs: Pairs) -> Floats:
         .reshape(-1, features.shape[1])
     )
     return features
-
-
-def _no_model() -> Any:
-    raise AssertionError("telling images apart takes no model")
 
 
 class ClipImages:

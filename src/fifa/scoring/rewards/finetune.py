@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fifa.config import Reward
 from fifa.console import echo, note, progress
+from fifa.data.images import unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
@@ -23,7 +24,8 @@ from fifa.models.transformer import load_model
 from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, measure, nll
 from fifa.scoring.rewards.card import model_card
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.features import read_unique, unique_images
+from fifa.scoring.rewards.engine import EngineOptions, distinct_images
+from fifa.scoring.rewards.features import image_batches
 from fifa.scoring.rewards.fit import training_facts
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
@@ -306,16 +308,17 @@ def _pixels(
     pairs: Pairs, tower: ImageTower, scratch: Path, options: Reward
 ) -> tuple[Any, Integers, Integers]:
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
-    asked = unique_images(pairs, allow_download=options.read.allow_download)
-    n = len(asked.images)
+    download = options.read.allow_download
+    images, of_slot = unique_images(pairs)
+    distinct = distinct_images(images, options=EngineOptions(allow_download=download))
+    n = len(distinct)
     path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     reserve(path)
     bad: dict[int, str] = {}
-    download = options.read.allow_download
     with progress("reading images", n) as advance:
-        for numbers, part in read_unique(
-            pairs, asked, 0, n, tower.preprocess, bad, allow_download=download
+        for numbers, part in image_batches(
+            images.take(distinct.first), tower.preprocess, bad, allow_download=download
         ):
             pixels[numbers] = part
             advance(len(numbers))
@@ -324,7 +327,7 @@ def _pixels(
             f"not one image could be read; the first: {bad[0]}", where=pairs.origin.source
         )
     note(images_unreadable=len(bad))
-    of_pair = asked.image[asked.of_slot].reshape(-1, 2)
+    of_pair = distinct.of_image[of_slot].reshape(-1, 2)
     return pixels, of_pair, np.array(sorted(bad), np.int64)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from fifa.config import Compute
 from fifa.console import echo
-from fifa.data.decode import BadImage
-from fifa.data.images import read_images
+from fifa.data.images import Images, look, read
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
-from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.memory import release_memory
 from fifa.models.optional import require
@@ -30,7 +27,6 @@ from fifa.shards.pool import cores
 if TYPE_CHECKING:
     import torch
 
-DIGESTS = pa.schema([("content", pa.string())])  # null where the image could not be read
 REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
 SIDE = 224  # pixels; what `EngineOptions.batch` counts in
 PROMPTS = 8  # times the batch: prompts are shorter than images
@@ -78,10 +74,9 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class DigestShard:
-    """Images to be told apart by their bytes: side ``sides[i]`` of row i of ``pairs``."""
+    """Images to be told apart by their bytes."""
 
-    pairs: Pairs
-    sides: list[int]
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -97,16 +92,16 @@ class ImageShard:
 
     Parameters
     ----------
-    pairs, sides
-        As in `DigestShard`.
+    images
+        Where they are.
     features
         Of the prompts that occur, ``[n, ...]``.
     image, prompt
-        Row of ``pairs`` and row of ``features`` of every reward, sorted by image, int64 [asks].
+        Row of ``images`` and row of ``features`` of every reward, sorted by image, int64
+        [rewards].
     """
 
-    pairs: Pairs
-    sides: list[int]
+    images: Images
     features: np.ndarray
     image: np.ndarray
     prompt: np.ndarray
@@ -141,7 +136,7 @@ class ScoreStep:
         if not isinstance(shard, ImageShard):
             return _Begun(shard, None, bad)
         decoded = decode_images(
-            self._read(shard),
+            read(shard.images, allow_download=self._options.allow_download),
             lambda image, row: self._model.preprocess(refuse_slivers(image)),
             pool=self._threads,
             most=2 * self._options.batch,
@@ -149,10 +144,10 @@ class ScoreStep:
         return _Begun(shard, Prefetch(batched(decoded, self._fits, bad), most=1), bad)
 
     def finish(self, begun: _Begun) -> pa.Table:
-        """The shard's `DIGESTS`, prompt features or `REWARDS`."""
+        """The shard's `fifa.data.images.FACTS`, prompt features or `REWARDS`."""
         shard = begun.shard
         if isinstance(shard, DigestShard):
-            return self._digests(shard)
+            return look(shard.images, sizes=False, allow_download=self._options.allow_download)
         if isinstance(shard, PromptShard):
             return features_table(self._prompt_features(shard.prompts))
         assert begun.batches is not None
@@ -164,21 +159,6 @@ class ScoreStep:
     @cached_property
     def _model(self) -> RewardModel:
         return self._load()
-
-    def _read(self, shard: ImageShard | DigestShard) -> Iterator[tuple[int, bytes | BadImage]]:
-        """The images that the shard asks for, each as its row and its bytes."""
-        rows = range(len(shard.pairs))
-        download = self._options.allow_download
-        for row, side, data in read_images(shard.pairs, rows, allow_download=download):
-            if side == shard.sides[row]:
-                yield row, data
-
-    def _digests(self, shard: DigestShard) -> pa.Table:
-        digests: list[str | None] = [None] * len(shard.sides)
-        for row, data in self._read(shard):
-            if not isinstance(data, BadImage):
-                digests[row] = xxhash.xxh3_128_hexdigest(data)
-        return pa.table({"content": pa.array(digests, pa.string())}, schema=DIGESTS)
 
     def _prompt_features(self, prompts: list[str]) -> np.ndarray:
         torch = require("torch")
