@@ -2,7 +2,59 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.config import Reward
+from fifa.data.table import Pairs
+from fifa.scoring.rewards.calibrate import measure
+from fifa.scoring.rewards.head import Comparisons
+
+
+def reward_facts(
+    pairs: Pairs,
+    readable: npt.NDArray[np.bool_],
+    data: Comparisons,
+    held_out: Comparisons,
+    logits: npt.NDArray[np.float64],
+    temperature: float,
+    options: Reward,
+) -> dict[str, Any]:
+    """What ``reward.json`` and the card say of a training, whatever was trained.
+
+    Parameters
+    ----------
+    pairs, readable
+        The source, and which of its pairs have both images.
+    data, held_out
+        What was trained on, and what it is judged on.
+    logits
+        reward_0 - reward_1 of the pairs held out, before calibration.
+    temperature
+        What they are divided by.
+    options
+        How it was trained.
+    """
+    before, after = (
+        measure(logits / t, held_out.label, held_out.prompt, seed=options.seed)
+        for t in (1.0, temperature)
+    )
+    return {
+        "options": options.settings(),
+        "training": {
+            "source": Path(pairs.origin.source).name or "memory",
+            "fingerprint": pairs.origin.fingerprint,
+            "pairs": len(data.label),
+            "of them ties": int((data.label == 0.5).sum()),
+            "prompts": len(np.unique(data.prompt)),
+            "pairs without both images": int((~readable).sum()),
+        },
+        "temperature": temperature,
+        "metrics": {"before": before.as_dict(), "after": after.as_dict()},
+    }
 
 
 def model_card(settings: dict[str, Any]) -> str:

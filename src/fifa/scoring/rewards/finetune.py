@@ -21,18 +21,22 @@ from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, make_runtime
 from fifa.models.transformer import load_model
-from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, measure, nll
-from fifa.scoring.rewards.card import model_card
+from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, nll
+from fifa.scoring.rewards.card import reward_facts
 from fifa.scoring.rewards.clip import ImageTower
+<<<<<<< HEAD
 from fifa.scoring.rewards.engine import EngineOptions, distinct_images
 from fifa.scoring.rewards.features import image_batches
 from fifa.scoring.rewards.fit import training_facts
+=======
+from fifa.scoring.rewards.features import read_unique, unique_images
+>>>>>>> 8f078a1 (What is said of a trained reward is written in one place; a CLIP in training is two towers; fit and finetune are no circle)
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
-from fifa.scoring.rewards.proxy import CARD, FORMAT, MODEL, SETTINGS
+from fifa.scoring.rewards.proxy import MODEL, save_settings
 from fifa.scoring.rewards.split import prompt_folds
 from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
-from fifa.shards.files import atomic_folder, reserve, write_json, write_text
+from fifa.shards.files import atomic_folder, reserve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,101 +73,117 @@ def schedule(step: int, warmup: int, steps: int) -> float:
 
 
 @dataclass
-class _Clip:
-    """A CLIP in training, and what it is fed.
+class _Tower:
+    """One half of a CLIP in training, and what it is fed.
 
     Parameters
     ----------
-    model
-        A transformers CLIPModel.
-    tokens
-        Ids and mask of every prompt, [prompts, t] each, or (heads only) pooled states.
-    images
-        Pixels of every image, uint8 [images, 3, s, s], or (heads only) pooled states.
+    pool
+        From what it is fed to pooled states.
+    projection
+        From pooled states to the common space.
+    inputs
+        Of every prompt or image, [rows, ...]; once frozen, pooled states.
     runtime
         Device and precision.
-    frozen
-        True where tokens and images are pooled states: the towers have done their part.
     """
 
-    model: Any
-    tokens: Any
-    images: Any
+    pool: Callable[[Any], Any]
+    projection: Any
+    inputs: npt.NDArray[Any]
     runtime: Runtime
     frozen: bool = False
 
-    def prompt_vectors(self, rows: Integers) -> Tensor:
-        """Unit vectors of prompts, [n, d]."""
-        pooled = self._tensor(self.tokens[rows]) if self.frozen else self.pooled_prompts(rows)
-        return _unit(self.model.text_projection(pooled))
+    def vectors(self, rows: Integers) -> Tensor:
+        """Unit vectors of some rows, [n, d]."""
+        pooled = self._inputs(rows) if self.frozen else self.pooled(rows)
+        vectors = self.projection(pooled)
+        # x / |x|
+        unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
+        return unit
 
-    def image_vectors(self, rows: Integers) -> Tensor:
-        """Unit vectors of images, [n, d]."""
-        pooled = self._tensor(self.images[rows]) if self.frozen else self.pooled_images(rows)
-        return _unit(self.model.visual_projection(pooled))
-
-    def pooled_prompts(self, rows: Integers) -> Tensor:
-        """What the text tower says of prompts, before the projection."""
-        ids, mask = (self._tensor(part) for part in np.moveaxis(self.tokens[rows], 1, 0))
-        out: Tensor = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
-        return out
-
-    def pooled_images(self, rows: Integers) -> Tensor:
-        """What the image tower says of images, before the projection."""
-        pixels = standardise(self._tensor(self.images[rows]))
-        out: Tensor = self.model.vision_model(pixel_values=pixels).pooler_output
-        return out
-
-    def rewards(self, data: Comparisons) -> tuple[Tensor, Tensor]:
-        """The rewards of both sides; each prompt and each image goes through once."""
-        prompts, of_prompt = np.unique(data.prompt, return_inverse=True)
-        images, of_image = np.unique(data.image, return_inverse=True)
-        with self.runtime.autocast():
-            t = self.prompt_vectors(prompts)
-            v = self.image_vectors(images)
-        t, v = t.float()[of_prompt.reshape(-1)], v.float()[of_image.reshape(-1, 2)]
-        # exp(logit_scale) * cos(prompt, image)
-        both = self.model.logit_scale.float().exp() * (t[:, None] * v).sum(-1)
-        return both[:, 0], both[:, 1]
-
-    def logits(self, data: Comparisons) -> npt.NDArray[np.float64]:
-        """reward_0 - reward_1 of many pairs, without gradients."""
-        torch = require("torch")
-        prompts, of_prompt = np.unique(data.prompt, return_inverse=True)
-        images, of_image = np.unique(data.image, return_inverse=True)
-        with torch.inference_mode():
-            t = self._in_parts(self.prompt_vectors, prompts)[of_prompt.reshape(-1)]
-            v = self._in_parts(self.image_vectors, images)[of_image.reshape(-1, 2)]
-            scale = float(self.model.logit_scale.exp())
-        difference: npt.NDArray[np.float64] = (t * (v[:, 0] - v[:, 1])).sum(-1)
-        return scale * difference
+    def pooled(self, rows: Integers) -> Tensor:
+        """Pooled states of some rows, before the projection."""
+        states: Tensor = self.pool(self._inputs(rows)).pooler_output
+        return states
 
     def freeze(self) -> None:
-        """Run both towers once and keep what they say; from here on only the heads compute."""
-        torch = require("torch")
-        with torch.inference_mode():
-            tokens = self._in_parts(self.pooled_prompts, np.arange(len(self.tokens)))
-            images = self._in_parts(self.pooled_images, np.arange(len(self.images)))
-        self.tokens, self.images, self.frozen = (
-            tokens.astype(np.float32),
-            images.astype(np.float32),
-            True,
-        )
+        """Keep the pooled states of all rows; from here on only the projection computes."""
+        pooled = self.in_parts(self.pooled, np.arange(len(self.inputs)))
+        self.inputs, self.frozen = pooled.astype(np.float32), True
 
-    def _in_parts(
+    def in_parts(
         self, function: Callable[[Integers], Tensor], rows: Integers
     ) -> npt.NDArray[np.float64]:
-        with self.runtime.autocast():
+        """What ``function`` gives of some rows, without gradients, a few at a time."""
+        with require("torch").inference_mode(), self.runtime.autocast():
             parts = [
                 function(rows[i : i + EVALUATE]).float().cpu().numpy()
                 for i in range(0, len(rows), EVALUATE)
             ]
         return np.concatenate(parts).astype(np.float64)
 
-    def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
+    def _inputs(self, rows: Integers) -> Any:
         torch = require("torch")
-        there: Tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.runtime.device)
-        return there
+        return torch.from_numpy(np.ascontiguousarray(self.inputs[rows])).to(self.runtime.device)
+
+
+class _Clip:
+    """A CLIP in training.
+
+    Parameters
+    ----------
+    model
+        A transformers CLIPModel.
+    tokens
+        Ids and mask of every prompt, int64 [prompts, 2, t].
+    pixels
+        Of every image, uint8 [images, 3, s, s].
+    runtime
+        Device and precision.
+    """
+
+    def __init__(self, model: Any, tokens: Integers, pixels: Any, runtime: Runtime) -> None:
+        def read(tokens: Any) -> Any:
+            ids, mask = tokens.unbind(1)
+            return model.text_model(input_ids=ids, attention_mask=mask)
+
+        def see(pixels: Any) -> Any:
+            return model.vision_model(pixel_values=standardise(pixels))
+
+        self.model, self.runtime = model, runtime
+        self._prompts = _Tower(read, model.text_projection, tokens, runtime)
+        self._images = _Tower(see, model.visual_projection, pixels, runtime)
+
+    def rewards(self, data: Comparisons) -> tuple[Tensor, Tensor]:
+        """The rewards of both sides; each prompt and each image goes through once."""
+        prompts, of_prompt, images, of_image = _once(data)
+        with self.runtime.autocast():
+            t, v = self._prompts.vectors(prompts), self._images.vectors(images)
+        t, v = t.float()[of_prompt], v.float()[of_image]
+        # exp(logit_scale) * cos(prompt, image)
+        both = self.model.logit_scale.float().exp() * (t[:, None] * v).sum(-1)
+        return both[:, 0], both[:, 1]
+
+    def logits(self, data: Comparisons) -> npt.NDArray[np.float64]:
+        """reward_0 - reward_1 of many pairs, without gradients."""
+        prompts, of_prompt, images, of_image = _once(data)
+        t = self._prompts.in_parts(self._prompts.vectors, prompts)[of_prompt]
+        v = self._images.in_parts(self._images.vectors, images)[of_image]
+        difference: npt.NDArray[np.float64] = (t * (v[:, 0] - v[:, 1])).sum(-1)
+        return float(self.model.logit_scale.detach().exp()) * difference
+
+    def freeze(self) -> None:
+        """Run both towers once and keep what they say; from here on only the heads compute."""
+        self._prompts.freeze()
+        self._images.freeze()
+
+
+def _once(data: Comparisons) -> tuple[Integers, Integers, Integers, Integers]:
+    """Each prompt once and where it stands [pairs], each image once and where [pairs, 2]."""
+    prompts, of_prompt = np.unique(data.prompt, return_inverse=True)
+    images, of_image = np.unique(data.image, return_inverse=True)
+    return prompts, of_prompt.reshape(-1), images, of_image.reshape(-1, 2)
 
 
 def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
@@ -175,14 +195,8 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fifa-tmp-pixels-", dir=out.parent) as scratch:
-        images, of_pair, bad = _pixels(pairs, tower, Path(scratch), options)
-        data = Comparisons(
-            of_pair,
-            pairs.table["prompt_index"].to_numpy().astype(np.int64),
-            pairs.table["label"].to_numpy().astype(np.float64),
-        )
-        lost = np.isin(of_pair, bad)
-        readable = ~(lost[:, 0] | lost[:, 1])
+        images, of_pair, unreadable = _pixels(pairs, tower, Path(scratch), options)
+        data, readable = Comparisons.of(pairs, of_pair, unreadable)
         data = data.part(readable)
         clip = _Clip(model, _tokens(pairs, base, model), images, runtime)
         if options.parts == "heads":
@@ -194,32 +208,24 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
         best_step = _optimise(clip, data.part(fold[data.prompt] != 0), held_out, options)
         logits = clip.logits(held_out)
     temperature = fit_temperature(logits, held_out.label)
-    before, after = (
-        measure(logits / t, held_out.label, held_out.prompt, seed=options.seed)
-        for t in (1.0, temperature)
-    )
     model.logit_scale.data -= float(np.log(temperature))  # exp(s - log T) = exp(s) / T
+    name = Path(options.base).name
     trained = "both towers" if options.parts == "full" else "the projections and logit_scale"
-    settings: dict[str, Any] = {
-        "format": FORMAT,
-        "kind": "clip",
-        "base": {"name": Path(options.base).name, "files": model_digest(base, CONFIG_AND_WEIGHTS)},
-        "options": {**options.settings(), "base": Path(options.base).name},
-        "training": training_facts(pairs, data.label, data.prompt, int((~readable).sum()))
-        | {"best step": best_step},
-        "temperature": temperature,
-        "metrics": {"before": before.as_dict(), "after": after.as_dict()},
+    settings = {
+        "base": {"name": name, "files": model_digest(base, CONFIG_AND_WEIGHTS)},
+        **reward_facts(pairs, readable, data, held_out, logits, temperature, options),
         "judged": "held out of its training; the best step was chosen on them, too",
-        "what": f"The CLIP {Path(options.base).name}, fine-tuned ({trained}).",
+        "what": f"The CLIP {name}, fine-tuned ({trained}).",
         "limits": "",
     }
+    settings["options"]["base"] = name
+    settings["training"]["best step"] = best_step
     with atomic_folder(out) as folder:
         model.save_pretrained(folder / MODEL)
         for name in (*TOKENIZER_FILES, "preprocessor_config.json"):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / MODEL / name)
-        write_text(folder / CARD, model_card(settings))
-        write_json(folder / SETTINGS, settings)
+        save_settings(folder, "clip", settings)
     return settings
 
 
@@ -306,7 +312,7 @@ def _tokens(pairs: Pairs, base: Path, model: Any) -> npt.NDArray[np.int64]:
 
 def _pixels(
     pairs: Pairs, tower: ImageTower, scratch: Path, options: Reward
-) -> tuple[Any, Integers, Integers]:
+) -> tuple[Any, Integers, npt.NDArray[np.bool_]]:
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
     download = options.read.allow_download
     images, of_slot = unique_images(pairs)
@@ -327,6 +333,7 @@ def _pixels(
             f"not one image could be read; the first: {bad[0]}", where=pairs.origin.source
         )
     note(images_unreadable=len(bad))
+<<<<<<< HEAD
     of_pair = distinct.of_image[of_slot].reshape(-1, 2)
     return pixels, of_pair, np.array(sorted(bad), np.int64)
 
@@ -335,3 +342,7 @@ def _unit(vectors: Tensor) -> Tensor:
     # x / |x|
     unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
     return unit
+=======
+    of_pair = asked.image[asked.of_slot].reshape(-1, 2)
+    return pixels, of_pair, np.isin(np.arange(n), list(bad))
+>>>>>>> 8f078a1 (What is said of a trained reward is written in one place; a CLIP in training is two towers; fit and finetune are no circle)

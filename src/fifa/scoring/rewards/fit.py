@@ -17,14 +17,15 @@ from fifa.errors import FifaError
 from fifa.models.runtime import Runtime, make_runtime
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.base import RewardModel
-from fifa.scoring.rewards.calibrate import Metrics, fit_temperature, measure
-from fifa.scoring.rewards.card import model_card
+from fifa.scoring.rewards.calibrate import Metrics, fit_temperature
+from fifa.scoring.rewards.card import reward_facts
 from fifa.scoring.rewards.features import (
     Features,
     ImageEncoder,
     frozen_features,
     make_image_encoder,
 )
+from fifa.scoring.rewards.finetune import finetune_clip
 from fifa.scoring.rewards.head import Comparisons, Head, HeadPath, prompt_weights
 from fifa.scoring.rewards.proxy import load_proxy, save_head
 from fifa.scoring.rewards.split import prompt_folds
@@ -118,12 +119,10 @@ def train_reward(
     options, out = options or Reward(), Path(out)
     check_out(out)
     pairs = source_or_pairs if isinstance(source_or_pairs, Pairs) else read_pairs(source_or_pairs)
-    if options.base != "features":
-        from fifa.scoring.rewards.finetune import finetune_clip
-
-        settings = finetune_clip(pairs, out, options)
-    else:
+    if options.base == "features":
         settings = _train_head(pairs, out, options, cache)
+    else:
+        settings = finetune_clip(pairs, out, options)
     before, after = (Metrics(**settings["metrics"][when]) for when in ("before", "after"))
     note(reward_pairs=after.pairs, reward_accuracy=after.accuracy, reward_ece=after.ece)
     echo(
@@ -147,13 +146,7 @@ def check_out(out: Path) -> None:
 
 def comparisons(pairs: Pairs, features: Features) -> tuple[Comparisons, npt.NDArray[np.bool_]]:
     """The pairs as a head sees them, and which of them have both images."""
-    data = Comparisons(
-        features.of_pair,
-        pairs.table["prompt_index"].to_numpy().astype(np.int64),
-        pairs.table["label"].to_numpy().astype(np.float64),
-    )
-    unreadable = np.isnan(features.images[:, 0])
-    return data, ~(unreadable[data.image[:, 0]] | unreadable[data.image[:, 1]])
+    return Comparisons.of(pairs, features.of_pair, np.isnan(features.images[:, 0]))
 
 
 def fit_head(pairs: Pairs, features: Features, data: Comparisons, options: Reward) -> FittedHead:
@@ -235,41 +228,22 @@ def _train_head(pairs: Pairs, out: Path, options: Reward, cache: Path | None) ->
     data, readable = comparisons(pairs, features)
     data = data.part(readable)
     fitted = fit_head(pairs, features, data, options)
-    before = measure(fitted.held_out, data.label, data.prompt, seed=options.seed)
-    calibrated = fitted.held_out / fitted.temperature
-    after = measure(calibrated, data.label, data.prompt, seed=options.seed)
-    reads = fitted.head.reads_prompts
+    logits, temperature, reads = fitted.held_out, fitted.temperature, fitted.head.reads_prompts
     text = make_encoder(options.text).identity if reads else None
     what = f"A linear head on frozen {encoder.name} features"
-    settings: dict[str, Any] = {
+    limits = (
+        "It does not read the prompt: on held-out prompts that bought nothing here. It says\n"
+        "which picture is the better one, not which fits the prompt.\n"
+    )
+    settings = {
         "image": {"spec": options.image, "identity": encoder.identity},
         "text": {"spec": options.text, "identity": text} if reads else None,
-        "options": options.settings(),
-        "training": training_facts(pairs, data.label, data.prompt, int((~readable).sum()))
-        | {"penalty": fitted.penalty, "reads the prompt": reads},
-        "temperature": fitted.temperature,
-        "metrics": {"before": before.as_dict(), "after": after.as_dict()},
+        **reward_facts(pairs, readable, data, data, logits, temperature, options),
         "judged": "each by a head that was not trained on its prompt, with the same penalty",
         "what": what + (" and their products with the prompt's." if reads else "."),
-        "limits": ""
-        if reads
-        else "It does not read the prompt: on held-out prompts that bought nothing here. It says\n"
-        "which picture is the better one, not which fits the prompt.\n",
+        "limits": "" if reads else limits,
     }
+    settings["training"] |= {"penalty": fitted.penalty, "reads the prompt": reads}
     with atomic_folder(out) as folder:
-        save_head(folder, fitted.head, settings, model_card(settings))
+        save_head(folder, fitted.head, settings)
     return settings
-
-
-def training_facts(
-    pairs: Pairs, label: npt.NDArray[Any], prompt: npt.NDArray[Any], unreadable: int
-) -> dict[str, Any]:
-    """What a card says of the training data."""
-    return {
-        "source": Path(pairs.origin.source).name or "memory",
-        "fingerprint": pairs.origin.fingerprint,
-        "pairs": len(label),
-        "of them ties": int((label == 0.5).sum()),
-        "prompts": len(np.unique(prompt)),
-        "pairs without both images": unreadable,
-    }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fifa.data.table import Pairs
 from fifa.models.optional import require
 
 Array = npt.NDArray[np.float64]
@@ -35,6 +36,26 @@ class Comparisons:
     image: Integers
     prompt: Integers
     label: Array
+
+    @classmethod
+    def of(
+        cls, pairs: Pairs, of_pair: Integers, unreadable: npt.NDArray[np.bool_]
+    ) -> tuple[Comparisons, npt.NDArray[np.bool_]]:
+        """All of ``pairs``, and which of them have both images.
+
+        Parameters
+        ----------
+        pairs
+            Their prompts and labels.
+        of_pair
+            Their images, int64 [pairs, 2].
+        unreadable
+            Which images cannot be read, bool [images].
+        """
+        prompt = pairs.table["prompt_index"].to_numpy().astype(np.int64)
+        label = pairs.table["label"].to_numpy().astype(np.float64)
+        readable = ~(unreadable[of_pair[:, 0]] | unreadable[of_pair[:, 1]])
+        return cls(of_pair, prompt, label), readable
 
     def part(self, chosen: npt.NDArray[np.bool_] | Integers) -> Comparisons:
         """Some of the pairs."""

@@ -21,6 +21,7 @@ from fifa.models.optional import require
 from fifa.models.runtime import Runtime
 from fifa.scoring.encoders import Encoder, make_encoder
 from fifa.scoring.rewards.base import RewardModel
+from fifa.scoring.rewards.card import model_card
 from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.features import ImageEncoder, make_image_encoder
 from fifa.scoring.rewards.head import Head
@@ -158,21 +159,25 @@ class ClipProxy(ClipReward):
         self.name, self.scale = "proxy", f"{self.scale}: {SCALE}"
 
 
-def save_head(folder: Path, head: Head, settings: dict[str, Any], card: str) -> None:
-    """Write a head's folder; ``reward.json``, by which it is recognised, last.
+def save_head(folder: Path, head: Head, settings: dict[str, Any]) -> None:
+    """Write a head's folder.
 
     Encoders that are local folders are copied in, so that the folder can go anywhere; those of
     the hub or of a wheel stay where they are.
     """
     save = require("safetensors.numpy").save
     arrays = {name: np.ascontiguousarray(a, np.float32) for name, a in vars(head).items()}
-    settings = {"format": FORMAT, "kind": "head", **settings}
     for part in ("image", "text"):
-        if settings[part] is not None:
-            spec = _carried(folder, settings[part]["spec"])
-            settings[part] = {**settings[part], "spec": spec}
+        if own := settings[part]:
+            settings = {**settings, part: {**own, "spec": _carried(folder, own["spec"])}}
     write_bytes(folder / HEAD, save(arrays, metadata={"format": "pt"}))
-    write_text(folder / CARD, card)
+    save_settings(folder, "head", settings)
+
+
+def save_settings(folder: Path, family: str, settings: dict[str, Any]) -> None:
+    """Write the card and ``reward.json``, by which a reward of this family is recognised, last."""
+    settings = {"format": FORMAT, "kind": family, **settings}
+    write_text(folder / CARD, model_card(settings))
     write_json(folder / SETTINGS, settings)
 
 
