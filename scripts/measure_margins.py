@@ -66,7 +66,7 @@ def main() -> None:
     print("| scorer | " + " | ".join(f"top {f:.0%}" if f < 1 else "all" for f in FRACTIONS) + " |")
     print("|---|" + "---|" * len(FRACTIONS))
     for name, one in found.items():
-        rows = agreement_by_margin(one.margin, one.signed_margin, FRACTIONS).to_pylist()
+        rows = agreement_by_margin(one.signed_margin, FRACTIONS).to_pylist()
         cells = [
             f"{100 * r['share']:.1f} ({100 * r['low']:.0f}-{100 * r['high']:.0f})" for r in rows
         ]

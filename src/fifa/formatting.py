@@ -29,8 +29,8 @@ def shorten_lines(text: str, most: int = 20_000) -> str:
 
 
 def count(value: float) -> str:
-    """``12,345``."""
-    return f"{value:,.0f}"
+    """``12,345``; a dash for NaN."""
+    return f"{value:,.0f}" if math.isfinite(value) else DASH
 
 
 def percent(share: float) -> str:
@@ -55,7 +55,7 @@ class Interval(Protocol):
         """The upper end."""
 
 
-def span(share: Interval) -> str:
+def interval(share: Interval) -> str:
     """The interval of a share: ``71.5 to 79.6 %``."""
     return f"{share.low * 100:.1f} to {share.high * 100:.1f} %"
 
@@ -68,24 +68,16 @@ def number(value: float) -> str:
     return text.replace("-", MINUS)
 
 
-def known(value: float) -> str:
-    """A count; a dash for NaN."""
-    return count(value) if math.isfinite(value) else DASH
-
-
 def signed(value: float) -> str:
     """Three significant digits with a sign; a dash for NaN."""
     text = number(value)
     return f"+{text}" if math.isfinite(value) and value > 0 else text
 
 
-def time(value: float) -> str:
-    """`seconds`; a dash for NaN."""
-    return seconds(value) if math.isfinite(value) else DASH
-
-
 def seconds(value: float) -> str:
-    """``7.5 s``, ``1 min 15 s`` or ``2 h 05 min``."""
+    """``7.5 s``, ``1 min 15 s`` or ``2 h 05 min``; a dash for NaN."""
+    if not math.isfinite(value):
+        return DASH
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
@@ -104,6 +96,6 @@ def page_templates(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    named = (count, known, number, percent, seconds, signed, span, time)
+    named = (count, interval, number, percent, seconds, signed)
     templates.filters.update({each.__name__: each for each in named}, short=shorten)
     return templates

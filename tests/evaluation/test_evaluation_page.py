@@ -17,9 +17,10 @@ from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.results import vote_results
 from fifa.evaluation.win_rates import comparisons, diversity_levels, levels
 from fifa.reporting.evaluation import headline
-from fifa.reporting.grids import EACH, MODELS, draw_grids, picture
 from fifa.reporting.page import write_report
-from fifa.reporting.reward_hacking import signs
+from fifa.reporting.reward_hacking import symptoms
+from fifa.reporting.side_by_side import EACH, EXACT, MODELS, side_by_side
+from fifa.reporting.thumbnails import thumbnail
 from fifa.shards.files import write_table
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e {}'
@@ -92,11 +93,11 @@ def test_every_win_rate_is_on_the_page(run, text):
         assert f"{c.wins.wins}, {c.wins.ties}, {c.wins.losses}" in told
 
 
-def test_the_grids_show_best_median_and_worst_at_the_first_seed(run):
+def test_side_by_side_are_best_median_and_worst_at_the_first_seed(run):
     folder = run / "evaluate"
     found, images = load_measured(folder), read_index(folder)
     scale = headline(comparisons(found)).scale
-    groups, hidden = draw_grids(folder, images, found, "fifa", scale)
+    groups, hidden = side_by_side(folder, images, found, "fifa", scale)
     assert hidden == 2
     rows = found.table.to_pylist()
     gains = {}
@@ -111,17 +112,18 @@ def test_the_grids_show_best_median_and_worst_at_the_first_seed(run):
             gains.setdefault(row["prompt_id"], []).append(row["t"] - base["t"])
     order = sorted((float(np.mean(g)) for g in gains.values()), reverse=True)
     assert len(order) == 10
-    shown = {group.name: [p.gain for p in group.prompts] for group in groups}
-    assert shown["best"] == pytest.approx(order[:3])
-    assert shown["worst"] == pytest.approx(order[-3:])
-    assert set(np.round(shown["median"], 6)) < set(np.round(order[3:-3], 6))
+    best, median, worst = ([p["gain"] for p in group["prompts"]] for group in groups)
+    assert best == pytest.approx(order[:3])
+    assert worst == pytest.approx(order[-3:])
+    assert set(np.round(median, 6)) < set(np.round(order[3:-3], 6))
+    assert "gains most" in groups[0]["title"]
     first = {}
     for row in images.to_pylist():
         first.setdefault(row["prompt"], row["seed"])
     for group in groups:
-        for prompt in group.prompts:
-            assert prompt.seed == first[prompt.prompt]
-            assert [cell.model for cell in prompt.cells] == ["base", "fifa", "random"]
+        for prompt in group["prompts"]:
+            assert prompt["seed"] == first[prompt["prompt"]]
+            assert [cell["model"] for cell in prompt["cells"]] == ["base", "fifa", "random"]
 
 
 def test_what_is_unsafe_is_not_in_the_page(run, text):
@@ -135,16 +137,19 @@ def test_an_image_that_the_detector_holds_for_unsafe_is_left_out(tmp_path):
     run = write_evaluation(tmp_path / "run", ["a"], [1.0], images=True, unsafe=True)
     folder = run / "evaluate"
     found = load_measured(folder)
-    groups, _ = draw_grids(folder, read_index(folder), found, "a", found.scales[1])
+    groups, _ = side_by_side(folder, read_index(folder), found, "a", found.scales[1])
     shown = {
-        (p.prompt, cell.model): cell for group in groups for p in group.prompts for cell in p.cells
+        (prompt["prompt"], cell["model"]): cell["image"]
+        for group in groups
+        for prompt in group["prompts"]
+        for cell in prompt["cells"]
     }
     row = found.table.to_pylist()[4]
     assert row["detector"] > 0.5
     prompt = read_index(folder)["prompt"][4].as_py()
     if (prompt, "base") in shown:
-        assert shown[prompt, "base"].image is None
-    kept = [cell.image for key, cell in shown.items() if key != (prompt, "base")]
+        assert shown[prompt, "base"].startswith("left out")
+    kept = [image for key, image in shown.items() if key != (prompt, "base")]
     assert all(image.startswith("data:image/png;base64,") for image in kept)
 
 
@@ -188,10 +193,10 @@ def test_signs_of_hacking_are_found_where_they_are(tmp_path):
     table = found.table.set_column(place, "brightness", pa.array(values, pa.float32()))
     changed = type(found)(table, found.scales, found.diversity)
     looks = {name: levels(changed, name) for name in LOOKS}
-    told = signs(["a"], comparisons(changed), diversity_levels(changed), looks)
-    warned = {sign.what for sign in told if sign.warn}
-    assert "shift in brightness" in warned
-    assert {sign.what for sign in told} >= {"shift in contrast", "less varied images of one prompt"}
+    found = symptoms(["a"], comparisons(changed), diversity_levels(changed), looks)
+    assert "shift in brightness" in {symptom.name for symptom in found if symptom.present}
+    names = {symptom.name for symptom in found}
+    assert names >= {"shift in contrast", "less varied images of one prompt"}
 
 
 def test_votes_of_people_come_first(run, text, tmp_path):
@@ -249,10 +254,9 @@ def test_two_trainings_have_their_time_to_match_with_selecting(tmp_path):
     assert "20.0 s" in told  # ten steps of 1.5 s, and 5 s of scoring
 
 
-def test_the_page_is_light_enough_to_mail(tmp_path):
+def test_the_page_is_light_enough_to_mail():
     noise = np.random.default_rng(0).integers(0, 256, (768, 768, 3), np.uint8)
-    (tmp_path / "noise.png").write_bytes(png(noise))
-    heaviest = len(picture(tmp_path / "noise.png"))
+    heaviest = len(thumbnail(png(noise), exact=EXACT))
     assert 3 * EACH * MODELS * heaviest < 3_000_000
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fifa.config import Read, Recipe, Score, Select
 from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs, save_pairs
-from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, scored_once
 from fifa.selection.folder import write_selection
 from fifa.selection.table import REASONS, selection_table
 from fifa.shards.files import write_table
@@ -67,18 +67,16 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
     entropy = rng.normal(-0.5, 0.3, prompts).astype(np.float32)
     index = {"margins": {}, "quality": "quality-q-0.parquet", "diversity": "diversity-d-0.parquet"}
     scores = folder / "scores"
-    write_table(scores / index["quality"], pa.table([prompt_ids, rating, flags], schema=QUALITY))
-    write_table(
-        scores / index["diversity"],
-        pa.table([prompt_ids, np.exp(entropy), entropy], schema=DIVERSITY),
-    )
+    tables = {
+        index["quality"]: pa.table([prompt_ids, rating, flags], schema=QUALITY),
+        index["diversity"]: pa.table([prompt_ids, np.exp(entropy), entropy], schema=DIVERSITY),
+    }
     for i, own in enumerate(d):
         name = f"margin-s{i}-0.parquet"
         index["margins"][f"column:s{i}_0,s{i}_1"] = name
-        write_table(
-            scores / name,
-            pa.table([table["pair_id"], own, np.zeros(pairs, np.float32)], schema=MARGIN),
-        )
+        tables[name] = pa.table([table["pair_id"], own, np.zeros(pairs, np.float32)], schema=MARGIN)
+    for name, scored in tables.items():
+        scored_once(scores / name, lambda scored=scored: scored)
     vectors = rng.normal(size=(prompts, 8)) + np.eye(8)[np.arange(prompts) % 3] * 4
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     lists = pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).reshape(-1), 8)

@@ -2,13 +2,23 @@ import base64
 import io
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from report_runs import make_run
 
 from fifa.data.decode import BadImage
-from fifa.reporting.data import load_columns
-from fifa.reporting.examples import choose_rows, load_examples, thumbnail
+from fifa.data.table import load_pairs
+from fifa.reporting.examples import choose_rows, load_examples
+from fifa.reporting.numbers import columns_of
+from fifa.reporting.selection import load_selection
+from fifa.reporting.thumbnails import thumbnail
+
+
+def loaded(folder):
+    """The pairs of a run, and the columns of its selection."""
+    pairs = load_pairs(folder)
+    return pairs, columns_of(pairs.table, load_selection(folder))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def test_the_ends_are_those_of_the_ranking(pictured):
-    columns = load_columns(pictured[0])
+    _, columns = loaded(pictured[0])
     groups = {
         (name, reason): rows for name, reason, rows in choose_rows(columns, n=3, n_gated=2) if rows
     }
@@ -47,8 +57,8 @@ def test_the_ends_are_those_of_the_ranking(pictured):
 
 def test_pictures_are_those_of_their_sides_and_the_unsafe_have_none(pictured):
     folder, images = pictured
-    columns = load_columns(folder)
-    groups = load_examples(folder, columns, next((folder / "scores").glob("quality-*")))
+    quality = pq.read_table(next((folder / "scores").glob("quality-*")))
+    groups = load_examples(*loaded(folder), quality)
     examples = [example for group in groups for example in group.examples]
     assert any(example.unsafe for example in examples)
     for example in examples:
@@ -62,17 +72,17 @@ def test_pictures_are_those_of_their_sides_and_the_unsafe_have_none(pictured):
 
 
 def test_without_a_rater_nothing_is_known_to_be_unsafe(pictured):
-    groups = load_examples(pictured[0], load_columns(pictured[0]), None)
+    groups = load_examples(*loaded(pictured[0]), None)
     assert all(example.flags is None for group in groups for example in group.examples)
 
 
-def test_an_image_that_is_gone_is_told_in_its_place(tmp_path):
+def test_an_image_that_is_gone_is_named_in_its_place(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     make_run(tmp_path, pairs=8, keep=2, images=images)
     for path in images.glob("*_1.png"):
         path.unlink()
-    groups = load_examples(tmp_path, load_columns(tmp_path), None)
+    groups = load_examples(*loaded(tmp_path), None)
     for example in (example for group in groups for example in group.examples):
         assert opened(example.images[0])
         assert example.images[1] == "no such file"
@@ -82,9 +92,9 @@ def test_a_thumbnail_keeps_nothing_of_the_file_but_its_pixels():
     exif = Image.Exif()
     exif[0x010E] = "where I live"
     data = encoded(Image.new("RGB", (900, 300), "red"), "JPEG", exif=exif, comment=b"secret")
-    shown = opened(thumbnail(data, 100))
-    assert shown.size == (100, 33)
-    raw = base64.b64decode(thumbnail(data, 100).partition(",")[2])
+    shown = opened(thumbnail(data))
+    assert shown.size == (224, 75)
+    raw = base64.b64decode(thumbnail(data).partition(",")[2])
     assert b"where I live" not in raw
     assert b"secret" not in raw
 

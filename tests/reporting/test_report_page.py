@@ -7,9 +7,11 @@ import pytest
 from report_runs import HOSTILE, make_run
 
 from fifa.config import Recipe, Score, Select
+from fifa.data.table import load_pairs
 from fifa.errors import FifaError
 from fifa.reporting import page
 from fifa.reporting.page import write_report
+from fifa.scoring.table import Scores
 from fifa.shards.files import write_table
 
 
@@ -86,6 +88,24 @@ def test_hostile_text_is_shown_and_never_obeyed(text, parsed):
 
 def test_the_same_files_give_the_same_bytes(run, text):
     assert write_report(run).read_text("utf-8") == text
+
+
+def test_what_is_in_memory_gives_the_bytes_of_the_files(tmp_path, run, text):
+    copy, margins = shutil.copytree(run, tmp_path / "copy"), {}
+    for path in sorted((run / "scores").glob("margin-*.parquet")):
+        name = path.name.split("-")[1]
+        margins[f"column:{name}_0,{name}_1"] = pq.read_table(path)
+    quality, diversity = (
+        pq.read_table(next((run / "scores").glob(f"{step}-*"))) for step in ("quality", "diversity")
+    )
+    held = {
+        "pairs": load_pairs(copy),
+        "scores": Scores(margins=margins, quality=quality, diversity=diversity),
+        "selection": pq.read_table(copy / "selection.parquet").replace_schema_metadata(None),
+    }
+    for path in (*copy.glob("p*.parquet"), *(copy / "scores").glob("margin-*")):
+        path.unlink()
+    assert write_report(copy, **held).read_text("utf-8") == text
 
 
 def test_another_report_in_the_log_does_not_change_the_page(tmp_path, run, text):

@@ -32,13 +32,13 @@ def test_nothing_to_compare_is_not_a_number() -> None:
     got = agreement(np.float32([math.nan]))
     assert math.isnan(got.share)
     assert got.n == 0
-    assert agreement_by_margin(np.float32([1]), np.float32([math.nan])).num_rows == 0
+    assert agreement_by_margin(np.float32([math.nan])).num_rows == 0
 
 
 @given(hnp.arrays(np.float32, st.integers(1, 60), elements=st.floats(-8, 8, width=16)))
 def test_the_curve_is_the_agreement_of_every_prefix(signed: np.ndarray) -> None:
+    table = agreement_by_margin(signed, [0.1, 0.5, 1.0])
     margin = np.abs(signed)
-    table = agreement_by_margin(margin, signed, [0.1, 0.5, 1.0])
     ranked = sorted(zip(margin.tolist(), signed.tolist(), strict=True), key=lambda p: -p[0])
     for row in table.to_pylist():
         top = ranked[: row["n"]]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fifa.evaluation.compare import Compared
-from fifa.formatting import number, percent, shorten, span, time
-from fifa.reporting import charts
+from fifa.formatting import interval, number, percent, seconds, shorten
+from fifa.reporting.charts import draw_learning, draw_wins
+from fifa.reporting.figures import role
 from fifa.reporting.page import render
 from fifa.shards.files import write_text
 
@@ -21,45 +22,33 @@ def write_comparison(compared: Compared, path: str | Path) -> Path:
 
 def comparison_text(compared: Compared) -> str:
     """The table for a terminal."""
-    heads = ["checkpoint", *(s.name + (" *" if s.picked else "") for s in compared.scales)]
-    heads += ["diversity", "selecting", "training", "acc. hours"]
-    rows = [heads]
+    scorers = [scale.name + (" *" if scale.picked else "") for scale in compared.scales]
+    rows = [["checkpoint", *scorers, "diversity", "selecting", "training", "acc. hours"]]
     for entry in compared.entries:
-        wins = [f"{percent(c.wins.share)} ({span(c.wins)})" for c in entry.wins]
-        apart = number(entry.diversity.mean.mean) if entry.diversity else ""
+        wins = [f"{percent(c.wins.share)} ({interval(c.wins)})" for c in entry.wins]
+        diversity = number(entry.diversity.mean.mean) if entry.diversity else ""
         cost = entry.cost
-        times = [time(cost.selecting or float("nan")), time(cost.training), number(cost.hours)]
-        rows.append([entry.label, *wins, apart, *times])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        times = [seconds(cost.selecting or float("nan")), seconds(cost.training)]
+        rows.append([entry.label, *wins, diversity, *times, number(cost.hours)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _context(compared: Compared) -> dict[str, Any]:
-    rows = [
-        charts.Row(
-            f"{scale.name}{' *' if any(e.wins[i].scale.picked for e in compared.entries) else ''}",
-            tuple((place + 1, e.wins[i].wins) for place, e in enumerate(compared.entries)),
-        )
-        for i, scale in enumerate(compared.scales)
-    ]
-    title = "Win rates against the base by scorer, with intervals"
-    placed = [(place + 1, curve) for place, curve in compared.curves]
-    name = compared.scales[0].name
-    figures = [
-        figure
-        for x in charts.AXES
-        if placed and (figure := charts.draw_learning(placed, x, f"curve-{x}", name)) is not None
-    ]
+    entries = compared.entries
+    wins = []
+    for i, scale in enumerate(compared.scales):
+        picked = any(entry.wins[i].scale.picked for entry in entries)
+        rates = [(place, entry.wins[i].wins) for place, entry in enumerate(entries, 1)]
+        wins.append((f"{scale.name}{' *' if picked else ''}", rates))
+    curves = [(place + 1, curve) for place, curve in compared.curves]
+    judged = [entry for entry in entries if entry.wins[0].wins.n]
     return {
-        "title": shorten(", ".join(dict.fromkeys(e.run for e in compared.entries)), 80),
-        "c": compared,
-        "best": max(
-            (e for e in compared.entries if e.wins[0].wins.n),
-            key=lambda e: e.wins[0].wins.share,
-            default=None,
-        ),
-        "wins": charts.draw_wins(rows, "wins", title),
-        "figures": figures,
-        "role": charts.role,
+        "title": shorten(", ".join(dict.fromkeys(entry.run for entry in entries)), 80),
+        "compared": compared,
+        "colours": {entry.label: role(place) for place, entry in enumerate(entries, 1)},
+        "best": max(judged, key=lambda entry: entry.wins[0].wins.share, default=None),
+        "wins_figure": draw_wins(wins, "wins"),
+        "figures": draw_learning(curves, compared.scales[0].name),
     }

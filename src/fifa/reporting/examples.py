@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from fifa.config import UNSAFE_FLAGS
-from fifa.data.table import FILES, PROMPTS, Pairs, load_origin
+from fifa.data.images import has_pixels, pair_images
+from fifa.data.table import Pairs
 from fifa.formatting import shorten
-from fifa.reporting.data import Columns, first_by, take_rows
+from fifa.reporting.numbers import Columns, Ints, first_by
+from fifa.reporting.thumbnails import thumbnails
 
-THUMBNAIL = 224  # pixels of the longer side: sharp enough at the 150 or so that a phone gives it
-QUALITY = 68  # JPEG; about 8 kB a picture
+NUMBERS = ("rank", "importance", "margin", "quality", "diversity")
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,17 @@ class Example:
     Parameters
     ----------
     row
-        The pair's row in ``pairs.parquet``.
+        The pair's row in the table of pairs.
     prompt
         Its prompt, shortened, without control characters.
-    reason
-        Why it was kept or dropped.
-    where
+    place
         Its file and row in the source.
     label
         Probability that a person prefers image 0.
     numbers
-        The selection's numbers, NaN where there is none, and 0 for no rank.
+        `NUMBERS` of the selection, where there are any.
+    contradicts
+        Whether the scorers prefer the image that people did not.
     flags
         What the rater flagged of `fifa.config.UNSAFE_FLAGS`; None if no rater judged the prompt.
     images
@@ -47,12 +45,12 @@ class Example:
 
     row: int
     prompt: str
-    reason: str
-    where: str
+    place: str
     label: float
     numbers: dict[str, float]
+    contradicts: bool
     flags: tuple[str, ...] | None
-    images: tuple[str, str] | None = None
+    images: tuple[str, str] | None
 
     @property
     def unsafe(self) -> bool:
@@ -60,147 +58,100 @@ class Example:
         return bool(self.flags)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Examples under one heading."""
 
     name: str
     reason: str
-    examples: tuple[Example, ...]
+    examples: list[Example]
 
 
 def choose_rows(columns: Columns, n: int, n_gated: int) -> list[tuple[str, str, list[int]]]:
-    """Rows of ``pairs.parquet`` by group: (name, reason, rows), a prompt once in each.
+    """Rows of the pairs by group: (name, reason, rows), a prompt once in each.
 
     The first and last kept and the first below the cut by rank; of the pairs that a gate
     dropped, the most important where that is known, the first ones otherwise.
     """
     kept = np.flatnonzero(columns.kept)
+    first = first_by(kept, columns.rank, columns.prompt, n)
+    last = first_by(kept, -columns.rank, columns.prompt, n)[::-1]
     groups = [
-        ("kept_first", "selected", first_by(kept, columns.rank, columns.prompt, n)),
-        ("kept_last", "selected", first_by(kept, -columns.rank, columns.prompt, n)[::-1]),
+        ("kept_first", "selected", first),
+        ("kept_last", "selected", [row for row in last if row not in first]),
     ]
     for reason in columns.reasons:
-        if reason == "selected":
-            continue
         rows = np.flatnonzero(columns.because(reason))
         if reason == "below_cutoff":
-            first = first_by(rows, columns.rank, columns.prompt, n)
-            groups.insert(2, ("dropped_first", reason, first))
-        else:
-            first = first_by(rows, -columns.importance, columns.prompt, n_gated)
-            groups.append(("gated", reason, first))
-    shown = set(groups[0][2])
-    return [
-        (name, reason, [row for row in rows if name != "kept_last" or row not in shown])
-        for name, reason, rows in groups
-    ]
+            below = first_by(rows, columns.rank, columns.prompt, n)
+            groups.insert(2, ("dropped_first", reason, below))
+        elif reason != "selected":
+            important = first_by(rows, -columns.importance, columns.prompt, n_gated)
+            groups.append(("gated", reason, important))
+    return groups
 
 
 def load_examples(
-    folder: Path,
+    pairs: Pairs,
     columns: Columns,
-    quality: Path | None,
-    doubted: Sequence[int] = (),
+    quality: pa.Table | None,
+    contradicted: Sequence[int] = (),
     *,
     n: int = 6,
     n_gated: int = 2,
 ) -> list[Group]:
     """Examples with their prompts, flags and thumbnails; groups without any are left out.
 
-    ``doubted`` are rows that a committee contradicts, the most doubtful first.
+    Parameters
+    ----------
+    pairs, columns
+        The pairs, and what was selected of them.
+    quality
+        `fifa.scoring.table.QUALITY`; None without a rater.
+    contradicted
+        Rows that every scorer of a committee contradicts, the most doubtful first.
+    n, n_gated
+        Examples of a group at most, and of a gate's.
     """
-    groups = [*choose_rows(columns, n, n_gated), ("doubted", "", list(doubted[:n]))]
-    chosen = [group for group in groups if group[2]]
-    rows = sorted({row for _, _, group in chosen for row in group})
-    if not rows:
-        return []
-    table = take_rows(folder / FILES["table"], rows)
-    flags = _flags(quality, [int(columns.prompt[row]) for row in rows])
-    found = {
-        row: _example(row, entry, flag, columns)
-        for row, entry, flag in zip(rows, table.to_pylist(), flags, strict=True)
+    groups = [*choose_rows(columns, n, n_gated), ("mislabelled", "", list(contradicted[:n]))]
+    rows = sorted({row for *_, group in groups for row in group})
+    flags = _flags(quality, columns.prompt[rows])
+    shown = pairs.table.take(pa.array(rows, pa.int64()))
+    safe = [i for i, found in enumerate(flags) if not found]
+    pictures: list[str] = []
+    if "://" not in pairs.origin.root and has_pixels(pairs.table, pairs.origin):
+        pictures = thumbnails(pair_images(shown.take(pa.array(safe, pa.int64())), pairs.origin))
+    sides = zip(pictures[::2], pictures[1::2], strict=True)
+    images = dict(zip([rows[i] for i in safe] if pictures else [], sides, strict=True))
+    examples = {
+        row: Example(
+            row=row,
+            prompt=shorten(entry["prompt"]),
+            place=shorten(f"{entry['file']}, row {entry['row']}", 120),
+            label=float(columns.label[row]),
+            numbers={
+                name: value
+                for name in NUMBERS
+                if np.isfinite(value := float(getattr(columns, name)[row]))
+                and (value or name != "rank")
+            },
+            contradicts=bool(columns.signed_margin[row] < 0),
+            flags=found,
+            images=images.get(row),
+        )
+        for row, entry, found in zip(rows, shown.to_pylist(), flags, strict=True)
     }
-    for row, images in _thumbnails(folder, table, rows, found).items():
-        found[row] = replace(found[row], images=images)
     return [
-        Group(name, reason, tuple(found[row] for row in group)) for name, reason, group in chosen
+        Group(name, reason, [examples[row] for row in group])
+        for name, reason, group in groups
+        if group
     ]
 
 
-def _example(row: int, entry: dict[str, Any], flags: tuple[str, ...] | None, c: Columns) -> Example:
-    numbers = {
-        "rank": float(c.rank[row]),
-        "importance": float(c.importance[row]),
-        "margin": float(c.margin[row]),
-        "signed": float(c.signed[row]),
-        "quality": float(c.quality[row]),
-        "diversity": float(c.diversity[row]),
-    }
-    return Example(
-        row=row,
-        prompt=shorten(entry["prompt"]),
-        reason=c.reasons[c.reason[row]],
-        where=shorten(f"{entry['file']}, row {entry['row']}", 120),
-        label=float(c.label[row]),
-        numbers=numbers,
-        flags=flags,
-    )
-
-
-def _flags(quality: Path | None, prompts: Sequence[int]) -> list[tuple[str, ...] | None]:
+def _flags(quality: pa.Table | None, prompts: Ints) -> list[tuple[str, ...] | None]:
     if quality is None:
         return [None] * len(prompts)
-    told = take_rows(quality, prompts, ["flags"])["flags"].to_pylist()
+    flags = quality["flags"].take(pa.array(prompts, pa.int64())).to_pylist()
     return [
-        None if names is None else tuple(f for f in names.split(",") if f in UNSAFE_FLAGS)
-        for names in told
+        None if names is None else tuple(name for name in names.split(",") if name in UNSAFE_FLAGS)
+        for names in flags
     ]
-
-
-def _thumbnails(
-    folder: Path, table: pa.Table, rows: Sequence[int], found: dict[int, Example]
-) -> dict[int, tuple[str, str]]:
-    """Small pictures of the pairs whose prompts are not flagged; nothing is fetched for them."""
-    from fifa.data.decode import BadImage
-    from fifa.data.images import has_pixels, read_images
-
-    origin = load_origin(folder)
-    safe = [i for i, row in enumerate(rows) if not found[row].unsafe]
-    if origin is None or "://" in origin.root or not safe:
-        return {}
-    pairs = Pairs(table=table, prompts=PROMPTS.empty_table(), origin=origin)
-    if not has_pixels(pairs.table, pairs.origin):
-        return {}
-    sides: dict[int, list[str]] = {rows[i]: ["", ""] for i in safe}
-    for i, side, data in read_images(pairs, safe):
-        try:
-            if isinstance(data, BadImage):
-                raise data
-            sides[rows[i]][side] = thumbnail(data)
-        except BadImage as bad:
-            sides[rows[i]][side] = shorten(bad.reason, 80)
-    return {row: (first, second) for row, (first, second) in sides.items()}
-
-
-def thumbnail(data: bytes, size: int = THUMBNAIL) -> str:
-    """A JPEG data URI at most ``size`` pixels long.
-
-    Decoded through the guarded door and encoded anew, so nothing of the file but its pixels
-    reaches the page. Raises `fifa.data.decode.BadImage`.
-    """
-    from PIL import Image
-
-    from fifa.data.decode import open_image
-
-    with open_image(data) as image:
-        transparent = "A" in image.getbands() or "transparency" in image.info
-        pixels = image.convert("RGBA" if transparent else "RGB")
-    if transparent:
-        white = Image.new("RGBA", pixels.size, "white")
-        pixels = Image.alpha_composite(white, pixels).convert("RGB")
-    pixels.info = {}  # Pillow would write comments and profiles out again
-    pixels.thumbnail((size, size), Image.Resampling.LANCZOS)
-    small = io.BytesIO()
-    pixels.save(small, "JPEG", quality=QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")

@@ -10,17 +10,18 @@ import io
 import re
 import xml.etree.ElementTree as ET  # of what matplotlib has written, never of a file
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+import pyarrow as pa
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from fifa.reporting.data import Curve, Floats, Histogram, Plane
+from fifa.reporting.numbers import Histogram, PromptMap
 from fifa.scoring.agreement import Agreement
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # What stands for each of the style sheet's variables while matplotlib draws
 COLOURS = {
@@ -33,6 +34,10 @@ COLOURS = {
     **{f"scorer-{i}": f"#1{i}1{i}1{i}" for i in range(7)},
 }
 SCORERS = 7  # lines that can be told apart in one figure
+# Of what shares a figure, in order: all pairs or the base model are grey, the kept pairs or the
+# first checkpoint are the page's blue
+ROLES = ("all", "kept", *(f"scorer-{i}" for i in range(SCORERS)))
+DOTTED: dict[str, Any] = {"color": COLOURS["dropped"], "lw": 1.1, "ls": (0, (1, 2))}  # a coin toss
 SIZE = (4.3, 2.9)  # inches of 72 units: about a phone's width, so that text keeps its size there
 
 _STYLE: dict[Any, Any] = {
@@ -59,76 +64,81 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw_curve(curves: Sequence[Curve], cut: tuple[float, Agreement] | None, name: str) -> Markup:
+def role(place: int) -> str:
+    """The style sheet's variable for what stands at this place of `ROLES`."""
+    return ROLES[min(place, len(ROLES) - 1)]
+
+
+def draw_agreement(curves: Sequence[pa.Table], cut: tuple[float, Agreement] | None) -> Markup:
     """Agreement among the top x by margin: the first curve with its band, the others as lines.
 
-    ``cut`` is the share of the labelled pairs that was kept and the agreement among them.
+    Parameters
+    ----------
+    curves
+        Tables of `fifa.scoring.agreement.agreement_by_margin`; at most `SCORERS` of the others
+        are drawn.
+    cut
+        The share of the labelled pairs that was kept, and the agreement among them.
     """
-    figure, axes = canvas(name)
-    first = curves[0]
-    axes.fill_between(first.top, first.low, first.high, color=COLOURS["kept"], alpha=0.16, lw=0)
-    for i, other in list(enumerate(curves))[1 : SCORERS + 1]:
-        axes.plot(other.top, other.share, color=COLOURS[f"scorer-{i - 1}"], lw=1.3)
-    axes.plot(first.top, first.share, color=COLOURS["kept"], lw=2.2)
-    low = min([float(c.share.min()) for c in curves] + [float(first.low.min())])
+    figure, axes = canvas()
+    first, *others = ({name: c[name].to_numpy() for name in c.column_names} for c in curves)
+    x = first["fraction"]
+    axes.fill_between(x, first["low"], first["high"], color=COLOURS["kept"], alpha=0.16, lw=0)
+    for i, other in enumerate(others[:SCORERS]):
+        axes.plot(other["fraction"], other["share"], color=COLOURS[f"scorer-{i}"], lw=1.3)
+    axes.plot(x, first["share"], color=COLOURS["kept"], lw=2.2)
+    low = min([first["low"].min(), *(other["share"].min() for other in others)])
+    start = min([x[0], *(other["fraction"][0] for other in others)])
     if cut is not None:
-        x, share = cut
-        low = min(low, share.low)
-        axes.axvline(x, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)))
-        axes.errorbar(
-            [x],
-            [share.share],
-            _whiskers([share]),
-            fmt="o",
-            color=COLOURS["ink"],
-            ms=6,
-            lw=1.4,
-            capsize=3.5,
-        )
-    axes.set_xscale("log")
-    start = min([float(c.top[0]) for c in curves] + ([cut[0]] if cut else []))
+        low, start = min(low, cut[1].low), min(start, cut[0])
+        axes.axvline(cut[0], color=COLOURS["ink"], lw=1, ls=(0, (4, 3)))
+        _draw_intervals(axes, [cut[0]], [cut[1]], color=COLOURS["ink"], ms=6, lw=1.4, capsize=3.5)
     start *= 0.9
+    axes.set_xscale("log")
     ticks = _ticks_1_3_10(start)
     axes.set_xlim(start, 1.06)
     axes.set_xticks(ticks, [_percent(t) for t in ticks])
     axes.minorticks_off()
     axes.set_xlabel("share of pairs, largest margins first")
     _agreement_axis(axes, low)
-    return svg(figure, name, "Agreement with the people's labels against the share kept by margin")
+    return svg(
+        figure, "curve", "Agreement with the people's labels against the share kept by margin"
+    )
 
 
-def draw_deciles(shares: Sequence[Agreement], name: str) -> Markup:
+def draw_deciles(shares: Sequence[Agreement]) -> Markup:
     """Agreement in each tenth by margin, with intervals and the line of a coin toss."""
-    figure, axes = canvas(name)
-    x = np.arange(1, len(shares) + 1)
-    middle = np.array([s.share for s in shares])
-    axes.bar(x, middle, width=0.74, color=COLOURS["kept"], alpha=0.35, lw=0)
-    axes.errorbar(x, middle, _whiskers(shares), fmt="o", color=COLOURS["kept"], ms=4, capsize=2.5)
+    figure, axes = canvas()
+    x = range(1, len(shares) + 1)
+    colour = COLOURS["kept"]
+    axes.bar(x, [s.share for s in shares], width=0.74, color=colour, alpha=0.35, lw=0)
+    _draw_intervals(axes, x, shares, color=colour, ms=4, capsize=2.5)
     axes.set_xticks(x)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("tenth by margin, smallest first")
     _agreement_axis(axes, min(s.low for s in shares))
-    return svg(figure, name, "Agreement with the people's labels in each tenth by margin")
+    return svg(figure, "deciles", "Agreement with the people's labels in each tenth by margin")
 
 
-def _whiskers(shares: Sequence[Agreement]) -> Floats:
-    """The intervals below and above their shares, float64 [2, n]."""
+def _draw_intervals(
+    axes: Axes, x: Sequence[float], shares: Sequence[Agreement], **style: Any
+) -> None:
     # Where all agree, rounding may put an end of the interval on the wrong side of the share
     ends = [(max(0.0, s.share - s.low), max(0.0, s.high - s.share)) for s in shares]
-    return np.array(ends).T
+    axes.errorbar(x, [s.share for s in shares], np.array(ends).T, fmt="o", **style)
 
 
 def _agreement_axis(axes: Axes, low: float) -> None:
     bottom = max(0.0, np.floor(min(low, 0.48) * 10) / 10)
-    axes.axhline(0.5, color=COLOURS["dropped"], lw=1.1, ls=(0, (1, 2)))
+    axes.axhline(0.5, **DOTTED)
     ticks = np.arange(round(bottom * 10), 11, 1 if bottom > 0.25 else 2) / 10
     axes.set_yticks(ticks, [f"{t:.0%}" for t in ticks])
     axes.set_ylim(bottom, 1.015)
 
 
-def draw_histogram(histogram: Histogram, label: str, name: str) -> Markup:
+def draw_histogram(histogram: Histogram, label: str) -> Markup:
     """Before as a grey area, after as a line, both as shares; medians as ticks on the axis."""
-    figure, axes = canvas(name)
+    figure, axes = canvas()
     axes.stairs(histogram.before, histogram.edges, fill=True, color=COLOURS["all"], alpha=0.45)
     axes.stairs(histogram.after, histogram.edges, color=COLOURS["kept"], lw=2, baseline=None)
     top = max(float(histogram.before.max()), float(histogram.after.max())) * 1.14
@@ -136,38 +146,34 @@ def draw_histogram(histogram: Histogram, label: str, name: str) -> Markup:
         if np.isfinite(value):
             axes.plot([value], [top * 0.965], marker="v", color=COLOURS[colour], ms=7, lw=0)
     axes.set_ylim(0, top)
-    axes.yaxis.set_major_locator(locator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(lambda value, _: _percent(value))
-    axes.xaxis.set_major_locator(locator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", visible=False)
     axes.set_xlabel(label)
-    return svg(figure, name, f"Distribution of {label}: all pairs and kept pairs")
+    return svg(figure, f"histogram-{label}", f"Distribution of {label}: all pairs and kept pairs")
 
 
-def draw_plane(plane: Plane, name: str) -> Markup:
+def draw_map(prompts: PromptMap) -> Markup:
     """All prompts as grey points and the kept ones over them; the points are a bitmap."""
-    figure, axes = canvas(name, size=(6.2, 4.4), dpi=120)
+    figure, axes = canvas((6.2, 4.4), dpi=120)
+    size = float(np.clip(20_000 / max(len(prompts.before), 1), 5, 28))
     # A bitmap cannot follow the style sheet: these two are seen on a light and on a dark page
-    size = float(np.clip(20_000 / max(len(plane.before), 1), 5, 28))
     for points, colour, alpha in (
-        (plane.before, "#8d97a5", 0.5),
-        (plane.after, "#3b82f6", 0.8),
+        (prompts.before, "#8d97a5", 0.5),
+        (prompts.after, "#3b82f6", 0.8),
     ):
-        axes.scatter(
-            points[:, 0], points[:, 1], s=size, c=colour, alpha=alpha, lw=0, rasterized=True
-        )
+        x, y = points.T
+        axes.scatter(x, y, s=size, c=colour, alpha=alpha, lw=0, rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.margins(0.03)
-    return svg(figure, name, "Prompts in two dimensions: all in grey, kept in blue")
+    return svg(figure, "map", "Prompts in two dimensions: all in grey, kept in blue")
 
 
-def canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
+def canvas(size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
     """Empty axes in the page's style, ``size`` in inches of 72 units."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         axes = figure.add_subplot()
@@ -175,13 +181,6 @@ def canvas(name: str, size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     return figure, axes
-
-
-def locator(bins: int) -> Any:
-    """At most ``bins`` intervals between round ticks."""
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(bins)
 
 
 def _ticks_1_3_10(start: float) -> list[float]:
@@ -201,16 +200,10 @@ def _percent(share: float) -> str:
 
 def svg(figure: Figure, name: str, title: str) -> Markup:
     """The figure as inline SVG: no style attributes, the page's colours, identifiers its own."""
-    import matplotlib
-
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(
-            buffer,
-            format="svg",
-            dpi=figure.dpi,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        anonymous = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", dpi=figure.dpi, metadata=anonymous)
     root = ET.fromstring(buffer.getvalue())
     _plain(root, name)
     view = root.get("viewBox", "")

@@ -3,73 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fifa.evaluation.models import BASE
 from fifa.evaluation.win_rates import Comparison, Level
 from fifa.formatting import number, percent, shorten, signed
 
 
-@dataclass(frozen=True)
-class Sign:
-    """A sign of reward hacking that was looked for in one checkpoint.
-
-    Parameters
-    ----------
-    model
-        The checkpoint.
-    what
-        What was looked at.
-    found
-        In words and numbers.
-    warn
-        Whether it is there: the interval leaves out "no change".
-    """
+class Symptom(NamedTuple):
+    """Something that reward hacking would show as, looked for in one checkpoint."""
 
     model: str
-    what: str
-    found: str
-    warn: bool
+    name: str
+    finding: str  # in words and numbers
+    present: bool  # the interval leaves out "no change"
 
 
-def signs(
+def symptoms(
     tuned: list[str],
-    found: Sequence[Comparison],
+    comparisons: Sequence[Comparison],
     diversity: Sequence[Level],
     looks: Mapping[str, Sequence[Level]],
-) -> list[Sign]:
-    """What reward hacking looks like, looked for in every checkpoint."""
-    told = []
+) -> list[Symptom]:
+    """What reward hacking looks like, looked for in every checkpoint of ``tuned``."""
+    found = []
     for model in tuned:
-        own = [c for c in found if c.ours == model and c.theirs == BASE and c.wins.n]
-        picked = [c for c in own if c.scale.picked]
-        free = [c for c in own if not c.scale.picked]
-        if picked and free:
-            high, low = max(c.wins.share for c in picked), min(c.wins.share for c in free)
-            lost = [c for c in free if c.wins.high < 0.5]
-            worst = min(free, key=lambda c: c.wins.share)
+        own = [c for c in comparisons if c.ours == model and c.theirs == BASE and c.wins.n]
+        picked = [c.wins.share for c in own if c.scale.picked]
+        independent = [c for c in own if not c.scale.picked]
+        if picked and independent:
+            worst = min(independent, key=lambda c: c.wins.share)
             text = (
-                f"{percent(high)} by the scorer that picked the data, {percent(low)} by "
-                f"{shorten(worst.scale.name, 40)}"
+                f"{percent(max(picked))} by the scorer that picked the data, "
+                f"{percent(worst.wins.share)} by {shorten(worst.scale.name, 40)}"
             )
-            told.append(Sign(model, "gain that independent scorers do not see", text, bool(lost)))
-        told += [
-            Sign(model, "less varied images of one prompt", _change(level), level.shift.high < 0)
-            for level in diversity
-            if level.model == model and level.shift is not None
-        ]
-        told += [
-            Sign(model, f"shift in {name}", _change(level), not _still(level))
-            for name, own_levels in looks.items()
-            for level in own_levels
-            if level.model == model and level.shift is not None
-        ]
-    return told
-
-
-def _still(level: Level) -> bool:
-    """Whether the interval of the shift from the base holds 0."""
-    return level.shift is None or level.shift.low <= 0 <= level.shift.high
+            lost = any(c.wins.high < 0.5 for c in independent)
+            found.append(Symptom(model, "gain that independent scorers do not see", text, lost))
+        named = [("less varied images of one prompt", diversity)]
+        named += [(f"shift in {look}", levels) for look, levels in looks.items()]
+        for name, levels in named:
+            for level in levels:
+                if level.model == model and (shift := level.shift) is not None:
+                    up = shift.low > 0 and levels is not diversity
+                    found.append(Symptom(model, name, _change(level), shift.high < 0 or up))
+    return found
 
 
 def _change(level: Level) -> str:

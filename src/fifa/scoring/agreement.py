@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,18 +58,24 @@ def agreement(signed_margin: npt.NDArray[Any]) -> Agreement:
     return Agreement(agreed / n if n else float("nan"), *wilson(agreed, n), n)
 
 
+def by_margin(signed_margin: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The signed margins that are known, the largest absolute ones first, [known pairs]."""
+    known = signed_margin[~np.isnan(signed_margin)]
+    ordered: npt.NDArray[Any] = known[np.argsort(-np.abs(known), kind="stable")]
+    return ordered
+
+
 def agreement_by_margin(
-    margin: npt.NDArray[Any],
     signed_margin: npt.NDArray[Any],
-    fractions: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0),
+    fractions: Iterable[float] = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0),
 ) -> pa.Table:
     """Agreement with the people among the pairs of largest margin.
 
     Parameters
     ----------
-    margin, signed_margin
-        As `fifa.scoring.margin.committee` gives them, float32 [pairs]. Pairs without a signed
-        margin are left out.
+    signed_margin
+        As `fifa.scoring.margin.committee` gives it, float32 [pairs]; pairs without one are left
+        out.
     fractions
         Which parts of the rest to look at, each in (0, 1]; rounded to whole pairs, at least 1.
 
@@ -79,25 +85,14 @@ def agreement_by_margin(
         A row a fraction: ``fraction``, ``n`` (pairs in it), ``threshold`` (their smallest
         margin), ``share``, ``low``, ``high`` (a 95 % Wilson interval), all float64 but ``n``.
     """
-    known = ~np.isnan(signed_margin)
-    margin, signed_margin = margin[known], signed_margin[known]
-    order = np.argsort(-margin, kind="stable")
-    ordered = signed_margin[order]
-    agreed = np.cumsum((ordered > 0) + 0.5 * (ordered == 0))
+    ordered = by_margin(signed_margin)
+    # a pair that agrees counts 1, one without a difference 1/2
+    agreed = np.cumsum(np.sign(ordered) + 1, dtype=np.float64) / 2
     rows = []
-    for fraction in fractions if len(order) else ():
-        n = min(len(order), max(1, round(fraction * len(order))))
-        low, high = wilson(float(agreed[n - 1]), n)
-        rows.append(
-            {
-                "fraction": float(fraction),
-                "n": n,
-                "threshold": float(margin[order[n - 1]]),
-                "share": float(agreed[n - 1]) / n,
-                "low": low,
-                "high": high,
-            }
-        )
-    columns = [(name, pa.float64()) for name in ("threshold", "share", "low", "high")]
-    schema = pa.schema([("fraction", pa.float64()), ("n", pa.int64()), *columns])
-    return pa.Table.from_pylist(rows, schema=schema)
+    for fraction in fractions if len(ordered) else ():
+        n = min(len(ordered), max(1, round(fraction * len(ordered))))
+        share, threshold = float(agreed[n - 1]) / n, abs(float(ordered[n - 1]))
+        rows.append((fraction, n, threshold, share, *wilson(float(agreed[n - 1]), n)))
+    names = ("fraction", "n", "threshold", "share", "low", "high")
+    schema = pa.schema([(name, pa.int64() if name == "n" else pa.float64()) for name in names])
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema)

@@ -11,8 +11,11 @@ from hypothesis.extra import numpy as hnp
 from report_runs import make_run
 from sklearn.decomposition import PCA
 
+from fifa.data.table import load_pairs
 from fifa.errors import FifaError
-from fifa.reporting import data
+from fifa.reporting import numbers
+from fifa.reporting.page import read_log, write_report
+from fifa.reporting.selection import load_selection
 from fifa.scoring.agreement import agreement
 
 MARGINS = hnp.arrays(
@@ -24,29 +27,28 @@ MARGINS = hnp.arrays(
 
 @given(MARGINS)
 def test_the_curve_is_the_agreement_among_the_largest_margins(signed):
-    curve = data.agreement_curve(data.hits_by_margin(signed))
+    curve = numbers.agreement_curve(signed)
     known = sorted((float(m) for m in signed if math.isfinite(m)), key=abs, reverse=True)
-    if len(known) < data.LEAST:
+    if len(known) < numbers.LEAST:
         assert curve is None
         return
-    assert curve.n[0] == data.LEAST
-    assert curve.n[-1] == len(known)
-    for n, top, share, low, high in zip(
-        curve.n, curve.top, curve.share, curve.low, curve.high, strict=True
-    ):
+    assert curve["n"][0].as_py() == numbers.LEAST
+    assert curve["n"][-1].as_py() == len(known)
+    for row in curve.to_pylist():
+        n = row["n"]
         # equal margins may stand in any order: only a cut between different ones is determined
         if n < len(known) and abs(known[n - 1]) == abs(known[n]):
             continue
-        told = agreement(np.array(known[:n]))
-        assert (share, low, high) == pytest.approx(told[:3])
-        assert top == n / len(known)
+        expected = agreement(np.array(known[:n]))
+        assert (row["share"], row["low"], row["high"]) == pytest.approx(expected[:3])
+        assert row["fraction"] == n / len(known)
 
 
 @given(MARGINS)
 def test_the_tenths_hold_every_labelled_pair_once(signed):
-    tenths = data.agreement_deciles(data.hits_by_margin(signed))
+    tenths = numbers.agreement_deciles(signed)
     known = np.abs(signed[np.isfinite(signed)])
-    if len(known) < data.LEAST:
+    if len(known) < numbers.LEAST:
         assert tenths == []
         return
     assert sum(tenth.n for tenth in tenths) == len(known)
@@ -57,14 +59,14 @@ def test_the_tenths_hold_every_labelled_pair_once(signed):
 
 def test_the_first_tenth_has_the_smallest_margins():
     signed = np.concatenate([-np.linspace(0.01, 0.1, 10), np.linspace(1, 2, 90)])
-    shares = [tenth.share for tenth in data.agreement_deciles(data.hits_by_margin(signed))]
+    shares = [tenth.share for tenth in numbers.agreement_deciles(signed)]
     assert shares == [0.0] + [1.0] * 9
 
 
 @given(MARGINS, st.integers(0, 2**32 - 1))
 def test_a_histogram_counts_every_finite_value(values, seed):
     kept = np.random.default_rng(seed).random(len(values)) < 0.5
-    found = data.histogram(values, kept)
+    found = numbers.histogram(values, kept)
     known = np.isfinite(values)
     if not known.any():
         assert found is None
@@ -76,7 +78,7 @@ def test_a_histogram_counts_every_finite_value(values, seed):
 
 def test_values_beyond_the_edges_are_in_the_outer_bins():
     values = np.concatenate([np.linspace(0, 1, 5000), [1e6, -1e6]])
-    found = data.histogram(values, np.ones(len(values), bool))
+    found = numbers.histogram(values, np.ones(len(values), bool))
     assert found.edges[0] >= -1
     assert found.edges[-1] <= 2
     assert found.before.sum() == pytest.approx(1)
@@ -89,7 +91,7 @@ def test_values_beyond_the_edges_are_in_the_outer_bins():
 def test_first_by_takes_the_smallest_key_of_each_prompt(pairs, n):
     prompt = np.array([p for p, _ in pairs], np.int32)
     key = np.array([k for _, k in pairs], np.float32)
-    rows = data.first_by(np.arange(len(pairs)), key, prompt, n)
+    rows = numbers.first_by(np.arange(len(pairs)), key, prompt, n)
     order = sorted(range(len(pairs)), key=lambda i: (math.isnan(key[i]), key[i], i))
     expected = {}
     for i in order:
@@ -99,7 +101,7 @@ def test_first_by_takes_the_smallest_key_of_each_prompt(pairs, n):
 
 def test_first_by_looks_at_few_of_many_rows():
     key = np.random.default_rng(0).permutation(100_000).astype(np.int32)
-    rows = data.first_by(np.arange(100_000), key, np.arange(100_000), 3)
+    rows = numbers.first_by(np.arange(100_000), key, np.arange(100_000), 3)
     assert key[rows].tolist() == [0, 1, 2]
 
 
@@ -111,36 +113,38 @@ def test_rows_are_taken_in_the_order_asked_across_row_groups(rows):
     sink = io.BytesIO()
     table = pa.table({"n": np.arange(100), "word": words})
     pq.write_table(table, sink, row_group_size=7)
-    taken = data.take_rows(sink, rows)
+    taken = numbers.take_rows(sink, rows)
     assert taken["n"].to_pylist() == rows
     assert taken["word"].to_pylist() == [f"w{i}" for i in rows]
-    assert data.take_rows(sink, rows, ["n"]).column_names == ["n"]
+    assert numbers.take_rows(sink, rows, ["n"]).column_names == ["n"]
 
 
-def test_the_plane_is_that_of_principal_components():
+def test_the_map_is_that_of_principal_components():
     rng = np.random.default_rng(3)
     z = rng.normal(size=(300, 12)) * np.linspace(3, 0.5, 12) + 1
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
-    plane = data.prompt_plane(z, z[:50])
+    prompt_map = numbers.prompt_map(z, z[:50])
     pca = PCA(2).fit(z.astype(np.float64))
     theirs = pca.transform(z)
     for i in (0, 1):
-        assert abs(np.corrcoef(plane.before[:, i], theirs[:, i])[0, 1]) == pytest.approx(
+        assert abs(np.corrcoef(prompt_map.before[:, i], theirs[:, i])[0, 1]) == pytest.approx(
             1, abs=1e-4
         )
-    assert plane.explained == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-4)
+    assert prompt_map.explained == pytest.approx(pca.explained_variance_ratio_.sum(), rel=1e-4)
     distances = 1 - z[:50] @ z[:50].T
-    assert plane.apart_after == pytest.approx(distances[~np.eye(50, dtype=bool)].mean(), abs=1e-5)
+    assert prompt_map.distance_after == pytest.approx(
+        distances[~np.eye(50, dtype=bool)].mean(), abs=1e-5
+    )
 
 
-def test_too_few_prompts_have_no_plane():
-    assert data.prompt_plane(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)) is None
+def test_too_few_prompts_have_no_map():
+    assert numbers.prompt_map(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32)) is None
 
 
 def test_rows_are_drawn_alike_every_time():
-    assert data.draw_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
-    drawn = data.draw_rows(10_000, 50)
-    assert drawn.tolist() == data.draw_rows(10_000, 50).tolist()
+    assert numbers.draw_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+    drawn = numbers.draw_rows(10_000, 50)
+    assert drawn.tolist() == numbers.draw_rows(10_000, 50).tolist()
     assert len(set(drawn)) == 50
     assert (np.diff(drawn) > 0).all()
 
@@ -149,48 +153,32 @@ def test_rejected_rows_are_counted_by_reason_with_the_first_of_them():
     table = pa.table(
         {"file": ["a", "b", "a", "a"], "row": [3, 1, 4, 9], "reason": ["x", "y", "x", "x"]}
     )
-    assert data.count_rejected(table, examples=2) == [
-        data.Rejected("x", 3, ("a, row 3", "a, row 4")),
-        data.Rejected("y", 1, ("b, row 1",)),
+    assert numbers.count_rejected(table, examples=2) == [
+        numbers.Rejected("x", 3, ("a, row 3", "a, row 4")),
+        numbers.Rejected("y", 1, ("b, row 1",)),
     ]
-    assert [entry.reason for entry in data.count_rejected(table, most=1)] == ["x"]
-
-
-def test_a_scorers_margin_is_signed_by_the_label(tmp_path):
-    path = tmp_path / "margin.parquet"
-    pq.write_table(
-        pa.table(
-            {
-                "reward_0": pa.array([2.0, 2.0, 2.0, None, float("inf")], pa.float32()),
-                "reward_1": pa.array([1.0, 1.0, 1.0, 1.0, 0.0], pa.float32()),
-            }
-        ),
-        path,
-    )
-    signed = data.signed_margins(path, np.array([1, 0.25, 0.5, 1, 1], np.float32))
-    np.testing.assert_array_equal(signed, [1, -1, np.nan, np.nan, np.nan])
+    assert [entry.reason for entry in numbers.count_rejected(table, most=1)] == ["x"]
 
 
 def test_the_log_counts_the_lines_it_cannot_read_and_leaves_the_report_out(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"step": "read", "seconds": 1.5}, {"step": "report", "seconds": 2}, ["odd"]]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": "sel')
-    log = data.read_log(path)
-    assert [entry["step"] for entry in log.steps] == ["read"]
-    assert log.broken == 2
+    steps, broken = read_log(path)
+    assert [entry["step"] for entry in steps] == ["read"]
+    assert broken == 2
 
 
-def test_a_run_without_a_selection_is_told(tmp_path):
+def test_a_run_without_a_selection_is_refused(tmp_path):
     with pytest.raises(FifaError, match="no selection"):
-        data.load_columns(tmp_path)
+        load_selection(tmp_path)
 
 
 def test_the_columns_are_those_of_the_tables(tmp_path):
     codes = make_run(tmp_path, pairs=60, keep=10)
-    columns = data.load_columns(tmp_path)
-    counts = data.count_reasons(columns)
-    assert sum(counts.values()) == 60
-    assert counts["selected"] == columns.kept.sum() == 10
+    columns = numbers.columns_of(load_pairs(tmp_path).table, load_selection(tmp_path))
+    assert len(columns.reason) == 60
+    assert columns.kept.sum() == 10
     np.testing.assert_array_equal(columns.kept, codes == 0)
     np.testing.assert_array_equal(columns.because("selected"), columns.kept)
     assert (columns.rank[columns.kept] > 0).all()
@@ -201,4 +189,4 @@ def test_a_selection_of_other_pairs_is_refused(tmp_path):
     path = tmp_path / "selection.parquet"
     pq.write_table(pq.read_table(path)[:-1], path)
     with pytest.raises(FifaError, match="59"):
-        data.load_columns(tmp_path)
+        write_report(tmp_path)

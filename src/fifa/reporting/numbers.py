@@ -1,0 +1,233 @@
+"""The numbers on the page: plain functions from a run's tables to counts, curves and maps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fifa.evaluation.measure import pairwise_distance
+from fifa.scoring.agreement import Agreement, agreement, agreement_by_margin, by_margin
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.integer[Any]]
+Bools = npt.NDArray[np.bool_]
+
+LEAST = 20  # labelled pairs below which a share is given as a count, not drawn as a curve
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the page needs of the selection and the pairs, an entry a pair.
+
+    Numbers are float32 with NaN where there is none, `rank` is int32 with 0 where there is
+    none, `reason` an index into `reasons`, `prompt` the row of the prompt.
+    """
+
+    margin: Floats
+    signed_margin: Floats
+    quality: Floats
+    diversity: Floats
+    importance: Floats
+    rank: Ints
+    reason: Ints
+    reasons: tuple[str, ...]
+    kept: Bools
+    label: Floats
+    prompt: Ints
+
+    def because(self, reason: str) -> Bools:
+        """Which pairs have this reason."""
+        return np.asarray(self.reason == self.reasons.index(reason))
+
+
+def columns_of(pairs: pa.Table, selection: pa.Table) -> Columns:
+    """The `Columns` of a table of pairs and of its selection, row by row."""
+    numbers = ["margin", "signed_margin", "quality", "diversity", "importance"]
+    reason = selection["reason"].unify_dictionaries().combine_chunks()
+    codes, reasons = reason.indices.to_numpy(), tuple(reason.dictionary.to_pylist())
+    return Columns(
+        **{name: pc.fill_null(selection[name], float("nan")).to_numpy() for name in numbers},
+        rank=pc.fill_null(selection["rank"], 0).to_numpy(),
+        reason=codes,
+        reasons=reasons,
+        kept=codes == reasons.index("selected") if "selected" in reasons else codes < 0,
+        label=pairs["label"].to_numpy(),
+        prompt=pairs["prompt_index"].to_numpy(),
+    )
+
+
+def agreement_curve(signed_margin: Floats, points: int = 160) -> pa.Table | None:
+    """`agreement_by_margin` at depths that grow by a constant factor from `LEAST` pairs to all.
+
+    None for fewer than `LEAST` pairs with a label and a margin.
+    """
+    n = int(np.count_nonzero(~np.isnan(signed_margin)))
+    if n < LEAST:
+        return None
+    depths = np.unique(np.geomspace(LEAST, n, points).round())
+    return agreement_by_margin(signed_margin, depths / n)
+
+
+def agreement_deciles(signed_margin: Floats) -> list[Agreement]:
+    """Agreement in each tenth by margin, smallest margins first; empty for too few pairs."""
+    ordered = by_margin(signed_margin)[::-1]
+    return (
+        [agreement(part) for part in np.array_split(ordered, 10)] if len(ordered) >= LEAST else []
+    )
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """One component before and after the selection, on common bins.
+
+    `edges` [bins + 1]; `before` and `after` are shares of their pairs [bins]. Values beyond the
+    outer edges are in the outer bins.
+    """
+
+    edges: Floats
+    before: Floats
+    after: Floats
+    median_before: float
+    median_after: float
+
+
+def histogram(values: Floats, kept: Bools) -> Histogram | None:
+    """Bins from the 0.1th to the 99.9th percentile of all finite values; None if there is none."""
+    finite = np.isfinite(values)
+    before, after = values[finite], values[finite & kept]
+    if not len(before):
+        return None
+    low, high = (float(edge) for edge in np.percentile(before, [0.1, 99.9]))
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    bins = int(np.clip(1.5 * np.sqrt(len(after)), 12, 40))  # no more than the kept pairs can fill
+    edges = np.linspace(low, high, bins + 1)
+    shares, medians = [], []
+    for part in (before, after):
+        counts, _ = np.histogram(np.clip(part.astype(np.float64), low, high), edges)
+        shares.append(counts / max(len(part), 1))
+        medians.append(float(np.median(part)) if len(part) else float("nan"))
+    return Histogram(edges, shares[0], shares[1], medians[0], medians[1])
+
+
+class Rejected(NamedTuple):
+    """How many rows were rejected for one reason, and where the first few of them are."""
+
+    reason: str
+    number: int
+    examples: tuple[str, ...]
+
+
+def count_rejected(table: pa.Table, most: int = 12, examples: int = 3) -> list[Rejected]:
+    """Rejected rows by their ``most`` frequent reasons; ``table`` has file, row and reason.
+
+    With ``examples`` 0 it needs no file and no row.
+    """
+    reasons = table["reason"].cast(pa.string())
+    counts = Counter(reasons.drop_null().to_pylist())
+    found = []
+    for reason, number in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]:
+        first = table.filter(pc.equal(reasons, reason))[:examples].to_pylist()
+        places = tuple(f"{row['file']}, row {row['row']}" for row in first)
+        found.append(Rejected(reason, number, places))
+    return found
+
+
+def first_by(rows: Ints, key: Floats | Ints, prompt: Ints, n: int) -> list[int]:
+    """The ``n`` of ``rows`` with the smallest ``key`` (NaN last), one a prompt, in order."""
+    near = min(len(rows), 64 * n)
+    if near < len(rows):
+        values = key[rows]
+        cut = np.partition(values, near - 1)[near - 1]
+        rows = rows[~(values > cut)] if np.isfinite(cut) else rows
+    found: dict[int, int] = {}
+    for row in rows[np.argsort(key[rows], kind="stable")]:
+        found.setdefault(int(prompt[row]), int(row))
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def take_rows(path: Path, rows: Sequence[int] | Ints, columns: list[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file, in the order asked; only the row groups they are in are read."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    wanted, order = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+    groups = np.searchsorted(starts, wanted, side="right") - 1
+    parts = [
+        file.read_row_group(int(group), columns).take(wanted[groups == group] - starts[group])
+        for group in np.unique(groups)
+    ]
+    if not parts:
+        return file.schema_arrow.empty_table().select(columns or file.schema_arrow.names)
+    return pa.concat_tables(parts).unify_dictionaries().take(order)
+
+
+@dataclass(frozen=True)
+class PromptMap:
+    """Prompts in the plane of their two main directions.
+
+    `before` and `after` are float64 [points, 2], samples of all and of the kept prompts;
+    `explained` is the share of the variance the plane shows; `distance_before` and
+    `distance_after` are the mean cosine distances between two different prompts of all and of
+    the kept.
+    """
+
+    before: Floats
+    after: Floats
+    explained: float
+    distance_before: float
+    distance_after: float
+
+
+def prompt_map(
+    before: Floats, after: Floats, most: tuple[int, int] = (5000, 2500)
+) -> PromptMap | None:
+    """Principal components of prompt embeddings, by hand and deterministic.
+
+    Parameters
+    ----------
+    before, after
+        float32 [n, d], L2-normalised: (samples of) all prompts, which the components are fitted
+        on, and of those of the kept pairs.
+    most
+        Points at most of either.
+
+    Returns
+    -------
+    PromptMap
+        None for fewer than three prompts or two dimensions.
+    """
+    if len(before) < 3 or before.shape[1] < 2:
+        return None
+    centre = before.mean(axis=0, dtype=np.float64)
+    centred = before.astype(np.float64) - centre
+    # C = X^T X / n; the plane is spanned by the eigenvectors of its two largest eigenvalues
+    spread, axes = np.linalg.eigh(centred.T @ centred / len(before))
+    plane = axes[:, [-1, -2]]
+    # An eigenvector's sign is free: the largest entry is made positive
+    plane = plane * np.where(plane[np.abs(plane).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0)
+    return PromptMap(
+        before=((before[draw_rows(len(before), most[0])] - centre) @ plane).round(4),
+        after=((after[draw_rows(len(after), most[1])] - centre) @ plane).round(4),
+        explained=float(spread[-2:].sum() / max(spread.sum(), 1e-12)),
+        distance_before=pairwise_distance(before),
+        distance_after=pairwise_distance(after),
+    )
+
+
+def draw_rows(count: int, most: int) -> Ints:
+    """At most ``most`` of ``count`` rows, ascending, always the same ones."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
