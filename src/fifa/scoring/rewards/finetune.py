@@ -24,13 +24,8 @@ from fifa.models.transformer import load_model
 from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, nll
 from fifa.scoring.rewards.card import reward_facts
 from fifa.scoring.rewards.clip import ImageTower
-<<<<<<< HEAD
 from fifa.scoring.rewards.engine import EngineOptions, distinct_images
 from fifa.scoring.rewards.features import image_batches
-from fifa.scoring.rewards.fit import training_facts
-=======
-from fifa.scoring.rewards.features import read_unique, unique_images
->>>>>>> 8f078a1 (What is said of a trained reward is written in one place; a CLIP in training is two towers; fit and finetune are no circle)
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
 from fifa.scoring.rewards.proxy import MODEL, save_settings
@@ -333,16 +328,5 @@ def _pixels(
             f"not one image could be read; the first: {bad[0]}", where=pairs.origin.source
         )
     note(images_unreadable=len(bad))
-<<<<<<< HEAD
     of_pair = distinct.of_image[of_slot].reshape(-1, 2)
-    return pixels, of_pair, np.array(sorted(bad), np.int64)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    # x / |x|
-    unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
-    return unit
-=======
-    of_pair = asked.image[asked.of_slot].reshape(-1, 2)
     return pixels, of_pair, np.isin(np.arange(n), list(bad))
->>>>>>> 8f078a1 (What is said of a trained reward is written in one place; a CLIP in training is two towers; fit and finetune are no circle)
