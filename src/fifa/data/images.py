@@ -254,24 +254,23 @@ def read(
     Yields
     ------
     (row, bytes or BadImage)
-        In the order of the source's files and rows, so that each is read once; in one row of a
-        file in the order of the table. Memory holds `BATCH` rows of cells at most. No image
-        raises, and none is left out. The bytes are not decoded:
+        File by file, in the order in which files come up, and by row in each, so that each is
+        read once; of one row's images the first in the table comes first. Tar members, files and
+        URLs come after the cells of their source file. Memory holds `BATCH` rows of cells at
+        most. No image raises, and none is left out. The bytes are not decoded:
         `fifa.data.prefetch.decode_images` does that, or `fifa.data.decode.open_image`.
     """
     root = Root(images.root)
     wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
     chosen = images.table.select(IMAGES.names[1:]).take(pa.array(wanted)).to_pydict()
     columns = (chosen[name] for name in ("file", "row", "column", "ref"))
-    places = sorted(
-        ((file or "", row, i, column, ref)
-         for i, file, row, column, ref in zip(wanted.tolist(), *columns, strict=True)),
-        key=lambda place: place[:3],
-    )  # fmt: skip
+    places = list(zip(*columns, wanted.tolist(), strict=True))
+    number = {file: i for i, file in enumerate(dict.fromkeys(chosen["file"]))}
+    places.sort(key=lambda place: (number[place[0]], place[1], place[-1]))
     for file, group in groupby(places, key=lambda place: place[0]):
         cells: list[Cell] = []
         refs: list[tuple[int, str]] = []
-        for _, row, i, column, ref in group:
+        for _, row, column, ref, i in group:
             if column is not None:
                 cells.append((row, i, column))
             elif ref is None:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from fifa.console import echo, note
+from fifa.console import echo, note, progress
+from fifa.data.images import look
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import digest
+from fifa.shards.files import digest, write_table
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.encode import Encoder, plan_images
 from fifa.training.pairs import TrainingPairs
-from fifa.training.probe import probe, sizes
 from fifa.training.resize import Resize
 from fifa.training.store import Place, TensorShards
 
@@ -147,8 +149,10 @@ def encode(
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
     folder = Path(folder)
     resize = Resize(resolution, backbone.pixels_per_latent, buckets)
-    known = probe(pairs, folder)
-    plan = plan_images(known["content"].to_pylist(), sizes(known), resize, flips)
+    known = _facts(pairs, folder)
+    sizes = np.stack([known[name].to_numpy() for name in ("height", "width")], axis=1)
+    sizes = sizes.astype(np.int64).reshape(-1, 2, 2)
+    plan = plan_images(known["content"].to_pylist(), sizes, resize, flips)
     captions = list(dict.fromkeys(["", *pairs.caption]))
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
     prompts = encoder.prompts(captions)
@@ -171,6 +175,25 @@ def encode(
         f"{encoded.bytes / 1e9:.2f} GB in {folder}"
     )
     return encoded
+
+
+def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
+    """`fifa.data.images.FACTS` of `TrainingPairs.image_table`, kept in ``folder``.
+
+    Raises `FifaError` if an image is missing or its header is no JPEG's, PNG's or WEBP's: before
+    anything has been computed.
+    """
+    path = folder / f"images-{digest(pairs.digest, pairs.fingerprint)}.parquet"
+    if path.exists():
+        return pq.read_table(path)
+    with progress("looking at images", 2 * len(pairs)) as advance:
+        facts = look(pairs.image_table, done=advance)
+    bad = np.flatnonzero(facts["reason"].is_valid())
+    if len(bad):
+        first = int(bad[0])
+        raise pairs.unreadable(first, facts["reason"][first].as_py(), len(bad))
+    write_table(path, facts)
+    return facts
 
 
 def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype: str) -> int:

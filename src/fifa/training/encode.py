@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fifa.console import progress
-from fifa.data.decode import BadImage, open_image
-from fifa.data.prefetch import Prefetch
+from fifa.data.decode import BadImage
+from fifa.data.images import read
+from fifa.data.prefetch import decode_images
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import digest
@@ -45,8 +46,8 @@ class ImagePlan:
     slots
         int32 [n, 2]: which of the images winner and loser are.
     first
-        [images]: (pair, side) where each is met first; images of one size are neighbours, in the
-        order of the pairs.
+        [images]: where each is met first, a row of `TrainingPairs.image_table`; images of one
+        size are neighbours, in the order of the pairs.
     keys
         [images]: what each is, its bytes' hash and its frame.
     flips
@@ -55,13 +56,13 @@ class ImagePlan:
 
     frames: npt.NDArray[np.int64]
     slots: Ints
-    first: list[tuple[int, int]]
+    first: list[int]
     keys: list[str]
     flips: tuple[bool, ...]
 
     def frame(self, image: int) -> Frame:
         """The frame of one of the images."""
-        return Frame(*self.frames[self.first[image]].tolist())
+        return Frame(*self.frames.reshape(-1, 6)[self.first[image]].tolist())
 
     def chunks(self, most: int) -> Iterator[range]:
         """The images in runs of one size, at most ``most`` in each."""
@@ -89,7 +90,7 @@ def plan_images(
     ordered = sorted(first, key=lambda key: (shape[key], first[key]))
     number = {key: i for i, key in enumerate(ordered)}
     slots = np.array([number[key] for key in keys], np.int32).reshape(-1, 2)
-    places = [(first[key] // 2, first[key] % 2) for key in ordered]
+    places = [first[key] for key in ordered]
     return ImagePlan(frames, slots, places, ordered, (False, True) if flips else (False,))
 
 
@@ -194,17 +195,15 @@ class Encoder:
         self, plan: ImagePlan, part: range, flip: bool, pool: ThreadPoolExecutor
     ) -> Iterator[Pixels]:
         """Pixels ``[b, 3, h, w]`` of some images, decoded ahead in threads."""
-        wanted = [plan.first[i] for i in part]
-
-        def submitted() -> Iterator[Future[Pixels | BadImage]]:
-            for image, data in zip(part, self.pairs.read(wanted), strict=True):
-                yield pool.submit(_decode, data, plan.frame(image), flip)
-
+        frames = {plan.first[i]: plan.frame(i) for i in part}
+        found = read(self.pairs.image_table, list(frames))  # ascending: yielded in this order
+        decoded = decode_images(
+            found, lambda image, row: cut(image, frames[row], flip), pool=pool, most=2 * self.batch
+        )
         waiting: list[Pixels] = []
-        for place, job in zip(wanted, Prefetch(submitted(), 2 * self.batch), strict=True):
-            pixels = job.result()
+        for row, pixels in decoded:
             if isinstance(pixels, BadImage):
-                raise self.pairs.unreadable(*place, pixels)
+                raise self.pairs.unreadable(row, pixels.reason)
             waiting.append(pixels)
             if len(waiting) == self.batch:
                 yield np.stack(waiting)
@@ -222,18 +221,6 @@ class Encoder:
                 do="keep the cache in bfloat16 or float32",
             )
         return kept
-
-
-def _decode(data: bytes | BadImage, frame: Frame, flip: bool) -> Pixels | BadImage:
-    if isinstance(data, BadImage):
-        return data
-    try:
-        with open_image(data) as image:
-            return cut(image, frame, flip)
-    except BadImage as error:
-        return error
-    except (OSError, ValueError, MemoryError) as error:
-        return BadImage(f"cannot be resized: {str(error)[:100]}")
 
 
 def _unit(pixels: Pixels) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import pyarrow.parquet as pq
 
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
+from fifa.data.images import Images, cell_images, read
 from fifa.errors import FifaError
 from fifa.run.steps import is_run
+from fifa.selection.subset import IMAGES
 from fifa.shards.files import digest
-from fifa.training.cells import IMAGES, Cells, cannot_read, open_parquet
 
 NEEDED = (*IMAGES, "label_0", "caption")
 OPTIONAL = ("label", "weight", "pair_id", "has_label", "signed_margin")
@@ -47,10 +47,8 @@ class TrainingPairs:
         16 hex characters that name the files: their footers, sizes and times.
     dropped
         How many rows are not here, by reason: ``tie``, ``no_label``.
-    cells
-        Where the images are.
-    places
-        int64 [n, 3]: file, row, and the column (0 or 1) of the winner.
+    image_table
+        Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
     folder
         The subset's folder if the source is one of ours, for its ``subset.json``.
     """
@@ -63,8 +61,7 @@ class TrainingPairs:
     digest: str
     fingerprint: str
     dropped: dict[str, int]
-    cells: Cells
-    places: npt.NDArray[np.int64]
+    image_table: Images
     folder: Path | None = None
 
     def __len__(self) -> int:
@@ -72,30 +69,19 @@ class TrainingPairs:
 
     def images(self, i: int) -> tuple[bytes, bytes]:
         """The original bytes of pair i's winner and loser; `FifaError` where there are none."""
-        found = list(self.read([(i, 0), (i, 1)]))
-        for side, data in enumerate(found):
+        found = []
+        for row, data in read(self.image_table, [2 * i, 2 * i + 1]):
             if isinstance(data, BadImage):
-                raise self.unreadable(i, side, data)
-        winner, loser = found
-        assert isinstance(winner, bytes) and isinstance(loser, bytes)
-        return winner, loser
+                raise self.unreadable(row, data.reason)
+            found.append(data)
+        return found[0], found[1]
 
-    def read(self, images: Iterable[tuple[int, int]]) -> Iterator[bytes | BadImage]:
-        """The bytes of images given as (pair, side), in their order; side 0 is the winner.
-
-        In the order of pairs everything is read once; memory stays flat.
-        """
-        places = self.places
-        return self.cells.read(
-            (int(places[i, 0]), int(places[i, 1]), side ^ int(places[i, 2])) for i, side in images
-        )
-
-    def unreadable(self, i: int, side: int, error: BadImage, count: int = 1) -> FifaError:
-        """The error for an image that cannot be trained on, the first of ``count``."""
-        which = f"pair {self.pair_id[i]}, {('winner', 'loser')[side]}"
+    def unreadable(self, row: int, reason: str, count: int = 1) -> FifaError:
+        """The error for a row of ``image_table`` that cannot be trained on, the first of some."""
+        which = f"pair {self.pair_id[row // 2]}, {('winner', 'loser')[row % 2]}"
         return FifaError(
-            f"{count:,} of the pairs' images cannot be read; the first: {error.reason}",
-            where=f"{which}: row {self.places[i, 1]} of {self.cells.files[self.places[i, 0]]}",
+            f"{count:,} of the pairs' images cannot be read; the first: {reason}",
+            where=f"{which}: {self.image_table.place(row)}",
             do="rebuild the subset with images (`fifa export`, --allow-download for URLs), or "
             "take such pairs out of the source",
         )
@@ -122,7 +108,6 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     path = Path(source).expanduser()
     folder = _subset(path)
     files = _files(folder or path)
-    cells = Cells(tuple(files))
     rows = [_rows(file, number) for number, file in enumerate(files)]
     table = pa.concat_tables(rows)
     reasons, winner = _winners(table, files)
@@ -134,14 +119,18 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     if len(kept) == 0:
         raise FifaError("no pair with a winner", where=str(source), do="choose another source")
     table = table.take(kept)
-    places = np.stack(
-        [table["file"].to_numpy(), table["row"].to_numpy(), winner[kept]], axis=1
-    ).astype(np.int64)
+    sides = np.stack([winner[kept], 1 - winner[kept]], axis=1).reshape(-1)
+    images = cell_images(
+        files,
+        np.repeat(table["file"].to_numpy(), 2),
+        np.repeat(table["row"].to_numpy(), 2),
+        [IMAGES[side] for side in sides.tolist()],
+    )
     label = _labels(table, winner[kept])
     weight = _weights(table, str(source))
     margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
-    ids = _ids(table, cells, places)
+    ids = _ids(table, images)
     note(training_pairs=len(ids), **{f"training_pairs_{k}": v for k, v in dropped.items()})
     return TrainingPairs(
         pair_id=ids,
@@ -152,8 +141,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         digest=digest(ids, caption, label.tobytes(), weight.tobytes(), margin.tobytes()),
         fingerprint=digest([_fingerprint(file) for file in files]),
         dropped=dropped,
-        cells=cells,
-        places=places,
+        image_table=images,
         folder=folder,
     )
 
@@ -188,7 +176,10 @@ def _files(path: Path) -> list[Path]:
 
 def _rows(file: Path, number: int) -> pa.Table:
     """What one file says of its rows, its images aside."""
-    opened = open_parquet(file)
+    try:
+        opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    except (OSError, pa.ArrowException) as error:
+        raise _cannot_read(file, error) from error
     names = opened.schema_arrow.names
     missing = [name for name in NEEDED if name not in names]
     if set(missing) & set(IMAGES) and "image_0_url" in names:
@@ -217,10 +208,15 @@ def _rows(file: Path, number: int) -> pa.Table:
             "signed_margin": _column(table, "signed_margin", pa.float64()),
         }
     except (OSError, pa.ArrowException) as error:
-        raise cannot_read(file, error) from error
+        raise _cannot_read(file, error) from error
     n = table.num_rows
     place = {"file": pa.array(np.full(n, number)), "row": pa.array(np.arange(n))}
     return pa.table({**plain, **place})
+
+
+def _cannot_read(path: Path, error: Exception) -> FifaError:
+    brief = str(error).partition("\n")[0][:150]
+    return FifaError(f"cannot read the Parquet file: {brief}", where=str(path))
 
 
 def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
@@ -275,7 +271,7 @@ def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
     return weight
 
 
-def _ids(table: pa.Table, cells: Cells, places: npt.NDArray[np.int64]) -> list[str]:
+def _ids(table: pa.Table, images: Images) -> list[str]:
     """The source's pair ids, or hashes of prompt, winner, loser and how often they came before."""
     given = table["pair_id"]
     if given.null_count == 0:
@@ -284,16 +280,12 @@ def _ids(table: pa.Table, cells: Cells, places: npt.NDArray[np.int64]) -> list[s
         if twice:
             raise FifaError(f"{len(twice):,} pair ids come twice", where=f"pair {twice[0]}")
         return ids
-    order = [
-        (int(file), int(row), side ^ int(winner)) for file, row, winner in places for side in (0, 1)
-    ]
-    bytes_of = cells.read(order)
+    bytes_of = (b"" if isinstance(data, BadImage) else data for _, data in read(images))
     made: list[str] = []
     seen: Counter[str] = Counter()
-    with progress("telling pairs apart", len(places)) as advance:
+    with progress("telling pairs apart", len(table)) as advance:
         for caption in table["caption"].to_pylist():
-            both = [next(bytes_of), next(bytes_of)]
-            name = digest(caption, *(b"" if isinstance(d, BadImage) else d for d in both))
+            name = digest(caption, next(bytes_of), next(bytes_of))
             made.append(digest(name, seen[name]) if seen[name] else name)
             seen[name] += 1
             advance(1)
