@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from fifa.config import Read, Recipe, Score, Select, build
 from fifa.console import echo, note
-from fifa.data.images import has_pixels, read_images
+from fifa.data.images import has_pixels, read
 from fifa.data.read import read_pairs
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -91,7 +91,7 @@ def export(
     allow_download
         Fetch images that the source only names by URL.
     fetched
-        Where images that were fetched before are kept (`fifa.data.images.read_images`).
+        Where images that were fetched before are kept (`fifa.data.images.read`).
 
     Returns
     -------
@@ -124,8 +124,8 @@ def export(
         "reasons": reason_counts(selection),
     }
     images = allow_download or has_pixels(pairs.table, pairs.origin)
-    read = partial(read_images, pairs, allow_download=allow_download, fetched=fetched)
-    return _write(folder, pairs, rows, columns, facts, read if images else None)
+    door = partial(read, allow_download=allow_download, fetched=fetched)
+    return _write(folder, pairs, rows, columns, facts, door if images else None)
 
 
 def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
@@ -184,9 +184,9 @@ def rebuild(
         if field.name in FROM_SELECTION
     }
     facts = {name: known[name] for name in ("recipe", "source", "scores", "reasons")}
-    read = partial(read_images, pairs, allow_download=allow_download) if known["images"] else None
+    door = partial(read, allow_download=allow_download) if known["images"] else None
     check = partial(_refuse_changed, pairs, known)
-    exported = _write(folder, pairs, rows, columns, facts, read, check)
+    exported = _write(folder, pairs, rows, columns, facts, door, check)
     if exported.digest != known["digest"]:
         echo(
             f"every pair is the same, but the files are not byte for byte: they were written by "
@@ -201,21 +201,21 @@ def _write(
     rows: Integers,
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
-    read: ReadImages | None,
+    door: ReadImages | None,
     check: Callable[[Written], None] = lambda written: None,
 ) -> Exported:
-    """The subset of some rows; without ``read`` it has references instead of images."""
+    """The subset of some rows; without ``door`` it has references instead of images."""
     from fifa import __version__
 
     table = subset_rows(pairs, rows, columns)
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
     with atomic_folder(folder) as made:
-        written = write_shards(made, pairs, rows, table, read)
+        written = write_shards(made, pairs, rows, table, door)
         check(written)
         subset = {
             "fifa_subset": FORMAT,
             "pairs": len(rows),
-            "images": read is not None,
+            "images": door is not None,
             "digest": digest(written.files),
             "files": written.files,
             "versions": {"fifa": __version__, "pyarrow": pa.__version__},
@@ -227,12 +227,12 @@ def _write(
         write_text(made / "README.md", dataset_card(subset))
         write_json(made / SUBSET_FILE, subset)
     size = sum(file["bytes"] for file in written.files)
-    note(subset_pairs=len(rows), subset_bytes=size, subset_images=read is not None)
-    if read is None:
+    note(subset_pairs=len(rows), subset_bytes=size, subset_images=door is not None)
+    if door is None:
         echo(
             "the source has no images here: the subset keeps references (image_0_url, image_1_url)"
         )
-    return Exported(folder, len(rows), read is not None, size, str(subset["digest"]))
+    return Exported(folder, len(rows), door is not None, size, str(subset["digest"]))
 
 
 def _rows(pairs: Pairs, names: list[str]) -> Integers:

@@ -16,14 +16,14 @@ import xxhash
 
 from fifa.console import progress
 from fifa.data.decode import BadImage
+from fifa.data.images import Found, Images, pair_images
 from fifa.data.records import tar_ref
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
 Integers = npt.NDArray[np.int64]
-Found = tuple[int, int, "bytes | BadImage"]
-ReadImages = Callable[[list[int]], Iterable[Found]]  # from rows of the pairs to their images
+ReadImages = Callable[[Images], Iterable[Found]]
 
 SHARD_BYTES = 256 << 20  # of images in a file
 GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
@@ -134,7 +134,7 @@ def write_shards(
     pairs: Pairs,
     rows: Integers,
     table: pa.Table,
-    read: ReadImages | None,
+    door: ReadImages | None,
 ) -> Written:
     """Write ``data/train-00000-of-0000N-<digest>.parquet`` and so on, in the order of ``rows``.
 
@@ -148,9 +148,9 @@ def write_shards(
         Where the images are.
     table
         `subset_rows` of them.
-    read
-        Gives the images of rows, as `fifa.data.images.read_images` does; None writes no image
-        columns, and the subset has references only.
+    door
+        `fifa.data.images.read`, as it is to be called; None writes no image columns, and the
+        subset has references only.
 
     Returns
     -------
@@ -165,20 +165,22 @@ def write_shards(
     with tempfile.TemporaryFile(dir=folder) as spool:
         # The source is read in its own order, once; the subset is written in rank order.
         places = np.zeros((len(rows), 2, 2), np.int64)  # offset and size of every image
-        if read is not None:
-            _fill(spool, places, pairs, rows, read(rows.tolist()))
+        if door is not None:
+            slots = np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
+            images = pair_images(pairs.table, pairs.origin, slots)
+            _fill(spool, places, table["pair_id"], door(images))
         shards = plan_shards(places[..., 1].sum(axis=1))
         content = np.zeros(len(rows), np.uint64)
         files = []
         for number, groups in enumerate(shards):
             name = f"train-{number:05d}-of-{len(shards):05d}"
-            schema = COLUMNS if read is not None else table.schema
+            schema = COLUMNS if door is not None else table.schema
             with pq.ParquetWriter(folder / "data" / name, schema, **_settings(schema)) as writer:
                 for start, end in groups:
                     part = table.slice(start, end - start)
                     cells = [_read_both(spool, place) for place in places[start:end]]
                     content[start:end] = _content(part, cells)
-                    if read is not None:
+                    if door is not None:
                         part = _with_images(part, cells)
                     writer.write_table(part, row_group_size=GROUP_ROWS)
             files.append(_file(folder, name))
@@ -228,25 +230,24 @@ def _settings(schema: pa.Schema) -> dict[str, object]:
 def _fill(
     spool: IO[bytes],
     places: Integers,
-    pairs: Pairs,
-    rows: Integers,
+    pair_id: pa.ChunkedArray,
     found: Iterable[Found],
 ) -> None:
-    position = {int(row): place for place, row in enumerate(rows)}
-    bad: list[tuple[int, int, BadImage]] = []
-    with progress("reading images", 2 * len(rows)) as advance:
-        for row, side, data in found:
+    """Image ``side`` of pair i, number 2 i + side of what was found, at ``places[i, side]``."""
+    bad: list[tuple[int, BadImage]] = []
+    with progress("reading images", 2 * len(places)) as advance:
+        for image, data in found:
             advance(1)
             if isinstance(data, BadImage):
-                bad.append((row, side, data))
+                bad.append((image, data))
                 continue
-            places[position[row], side] = spool.tell(), len(data)
+            places[image // 2, image % 2] = spool.tell(), len(data)
             spool.write(data)
     if bad:
-        row, side, error = min(bad, key=lambda found: found[:2])
+        image, error = min(bad, key=lambda found: found[0])
         raise FifaError(
             f"{len(bad):,} images of the selected pairs cannot be read; the first: {error}",
-            where=f"pair {pairs.table['pair_id'][row]}, image {side}",
+            where=f"pair {pair_id[image // 2]}, image {image % 2}",
             do="select again: pairs with unreadable images are then replaced",
         )
 
