@@ -45,6 +45,18 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
         ) from error
 
 
+def weights_folder(model: str, what: str) -> Path:
+    """`model_folder` of an ``encoder``, ``language model``, ...; refused without safetensors."""
+    folder = model_folder(model)
+    if not any(folder.rglob("*.safetensors")):
+        raise FifaError(
+            f"the {what} has no safetensors weights (pickled ones are never opened)",
+            where=str(folder),
+            do="convert it with its save_pretrained, or choose another",
+        )
+    return folder
+
+
 def model_digest(
     model: Path, suffixes: Sequence[str] = MODEL_FILES, *, nested: bool = False
 ) -> str:

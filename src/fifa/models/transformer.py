@@ -83,7 +83,7 @@ class ModelEncoder:
         tokens = [ids or [filler] for ids in tokens]  # some tokenizers give "" no token at all
         note(prompts_at_token_limit=sum(len(ids) >= limit for ids in tokens))
         vectors = np.empty((len(tokens), 0), np.float32)
-        for batch in _batches([len(ids) for ids in tokens], BATCH_TOKENS):
+        for batch in length_batches([len(ids) for ids in tokens], BATCH_TOKENS):
             part = self._forward(model, [tokens[i] for i in batch], filler, device)
             if vectors.shape[1] == 0:
                 vectors = np.empty((len(tokens), part.shape[1]), np.float32)
@@ -254,11 +254,13 @@ def _sentence_settings(folder: Path, modules: list[dict[str, Any]]) -> dict[str,
     return {"pooling": modes[0], "prefix": prompt, "lower": lower, "max_tokens": limit}
 
 
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Rows in order of length, in batches whose padded size stays within ``budget`` tokens."""
+def length_batches(
+    lengths: Sequence[int], budget: int, most: int | None = None
+) -> Iterator[list[int]]:
+    """Rows in order of length, in batches of ``most`` rows and ``budget`` padded tokens at most."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[row] > budget:
+        if batch and (len(batch) == most or (len(batch) + 1) * lengths[row] > budget):
             yield batch
             batch = []
         batch.append(row)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from fifa.console import note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.models.hub import model_folder
+from fifa.models.hub import weights_folder
 from fifa.models.optional import wheel_path
 from fifa.models.runtime import DTYPES
 from fifa.models.transformer import ModelEncoder, Vectors, normalised
@@ -79,13 +79,7 @@ def make_minilm(spec: Spec, device: str, dtype: str) -> ModelEncoder:
 
 def make_transformer(spec: Spec, device: str, dtype: str) -> ModelEncoder:
     """A text encoder, or the text tower of a CLIP, from a folder or the hub."""
-    folder = model_folder(spec.model)
-    if not any(folder.rglob("*.safetensors")):
-        raise FifaError(
-            "the encoder has no safetensors weights (pickled ones are never opened)",
-            where=str(folder),
-            do="convert it with its save_pretrained, or choose another",
-        )
+    folder = weights_folder(spec.model, "encoder")
     return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)
 
 
@@ -118,10 +112,7 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
 
     def embed(start: int) -> pa.Table:
         part = prompts.slice(start, SHARD)
-        vectors = encoder.embed(part["prompt"].to_pylist()).astype(np.float16)
-        flat = pa.array(vectors.reshape(-1), pa.float16())
-        lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        return pa.table({"prompt_id": part["prompt_id"].combine_chunks(), "embedding": lists})
+        return _table(part, encoder.embed(part["prompt"].to_pylist()))
 
     # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
     ledger, n = Ledger.beside(path), prompts.num_rows
@@ -171,7 +162,8 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
 
     Raises `FifaError` for a column that is missing, not of numbers, ragged or not finite.
     """
-    lists = [f.name for f in pairs.table.schema if pa.types.is_list(f.type) or _is_fixed(f.type)]
+    list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    lists = [f.name for f in pairs.table.schema if any(is_type(f.type) for is_type in list_types)]
     if name not in lists:
         raise FifaError(
             f"the pairs have no list column {name!r}",
@@ -222,7 +214,3 @@ def _vectors(lists: Iterable[pa.FixedSizeListArray], rows: int, width: int) -> V
         vectors[start : start + len(part)] = flat.reshape(-1, width)
         start += len(part)
     return normalised(vectors)
-
-
-def _is_fixed(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind))

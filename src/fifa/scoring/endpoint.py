@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,8 +94,7 @@ class Endpoint(ABC):
             Where there is no key, the endpoint is down, refuses the key or model, or no question
             at all was answered.
         """
-        answers = Answers(self.folder)
-        try:
+        with closing(Answers(self.folder)) as answers:
             known: dict[str, Any] = {
                 key: self.answer_type.model_validate_json(text)
                 for key, text in answers.get(list(questions)).items()
@@ -107,8 +107,6 @@ class Endpoint(ABC):
                 with progress(f"rating prompts ({self.model})", len(missing)) as advance:
                     known |= _run(talk.ask_all(missing, advance))
                 talk.report(len(missing))
-        finally:
-            answers.close()
         return known
 
     @property

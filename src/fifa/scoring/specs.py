@@ -24,8 +24,6 @@ class Entry:
     ----------
     name
         What a spec begins with.
-    takes
-        What follows the name, optional parts in brackets: ``[:MODEL]``, ``:MODEL[@URL]``.
     maker
         ``module:function or class`` below `fifa.scoring`, imported when it is first needed.
         Empty for what is read from the source's own columns, or trained here.
@@ -38,15 +36,17 @@ class Entry:
         its scores. Default: its name.
     dtype
         What a reward model computes in unless told otherwise.
+    takes
+        What follows the name, optional parts in brackets: ``[:MODEL]``, ``:MODEL[@URL]``.
     """
 
     name: str
-    takes: str = ""
     maker: str = ""
     hub: str = ""
     scale: str = ""
     family: str = ""
     dtype: str = "float32"
+    takes: str = "[:MODEL]"
 
     @property
     def form(self) -> str:
@@ -140,83 +140,49 @@ class Registry:
 
 _CLIP, _HPS = "rewards.clip:ClipReward", "rewards.hps:HPSReward"
 _COSINE = "cos(prompt, image)"
+_TORCHMETRICS = f"max(100 * {_COSINE}, 0), as in torchmetrics"
+_HESSEL = "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021"
+_MU = "mu, the mean of the reward's distribution (the head's first output)"
+_STANDARD = "(r - 0.16717) / 1.03334: mean 0 and spread 1 on ImageReward's own data"
+_POINTS = "points of LAION's aesthetic predictor v2, about 1 to 10; blind to the prompt"
+_LOGODDS = "log-odds that people prefer the image, calibrated on prompts held out of its training"
 
 REWARDS = Registry(
     "reward model",
-    Entry("column", ":NAME_0,NAME_1"),
-    Entry(
-        "pickscore",
-        "[:MODEL]",
-        _CLIP,
-        "yuvalkirstain/PickScore_v1",
-        f"exp(logit_scale) * {_COSINE}",
-    ),
-    Entry("hpsv2", "[:MODEL]", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
-    Entry("hpsv2.1", "[:MODEL]", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
-    Entry(
-        "hpsv3",
-        "[:MODEL]",
-        "rewards.hpsv3:HPSv3",
-        "MizzenAI/HPSv3",
-        "mu, the mean of the reward's distribution (the head's first output)",
-        dtype="bfloat16",
-    ),
-    Entry(
-        "imagereward",
-        "[:MODEL]",
-        "rewards.imagereward:ImageReward",
-        "THUDM/ImageReward",
-        "(r - 0.16717) / 1.03334: mean 0 and spread 1 on ImageReward's own data",
-    ),
-    Entry(
-        "clipscore",
-        "[:MODEL]",
-        _CLIP,
-        "openai/clip-vit-large-patch14",
-        f"max(100 * {_COSINE}, 0), as in torchmetrics",
-        family="clip",
-    ),
-    Entry(
-        "clipscore-b32",
-        "[:MODEL]",
-        _CLIP,
-        "openai/clip-vit-base-patch32",
-        "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021",
-        family="clip",
-    ),
+    Entry("column", takes=":NAME_0,NAME_1"),
+    Entry("pickscore", _CLIP, "yuvalkirstain/PickScore_v1", f"exp(logit_scale) * {_COSINE}"),
+    Entry("hpsv2", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
+    Entry("hpsv2.1", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
+    Entry("hpsv3", "rewards.hpsv3:HPSv3", "MizzenAI/HPSv3", _MU, dtype="bfloat16"),
+    Entry("imagereward", "rewards.imagereward:ImageReward", "THUDM/ImageReward", _STANDARD),
+    Entry("clipscore", _CLIP, "openai/clip-vit-large-patch14", _TORCHMETRICS, family="clip"),
+    Entry("clipscore-b32", _CLIP, "openai/clip-vit-base-patch32", _HESSEL, family="clip"),
     Entry(
         "aesthetic",
-        "[:MODEL]",
         "rewards.aesthetic:AestheticReward",
         "trl-lib/ddpo-aesthetic-predictor",
-        "points of LAION's aesthetic predictor v2, about 1 to 10; blind to the prompt",
+        _POINTS,
     ),
-    Entry("proxy"),
-    Entry("proxy", "@ENCODER"),
-    Entry(
-        "proxy",
-        ":FOLDER",
-        "rewards.proxy:load_proxy",
-        scale="log-odds that people prefer the image, calibrated on prompts held out of its "
-        "training",
-    ),
+    Entry("proxy", takes=""),
+    Entry("proxy", takes="@ENCODER"),
+    Entry("proxy", "rewards.proxy:load_proxy", scale=_LOGODDS, takes=":FOLDER"),
 )
 RATERS = Registry(
     "rater",
-    Entry("local", "[:MODEL]", "raters.local:make_local"),
-    Entry("openai", ":MODEL[@URL]", "raters.endpoint:make_endpoint"),
-    Entry("column", ":NAME"),
+    Entry("local", "raters.local:make_local"),
+    Entry("openai", "raters.endpoint:make_endpoint", takes=":MODEL[@URL]"),
+    Entry("column", takes=":NAME"),
 )
 ENCODERS = Registry(
     "encoder",
-    Entry("minilm", "", "encoders:make_minilm"),
-    Entry("text", ":MODEL", "encoders:make_transformer"),
-    Entry("clip", ":MODEL", "encoders:make_transformer"),
-    Entry("column", ":NAME"),
+    Entry("minilm", "encoders:make_minilm", takes=""),
+    Entry("text", "encoders:make_transformer", takes=":MODEL"),
+    Entry("clip", "encoders:make_transformer", takes=":MODEL"),
+    Entry("column", takes=":NAME"),
 )
 IMAGE_ENCODERS = Registry(
     "image encoder",
-    Entry("efficientnet-lite0", "[:SIDE]", "rewards.efficientnet:make_efficientnet"),
-    Entry("clip", ":MODEL", "rewards.features:ClipImages"),
-    Entry("image", ":MODEL", "rewards.features:VisionModel"),
+    Entry("efficientnet-lite0", "rewards.efficientnet:make_efficientnet", takes="[:SIDE]"),
+    Entry("clip", "rewards.features:ClipImages", takes=":MODEL"),
+    Entry("image", "rewards.features:VisionModel", takes=":MODEL"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,9 @@ def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = No
     prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
     missing = dict(zip(rater.keys(prompts), prompts, strict=True))
     if folder is not None:
-        answers = Answers(folder)
-        for key in answers.get(list(missing)):
-            del missing[key]
-        answers.close()
+        with closing(Answers(folder)) as answers:
+            for key in answers.get(list(missing)):
+                del missing[key]
     with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as out:
         for key, prompt in missing.items():
             body = rater.request(prompt)
@@ -91,10 +91,12 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
     keys = set(rater.keys(pairs.prompts["prompt"].to_pylist()))
     reasons: Counter[str] = Counter()
     spent: Counter[str] = Counter()
-    answers = Answers(folder)
     rated: set[str] = set()
     try:
-        with Path(path).open(encoding="utf-8", errors="replace") as lines:
+        with (
+            closing(Answers(folder)) as answers,
+            Path(path).open(encoding="utf-8", errors="replace") as lines,
+        ):
             for line in lines:
                 key, answer, usage = _result(line)
                 if key is None or key not in keys:
@@ -108,8 +110,6 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
                     spent[name] += int(usage.get(name) or 0)
     except OSError as error:
         raise FifaError(f"cannot read the batch: {error.strerror}", where=str(path)) from error
-    finally:
-        answers.close()
     if not rated:
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         raise FifaError(

@@ -8,7 +8,7 @@ pass has anyway, give its negative log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fifa.console import note
 from fifa.errors import FifaError
 from fifa.models.optional import require
+from fifa.models.transformer import length_batches
 from fifa.scoring.rubric import QUALITIES, load_rubric, shortened
 
 Numbers = npt.NDArray[np.float32]
@@ -86,23 +87,11 @@ class LogitReader:
         )
         grades = np.empty((len(prompts), len(QUALITIES)), np.float32)
         nats = np.empty(len(prompts), np.float32)
-        for batch in self._batches(ids):
+        widths = [len(row) + self.tail for row in ids]
+        for batch in length_batches(widths, TOKENS, ROWS):
             grades[batch], nats[batch] = self._pass([ids[row] for row in batch])
         note(tokens_read=sum(map(len, ids)) + self.tail * len(ids))
         return Reading(grades, nats, np.maximum(units, 1))
-
-    def _batches(self, ids: list[list[int]]) -> Iterator[list[int]]:
-        """Rows of about one length together, at most `TOKENS` tokens with the padding."""
-        order = sorted(range(len(ids)), key=lambda row: (len(ids[row]), row))
-        batch: list[int] = []
-        for row in order:
-            width = len(ids[row]) + self.tail
-            if batch and (len(batch) == ROWS or (len(batch) + 1) * width > TOKENS):
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
 
     def _pass(self, ids: list[list[int]]) -> tuple[Numbers, Numbers]:
         torch = self.torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from fifa.console import quiet
 from fifa.errors import FifaError
-from fifa.models.hub import model_folder
+from fifa.models.hub import weights_folder
 from fifa.models.optional import require, wheel_path
 from fifa.scoring.raters.gguf import load_gguf
 from fifa.scoring.raters.logits import LogitReader
@@ -32,14 +32,7 @@ def find_model(model: str) -> Path:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return path
-    folder = model_folder(model)
-    if not any(folder.glob("*.safetensors")):
-        raise FifaError(
-            "the language model has no safetensors weights (pickled ones are never opened)",
-            where=str(folder),
-            do="convert it with its save_pretrained, or choose another",
-        )
-    return folder
+    return weights_folder(model, "language model")
 
 
 def precision() -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ from fifa.models.runtime import make_runtime
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.engine import EngineOptions, distinct_images, score_pairs
 from fifa.scoring.rewards.features import make_image_encoder
-from fifa.scoring.rewards.fit import (
-    comparisons,
-    features_of,
-    fit_head,
-    train_reward,
-)
+from fifa.scoring.rewards.fit import comparisons, features_of, fit_head, train_reward
 from fifa.scoring.rewards.split import prompt_folds
 from fifa.scoring.table import MARGIN, score_path, scored_once
-from fifa.shards.files import column_digest, digest
+from fifa.shards.files import column_digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
+
+Integers = npt.NDArray[np.int64]
+# From what is trained on, bool [pairs], and the rows to score, to the rewards of both sides of
+# those and the temperature that they were divided by.
+Fold = Callable[[npt.NDArray[np.bool_], Integers], tuple[list[Any], float]]
 
 FOLD = pa.schema(
     [
@@ -80,11 +81,15 @@ def crossfit_rewards(
     carries the label of the pair itself.
     """
     options = options or Reward()
-    path = _path(folder, _identity(pairs, options, folds, seed))
+    path = None
+    if folder is not None:
+        path = score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
     facts = {"scorer": "proxy", "folds": folds, "seed": seed, "options": options.settings()}
 
     def make(ledger: Ledger) -> pa.Table:
-        table = crossfit_folds(pairs, folds=folds, seed=seed, folder=folder, options=options)
+        table = crossfit_folds(
+            pairs, folds=folds, seed=seed, folder=folder, options=options, ledger=ledger
+        )
         rewards = (table[f"reward_{side}"].combine_chunks() for side in (0, 1))
         return pa.table([pairs.table["pair_id"].combine_chunks(), *rewards], schema=MARGIN)
 
@@ -98,95 +103,73 @@ def crossfit_folds(
     seed: int = 0,
     folder: Path | None = None,
     options: Reward | None = None,
+    ledger: Ledger | None = None,
 ) -> pa.Table:
     """As `crossfit_rewards`, with the fold and its temperature beside every pair: `FOLD`.
 
-    Finished folds stay in ``folder`` until `crossfit_rewards` has written its table.
+    Finished folds are kept in ``ledger``; None keeps none.
     """
     options = options or Reward()
-    identity = _identity(pairs, options, folds, seed)
-    run = _ClipFolds if options.base != "features" else _HeadFolds
-    fitting = run(pairs, options, folder)
-    ids = pairs.prompts["prompt_id"]
+    prepare = _heads if options.base == "features" else _clips
+    images, score = prepare(pairs, options, folder)
     prompt = pairs.table["prompt_index"].to_numpy().astype(np.int64)
-    fold = prompt_folds(ids, prompt, fitting.images, folds=folds, seed=seed)[prompt]
+    ids = pairs.prompts["prompt_id"]
+    fold = prompt_folds(ids, prompt, images, folds=folds, seed=seed)[prompt]
 
     def one(k: int) -> pa.Table:
         rows = np.flatnonzero(fold == k)
-        rewards, temperature = fitting.score(fold != k, rows)
+        rewards, temperature = score(fold != k, rows)
         constant = np.ones(len(rows), np.float32)
         columns = [rows, *rewards, (k * constant).astype(np.int32), temperature * constant]
         return pa.table([pa.array(c) for c in columns], names=FOLD.names).cast(FOLD)
 
-    shards = [Shard(digest(identity, k), int(np.sum(fold == k)), k) for k in range(folds)]
-    table = map_shards("cross-fitting", one, shards, Ledger.beside(_path(folder, identity)))
+    # The ledger's name has the fingerprint of all that a fold depends on.
+    shards = [Shard(f"fold-{k}", int(np.sum(fold == k)), k) for k in range(folds)]
+    table = map_shards("cross-fitting", one, shards, ledger or Ledger())
     note(crossfit_folds=folds, crossfit_pairs=len(pairs))
     return table.sort_by("row")
 
 
-class _HeadFolds:
+def _heads(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers, Fold]:
     """A head a fold; the features, which know no labels, once for all."""
+    features, _ = features_of(pairs, options, folder)
+    data, readable = comparisons(pairs, features)
 
-    def __init__(self, pairs: Pairs, options: Reward, folder: Path | None) -> None:
-        self._pairs, self._options = pairs, options
-        self._features, _ = features_of(pairs, options, folder)
-        self._data, self._readable = comparisons(pairs, self._features)
-        self.images = self._data.image
+    def score(training: npt.NDArray[np.bool_], rows: Integers) -> tuple[list[Any], float]:
+        fitted = fit_head(pairs, features, data.part(training & readable), options)
+        image, prompts = data.image[rows], features.prompts[data.prompt[rows]]
+        sides = (features.images[image[:, side]] for side in (0, 1))
+        return [fitted.head.rewards(seen, prompts) for seen in sides], fitted.temperature
 
-    def score(
-        self, training: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]
-    ) -> tuple[list[npt.NDArray[Any]], float]:
-        """Rewards of both sides of ``rows`` by a head trained on ``training``."""
-        learn = self._data.part(training & self._readable)
-        fitted = fit_head(self._pairs, self._features, learn, self._options)
-        images, prompts = self._features.images, self._features.prompts
-        asked = self._data.part(rows)
-        rewards: list[npt.NDArray[Any]] = [
-            fitted.head.rewards(images[asked.image[:, side]], prompts[asked.prompt])
-            for side in (0, 1)
-        ]
-        return rewards, fitted.temperature
+    return data.image, score
 
 
-class _ClipFolds:
+def _clips(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers, Fold]:
     """A fine-tuned CLIP a fold."""
+    images, of_slot = unique_images(pairs)
+    download = EngineOptions(allow_download=options.read.allow_download)
+    distinct = distinct_images(images, folder, options=download)
 
-    def __init__(self, pairs: Pairs, options: Reward, folder: Path | None) -> None:
-        self._pairs, self._options = pairs, options
-        images, of_slot = unique_images(pairs)
-        download = EngineOptions(allow_download=options.read.allow_download)
-        distinct = distinct_images(images, folder, options=download)
-        self.images = distinct.of_image[of_slot].reshape(-1, 2)
-
-    def score(
-        self, training: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]
-    ) -> tuple[list[npt.NDArray[Any]], float]:
-        """Rewards of both sides of ``rows`` by a CLIP trained on ``training``."""
-        with tempfile.TemporaryDirectory() as scratch:
-            learn = self._part(np.flatnonzero(training))
-            trained = train_reward(learn, Path(scratch) / "reward", self._options)
-            table = score_pairs(self._part(rows), trained.load())
-        rewards = [table[f"reward_{side}"].to_numpy() for side in (0, 1)]
-        return rewards, trained.temperature
-
-    def _part(self, rows: npt.NDArray[np.int64]) -> Pairs:
-        pairs = self._pairs
+    def some(rows: Integers) -> Pairs:
         return Pairs(pairs.table.take(pa.array(rows)), pairs.prompts, origin=pairs.origin)
+
+    def score(training: npt.NDArray[np.bool_], rows: Integers) -> tuple[list[Any], float]:
+        with tempfile.TemporaryDirectory() as scratch:
+            learn = some(np.flatnonzero(training))
+            trained = train_reward(learn, Path(scratch) / "reward", options)
+            table = score_pairs(some(rows), trained.load())
+        return [table[f"reward_{side}"].to_numpy() for side in (0, 1)], trained.temperature
+
+    return distinct.of_image[of_slot].reshape(-1, 2), score
 
 
 def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]:
     """Everything that the rewards depend on."""
-    models: list[Any]
     if options.base == "features":
-        runtime = make_runtime("cpu")
         text = None if options.text == "none" else make_encoder(options.text).identity
-        models = [make_image_encoder(options.image, runtime).identity, text]
+        models: Any = [make_image_encoder(options.image, make_runtime("cpu")).identity, text]
     else:
         models = [model_digest(model_folder(options.base), CONFIG_AND_WEIGHTS)]
     labels = pairs.table["label"].cast(pa.string())
     content = [pairs.pairs_digest, column_digest(labels), pairs.origin.fingerprint]
     return [options.settings(), folds, seed, models, content]
-
-
-def _path(folder: Path | None, identity: list[Any]) -> Path | None:
-    return None if folder is None else score_path(folder, "margin", "proxy", identity)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,9 @@ class EfficientNetLite0:
         parts = []
         with torch.inference_mode(), self.runtime.autocast():
             x = (self.runtime.pixels(pixels).float() - MEAN) / STD
-            x = self._stem(x.contiguous(memory_format=torch.channels_last))
-            for stage, blocks in enumerate(self._stages):
+            stem, stages = self._network
+            x = stem(x.contiguous(memory_format=torch.channels_last))
+            for stage, blocks in enumerate(stages):
                 for block in blocks:
                     x = block(x)
                 if stage in TAPPED:
@@ -167,55 +169,45 @@ class EfficientNetLite0:
         return features
 
     @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return read_weights(self.weights)
-
-    @property
-    def _stem(self) -> Convolution:
-        return self._network[0]
-
-    @property
-    def _stages(self) -> list[list[Block]]:
-        return self._network[1]
-
-    @cached_property
     def _network(self) -> tuple[Convolution, list[list[Block]]]:
+        """The stem and the blocks of every stage."""
+        tensors, stages = read_weights(self.weights), []
         try:
-            stem = self._folded("_conv_stem", "_bn0", 2, relu=True)
-            stages: list[list[Block]] = []
-            number = 0
+            stem = self._folded(tensors, "_conv_stem", "_bn0", 2, relu=True)
+            numbers = count()
             for repeats, kernel, stride, expansion in STAGES:
-                blocks = []
-                for repeat in range(repeats):
-                    own = stride if repeat == 0 else 1
-                    blocks.append(self._block(number, own, kernel, expansion))
-                    number += 1
-                stages.append(blocks)
+                strides = [stride, *[1] * (repeats - 1)]
+                stages.append(
+                    [self._block(tensors, next(numbers), s, kernel, expansion) for s in strides]
+                )
         except KeyError as error:
             raise FifaError(
                 f"no EfficientNet-Lite0: it lacks {error.args[0]}", where=str(self.weights)
             ) from error
         return stem, stages
 
-    def _block(self, number: int, stride: int, kernel: int, expansion: int) -> Block:
+    def _block(
+        self, tensors: dict[str, Tensor], number: int, stride: int, kernel: int, expansion: int
+    ) -> Block:
         at = f"_blocks.{number}."
         steps = []
         if expansion != 1:
-            steps.append(self._folded(f"{at}_expand_conv", f"{at}_bn0", 1, relu=True))
-        steps.append(self._folded(f"{at}_depthwise_conv", f"{at}_bn1", stride, relu=True))
-        steps.append(self._folded(f"{at}_project_conv", f"{at}_bn2", 1, relu=False))
+            steps.append(self._folded(tensors, f"{at}_expand_conv", f"{at}_bn0", 1, relu=True))
+        steps.append(self._folded(tensors, f"{at}_depthwise_conv", f"{at}_bn1", stride, relu=True))
+        steps.append(self._folded(tensors, f"{at}_project_conv", f"{at}_bn2", 1, relu=False))
         entering = steps[0].weight.shape[1 if expansion != 1 else 0]
         leaving = steps[-1].weight.shape[0]
         if steps[-2].weight.shape[-1] != kernel:
             raise FifaError("no EfficientNet-Lite0: another kernel", where=str(self.weights))
         return Block(tuple(steps), adds=stride == 1 and entering == leaving)
 
-    def _folded(self, convolution: str, norm: str, stride: int, *, relu: bool) -> Convolution:
+    def _folded(
+        self, tensors: dict[str, Tensor], convolution: str, norm: str, stride: int, *, relu: bool
+    ) -> Convolution:
         torch = require("torch")
-        weight = self._tensors[f"{convolution}.weight"]
+        weight = tensors[f"{convolution}.weight"]
         gain, shift, mean, variance = (
-            self._tensors[f"{norm}.{part}"]
-            for part in ("weight", "bias", "running_mean", "running_var")
+            tensors[f"{norm}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
         )
         # g (w * x - m) / sqrt(v + e) + b  =  (w g / sqrt(v + e)) * x + b - m g / sqrt(v + e)
         factor = gain / torch.sqrt(variance + EPSILON)

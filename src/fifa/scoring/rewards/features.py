@@ -173,16 +173,12 @@ def image_features(
         bad: dict[int, str] = {}
         own = images.take(distinct.first[start : start + SHARD])
         reader = image_batches(own, encoder.preprocess, bad, allow_download=allow_download)
-        found: list[tuple[list[int], Floats]] = [
-            (numbers, encoder.embed(torch.from_numpy(pixels)).cpu().numpy())
-            for numbers, pixels in reader
-        ]
-        width = found[0][1].shape[1] if found else 0
         rows: list[Floats | None] = [None] * len(own)
-        for numbers, vectors in found:
+        for numbers, pixels in reader:
+            vectors = encoder.embed(torch.from_numpy(pixels)).cpu().numpy()
             for number, vector in zip(numbers, vectors, strict=True):
                 rows[number] = vector
-        cells = pa.array(rows, pa.list_(pa.float32(), width) if width else pa.null())
+        cells = pa.array(rows, pa.large_list(pa.float32()))
         reasons = pa.array([bad.get(i) for i in range(len(own))], pa.string())
         return pa.table({"features": cells, "reason": reasons})
 
@@ -214,27 +210,16 @@ def image_batches(
 
 def _matrix(table: pa.Table, where: str) -> Floats:
     """float32 [images, d], NaN for nulls; raises where not one image could be read."""
-    widths = {
-        chunk.type.list_size
-        for chunk in table["features"].chunks
-        if pa.types.is_fixed_size_list(chunk.type)
-    }
-    if not widths:
+    there = table["features"].is_valid().to_numpy()
+    if not there.any():
         raise FifaError(
             f"not one image could be read; the first: {table['reason'][0].as_py()}",
             where=where,
             do="check the source, or --allow-download where it names images by URL",
         )
-    features = np.full((len(table), widths.pop()), np.nan, np.float32)
-    there = table["features"].is_valid().to_numpy()
-    features[there] = (
-        table["features"]
-        .drop_null()
-        .combine_chunks()
-        .flatten()
-        .to_numpy()
-        .reshape(-1, features.shape[1])
-    )
+    known = table["features"].drop_null().combine_chunks().flatten().to_numpy()
+    features = np.full((len(table), len(known) // there.sum()), np.nan, np.float32)
+    features[there] = known.reshape(-1, features.shape[1])
     return features
 
 

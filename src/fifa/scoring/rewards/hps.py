@@ -19,10 +19,12 @@ from fifa.models.runtime import Runtime
 from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.weights import (
     TOKENIZER_FILES,
+    below,
     cache_folder,
     companion_folder,
     find_weights,
     read_weights,
+    tower_shape,
 )
 from fifa.shards.files import atomic_folder, files_digest, read_json, write_json
 
@@ -154,40 +156,30 @@ def convert_open_clip(
             out[name] = value.float().contiguous().clone()
     try:
         width, _, patch, _ = tensors["visual.conv1.weight"].shape
-        positions = tensors["visual.positional_embedding"].shape[0]
-        text_width = tensors["positional_embedding"].shape[1]
-        shape = {
-            "vision": _tower(
-                out, "vision_model", width // (head_width or HEAD_WIDTHS.get(width, 64))
-            ),
-            "text": _tower(out, "text_model", text_heads or text_width // 64),
+        context, text_width = tensors["positional_embedding"].shape
+        common = {
+            "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+            "projection_dim": tensors["text_projection"].shape[1],
         }
-        dimension = tensors["text_projection"].shape[1]
-        context, vocabulary = (
-            tensors["positional_embedding"].shape[0],
-            len(tensors["token_embedding.weight"]),
-        )
+        side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+        images, texts = below(out, "vision_model.", "text_model.")
+        head_width = head_width or HEAD_WIDTHS.get(width, 64)
+        vision = tower_shape(images, ".mlp.fc1.weight", head_width) | common
+        vision |= {"patch_size": patch, "image_size": patch * side}
+        text_head = text_width // text_heads if text_heads else 64
+        text = tower_shape(texts, ".mlp.fc1.weight", text_head) | common
+        text |= {
+            "max_position_embeddings": context,
+            "vocab_size": len(tensors["token_embedding.weight"]),
+            # transformers' sign for open_clip's pooling: at the highest token id
+            "eos_token_id": 2,
+        }
     except (KeyError, ValueError) as error:
         raise FifaError(f"not the weights of an open_clip ViT: {error} is missing") from error
-    common = {"hidden_act": "quick_gelu" if quick_gelu else "gelu", "projection_dim": dimension}
-    vision = {
-        **shape["vision"],
-        **common,
-        "patch_size": patch,
-        "image_size": patch * round((positions - 1) ** 0.5),
-    }
-    text = {
-        **shape["text"],
-        **common,
-        "max_position_embeddings": context,
-        "vocab_size": vocabulary,
-        # transformers' sign for open_clip's pooling: at the highest token id
-        "eos_token_id": 2,
-    }
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": dimension,
+        "projection_dim": common["projection_dim"],
         "vision_config": {"model_type": "clip_vision_model", **vision},
         "text_config": {"model_type": "clip_text_model", **text},
     }
@@ -212,15 +204,3 @@ def _renamed(key: str, tensor: Any) -> list[tuple[str, Any]]:
             if piece in BLOCK:
                 return [(f"{block}.{BLOCK[piece]}.{kind}", tensor)]
     raise FifaError(f"not the weights of an open_clip ViT: {key} is unknown")
-
-
-def _tower(tensors: dict[str, Any], name: str, heads: int) -> dict[str, int]:
-    """Width, depth and heads of a converted tower."""
-    first = tensors[f"{name}.encoder.layers.0.mlp.fc1.weight"]
-    layers = sum(k.startswith(f"{name}.") and k.endswith(".mlp.fc1.weight") for k in tensors)
-    return {
-        "hidden_size": first.shape[1],
-        "intermediate_size": first.shape[0],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }

@@ -30,6 +30,7 @@ from fifa.scoring.rewards.weights import (
     linear_head,
     load_tokenizer,
     read_weights,
+    tower_shape,
 )
 from fifa.shards.files import files_digest
 
@@ -186,12 +187,8 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
     patch = image["embeddings.patch_embedding.weight"]
     positions = image["embeddings.position_embedding"].shape[1]
     words = text["embeddings.word_embeddings.weight"]
-    width = words.shape[1]
     vision = {
-        "hidden_size": patch.shape[0],
-        "intermediate_size": image["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": sum(k.endswith(".mlp.fc1.weight") for k in image),
-        "num_attention_heads": patch.shape[0] // HEAD_WIDTH,
+        **tower_shape(image, ".mlp.fc1.weight", HEAD_WIDTH),
         "image_size": patch.shape[-1] * round((positions - 1) ** 0.5),
         "patch_size": patch.shape[-1],
         "layer_norm_eps": 1e-6,
@@ -199,11 +196,8 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
     }
     language = {
         "vocab_size": words.shape[0],
-        "hidden_size": width,
         "encoder_hidden_size": patch.shape[0],
-        "intermediate_size": text["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "num_hidden_layers": sum(k.endswith(".intermediate.dense.weight") for k in text),
-        "num_attention_heads": width // HEAD_WIDTH,
+        **tower_shape(text, ".intermediate.dense.weight", HEAD_WIDTH),
         "max_position_embeddings": text["embeddings.position_embeddings.weight"].shape[0],
         "layer_norm_eps": 1e-12,
         "hidden_act": "gelu",

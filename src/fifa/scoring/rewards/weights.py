@@ -106,6 +106,23 @@ def below(tensors: dict[str, Any], *prefixes: str) -> list[dict[str, Any]]:
     ]
 
 
+def tower_shape(tensors: dict[str, Any], suffix: str, head_width: int) -> dict[str, int]:
+    """Width, depth and heads of a transformer, from its layers' first linear layers.
+
+    ``suffix`` is what those are called; `KeyError` where there are none.
+    """
+    layers = [tensor for key, tensor in tensors.items() if key.endswith(suffix)]
+    if not layers:
+        raise KeyError(suffix)
+    width = layers[0].shape[1]
+    return {
+        "hidden_size": width,
+        "intermediate_size": layers[0].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // head_width,
+    }
+
+
 def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
     """Give ``module`` (on the meta device) its weights; `FifaError` unless all fit."""
     try:
