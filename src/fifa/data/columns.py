@@ -1,14 +1,14 @@
 """One view of a source file's columns, whether it is Parquet or records.
 
-A frame gives text, numbers and Python values by column name; a dot goes into a struct. Cells
-with image bytes are never read: only whether they are there (from Parquet's statistics).
+It gives text, numbers and Python values by column name; a dot goes into a struct. Cells with image
+bytes are never read: only whether they are there (from Parquet's statistics).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,40 +20,7 @@ from fifa.data.records import Records
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
 
 
-class Frame(Protocol):
-    """A file's columns."""
-
-    file: str
-    kind: str
-    names: frozenset[str]
-    rows: np.ndarray  # int64 [n], the records' numbers in the file
-
-    def load(self, names: Iterable[str], prompt: str | None = None) -> None:
-        """Read these columns (``prompt`` as a dictionary); others stay unread."""
-
-    def text(self, name: str) -> Text:
-        """A column as strings (the prompt maybe dictionary-encoded), null for no valid text."""
-
-    def number(self, name: str) -> np.ndarray:
-        """A column as float64 [n], NaN where it is no number."""
-
-    def values(self, name: str) -> list[Any]:
-        """A column as Python values."""
-
-    def image(self, name: str) -> str:
-        """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
-
-    def holds_bytes(self, name: str) -> bool:
-        """True if the image column has bytes in at least one row."""
-
-    def extra(self, name: str) -> pa.Array:
-        """A column of numbers (float64) or of lists of numbers (float32), null for the rest."""
-
-    def numeric(self) -> list[str]:
-        """The top-level columns of numbers (not of truth values), in the file's order."""
-
-
-class ParquetFrame:
+class ParquetColumns:
     """A Parquet file. ``source`` is a path, or an open file for what is not local."""
 
     kind = "parquet"
@@ -72,7 +39,7 @@ class ParquetFrame:
         self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
-        """Read these columns in one go."""
+        """Read these columns (``prompt`` as a dictionary); others stay unread."""
         opened = pq.ParquetFile(
             self._source,
             metadata=self._metadata,
@@ -87,7 +54,10 @@ class ParquetFrame:
         self._table = table
 
     def text(self, name: str) -> Text:
-        """Strings; bytes and large strings are taken as strings where they are UTF-8."""
+        """A column as strings (the prompt maybe dictionary-encoded), null for no valid text.
+
+        Bytes and large strings are taken as strings where they are UTF-8.
+        """
         column = self._column(name)
         kind = column.type
         if pa.types.is_dictionary(kind):
@@ -95,10 +65,13 @@ class ParquetFrame:
         return column if pa.types.is_string(kind) and _is_utf8(column) else valid_text(column)
 
     def number(self, name: str) -> np.ndarray:
-        """Numbers, truth values and text that reads as a number."""
+        """A column as float64 [n], NaN where it is no number.
+
+        Truth values and text that reads as a number count as numbers.
+        """
         column = self._column(name)
         kind = column.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        if _is_number(kind):
             column = column.cast(pa.float64())
         elif pa.types.is_boolean(kind):
             column = column.cast(pa.uint8()).cast(pa.float64())
@@ -107,11 +80,11 @@ class ParquetFrame:
         return np.asarray(column.to_numpy(), np.float64)
 
     def values(self, name: str) -> list[Any]:
-        """Python values."""
+        """A column as Python values."""
         return list(self._column(name).to_pylist())
 
     def image(self, name: str) -> str:
-        """From the column's type."""
+        """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
         kind = self._type(name)
         if pa.types.is_struct(kind):
             return "struct"
@@ -120,7 +93,10 @@ class ParquetFrame:
         return "text"
 
     def holds_bytes(self, name: str) -> bool:
-        """From the row groups' null counts; where a file has none, the bytes are assumed."""
+        """True if the image column has bytes in at least one row.
+
+        From the row groups' null counts; where a file has none, the bytes are assumed.
+        """
         leaf = self._leaves.get(name, self._leaves.get(f"{name}.bytes"))
         if leaf is None:
             return False
@@ -132,21 +108,15 @@ class ParquetFrame:
         return False
 
     def extra(self, name: str) -> pa.Array:
-        """Lists as they are, in float32."""
+        """A column of numbers (float64) or of lists of numbers (float32), null for the rest."""
         kind = self._type(name)
         if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
             return pa.array(self.number(name))
         return _whole(self._column(name).cast(pa.list_(pa.float32())))
 
     def numeric(self) -> list[str]:
-        """From the schema."""
-        return [
-            field.name
-            for field in self._schema
-            if pa.types.is_integer(field.type)
-            or pa.types.is_floating(field.type)
-            or pa.types.is_decimal(field.type)
-        ]
+        """The top-level columns of numbers (not of truth values), in the file's order."""
+        return [field.name for field in self._schema if _is_number(field.type)]
 
     def _plain(self, name: str) -> bool:
         return name in self.names and pa.types.is_string(self._schema.field(name).type)
@@ -168,7 +138,7 @@ class ParquetFrame:
         return pc.struct_field(self._table[top], rest)
 
 
-class RecordFrame:
+class RecordColumns:
     """The records of a JSON, JSON lines, CSV or WebDataset file."""
 
     def __init__(self, records: Records, kind: str, file: str) -> None:
@@ -218,6 +188,14 @@ class RecordFrame:
         """Columns whose every value that is there is a number (in CSV: reads as one)."""
         loose = self.kind in ("csv", "tar")
         return [name for name, values in self._columns.items() if _all_numbers(values, loose)]
+
+
+Columns: TypeAlias = "ParquetColumns | RecordColumns"
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    is_one = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return any(is_type(kind) for is_type in is_one)
 
 
 def text_array(values: Iterable[Any]) -> pa.Array:

@@ -1,222 +1,193 @@
-"""Tables with a row a pair: any columns that a layout names become a batch of pairs."""
+"""The public preference data sets: which columns each is recognised by, and what a label means.
+
+The rules, with their sources, are a table in docs/data-sets.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from fifa.data.batch import Batch, side_pairs
-from fifa.data.columns import Frame, Text
-from fifa.data.records import tar_ref
-from fifa.errors import FifaError
+from fifa.data.columns import Columns
+from fifa.data.layouts import Labels, Layout
+from fifa.data.rankings import Ranked, generations, one_image_a_row, ranked_paths, two_paths
 
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of n rows.
-
-    Parameters
-    ----------
-    value
-        float64 [n], the probability that a person prefers the first image; NaN for none.
-    wrong
-        Rows to reject, and why.
-    votes
-        int32 [n], the votes in each; None is one each.
-    """
-
-    value: np.ndarray
-    wrong: dict[int, str]
-    votes: np.ndarray | None = None
+PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
+VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A format with a row a pair.
-
-    Parameters
-    ----------
-    name
-        The format's name.
-    prompt
-        The prompt's column.
-    images
-        The columns with cells, paths or URLs.
-    label
-        From a frame to its labels.
-    needs
-        The columns that ``label`` reads.
-    reads
-        Columns that ``label`` reads where they are there.
-    keys
-        Columns with the images' ids.
-    links
-        Columns with the images' URLs, beside or instead of ``images``.
-    winner_first
-        The first image is (often) the winner.
-    ignore
-        Columns of numbers that belong to the format and are no scores.
-    """
-
-    name: str
-    prompt: str
-    images: tuple[str, str]
-    label: Callable[[Frame], Labels]
-    needs: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    keys: tuple[str, str] | None = None
-    links: tuple[str, str] | None = None
-    winner_first: bool = False
-    ignore: frozenset[str] = frozenset()
-
-    def fits(self, frame: Frame) -> bool:
-        """True if the frame has every column that the format cannot do without."""
-        return not self.missing(frame)
-
-    def missing(self, frame: Frame) -> list[str]:
-        """The columns that the frame would need to have."""
-        lacks = [name for name in (self.prompt, *self.needs) if not has(frame, name)]
-        named = _present(frame, self.keys) or _present(frame, self.images)
-        return lacks + ([] if named else list(self.images))
-
-
-def has(frame: Frame, name: str) -> bool:
-    """True if the column, or the struct that a dotted name goes into, is there."""
-    return name in frame.names or name.partition(".")[0] in frame.names
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is read of one file.
-
-    Parameters
-    ----------
-    layout
-        Its format.
-    wanted
-        The columns to read.
-    numbers
-        Those of them that are scores.
-    carried
-        Further columns to keep: the name to keep each under, and its name in the file.
-    cells
-        The columns with image bytes, which are not read.
-    """
-
-    layout: Layout
-    wanted: tuple[str, ...]
-    numbers: tuple[str, ...]
-    carried: dict[str, str]
-    cells: tuple[str, str] | None
-
-
-def plan(frame: Frame, layout: Layout, carried: dict[str, str]) -> Plan:
-    """What to read of a file for its pairs; raises `FifaError` where a column is missing."""
-    lacks = layout.missing(frame) + [name for name in carried.values() if not has(frame, name)]
-    if lacks:
-        raise missing_columns(frame, layout.name, lacks)
-    images = _present(frame, layout.images)
-    cells = images if images and all(_is_cell(frame, name) for name in images) else None
-    known = {layout.prompt, *layout.needs, *layout.reads, *layout.ignore, *layout.images}
-    known |= {*(layout.keys or ()), *(layout.links or ()), *carried.values()}
-    numbers = tuple(name for name in frame.numeric() if name not in known)
-    wanted = [layout.prompt, *layout.needs, *numbers, *carried.values()]
-    wanted += _present(frame, layout.keys) or ()
-    wanted += [name for name in layout.reads if has(frame, name)]
-    wanted += [leaf for leaf in (_leaf(frame, name) for name in images or ()) if leaf]
-    wanted += () if cells else (_present(frame, layout.links) or ())
-    return Plan(layout, tuple(wanted), numbers, carried, cells)
-
-
-def from_layout(frame: Frame, plan: Plan) -> Batch:
-    """The pairs of one file, whose planned columns have been loaded."""
-    layout = plan.layout
-    keys, links, images = (
-        _present(frame, names) for names in (layout.keys, layout.links, layout.images)
-    )
-    labels = layout.label(frame)
-    first, second = (
-        _side(frame, plan.cells, *(names and names[side] for names in (keys, images, links)))
-        for side in (0, 1)
-    )
-    ones = np.ones(len(frame.rows), np.int32)
-    return Batch(
-        file=frame.file,
-        row=frame.rows,
-        prompt=frame.text(layout.prompt),
-        keys=(first[0], second[0]),
-        refs=(first[1], second[1]),
-        label=labels.value,
-        votes=ones if labels.votes is None else labels.votes,
-        wrong=labels.wrong,
-        scores={name: frame.number(name) for name in plan.numbers},
-        extras={name: frame.extra(column) for name, column in plan.carried.items()},
-        swaps=side_pairs([*plan.numbers, *plan.carried]) if layout.winner_first else [],
-        winner_first=layout.winner_first,
-        cells=plan.cells,
+def own_layout(columns: dict[str, str]) -> Layout:
+    """A table of the user's own; what ``columns`` leaves out goes by its own name."""
+    prompt, first, second, label = (columns.get(name, name) for name in PAIR_COLUMNS)
+    return Layout(
+        "columns",
+        prompt,
+        (first, second),
+        lambda columns: Labels(columns.number(label), {}),
+        needs=(label,),
     )
 
 
-def missing_columns(frame: Frame, name: str, lacks: list[str]) -> FifaError:
-    """The message for a file that lacks columns of its format."""
-    return FifaError(
-        f"no column {', '.join(repr(column) for column in lacks)} (format {name})",
-        where=frame.file,
-        do="it has "
-        + ", ".join(sorted(frame.names))
-        + "; say which is which with --columns prompt=...,image_0=...,image_1=...,label=...",
-    )
+def _first_wins(columns: Columns) -> Labels:
+    return Labels(np.ones(len(columns.rows)), {})
 
 
-def _present(frame: Frame, names: tuple[str, str] | None) -> tuple[str, str] | None:
-    return names if names and all(has(frame, name) for name in names) else None
+def _two_labels(columns: Columns) -> Labels:
+    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
 
-
-def _is_cell(frame: Frame, name: str) -> bool:
-    return frame.image(name) != "text" and frame.holds_bytes(name)
-
-
-def _leaf(frame: Frame, name: str) -> str | None:
-    """What may be read of an image column: all of a text, the path of a struct, no bytes."""
-    kind = frame.image(name)
-    if kind == "text":
-        return name
-    return f"{name}.path" if kind == "struct" else None
-
-
-def _side(
-    frame: Frame,
-    cells: tuple[str, str] | None,
-    key: str | None,
-    image: str | None,
-    link: str | None,
-) -> tuple[Text, Text]:
-    """Keys and references of one side's images.
-
-    The key is the image's id if there is one, else its path or URL, else ``file#row:column``.
-    The path in a cell that also has the bytes is a key only if it names a folder: `datasets`
-    keeps the last part of the path there, and ``0001.jpg`` is many images' name.
+    ``label_votes``, which `fifa vote export` writes, says how many votes label_0 averages.
     """
-    nothing = pa.nulls(len(frame.rows), pa.string())
-    leaf = _leaf(frame, image) if image else None
-    path = frame.text(leaf) if leaf else nothing
-    if cells:
-        ref = nothing
-        place = pc.binary_join_element_wise(
-            f"{frame.file}#", pa.array(frame.rows).cast(pa.string()), f":{image}", ""
-        )
-        named = pc.fill_null(pc.match_substring(path, "/"), False)
-        found = pc.if_else(named, path, place)
-    else:
-        ref = path if leaf else (frame.text(link) if link else nothing)
-        found = _member_keys(frame.file, ref) if frame.kind == "tar" else ref
-    return (frame.text(key) if key else found), ref
+    label, wrong = columns.number("label_0"), {}
+    if "label_1" in columns.names:
+        other = columns.number("label_1")
+        bad = np.isfinite(label) & ~(np.abs(label + other - 1.0) <= 1e-6)
+        wrong = dict.fromkeys(np.flatnonzero(bad).tolist(), "label_0 and label_1 do not sum to 1")
+    if "has_label" in columns.names:
+        without = np.flatnonzero(columns.number("has_label") == 0)
+        wrong |= dict.fromkeys(without.tolist(), "nobody labelled it (has_label is false)")
+    if "label_votes" not in columns.names:
+        return Labels(label, wrong)
+    votes = columns.number("label_votes")
+    known = (votes >= 1) & (votes < 2**31)
+    return Labels(label, wrong, np.where(known, votes, 1.0).astype(np.int32))
 
 
-def _member_keys(file: str, refs: Text) -> pa.Array:
-    members = (tar_ref(ref or "") for ref in refs.to_pylist())
-    return pa.array([f"{file}#{member[2]}" if member else None for member in members], pa.string())
+def _weighted_results(columns: Columns) -> Labels:
+    """Rapidata: the annotators' weights for either image, label = p1 / (p1 + p2)."""
+    first = columns.number("weighted_results_image1_preference")
+    second = columns.number("weighted_results_image2_preference")
+    total = first + second
+    wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
+    negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
+    wrong |= dict.fromkeys(negative, "negative votes")
+    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=total > 0), wrong)
+
+
+def _best_index(columns: Columns) -> Labels:
+    """MJ-Bench: the label is the index of the better image."""
+    index = columns.number("label")
+    bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
+    return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
+
+
+def _by_value(column: str, function: Callable[[Any], tuple[float, int] | str]) -> Any:
+    """Labels from a column's Python values; ``function`` gives (label, votes) or what is wrong."""
+
+    def labels(columns: Columns) -> Labels:
+        values = columns.values(column)
+        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
+        wrong = {}
+        for i, value in enumerate(values):
+            found = function(value)
+            if isinstance(found, str):
+                wrong[i] = found
+            else:
+                label[i], votes[i] = found
+        return Labels(label, wrong, votes)
+
+    return labels
+
+
+def _arena_vote(vote: Any) -> tuple[float, int] | str:
+    known = VOTES.get(vote) if isinstance(vote, str) else None
+    return (known, 1) if known is not None else f"unknown vote_type {str(vote)[:40]!r}"
+
+
+def _responses(answers: Any) -> tuple[float, int] | str:
+    """open-image-preferences: the mean over the annotators, either kind of "both" a half."""
+    if not isinstance(answers, list) or not answers:
+        return "no responses"
+    known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in answers]
+    shares = [share for share in known if share is not None]
+    if len(shares) < len(known):
+        return "an unknown response"
+    return sum(shares) / len(shares), len(shares)
+
+
+_PICKAPIC = frozenset(
+    ("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
+)
+_UIDS = ("image_0_uid", "image_1_uid")
+_URLS = ("image_0_url", "image_1_url")
+
+# A data set's format is an entry here. In this order: the first that fits is the file's format.
+FORMATS: tuple[Layout | Ranked, ...] = (
+    Ranked("hpdv2", (("prompt",), ("file_path", "image_path"), ("human_preference",)), two_paths),
+    Ranked(
+        "hpdv2",
+        (("prompt",), ("image_path", "file_path"), ("raw_annotations", "rank")),
+        ranked_paths,
+        lacks="prompt_id",
+    ),
+    Ranked("imagereward", (("prompt",), ("generations",), ("ranking",)), generations),
+    Ranked(
+        "imagereward",
+        (("prompt_id",), ("prompt",), ("rank",), ("image", "image_path")),
+        one_image_a_row,
+    ),
+    Layout(
+        "rapidata",
+        "prompt",
+        ("image1", "image2"),
+        _weighted_results,
+        needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
+    ),
+    Layout(
+        "genai-arena",
+        "prompt",
+        ("left_image", "right_image"),
+        _by_value("vote_type", _arena_vote),
+        needs=("vote_type",),
+    ),
+    Layout(
+        "open-image-preferences",
+        "images.prompt",
+        ("images.image_1", "images.image_2"),
+        _by_value("preference.responses", _responses),
+        needs=("preference.responses",),
+    ),
+    Layout("hpdv3", "prompt", ("path1", "path2"), _first_wins, winner_first=True),
+    Layout(
+        "pickapic",
+        "caption",
+        ("jpg_0", "jpg_1"),
+        _two_labels,
+        needs=("label_0", "image_0_uid", "image_1_uid"),
+        reads=("label_1", "has_label", "label_votes"),
+        keys=_UIDS,
+        links=_URLS,
+        ignore=_PICKAPIC,
+    ),
+    Layout(
+        "diffusers",
+        "caption",
+        ("jpg_0", "jpg_1"),
+        _two_labels,
+        needs=("label_0",),
+        reads=("label_1", "has_label", "label_votes"),
+        links=_URLS,
+        ignore=_PICKAPIC,
+    ),
+    Layout(
+        "mj-bench",
+        "caption",
+        ("image0", "image1"),
+        _best_index,
+        needs=("label",),
+        winner_first=True,
+    ),
+    Layout(
+        "open-image-preferences",
+        "prompt",
+        ("chosen", "rejected"),
+        _first_wins,
+        needs=("chosen_model", "rejected_model", "category"),
+        winner_first=True,
+        ignore=frozenset(("id",)),
+    ),
+    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), _first_wins, winner_first=True),
+    own_layout({}),
+)

@@ -1,178 +1,196 @@
-"""The public preference data sets: which columns each is recognised by, and what a label means.
-
-The rules, with their sources, are a table in docs/data-sets.md.
-"""
+"""Tables with a row a pair: whatever columns a layout names become pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from fifa.data.columns import Frame
-from fifa.data.formats import Labels, Layout
+from fifa.data.columns import Columns, Text
+from fifa.data.pairs import FilePairs, pair_columns, side_pairs
+from fifa.data.records import tar_ref
+from fifa.errors import FifaError
 
-VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
-RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of n rows.
+
+    Parameters
+    ----------
+    value
+        float64 [n], the probability that a person prefers the first image; NaN for none.
+    wrong
+        Rows to reject, and why.
+    votes
+        int32 [n], the votes in each; None is one each.
+    """
+
+    value: np.ndarray
+    wrong: dict[int, str]
+    votes: np.ndarray | None = None
 
 
-def own_layout(columns: dict[str, str]) -> Layout:
-    """A table of the user's own; what ``columns`` leaves out goes by its own name."""
-    label = columns.get("label", "label")
-    return Layout(
-        "columns",
-        columns.get("prompt", "prompt"),
-        (columns.get("image_0", "image_0"), columns.get("image_1", "image_1")),
-        lambda frame: Labels(frame.number(label), {}),
-        needs=(label,),
+@dataclass(frozen=True)
+class Layout:
+    """A format with a row a pair.
+
+    Parameters
+    ----------
+    name
+        The format's name.
+    prompt
+        The prompt's column.
+    images
+        The columns with cells, paths or URLs.
+    label
+        From a file's columns to its labels.
+    needs
+        The columns that ``label`` reads.
+    reads
+        Columns that ``label`` reads where they are there.
+    keys
+        Columns with the images' ids.
+    links
+        Columns with the images' URLs, beside or instead of ``images``.
+    winner_first
+        The first image is (often) the winner.
+    ignore
+        Columns of numbers that belong to the format and are no scores.
+    """
+
+    name: str
+    prompt: str
+    images: tuple[str, str]
+    label: Callable[[Columns], Labels]
+    needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    keys: tuple[str, str] | None = None
+    links: tuple[str, str] | None = None
+    winner_first: bool = False
+    ignore: frozenset[str] = frozenset()
+
+    def fits(self, columns: Columns) -> bool:
+        """True if the file has every column that the format cannot do without."""
+        return not self.missing(columns)
+
+    def missing(self, columns: Columns) -> list[str]:
+        """The columns that the file would need to have."""
+        lacks = [name for name in (self.prompt, *self.needs) if not has(columns, name)]
+        named = _present(columns, self.keys) or _present(columns, self.images)
+        return lacks + ([] if named else list(self.images))
+
+    def read(self, columns: Columns, carried: dict[str, str]) -> FilePairs:
+        """The pairs of one file; raises `FifaError` where a column is missing.
+
+        ``carried`` are further columns to keep: the name to keep each under, and its name in the
+        file.
+        """
+        lacks = self.missing(columns) + [
+            name for name in carried.values() if not has(columns, name)
+        ]
+        if lacks:
+            raise _missing_columns(columns, self.name, lacks)
+        keys, links, images = (
+            _present(columns, names) for names in (self.keys, self.links, self.images)
+        )
+        cells = images if images and all(_is_cell(columns, name) for name in images) else None
+        known = {self.prompt, *self.needs, *self.reads, *self.ignore, *self.images}
+        known |= {*(self.keys or ()), *(self.links or ()), *carried.values()}
+        numbers = [name for name in columns.numeric() if name not in known]
+        wanted = [self.prompt, *self.needs, *numbers, *carried.values(), *(keys or ())]
+        wanted += [name for name in self.reads if has(columns, name)]
+        wanted += [leaf for leaf in (_leaf(columns, name) for name in images or ()) if leaf]
+        wanted += () if cells else (links or ())
+        columns.load(wanted, prompt=self.prompt)
+        labels = self.label(columns)
+        sides = [
+            _side(columns, cells, *(names and names[side] for names in (keys, images, links)))
+            for side in (0, 1)
+        ]
+        return FilePairs(
+            columns.file,
+            pair_columns(
+                columns.rows,
+                columns.text(self.prompt),
+                [key for key, _ in sides],
+                [ref for _, ref in sides],
+                labels.value,
+                labels.votes,
+            ),
+            scores={name: pa.array(columns.number(name)) for name in numbers}
+            | {name: columns.extra(column) for name, column in carried.items()},
+            wrong=labels.wrong,
+            swaps=side_pairs([*numbers, *carried]) if self.winner_first else [],
+            winner_first=self.winner_first,
+            cells=cells,
+        )
+
+
+def has(columns: Columns, name: str) -> bool:
+    """True if the column, or the struct that a dotted name goes into, is there."""
+    return name in columns.names or name.partition(".")[0] in columns.names
+
+
+def _missing_columns(columns: Columns, name: str, lacks: list[str]) -> FifaError:
+    """The message for a file that lacks columns of its format."""
+    return FifaError(
+        f"no column {', '.join(repr(column) for column in lacks)} (format {name})",
+        where=columns.file,
+        do="it has "
+        + ", ".join(sorted(columns.names))
+        + "; say which is which with --columns prompt=...,image_0=...,image_1=...,label=...",
     )
 
 
-def _first_wins(frame: Frame) -> Labels:
-    return Labels(np.ones(len(frame.rows)), {})
+def _present(columns: Columns, names: tuple[str, str] | None) -> tuple[str, str] | None:
+    return names if names and all(has(columns, name) for name in names) else None
 
 
-def _two_labels(frame: Frame) -> Labels:
-    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
+def _is_cell(columns: Columns, name: str) -> bool:
+    return columns.image(name) != "text" and columns.holds_bytes(name)
 
-    ``label_votes``, which `fifa vote export` writes, says how many votes label_0 averages.
+
+def _leaf(columns: Columns, name: str) -> str | None:
+    """What may be read of an image column: all of a text, the path of a struct, no bytes."""
+    kind = columns.image(name)
+    if kind == "text":
+        return name
+    return f"{name}.path" if kind == "struct" else None
+
+
+def _side(
+    columns: Columns,
+    cells: tuple[str, str] | None,
+    key: str | None,
+    image: str | None,
+    link: str | None,
+) -> tuple[Text, Text]:
+    """Keys and references of one side's images.
+
+    The key is the image's id if there is one, else its path or URL, else ``file#row:column``.
+    The path in a cell that also has the bytes is a key only if it names a folder: `datasets`
+    keeps the last part of the path there, and ``0001.jpg`` is many images' name.
     """
-    label, wrong = frame.number("label_0"), {}
-    if "label_1" in frame.names:
-        other = frame.number("label_1")
-        bad = np.isfinite(label) & ~(np.abs(label + other - 1.0) <= 1e-6)
-        wrong = dict.fromkeys(np.flatnonzero(bad).tolist(), "label_0 and label_1 do not sum to 1")
-    if "has_label" in frame.names:
-        without = np.flatnonzero(frame.number("has_label") == 0)
-        wrong |= dict.fromkeys(without.tolist(), "nobody labelled it (has_label is false)")
-    if "label_votes" not in frame.names:
-        return Labels(label, wrong)
-    votes = frame.number("label_votes")
-    known = (votes >= 1) & (votes < 2**31)
-    return Labels(label, wrong, np.where(known, votes, 1.0).astype(np.int32))
+    nothing = pa.nulls(len(columns.rows), pa.string())
+    leaf = _leaf(columns, image) if image else None
+    path = columns.text(leaf) if leaf else nothing
+    if cells:
+        ref = nothing
+        place = pc.binary_join_element_wise(
+            f"{columns.file}#", pa.array(columns.rows).cast(pa.string()), f":{image}", ""
+        )
+        named = pc.fill_null(pc.match_substring(path, "/"), False)
+        found = pc.if_else(named, path, place)
+    else:
+        ref = path if leaf else (columns.text(link) if link else nothing)
+        found = _member_keys(columns.file, ref) if columns.kind == "tar" else ref
+    return (columns.text(key) if key else found), ref
 
 
-def _weighted_results(frame: Frame) -> Labels:
-    """Rapidata: the annotators' weights for either image, label = p1 / (p1 + p2)."""
-    first = frame.number("weighted_results_image1_preference")
-    second = frame.number("weighted_results_image2_preference")
-    total = first + second
-    wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
-    negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
-    wrong |= dict.fromkeys(negative, "negative votes")
-    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=total > 0), wrong)
-
-
-def _best_index(frame: Frame) -> Labels:
-    """MJ-Bench: the label is the index of the better image."""
-    index = frame.number("label")
-    bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
-    return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
-
-
-def _by_value(column: str, function: Callable[[Any], tuple[float, int] | str]) -> Any:
-    """Labels from a column's Python values; ``function`` gives (label, votes) or what is wrong."""
-
-    def labels(frame: Frame) -> Labels:
-        values = frame.values(column)
-        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
-        wrong = {}
-        for i, value in enumerate(values):
-            found = function(value)
-            if isinstance(found, str):
-                wrong[i] = found
-            else:
-                label[i], votes[i] = found
-        return Labels(label, wrong, votes)
-
-    return labels
-
-
-def _arena_vote(vote: Any) -> tuple[float, int] | str:
-    known = VOTES.get(vote) if isinstance(vote, str) else None
-    return (known, 1) if known is not None else f"unknown vote_type {str(vote)[:40]!r}"
-
-
-def _responses(answers: Any) -> tuple[float, int] | str:
-    """open-image-preferences: the mean over the annotators, either kind of "both" a half."""
-    if not isinstance(answers, list) or not answers:
-        return "no responses"
-    known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in answers]
-    shares = [share for share in known if share is not None]
-    if len(shares) < len(known):
-        return "an unknown response"
-    return sum(shares) / len(shares), len(shares)
-
-
-_PICKAPIC = frozenset(
-    ("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
-)
-_UIDS = ("image_0_uid", "image_1_uid")
-_URLS = ("image_0_url", "image_1_url")
-
-# In this order: the first that fits is the file's format.
-LAYOUTS = (
-    Layout(
-        "rapidata",
-        "prompt",
-        ("image1", "image2"),
-        _weighted_results,
-        needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
-    ),
-    Layout(
-        "genai-arena",
-        "prompt",
-        ("left_image", "right_image"),
-        _by_value("vote_type", _arena_vote),
-        needs=("vote_type",),
-    ),
-    Layout(
-        "open-image-preferences",
-        "images.prompt",
-        ("images.image_1", "images.image_2"),
-        _by_value("preference.responses", _responses),
-        needs=("preference.responses",),
-    ),
-    Layout("hpdv3", "prompt", ("path1", "path2"), _first_wins, winner_first=True),
-    Layout(
-        "pickapic",
-        "caption",
-        ("jpg_0", "jpg_1"),
-        _two_labels,
-        needs=("label_0", "image_0_uid", "image_1_uid"),
-        reads=("label_1", "has_label", "label_votes"),
-        keys=_UIDS,
-        links=_URLS,
-        ignore=_PICKAPIC,
-    ),
-    Layout(
-        "diffusers",
-        "caption",
-        ("jpg_0", "jpg_1"),
-        _two_labels,
-        needs=("label_0",),
-        reads=("label_1", "has_label", "label_votes"),
-        links=_URLS,
-        ignore=_PICKAPIC,
-    ),
-    Layout(
-        "mj-bench",
-        "caption",
-        ("image0", "image1"),
-        _best_index,
-        needs=("label",),
-        winner_first=True,
-    ),
-    Layout(
-        "open-image-preferences",
-        "prompt",
-        ("chosen", "rejected"),
-        _first_wins,
-        needs=("chosen_model", "rejected_model", "category"),
-        winner_first=True,
-        ignore=frozenset(("id",)),
-    ),
-    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), _first_wins, winner_first=True),
-    own_layout({}),
-)
+def _member_keys(file: str, refs: Text) -> pa.Array:
+    members = (tar_ref(ref or "") for ref in refs.to_pylist())
+    return pa.array([f"{file}#{member[2]}" if member else None for member in members], pa.string())

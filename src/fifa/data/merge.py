@@ -1,17 +1,16 @@
-"""From files' parts to the table of pairs: prompts numbered, repeats merged."""
+"""From files' pairs to one table of pairs: prompts numbered, repeats merged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from fifa.data.clean import Part
 from fifa.data.ids import hex_strings
-from fifa.data.table import PAIRS, PROMPTS, REJECTED
+from fifa.data.pairs import FilePairs
+from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs
 from fifa.errors import FifaError
 
 MAX_PIECES = 2_000  # of a column
@@ -19,91 +18,64 @@ LAST_BITS = 0xFFFF
 HALVES = (0, 1)  # of all hashes, by their first bit
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """The tables, and how many rows went into them.
-
-    Parameters
-    ----------
-    table, prompts, rejected
-        As in `fifa.data.table.Pairs`.
-    scores
-        The table's columns beyond `PAIRS`.
-    cells
-        The columns with image bytes, if a file has any.
-    rows, merged
-        Rows read, and how many repeated an earlier pair.
-    """
-
-    table: pa.Table
-    prompts: pa.Table
-    rejected: pa.Table
-    scores: tuple[str, ...]
-    cells: tuple[str, str] | None
-    rows: int
-    merged: int
-
-
-def assemble(parts: Iterable[Part]) -> Assembled:
-    """Join files' parts into one table of pairs.
+def merge(files: Iterable[FilePairs]) -> Pairs:
+    """Join files' pairs into one table; of the origin it knows no more than what they hold.
 
     A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
     one's label and goes; everything else is the first one's.
     """
-    full: list[Part] = []
+    full: list[FilePairs] = []
     rejected: list[tuple[str, int | None, str]] = []
     cells: tuple[str, str] | None = None
-    for part in parts:
-        rejected += [(part.file, row, reason) for row, reason in part.rejected]
-        cells = cells or part.cells
-        if part.columns:
-            full.append(part)
+    for own in files:
+        rejected += [(own.file, row, reason) for row, reason in own.rejected]
+        cells = cells or own.cells
+        if len(own):
+            full.append(own)
     table, prompts = _tables(full) if full else (PAIRS.empty_table(), PROMPTS.empty_table())
-    pairs = sum(part.pairs.shape[1] for part in full)
+    pairs = sum(map(len, full))
     rejected.sort(key=lambda row: (row[0], -1 if row[1] is None else row[1]))
     by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
-    return Assembled(
-        table=table,
-        prompts=prompts,
-        rejected=pa.table(by_column, schema=REJECTED),
-        scores=tuple(table.column_names[len(PAIRS) :]),
+    origin = Origin(
         cells=cells,
+        score_columns=tuple(table.column_names[len(PAIRS) :]),
         rows=pairs + len(rejected),
         merged=pairs - len(table),
     )
+    return Pairs(table, prompts, pa.table(by_column, schema=REJECTED), origin)
 
 
-def _tables(parts: list[Part]) -> tuple[pa.Table, pa.Table]:
+def _tables(files: list[FilePairs]) -> tuple[pa.Table, pa.Table]:
     """The pairs, those met again merged, and the prompts."""
-    images = [part.images for part in parts]
+    images = [own.images for own in files]
     words = _words(images)
     with ThreadPoolExecutor(len(HALVES)) as pool:  # sorting leaves the interpreter alone
         search = [pool.submit(_met_again, words, half) for half in HALVES]
-        columns = _joined(parts)
-        prompts = _prompts(columns, parts)
+        columns = _joined(files)
+        prompts = _prompts(columns, files)
         shared = [each.result() for each in search]
     same_images = _repeats(images, words, shared)
     repeat = columns["repeat"].to_numpy()
     repeat[same_images[0]] = True
     columns["repeat"] = pa.chunked_array([repeat])
-    merged = _merge(columns, *_same_pairs(parts, *same_images), parts)
+    merged = _merge(columns, *_same_pairs(files, *same_images), files)
     scores = [(name, columns[name].type) for name in columns if name not in PAIRS.names]
     schema = pa.schema([*PAIRS, *scores])
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     return _without(table, merged), prompts
 
 
-def _joined(parts: list[Part]) -> dict[str, pa.ChunkedArray]:
-    """All parts' columns one after the other; a score that a part lacks is null there."""
+def _joined(files: list[FilePairs]) -> dict[str, pa.ChunkedArray]:
+    """All files' columns one after the other; a score that a file lacks is null there."""
     types: dict[str, pa.DataType] = {}
-    for part in parts:
-        for name, values in part.columns.items():
+    for own in files:
+        for name, values in own.columns.items():
             if types.setdefault(name, values.type) != values.type:
                 kinds = f"{types[name]} in an earlier file, {values.type} here"
-                raise FifaError(f"column {name!r} is {kinds}", where=part.file)
+                raise FifaError(f"column {name!r} is {kinds}", where=own.file)
     columns = {}
     for name, kind in types.items():
-        found = [part.columns.get(name, pa.nulls(part.pairs.shape[1], kind)) for part in parts]
+        found = [own.columns.get(name, pa.nulls(len(own), kind)) for own in files]
         pieces = [
             column.chunks if isinstance(column, pa.ChunkedArray) else [column] for column in found
         ]
@@ -112,27 +84,27 @@ def _joined(parts: list[Part]) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
-def _prompts(columns: dict[str, pa.ChunkedArray], parts: list[Part]) -> pa.Table:
+def _prompts(columns: dict[str, pa.ChunkedArray], files: list[FilePairs]) -> pa.Table:
     """Number the prompts in order of first appearance (``prompt_index``, ``prompt_id``).
 
     Returns `PROMPTS`, a row a prompt, with its first spelling.
     """
-    hashes = np.concatenate([part.prompts for part in parts], axis=1)
+    hashes = np.concatenate([own.prompts for own in files], axis=1)
     again, first = _repeats([hashes])
     new = np.ones(hashes.shape[1], bool)
     new[again] = False
     ids = hex_strings(hashes[:, new])
-    number = np.cumsum(new, dtype=np.int32) - 1  # of every part's every spelling
+    number = np.cumsum(new, dtype=np.int32) - 1  # of every file's every spelling
     number[again] = number[first]
-    ends = np.cumsum([part.prompts.shape[1] for part in parts])
+    ends = np.cumsum([own.prompts.shape[1] for own in files])
     index = [
-        pa.array(own.take(part.columns["prompt"].indices.to_numpy()))
-        for part, own in zip(parts, np.split(number, ends[:-1]), strict=True)
+        pa.array(numbers.take(own.columns["prompt"].indices.to_numpy()))
+        for own, numbers in zip(files, np.split(number, ends[:-1]), strict=True)
     ]
-    named = [pa.DictionaryArray.from_arrays(own, ids, safe=False) for own in index]
+    named = [pa.DictionaryArray.from_arrays(numbers, ids, safe=False) for numbers in index]
     columns["prompt_index"] = pa.chunked_array(index)
     columns["prompt_id"] = pa.chunked_array(named)
-    words = pa.chunked_array([part.columns["prompt"].dictionary for part in parts])
+    words = pa.chunked_array([own.columns["prompt"].dictionary for own in files])
     return pa.table([ids, words.filter(pa.array(new))], schema=PROMPTS)
 
 
@@ -181,14 +153,14 @@ def _repeats(
 
 
 def _same_pairs(
-    parts: list[Part], again: np.ndarray, first: np.ndarray
+    files: list[FilePairs], again: np.ndarray, first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows that have an earlier row's images, those that have its prompt too.
 
     Returns them, ascending, and the first row with the same pair.
     """
     rows = np.union1d(again, first)
-    again, first = _repeats([_of_rows([part.pairs for part in parts], rows)])
+    again, first = _repeats([_of_rows([own.pairs for own in files], rows)])
     return rows[again], rows[first]
 
 
@@ -204,7 +176,10 @@ def _of_rows(arrays: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def _merge(
-    columns: dict[str, pa.ChunkedArray], again: np.ndarray, first: np.ndarray, parts: list[Part]
+    columns: dict[str, pa.ChunkedArray],
+    again: np.ndarray,
+    first: np.ndarray,
+    files: list[FilePairs],
 ) -> np.ndarray:
     """Average the labels of repeated pairs into their first row; returns the other rows.
 
@@ -216,9 +191,9 @@ def _merge(
     at = np.searchsorted(rows, heads)
     head = np.arange(len(rows))  # of every row, by its place in rows
     head[np.searchsorted(rows, again)] = np.searchsorted(rows, first)
-    high = _of_rows([part.high for part in parts], rows)
+    high = _of_rows([own.high for own in files], rows)
     own, weight = (
-        _of_rows([np.asarray(part.columns[name]) for part in parts], rows)
+        _of_rows([np.asarray(own.columns[name]) for own in files], rows)
         for name in ("label", "votes")
     )
     share = np.where(high != high[head], 1.0 - own, own) * weight

@@ -5,34 +5,32 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pyarrow.compute as pc
 
 from fifa.console import note, progress
-from fifa.data.clean import Part, make_part
-from fifa.data.columns import Frame, ParquetFrame, RecordFrame, Text
-from fifa.data.formats import Layout, from_layout, plan
-from fifa.data.layouts import LAYOUTS, own_layout
-from fifa.data.merge import Assembled, assemble
-from fifa.data.rankings import RANKINGS, Ranked
+from fifa.data import formats
+from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
+from fifa.data.formats import PAIR_COLUMNS, own_layout
+from fifa.data.layouts import Layout
+from fifa.data.merge import merge
+from fifa.data.pairs import FilePairs, Rejected, finish
+from fifa.data.rankings import Ranked
 from fifa.data.records import read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.table import Origin, Pairs
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
-FORMATS = tuple(sorted({form.name for form in (*LAYOUTS, *RANKINGS)}))
-PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
+FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
 VERSION = 3  # of the way a source becomes pairs; part of every fingerprint
-
-Format = Layout | Ranked
-Rejected = list[tuple[int | None, str]]
 
 
 def read_pairs(
@@ -69,26 +67,19 @@ def read_pairs(
     found = find_files(source)
     reader = _Reader(found.root, format, columns)
     with progress("reading files", len(found.files)) as advance:
-        done = assemble(_parts(reader, found, advance))
-    if not len(done.table):
-        raise _nothing(found, done)
-    note(pairs=len(done.table), merged=done.merged, rejected=len(done.rejected))
-    return Pairs(
-        done.table,
-        done.prompts,
-        done.rejected,
-        Origin(
-            source=str(source),
-            root=found.root.url,
-            format=reader.name,
-            columns=columns,
-            cells=done.cells,
-            score_columns=done.scores,
-            fingerprint=_fingerprint(found, reader.name, columns),
-            rows=done.rows,
-            merged=done.merged,
-        ),
+        pairs = merge(_file_pairs(reader, found, advance))
+    if not len(pairs):
+        raise _nothing(found, pairs)
+    note(pairs=len(pairs), merged=pairs.origin.merged, rejected=len(pairs.rejected))
+    origin = replace(
+        pairs.origin,
+        source=str(source),
+        root=found.root.url,
+        format=reader.name,
+        columns=columns,
+        fingerprint=_fingerprint(found, reader.name, columns),
     )
+    return replace(pairs, origin=origin)
 
 
 def source_fingerprint(origin: Origin) -> str:
@@ -115,7 +106,7 @@ class _Reader:
         if self._own:
             self.name = "columns"
 
-    def read(self, file: SourceFile) -> tuple[str, Part]:
+    def read(self, file: SourceFile) -> tuple[str, FilePairs]:
         """A file's format and pairs; one that cannot be read is one rejected row."""
         try:
             return self._read(file)
@@ -124,53 +115,48 @@ class _Reader:
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
             # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
             brief = " ".join(str(error).split())[:300]
-            return "", Part(file.path, [(None, f"the file cannot be read: {brief}")])
+            return "", FilePairs(file.path, rejected=[(None, f"the file cannot be read: {brief}")])
 
-    def _read(self, file: SourceFile) -> tuple[str, Part]:
-        frame, rejected = self._frame(file)
-        form = self._form(frame)
+    def _read(self, file: SourceFile) -> tuple[str, FilePairs]:
+        columns, rejected = self._columns(file)
+        form = self._form(columns)
         if form is None:
-            return "", Part(file.path, [*rejected, *_unknown(frame, bool(rejected))])
-        if isinstance(form, Ranked):
-            batch = form.convert(frame)
-        else:
-            what = plan(frame, form, self.carried)
-            frame.load(what.wanted, prompt=form.prompt)
-            batch = from_layout(frame, what)
-        batch.rejected += rejected
-        batch.refs = self._placed(file, batch.refs)
-        return form.name, make_part(batch)
+            reasons = [*rejected, *_unknown(columns, bool(rejected))]
+            return "", FilePairs(file.path, rejected=reasons)
+        own = form.read(columns, self.carried)
+        own.rejected += rejected
+        self._place(file, own.columns)
+        return form.name, finish(own)
 
-    def _frame(self, file: SourceFile) -> tuple[Frame, Rejected]:
+    def _columns(self, file: SourceFile) -> tuple[Columns, Rejected]:
         if file.kind == "parquet":
             local = self.root.folder is not None
             name = self.root.name(file.path)
             opened = name if local else self.root.open(file.path, ahead=file.size < BLOCK)
-            return ParquetFrame(opened, file.path), []
+            return ParquetColumns(opened, file.path), []
         with self.root.open(file.path) as stream:
             records = read_records(stream, file.kind)
-        return RecordFrame(records, file.kind, file.path), records.rejected
+        return RecordColumns(records, file.kind, file.path), records.rejected
 
-    def _form(self, frame: Frame) -> Format | None:
+    def _form(self, columns: Columns) -> Layout | Ranked | None:
         if self._own:
             return self._own
-        for form in (*RANKINGS, *LAYOUTS):
-            if self.name in ("", form.name) and form.fits(frame):
+        for form in formats.FORMATS:
+            if self.name in ("", form.name) and form.fits(columns):
                 return form
         return None
 
-    def _placed(self, file: SourceFile, refs: tuple[Text, Text]) -> tuple[Text, Text]:
-        """Relative paths, found below the root: beside the file, or in a folder beside it."""
-        folder = self.root.folder
-        paths = [ref for ref in refs[0].slice(0, 200).to_pylist() if ref and is_path(ref)][:20]
+    def _place(self, file: SourceFile, columns: dict[str, Text]) -> None:
+        """Relative paths from the root: they are beside the file, or in a folder beside it."""
+        folder, names = self.root.folder, ("image_0_ref", "image_1_ref")
+        some = columns[names[0]].slice(0, 200).to_pylist()
+        paths = [ref for ref in some if ref and is_path(ref)][:20]
         if folder is None or not paths:
             prefix = file.path.rpartition("/")[0] if paths else ""
         else:
             prefix = _prefix(folder, file.path, paths)
-        if not prefix:
-            return refs[0], refs[1]
-        first, second = (_prefixed(ref, f"{prefix}/") for ref in refs)
-        return first, second
+        if prefix:
+            columns |= {name: _prefixed(columns[name], f"{prefix}/") for name in names}
 
 
 def is_path(ref: str) -> bool:
@@ -197,15 +183,17 @@ def _prefixed(refs: Text, prefix: str) -> Text:
     return pc.if_else(whole, refs, pc.binary_join_element_wise(prefix, refs, ""))
 
 
-def _parts(reader: _Reader, found: Source, advance: Callable[[int], None]) -> Iterator[Part]:
-    """Every file's part, in order, made a few files ahead; all files have one format."""
+def _file_pairs(
+    reader: _Reader, found: Source, advance: Callable[[int], None]
+) -> Iterator[FilePairs]:
+    """Every file's pairs, in order, read a few files ahead; all files have one format."""
     forms: Counter[str] = Counter()
-    yield from (Part(path, [(None, reason)]) for path, reason in found.refused)
+    yield from (FilePairs(path, rejected=[(None, why)]) for path, why in found.refused)
     files = iter(found.files)
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = deque(pool.submit(reader.read, file) for file in islice(files, AHEAD))
         while waiting:
-            name, part = waiting.popleft().result()
+            name, own = waiting.popleft().result()
             waiting.extend(pool.submit(reader.read, file) for file in islice(files, 1))
             if name:
                 forms[name] += 1
@@ -217,25 +205,25 @@ def _parts(reader: _Reader, found: Source, advance: Callable[[int], None]) -> It
                     do="name one with --format, or a glob that matches one",
                 )
             advance(1)
-            yield part
+            yield own
     reader.name = next(iter(forms), reader.name)
 
 
-def _unknown(frame: Frame, explained: bool) -> Rejected:
+def _unknown(columns: Columns, explained: bool) -> Rejected:
     """Why a file has no format; nothing if its rows have been rejected already."""
-    if frame.names:
-        some = ", ".join(sorted(frame.names)[:20])
+    if columns.names:
+        some = ", ".join(sorted(columns.names)[:20])
         return [(None, f"no known format has these columns: {some}")]
     return [] if explained else [(None, "the file is empty")]
 
 
-def _nothing(found: Source, done: Assembled) -> FifaError:
+def _nothing(found: Source, pairs: Pairs) -> FifaError:
     """The message for a source without one pair: its commonest reason."""
-    if not len(done.rejected):
+    if not len(pairs.rejected):
         return FifaError("the data set is empty", where=found.named)
-    reasons = Counter(done.rejected["reason"].to_pylist())
+    reasons = Counter(pairs.rejected["reason"].to_pylist())
     reason, count = reasons.most_common(1)[0]
-    place = next(row for row in done.rejected.to_pylist() if row["reason"] == reason)
+    place = next(row for row in pairs.rejected.to_pylist() if row["reason"] == reason)
     do = "say which columns are which with --columns prompt=...,image_0=...,image_1=...,label=..."
     return FifaError(
         f"no pairs: {reason}" + (f" ({count:,} times)" if count > 1 else ""),

@@ -63,9 +63,9 @@ class Origin:
         merged into it: ``rows = pairs + merged + rejected``.
     """
 
-    source: str
-    root: str
-    format: str
+    source: str = ""
+    root: str = ""
+    format: str = "memory"
     columns: dict[str, str] = field(default_factory=dict)
     cells: tuple[str, str] | None = None
     score_columns: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class Pairs:
     table: pa.Table
     prompts: pa.Table
     rejected: pa.Table = field(default_factory=REJECTED.empty_table)
-    origin: Origin = field(default_factory=lambda: Origin("", "", "memory"))
+    origin: Origin = field(default_factory=Origin)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -1,0 +1,220 @@
+"""One file's pairs: what every format is turned into, bad rows out, ids, sides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fifa.data.columns import Text, encoded
+from fifa.data.ids import hex_strings, pair_hashes, prompt_hashes
+from fifa.data.murmur import murmur3
+from fifa.data.table import PAIRS
+
+MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
+MAX_KEY = 4_096  # bytes of a path or URL
+NO_TEXT = "no prompt, or no valid text"
+Rejected = list[tuple[int | None, str]]  # a row and why it is no pair; row None is the whole file
+
+# Words by which the columns of the two sides tell themselves apart.
+SIDES = (
+    ("0", "1"),
+    ("1", "2"),
+    ("a", "b"),
+    ("chosen", "rejected"),
+    ("winner", "loser"),
+    ("left", "right"),
+)
+
+
+@dataclass
+class FilePairs:
+    """One file's pairs: n rows. Formats fill it in, `finish` does the rest.
+
+    Parameters
+    ----------
+    file
+        The source file, relative to the root.
+    columns
+        Those of `PAIRS` that need no other file, [n] each. From a format: ``row``, ``prompt``
+        (maybe dictionary-encoded; null where there is no text), the images' keys ``image_0`` and
+        ``image_1`` (null where an image is missing), ``image_0_ref`` and ``image_1_ref`` (path,
+        URL or tar member; null for a cell of the row), ``label`` (float64, the probability that a
+        person prefers image 0; NaN where there is none) and ``votes`` (int32).
+    scores
+        Columns to keep beside them, [n] each.
+    wrong
+        Rows (positions in the columns) that are to be rejected, and why.
+    swaps
+        Columns of ``scores`` that change places when the sides do.
+    winner_first
+        The source's order gives the winner away: sides are assigned by the images' keys.
+    cells
+        The columns with image bytes; None without.
+    rejected
+        Rows that are no pairs.
+    prompts, pairs, images, high
+        By `finish`: `fifa.data.ids.prompt_hashes` of the prompt column's dictionary, which is in
+        order of first appearance, uint64 [2, m]; `fifa.data.ids.pair_hashes`, uint64 [2, n]; the
+        sum of the two images' hashes, uint64 [2, n]; whether image_0 is the one with the higher
+        hash, bool [n].
+    """
+
+    file: str
+    columns: dict[str, Text] = field(default_factory=dict)
+    scores: dict[str, Text] = field(default_factory=dict)
+    wrong: dict[int, str] = field(default_factory=dict)
+    swaps: list[tuple[str, str]] = field(default_factory=list)
+    winner_first: bool = False
+    cells: tuple[str, str] | None = None
+    rejected: Rejected = field(default_factory=list)
+    prompts: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
+    pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
+    images: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
+    high: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+
+    def __len__(self) -> int:
+        return len(self.columns["row"]) if self.columns else 0
+
+
+def pair_columns(
+    row: np.ndarray | Sequence[int],
+    prompt: Text,
+    keys: Sequence[Text],
+    refs: Sequence[Text],
+    label: np.ndarray | Sequence[float],
+    votes: np.ndarray | Sequence[int] | None = None,
+) -> dict[str, Text]:
+    """`FilePairs.columns`; keys and references a side; None is a vote a pair."""
+    return {
+        "row": pa.array(row, pa.int64()),
+        "prompt": prompt,
+        "image_0": keys[0],
+        "image_1": keys[1],
+        "image_0_ref": refs[0],
+        "image_1_ref": refs[1],
+        "label": pa.array(label, pa.float64()),
+        "votes": pa.array(np.ones(len(row), np.int32) if votes is None else votes, pa.int32()),
+    }
+
+
+def finish(own: FilePairs) -> FilePairs:
+    """Everything about a file's pairs that needs no other file; files may be done side by side."""
+    if len(own):
+        _clean(own)
+    if not len(own):
+        own.columns = {}
+        return own
+    columns, scores = own.columns, own.scores
+    prompt = columns["prompt"]
+    own.prompts = prompt_hashes(prompt.dictionary)
+    hashes = [murmur3(columns[f"image_{side}"]) for side in (0, 1)]
+    own.images = hashes[0] + hashes[1]
+    own.pairs = pair_hashes(own.prompts, prompt.indices.to_numpy(), own.images)
+    own.high = hashes[0][0] > hashes[1][0]
+    swapped = np.zeros(len(own), bool)
+    if own.winner_first:
+        # image_0 is the key with the lower hash, or by a bit of the pair's hash the other one:
+        # the sides depend on the keys alone, never on who won or where the row stands
+        swapped = own.high ^ (own.pairs[1] >> np.uint64(63)).astype(bool)
+        own.high = own.high ^ swapped
+        turn, label = pa.array(swapped), columns["label"].to_numpy()
+        columns["label"] = pa.array(np.where(swapped, 1.0 - label, label))
+        sides = [(columns, "image_0", "image_1"), (columns, "image_0_ref", "image_1_ref")]
+        for table, *names in [*sides, *((scores, *names) for names in own.swaps)]:
+            zero, one = (table[name] for name in names)
+            table[names[0]] = pc.if_else(turn, one, zero)
+            table[names[1]] = pc.if_else(turn, zero, one)
+    file = pa.array(np.zeros(len(own), np.int32))
+    columns |= {
+        "pair_id": hex_strings(own.pairs),
+        "file": pa.DictionaryArray.from_arrays(file, [own.file], safe=False),
+        "swapped": pa.array(swapped),
+        "repeat": pa.array((hashes[0] == hashes[1]).all(axis=0)),  # one image twice
+    }
+    columns |= {f"source_{name}" if name in PAIRS.names else name: scores[name] for name in scores}
+    return own
+
+
+def _clean(own: FilePairs) -> None:
+    """Move the rows that are no pairs to ``rejected``, and their prompts with them."""
+    columns = own.columns
+    label = columns["label"].to_numpy(zero_copy_only=False)
+    bad = np.flatnonzero(~((label >= 0.0) & (label <= 1.0)))  # NaN is neither
+    reasons = dict.fromkeys(bad.tolist(), "the label is no number between 0 and 1")
+    for side in (0, 1):
+        length = np.asarray(pc.fill_null(pc.binary_length(columns[f"image_{side}"]), 0))
+        missing = np.flatnonzero(length == 0).tolist()
+        reasons |= dict.fromkeys(missing, f"image {side} is missing")
+        long = np.flatnonzero(length > MAX_KEY).tolist()
+        reasons |= dict.fromkeys(long, f"the name of image {side} is over {MAX_KEY:,} bytes")
+    reasons |= own.wrong
+    columns["prompt"] = encoded(columns["prompt"])
+    reasons |= _prompt_faults(columns["prompt"])
+    if reasons:
+        stays = np.ones(len(own), bool)
+        stays[list(reasons)] = False
+        rows = columns["row"].to_numpy()
+        own.rejected += [(int(rows[i]), reason) for i, reason in reasons.items()]
+        for table in (columns, own.scores):
+            table |= {name: column.filter(pa.array(stays)) for name, column in table.items()}
+    columns["prompt"] = _in_order(columns["prompt"])
+
+
+def _prompt_faults(prompt: pa.DictionaryArray) -> dict[int, str]:
+    """The rows without a prompt, or with one that is too long."""
+    words = prompt.dictionary
+    size = np.asarray(pc.fill_null(pc.binary_length(words), 0))
+    blank = np.asarray(pc.fill_null(pc.utf8_is_space(words), False)).astype(bool) | (size == 0)
+    faulty = np.append(blank | (size > MAX_PROMPT), True)  # the last one is for null
+    codes = np.asarray(pc.fill_null(prompt.indices, len(words)))
+    if not prompt.null_count and not faulty[:-1].any():
+        return {}
+    reasons = [
+        "no prompt" if none else f"the prompt has {n:,} bytes, more than {MAX_PROMPT:,}"
+        for none, n in zip(blank.tolist(), size.tolist(), strict=True)
+    ]
+    reasons.append(NO_TEXT)
+    for word in np.flatnonzero(np.asarray(words.is_null())).tolist():
+        reasons[word] = NO_TEXT
+    return {row: reasons[codes[row]] for row in np.flatnonzero(faulty[codes]).tolist()}
+
+
+def _in_order(prompt: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The same with a dictionary of what is used, in order of first appearance."""
+    codes, words = prompt.indices.to_numpy(), prompt.dictionary
+    place = np.full(len(words), -1)
+    # of several writes to one place the last one stays
+    place[codes[::-1]] = np.arange(len(codes))[::-1]
+    used = np.flatnonzero(place >= 0)
+    used = used[np.argsort(place[used])]
+    if np.array_equal(used, np.arange(len(words))):
+        return prompt
+    number = np.empty(len(words), np.int32)
+    number[used] = np.arange(len(used))
+    return pa.DictionaryArray.from_arrays(number[codes], words.take(pa.array(used)))
+
+
+def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Columns that hold the same thing for side 0 and side 1: their names differ in one word.
+
+    ``hpsv2_0`` goes with ``hpsv2_1``, ``chosen_score`` with ``rejected_score``, ``image1_model``
+    with ``image2_model``. Every name is used once, the first of `SIDES` that fits wins.
+    """
+    left = list(names)
+    pairs = []
+    for zero, one in SIDES:
+        edge = r"(?<![0-9])" if zero.isdigit() else r"(?<![A-Za-z])"
+        after = r"(?![0-9])" if zero.isdigit() else r"(?![A-Za-z])"
+        for name in list(left):
+            for match in re.finditer(edge + zero + after, name):
+                other = name[: match.start()] + one + name[match.end() :]
+                if name in left and other in left:
+                    pairs.append((name, other))
+                    left.remove(name)
+                    left.remove(other)
+    return pairs
