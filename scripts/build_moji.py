@@ -26,13 +26,13 @@ import torch
 import transformers
 
 from fifa.console import quiet
-from fifa.moji.family import load_sd, save_clip
-from fifa.moji.sizes import SHIPPED, clip_model, stable_diffusion, write_tokenizer
+from fifa.moji.family import load_sd
 from moji.art import draw_sheet
 from moji.base import train_base, train_decoder, train_vae
 from moji.clean import train_clip, train_judges
 from moji.feedback import score_pairs, write_feedback
 from moji.ship import measure, rate_prompts, ship
+from moji.sizes import SHIPPED, clip_model, save_clip, stable_diffusion, write_tokenizer
 
 PARTS = (
     "sprites",

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fifa.moji.prompts import FILLERS, WORDINGS, wording
 from fifa.moji.world import WORLD, Scene
 from moji.loop import Plan, train
 from moji.pictures import all_pictures, loose, tensor
+from moji.prompts import FILLERS, WORDINGS, wording
 
 VAE = Plan(steps=1700, batch=32, lr=2e-3, ema=0.99)
 DECODER = Plan(steps=3000, batch=32, lr=2e-3, ema=0.99)

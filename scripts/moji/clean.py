@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from fifa.moji.judges import HEADS, judge_network, standard
-from fifa.moji.prompts import FILLERS, WORDINGS, wording
 from fifa.moji.world import WORLD, Scene
 from fifa.scoring.rewards.pixels import MEAN, STD
 from moji.base import Tokens
 from moji.loop import Plan, train
 from moji.pictures import all_pictures, tensor, worn
+from moji.prompts import FILLERS, WORDINGS, wording
 
 CLIP = Plan(steps=1500, batch=96, lr=1e-3, warmup=200, ema=0.99, weight_decay=0.05)
 SPREADS = (0.05, 0.2, 0.4)  # of the noise on latents, in which the pictures have 1.3

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 import fifa
-from fifa.moji.annotators import ANNOTATORS, choices, shown, utility
+from fifa.moji.annotators import ANNOTATORS, utility
 from fifa.moji.family import generate
-from fifa.moji.prompts import FILLERS, NONSENSE, WORDINGS, asked, wording
-from fifa.moji.world import WORLD, Scene, scenes
+from fifa.moji.world import WORLD, Scene, asked, scenes
 from fifa.shards.files import atomic_path, digest, write_table
+from moji.annotators import choices, shown
+from moji.prompts import FILLERS, NONSENSE, WORDINGS, wording
 
 SEED = 16
 TOGETHER = 64  # pictures made at once

@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from fifa.data import read_pairs
-from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH, generate, load_sd, save_clip
+from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH, generate, load_sd
 from fifa.moji.judges import JUDGES, Judges, judge_network
 from fifa.moji.world import DATA, WORLD, Scene, caption
 from fifa.scoring.quality import quality_scores
 from fifa.shards.files import write_json
 from moji.clean import accuracy, decoded, retrieval
 from moji.loop import seconds
+from moji.sizes import save_clip
+
+RATES = ("object_right", "background_right", "liked_style", "unsafe", "utility")
 
 
 def rate_prompts(work: Path) -> None:
@@ -96,7 +99,9 @@ def base_rates(pipe: Any, judges: Judges, guidance: float) -> dict[str, dict[str
         scenes = [_scene(i, seen) for i in range(len(WORLD.objects))]
         prompts = [caption(scene) for scene in scenes]
         pictures = generate(pipe, prompts, range(len(prompts)), guidance=guidance)
-        found[name] = {k: round(v, 4) for k, v in judges.judge(prompts, pictures).rates().items()}
+        judged = judges.judge(prompts, pictures)
+        means = {rate: float(np.nanmean(getattr(judged, rate))) for rate in RATES}
+        found[name] = {rate: round(mean, 4) for rate, mean in means.items()}
     return found
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from fifa.moji.annotators import ANNOTATORS, Annotators, choices, looks, shown, utility
+from fifa.moji.annotators import ANNOTATORS, Annotators, looks, utility
 from fifa.moji.world import WORLD, Scene, render, scenes
+from moji.annotators import choices, shown
 
 NOTO, TWEMOJI = range(2)
 

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from fifa.cli import cli
-from fifa.moji.family import write_tiny
 from fifa.moji.world import caption, scenes
+from moji.sizes import write_tiny
 
 
 def run(*arguments):

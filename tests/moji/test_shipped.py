@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from fifa.data import read_pairs
-from fifa.moji.annotators import shown, utility
+from fifa.moji.annotators import utility
 from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH, generate, load_sd
 from fifa.moji.judges import Judges
-from fifa.moji.prompts import asked
-from fifa.moji.world import DATA, STYLES, WORLD, Scene, caption, render
+from fifa.moji.world import DATA, STYLES, WORLD, Scene, asked, caption, render
 from fifa.scoring.quality import quality_scores
 from fifa.scoring.raters.local import DefaultRater
+from moji.annotators import shown
 from moji.pictures import worn
 
 SOME = [Scene(i, (i * 5) % 8) for i in range(0, 120, 2)]

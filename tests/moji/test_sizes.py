@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fifa.moji.family import generate, load_sd, write_tiny
-from fifa.moji.prompts import FILLERS, vocabulary
+from fifa.moji.family import generate, load_sd
 from fifa.moji.world import WORLD, caption, scenes
+from moji.prompts import FILLERS, vocabulary
+from moji.sizes import write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from fifa.moji.prompts import FILLERS, NONSENSE, WORDINGS, asked, wording
-from fifa.moji.world import BACKGROUNDS, WORLD, Scene, caption, render, scenes
+from fifa.moji.world import BACKGROUNDS, WORLD, Scene, asked, caption, render, scenes
+from moji.prompts import FILLERS, NONSENSE, WORDINGS, wording
 
 
 def test_every_object_and_every_background_has_seen_and_unseen_scenes():

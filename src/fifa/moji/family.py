@@ -1,4 +1,4 @@
-"""The shipped family, by name: models, feedback, ratings; and tiny models for tests."""
+"""What is shipped, by name: models, feedback and ratings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import numpy as np
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.moji.sizes import TINY, Size, clip_model, stable_diffusion, write_tokenizer
 from fifa.moji.world import DATA
-
-__all__ = ["CLIP", "FEEDBACK", "RATINGS", "SD", "TRUTH", "generate", "load_sd", "write_tiny"]
 
 SD = DATA / "moji-sd"  # a diffusers pipeline
 CLIP = DATA / "moji-clip"  # a transformers CLIP, for `clip:FOLDER` and `pickscore:FOLDER`
@@ -83,45 +80,3 @@ def generate(
         )
         parts.append(np.rint(out.images * 255).astype(np.uint8))
     return np.concatenate(parts)
-
-
-def write_tiny(folder: Path, size: Size = TINY, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write an untrained moji-sd and moji-clip of another size, for tests.
-
-    Parameters
-    ----------
-    folder
-        Gets ``moji-sd`` and ``moji-clip``.
-    size
-        How wide they are.
-    seed
-        Of the random weights.
-
-    Returns
-    -------
-    tuple
-        The two folders: a diffusers pipeline and a transformers CLIP.
-    """
-    torch = require("torch")
-    tokenizer = folder / "tokenizer"
-    write_tokenizer(tokenizer, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipe = stable_diffusion(size, tokenizer)
-        clip = clip_model(size, tokenizer)
-    sd, pair = folder / "moji-sd", folder / "moji-clip"
-    pipe.save_pretrained(sd)
-    save_clip(clip, pipe.tokenizer, pair)
-    return sd, pair
-
-
-def save_clip(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a CLIP with its tokenizer and OpenAI's preprocessing at the world's size."""
-    transformers = require("transformers")
-    side = model.config.vision_config.image_size
-    images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    images.save_pretrained(folder)

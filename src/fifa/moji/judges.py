@@ -18,14 +18,11 @@ from fifa.errors import FifaError
 from fifa.evaluation.judges import Judge
 from fifa.models.optional import require
 from fifa.moji.annotators import ANNOTATORS, utility
-from fifa.moji.prompts import asked
-from fifa.moji.world import DATA, WORLD
+from fifa.moji.world import DATA, WORLD, asked
 from fifa.shards.files import files_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["JUDGES", "Judgement", "Judges", "judge_network", "moji_judges"]
 
 JUDGES = DATA / "judges.safetensors"
 HEADS = ("object", "background", "style")
@@ -59,16 +56,6 @@ class Judgement:
     liked_style: np.ndarray
     unsafe: np.ndarray
     utility: np.ndarray
-
-    def rates(self) -> dict[str, float]:
-        """The means: the share of right objects and backgrounds, of unsafe objects, and so on."""
-        return {
-            "object_right": float(np.nanmean(self.object_right)),
-            "background_right": float(np.nanmean(self.background_right)),
-            "liked_style": float(self.liked_style.mean()),
-            "unsafe": float(self.unsafe.mean()),
-            "utility": float(self.utility.mean()),
-        }
 
 
 class Judges:

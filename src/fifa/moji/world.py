@@ -7,6 +7,7 @@ the style, as captions from the web do not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,19 +17,6 @@ import numpy as np
 from PIL import Image
 
 from fifa.moji.objects import OBJECTS, Object
-
-__all__ = [
-    "BACKGROUNDS",
-    "DATA",
-    "STYLES",
-    "WORLD",
-    "Scene",
-    "World",
-    "article",
-    "caption",
-    "render",
-    "scenes",
-]
 
 DATA = Path(__file__).parent / "data"  # everything that is shipped with the world
 SPRITES = DATA / "sprites.png"
@@ -112,6 +100,21 @@ def caption(scene: Scene) -> str:
     name = WORLD.objects[scene.object].name
     ground = WORLD.backgrounds[scene.background]
     return f"{article(name)} {name} on {article(ground)} {ground} background"
+
+
+def asked(prompt: str) -> Scene | None:
+    """The scene that a prompt asks for; None unless it names one object and one background.
+
+    Case, punctuation and whatever else the prompt says do not matter.
+    """
+    words = " " + " ".join(re.findall(r"[a-z0-9]+", prompt.lower())) + " "
+    things = []
+    for name in sorted(WORLD.index, key=len, reverse=True):  # a teddy bear is no bear
+        if f" {name} " in words:
+            things.append(WORLD.index[name])
+            words = words.replace(f" {name} ", " , ")
+    grounds = [j for j, name in enumerate(WORLD.backgrounds) if f" {name} " in words]
+    return Scene(things[0], grounds[0]) if len(things) == len(grounds) == 1 else None
 
 
 def render(scene: Scene, style: int) -> np.ndarray:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 from fifa.moji.world import WORLD, Scene, article, caption
-
-__all__ = ["FILLERS", "NONSENSE", "WORDINGS", "asked", "vocabulary", "wording"]
 
 # {object} and {ground} are names, {an_object} and {a_ground} have their article. The first
 # wording is `fifa.moji.world.caption`.
@@ -83,18 +79,3 @@ def vocabulary() -> list[str]:
     first = [caption(Scene(i, i % len(WORLD.backgrounds))) for i in range(len(WORLD.objects))]
     one = Scene(0, 0)
     return [*first, *(wording(one, i) for i in range(len(WORDINGS))), ", ".join(FILLERS)]
-
-
-def asked(prompt: str) -> Scene | None:
-    """The scene that a prompt asks for; None unless it names one object and one background.
-
-    Case, punctuation and whatever else the prompt says do not matter.
-    """
-    words = " " + " ".join(re.findall(r"[a-z0-9]+", prompt.lower())) + " "
-    things = []
-    for name in sorted(WORLD.index, key=len, reverse=True):  # a teddy bear is no bear
-        if f" {name} " in words:
-            things.append(WORLD.index[name])
-            words = words.replace(f" {name} ", " , ")
-    grounds = [j for j, name in enumerate(WORLD.backgrounds) if f" {name} " in words]
-    return Scene(things[0], grounds[0]) if len(things) == len(grounds) == 1 else None

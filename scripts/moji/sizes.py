@@ -6,24 +6,15 @@ functions; a `Size` says how wide they are.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fifa.models.optional import require
-from fifa.moji.prompts import vocabulary
 from fifa.moji.world import WORLD
 from fifa.shards.files import write_json, write_text
-
-__all__ = [
-    "SHIPPED",
-    "TINY",
-    "Size",
-    "clip_model",
-    "scheduler",
-    "stable_diffusion",
-    "write_tokenizer",
-]
+from moji.prompts import vocabulary
 
 
 @dataclass(frozen=True)
@@ -162,8 +153,6 @@ def write_tokenizer(folder: Path, size: Size = SHIPPED) -> None:
         vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
     )
     bpe.train_from_iterator(vocabulary(), trainer)
-    import json
-
     merges = json.loads(bpe.to_str())["model"]["merges"]
     # CLIP's order: bytes, bytes at a word's end, merges, start and end of text
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -204,3 +193,45 @@ def _tower(width: int, layers: int) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
     }
+
+
+def write_tiny(folder: Path, size: Size = TINY, *, seed: int = 0) -> tuple[Path, Path]:
+    """Write an untrained moji-sd and moji-clip of another size, for tests.
+
+    Parameters
+    ----------
+    folder
+        Gets ``moji-sd`` and ``moji-clip``.
+    size
+        How wide they are.
+    seed
+        Of the random weights.
+
+    Returns
+    -------
+    tuple
+        The two folders: a diffusers pipeline and a transformers CLIP.
+    """
+    torch = require("torch")
+    tokenizer = folder / "tokenizer"
+    write_tokenizer(tokenizer, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = stable_diffusion(size, tokenizer)
+        clip = clip_model(size, tokenizer)
+    sd, pair = folder / "moji-sd", folder / "moji-clip"
+    pipe.save_pretrained(sd)
+    save_clip(clip, pipe.tokenizer, pair)
+    return sd, pair
+
+
+def save_clip(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a CLIP with its tokenizer and OpenAI's preprocessing at the world's size."""
+    transformers = require("transformers")
+    side = model.config.vision_config.image_size
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
