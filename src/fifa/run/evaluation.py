@@ -34,7 +34,7 @@ from fifa.evaluation.win_rates import Comparison
 from fifa.models.runtime import make_runtime
 from fifa.reporting.page import write_report
 from fifa.run.steps import is_run, log_step
-from fifa.shards.files import cannot_write, sweep, write_text
+from fifa.shards.files import cannot_write, check_free, sweep, write_text
 
 KNOBS = "evaluation.yaml"
 
@@ -181,13 +181,8 @@ def start(out: Path, evaluation: Evaluate) -> Path:
     """
     folder = out / FOLDER
     try:
-        ours = is_run(out) or folder.is_dir()
-        if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
-            raise FifaError(
-                "the folder is not empty and holds no run",
-                where=str(out),
-                do="choose another --out",
-            )
+        if not is_run(out) and not folder.is_dir():
+            check_free(out, "run")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error

@@ -21,7 +21,7 @@ from fifa.console import collect_facts
 from fifa.data.table import FILES, Pairs, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_facts
-from fifa.shards.files import cannot_write, read_json, sweep, write_json, write_text
+from fifa.shards.files import cannot_write, check_free, read_json, sweep, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,8 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
     try:
         if is_run(folder):
             _same_results(folder, recipe)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FifaError(
-                "the folder is not empty and holds no run",
-                where=str(folder),
-                do="choose another --out",
-            )
+        else:
+            check_free(folder, "run")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -152,6 +152,16 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found, len(lines) - len(found)
 
 
+def check_free(out: Path, what: str) -> None:
+    """Raise `FifaError` for a file, or a folder with files in it, which are no ``what``."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FifaError(
+            f"the folder is not empty and holds no {what}",
+            where=str(out),
+            do="choose another --out",
+        )
+
+
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
 

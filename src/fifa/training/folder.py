@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.shards.files import cannot_write, sweep, write_text
+from fifa.shards.files import cannot_write, check_free, sweep, write_text
 from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state
 from fifa.training.metrics import STATS
 
@@ -42,12 +42,8 @@ def check_folder(train: Train, out: Path) -> None:
                 where=str(out),
                 do="choose another --out, or give the same options",
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FifaError(
-            "the folder is not empty and holds no training",
-            where=str(out),
-            do="choose another --out",
-        )
+    else:
+        check_free(out, "training")
 
 
 def start_folder(train: Train, out: Path) -> None:

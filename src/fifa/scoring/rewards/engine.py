@@ -81,9 +81,9 @@ class _Job:
 def _job(
     model: RewardModel | None,
     folder: Path | None,
-    options: EngineOptions | None,
-    executor: Executor | None,
-    load: Load | None,
+    options: EngineOptions | None = None,
+    executor: Executor | None = None,
+    load: Load | None = None,
 ) -> Iterator[_Job]:
     """The arguments of `score_requests` as a job; without a folder in a temporary one."""
     options = options or EngineOptions()
@@ -163,16 +163,17 @@ def score_requests(
         return scored_once(path, make, facts, job.options.store)
 
 
-def score_pairs(
-    pairs: Pairs,
-    model: RewardModel,
-    *,
-    folder: Path | None = None,
-    options: EngineOptions | None = None,
-    executor: Executor | None = None,
-    load: Load | None = None,
-) -> pa.Table:
-    """What a reward model gives both images of every pair; parameters as for `score_requests`.
+def score_pairs(pairs: Pairs, model: RewardModel, **run: Any) -> pa.Table:
+    """What a reward model gives both images of every pair.
+
+    Parameters
+    ----------
+    pairs
+        With images.
+    model
+        The reward model.
+    run
+        ``folder``, ``options``, ``executor`` and ``load`` as for `score_requests`.
 
     Returns
     -------
@@ -195,36 +196,25 @@ def score_pairs(
         kind="margin",
         identity=(pairs.pairs_digest,),
         arrange=arrange,
-        folder=folder,
-        options=options,
-        executor=executor,
-        load=load,
+        **run,
     )
 
 
-def distinct_images(
-    images: Images, folder: Path | None = None, *, options: EngineOptions | None = None
-) -> Distinct:
+def distinct_images(images: Images, folder: Path | None = None, **run: Any) -> Distinct:
     """Which images are the same: by their bytes, or by their keys where those are ids."""
-    with _job(None, folder, options, None, None) as job:
+    with _job(None, folder, **run) as job:
         return _distinct(job, images)
 
 
 def prompt_features(
-    prompts: pa.ChunkedArray,
-    model: RewardModel,
-    folder: Path,
-    *,
-    options: EngineOptions | None = None,
-    executor: Executor | None = None,
-    load: Load | None = None,
+    prompts: pa.ChunkedArray, model: RewardModel, folder: Path, **run: Any
 ) -> np.ndarray:
     """The model's features of prompts, ``[prompts, ...]``, each made once.
 
     They lie in ``folder`` as ``prompts-<model>-<fingerprint>.npy`` and are mapped from there, not
-    loaded: other steps may read them, and memory stays flat. Parameters as for `score_requests`.
+    loaded: other steps may read them, and memory stays flat. ``run`` as for `score_pairs`.
     """
-    with _job(model, folder, options, executor, load) as job:
+    with _job(model, folder, **run) as job:
         return _prompt_features(job, model, prompts)
 
 

@@ -13,7 +13,6 @@ from fifa.config import Reward
 from fifa.console import echo, note
 from fifa.data.read import read_pairs
 from fifa.data.table import Pairs
-from fifa.errors import FifaError
 from fifa.models.runtime import Runtime, make_runtime
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards.base import RewardModel
@@ -27,9 +26,9 @@ from fifa.scoring.rewards.features import (
 )
 from fifa.scoring.rewards.finetune import finetune_clip
 from fifa.scoring.rewards.head import Comparisons, Head, HeadPath, prompt_weights
-from fifa.scoring.rewards.proxy import load_proxy, save_head
+from fifa.scoring.rewards.proxy import SETTINGS, load_proxy, save_head
 from fifa.scoring.rewards.split import prompt_folds
-from fifa.shards.files import atomic_folder
+from fifa.shards.files import atomic_folder, check_free
 
 PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
 PATIENCE = 2  # penalties that may pass without gain on held-out prompts
@@ -117,7 +116,8 @@ def train_reward(
         For a folder that is not ours, pairs without images, and too few prompts.
     """
     options, out = options or Reward(), Path(out)
-    check_out(out)
+    if not (out / SETTINGS).is_file():
+        check_free(out, "reward")
     pairs = source_or_pairs if isinstance(source_or_pairs, Pairs) else read_pairs(source_or_pairs)
     if options.base == "features":
         settings = _train_head(pairs, out, options, cache)
@@ -130,18 +130,6 @@ def train_reward(
         f"{after.prompts:,} held-out prompts, calibration error {after.ece:.3f}; in {out}"
     )
     return TrainedReward(out, after, before, settings["temperature"])
-
-
-def check_out(out: Path) -> None:
-    """Raise `FifaError` for a folder with other people's files."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if "reward.json" not in names:
-            raise FifaError(
-                "the folder is not empty and holds no reward",
-                where=str(out),
-                do="choose another --out",
-            )
 
 
 def comparisons(pairs: Pairs, features: Features) -> tuple[Comparisons, npt.NDArray[np.bool_]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,7 @@ from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.specs import REWARDS
 
 
-def load_reward(
-    spec: str,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    compile: bool | str = False,
-    channels_last: bool = False,
-) -> RewardModel:
+def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> RewardModel:
     """The reward model that ``spec`` names; weights are loaded when they are first used.
 
     Parameters
@@ -31,15 +25,11 @@ def load_reward(
     spec
         A name of `fifa.scoring.specs.REWARDS`, alone or as ``NAME:MODEL``: a hub id, a folder or
         (where the original is one checkpoint) a file. ``proxy:FOLDER`` is one trained here.
-    device
-        A torch device; the fastest one by default.
     dtype
         ``float32``, or ``bfloat16`` or ``float16`` under autocast. The default is the model's own:
         ``bfloat16`` for hpsv3, as it was trained, else ``float32``.
-    compile
-        True for `torch.compile`, or the name of its backend.
-    channels_last
-        Convolutions with channels last in memory.
+    runtime
+        ``device``, ``compile`` and ``channels_last`` as for `fifa.models.runtime.make_runtime`.
 
     Raises
     ------
@@ -54,8 +44,8 @@ def load_reward(
             f"{spec} does not look at images",
             do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
         )
-    runtime = make_runtime(device, dtype or parsed.entry.dtype, compile, channels_last)
-    model: RewardModel = parsed.make(runtime)
+    made = make_runtime(dtype=dtype or parsed.entry.dtype, **runtime)
+    model: RewardModel = parsed.make(made)
     return model
 
 
