@@ -69,7 +69,7 @@ def score(
     def margin_of(spec: str) -> pa.Table:
         return margin_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
 
-    # Columns first: a mistyped name is told before a model is loaded.
+    # Columns first: a mistyped name is refused before a model is loaded.
     quick_first = sorted(specs, key=lambda spec: not REWARDS.parse(spec).is_column)
     done = {spec: margin_of(spec) for spec in quick_first}
     margins = {spec: done[spec] for spec in specs}

@@ -61,12 +61,12 @@ def diversity_scores(
     spec
         The encoder: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME``, or one of yours.
     k
-        The neighbour. More than there are other prompts: the farthest of them, and said.
+        The neighbour. More than there are other prompts: the farthest of them, with a message.
     folder
         Where scores and embeddings are kept; None keeps nothing.
     knn
         ``exact``; ``approx`` (an inverted file of product codes, candidates compared exactly;
-        its recall on a sample is told and kept beside the result); ``auto`` is exact up to
+        its recall on a sample is shown and kept beside the result); ``auto`` is exact up to
         200,000 prompts.
 
     Returns

@@ -53,10 +53,10 @@ class Scores:
     knobs: Score | None = None
 
 
-def score_path(folder: Path, kind: str, name: str, *identity: object) -> Path:
-    """``<kind>-<name>-<fingerprint>.parquet``, the fingerprint over ``identity``."""
+def score_path(folder: Path, content: str, name: str, *identity: object) -> Path:
+    """``<content>-<name>-<fingerprint>.parquet``, the fingerprint over ``identity``."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60] or "unnamed"
-    return folder / f"{kind}-{plain}-{digest(kind, name, *identity)}.parquet"
+    return folder / f"{content}-{plain}-{digest(content, name, *identity)}.parquet"
 
 
 def scored_once(

@@ -39,10 +39,10 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError) as error:
         raise FifaError(f"cannot read the GGUF file: {error}", where=str(path)) from error
-    kind = (fields.get("general.architecture"), fields.get("tokenizer.ggml.model"))
-    if kind != ("llama", "gpt2"):
+    family, tokens = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
+    if (family, tokens) != ("llama", "gpt2"):
         raise FifaError(
-            f"a GGUF file of this kind is not supported: {kind[0]} with {kind[1]} tokens",
+            f"a GGUF file of this kind is not supported: {family} with {tokens} tokens",
             where=str(path),
             do="serve it with llama.cpp and rate with openai:MODEL@URL, or name its "
             "safetensors folder",
@@ -81,8 +81,8 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
 def _renamed(name: str) -> str:
     if name in OUTSIDE:
         return OUTSIDE[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{INSIDE[part]}.{kind}"
+    _, layer, part, ending = name.split(".")
+    return f"model.layers.{layer}.{INSIDE[part]}.{ending}"
 
 
 def _unpermuted(weight: Any, heads: int) -> Any:

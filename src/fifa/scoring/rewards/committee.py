@@ -36,7 +36,7 @@ DISSENT = pa.schema(
         ("expected", pa.float64()),  # the share if members erred independently of each other
     ]
 )
-DOUBTS = pa.schema(
+MISLABELLED = pa.schema(
     [
         ("row", pa.int64()),
         ("label", pa.float64()),
@@ -121,7 +121,7 @@ def likely_mislabelled(rewards: Rewards, label: Array) -> pa.Table:
     Returns
     -------
     pyarrow.Table
-        `DOUBTS`: ``row`` is the pair's in ``label``. Every member's difference is brought to
+        `MISLABELLED`: ``row`` is the pair's in ``label``. Every member's difference is brought to
         log-odds by its temperature; ``doubt`` is the smallest of them in favour of the image
         that the person did not prefer, ``committee`` their mean as a probability. Equal doubts
         stand in the order of their rows.
@@ -138,7 +138,9 @@ def likely_mislabelled(rewards: Rewards, label: Array) -> pa.Table:
         committee = 1 / (1 + np.exp(-logits.mean(0))) if len(rows) else np.empty(0)
     order = np.argsort(-doubt, kind="stable")
     columns = [rows, np.asarray(label, np.float64)[rows], committee, doubt]
-    return pa.table([pa.array(c[order]) for c in columns], names=DOUBTS.names).cast(DOUBTS)
+    return pa.table([pa.array(c[order]) for c in columns], names=MISLABELLED.names).cast(
+        MISLABELLED
+    )
 
 
 def _against(rewards: Rewards, label: Array) -> tuple[npt.NDArray[np.bool_], Array]:

@@ -197,10 +197,10 @@ def _renamed(key: str, tensor: Any) -> list[tuple[str, Any]]:
             number, _, rest = key.removeprefix(prefix).partition(".")
             block = f"{target}{number}"
             if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                kind = rest.rpartition("_")[2]
+                ending = rest.rpartition("_")[2]
                 parts = zip("qkv", tensor.chunk(3), strict=True)
-                return [(f"{block}.self_attn.{p}_proj.{kind}", part) for p, part in parts]
-            piece, _, kind = rest.rpartition(".")
+                return [(f"{block}.self_attn.{p}_proj.{ending}", part) for p, part in parts]
+            piece, _, ending = rest.rpartition(".")
             if piece in BLOCK:
-                return [(f"{block}.{BLOCK[piece]}.{kind}", tensor)]
+                return [(f"{block}.{BLOCK[piece]}.{ending}", tensor)]
     raise FifaError(f"not the weights of an open_clip ViT: {key} is unknown")

@@ -138,9 +138,9 @@ class HPSv3(PublishedReward):
         ids = prompts[:, : int(lengths.max())].long().clamp(min=0)
         place = int((ids[0] == self._image_token).nonzero()[0, 0])
         with torch.inference_mode():
-            words = self._model["words"](ids)
-            tokens = images.reshape(b, h * w, d).to(words.dtype)
-            states = torch.cat([words[:, :place], tokens, words[:, place + 1 :]], 1)
+            embedded = self._model["embedding"](ids)
+            tokens = images.reshape(b, h * w, d).to(embedded.dtype)
+            states = torch.cat([embedded[:, :place], tokens, embedded[:, place + 1 :]], 1)
             lengths = lengths + h * w - 1
             mask = torch.arange(states.shape[1], device=ids.device) < lengths[:, None]
             # without position_ids the language model counts 0, 1, 2, ... image tokens and all
@@ -207,7 +207,7 @@ class HPSv3(PublishedReward):
         return {
             "visual": self.runtime.place(qwen.visual),
             "language": self.runtime.place(qwen.language_model),
-            "words": plain.place(qwen.language_model.embed_tokens),
+            "embedding": plain.place(qwen.language_model.embed_tokens),
             "head": plain.place(head),
         }
 

@@ -186,7 +186,7 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
     """Shapes of both halves, from the weights; the rest is BLIP's and BERT's."""
     patch = image["embeddings.patch_embedding.weight"]
     positions = image["embeddings.position_embedding"].shape[1]
-    words = text["embeddings.word_embeddings.weight"]
+    embedding = text["embeddings.word_embeddings.weight"]
     vision = {
         **tower_shape(image, ".mlp.fc1.weight", HEAD_WIDTH),
         "image_size": patch.shape[-1] * round((positions - 1) ** 0.5),
@@ -195,7 +195,7 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
         "hidden_act": "gelu",
     }
     language = {
-        "vocab_size": words.shape[0],
+        "vocab_size": embedding.shape[0],
         "encoder_hidden_size": patch.shape[0],
         **tower_shape(text, ".intermediate.dense.weight", HEAD_WIDTH),
         "max_position_embeddings": text["embeddings.position_embeddings.weight"].shape[0],

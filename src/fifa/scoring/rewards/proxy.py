@@ -183,7 +183,7 @@ def save_settings(folder: Path, family: str, settings: dict[str, Any]) -> None:
 
 def _carried(folder: Path, spec: str) -> str:
     """``spec`` with a local model copied into ``folder``; as it is for any other."""
-    kind, _, model = spec.partition(":")
+    name, _, model = spec.partition(":")
     local = Path(model).expanduser()
     if not model or model.isdigit() or not local.is_dir():
         return spec
@@ -192,15 +192,15 @@ def _carried(folder: Path, spec: str) -> str:
         copy = folder / ENCODERS / local.name / file.relative_to(local)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    return f"{kind}:{ENCODERS}/{local.name}"
+    return f"{name}:{ENCODERS}/{local.name}"
 
 
 def _found(folder: Path, spec: str) -> str:
     """``spec`` with the place of an encoder that lies in ``folder``."""
-    kind, _, model = spec.partition(":")
+    name, _, model = spec.partition(":")
     inside = folder / model
     if model.startswith(f"{ENCODERS}/") and inside.is_dir():
-        return f"{kind}:{inside}"
+        return f"{name}:{inside}"
     return spec
 
 
