@@ -29,7 +29,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from common import peak_mb, report
-from fifa import pairs as fifa_pairs
+from fifa.data import read_pairs
 
 FILES = 20
 CELL = 20_000  # bytes
@@ -118,7 +118,7 @@ def bare(folder: Path) -> int:
 
 def ours(folder: Path) -> int:
     """Index the folder; returns the number of rows."""
-    return fifa_pairs.read_pairs(folder).origin.rows
+    return read_pairs(folder).origin.rows
 
 
 def peer(folder: Path) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from fifa.scoring.specs import REWARDS, Spec
 from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
+
+if TYPE_CHECKING:
+    from fifa.scoring.rewards.engine import Engine
 
 Numbers = npt.NDArray[np.float32]
 
@@ -123,13 +126,12 @@ def _model_rewards(
 ) -> pa.Table:
     """The rewards of a model that looks at images."""
     from fifa.scoring.encoders import keep_embeddings
-    from fifa.scoring.rewards.engine import prompt_features, score_pairs
 
-    with _loaded(spec, compute, allow_download) as (model, run):
-        table = score_pairs(pairs, model, folder=folder, **run)
-        encoder = getattr(model, "encoder", None)
+    with _engine(spec, folder, compute, allow_download) as engine:
+        table = engine.score_pairs(pairs)
+        encoder = getattr(engine.model, "encoder", None)
         if folder is not None and encoder is not None:  # the diversity step finds them there
-            vectors = prompt_features(pairs.prompts["prompt"], model, folder, **run)
+            vectors = engine.prompt_features(pairs.prompts["prompt"])
             keep_embeddings(pairs, encoder, vectors, folder)
         return table
 
@@ -142,23 +144,21 @@ def image_rewards(
     ``spec`` is one of a model that looks at images, ``prompts`` has a string an image; the rest
     as for `margin_scores`.
     """
-    from fifa.scoring.rewards.engine import score_requests
-
     coded = prompts.dictionary_encode()
     different = pa.chunked_array([coded.dictionary])
     rows = np.arange(len(images)), coded.indices.to_numpy().astype(np.int64)
-    with _loaded(spec, compute) as (model, run):
-        table = score_requests(images, different, *rows, model, folder=folder, **run)
+    with _engine(spec, folder, compute) as engine:
+        table = engine.score(images, different, *rows)
     rewards: Numbers = table["reward"].to_numpy()
     return rewards
 
 
 @contextmanager
-def _loaded(
-    spec: str, compute: Compute, allow_download: bool = False
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A reward model, and how ``compute`` says that it is run, as the engine takes it."""
-    from fifa.scoring.rewards.engine import EngineOptions
+def _engine(
+    spec: str, folder: Path | None, compute: Compute, allow_download: bool = False
+) -> Iterator[Engine]:
+    """The engine of a reward model, run as ``compute`` says."""
+    from fifa.scoring.rewards.engine import Engine, EngineOptions
     from fifa.scoring.rewards.load import load_reward
 
     load = partial(
@@ -169,7 +169,7 @@ def _loaded(
         compile=compute.compile,
         channels_last=compute.channels_last,
     )
-    model, executor = load(), make_executor(compute)
+    executor = make_executor(compute)
     options = EngineOptions(
         batch=compute.batch,
         workers=compute.workers,
@@ -177,7 +177,7 @@ def _loaded(
         store=compute.store,
     )
     try:
-        yield model, {"options": options, "executor": executor, "load": load}
+        yield Engine(load(), folder, options, executor, load)
     finally:
         executor.close()
 

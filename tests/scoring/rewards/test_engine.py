@@ -20,8 +20,8 @@ from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory
 from fifa.scoring.rewards import engine
 from fifa.scoring.rewards.engine import (
+    Engine,
     EngineOptions,
-    prompt_features,
     score_pairs,
     unreadable_path,
 )
@@ -201,7 +201,7 @@ def test_prompt_features_are_kept_and_mapped(tmp_path):
     expected = model.prompt_features(pairs.prompts["prompt"].to_pylist()).numpy()
     score_pairs(pairs, model, folder=tmp_path / "scores", options=SMALL)
     seen = model.seen.copy()
-    found = prompt_features(pairs.prompts["prompt"], model, tmp_path / "scores")
+    found = Engine(model, tmp_path / "scores").prompt_features(pairs.prompts["prompt"])
     assert isinstance(found, np.memmap)
     np.testing.assert_array_equal(found, expected)
     assert model.seen == seen
