@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 from common import report
 from fifa.data.table import FILES, PAIRS, PROMPTS, REJECTED, Origin
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY
-from fifa.shards.files import ROW_GROUP, write_table
+from fifa.shards.files import ROW_GROUP, write_json, write_table
 
 CHUNK = 1_000_000
-SCORES = {name: f"{name}.parquet" for name in ("margin", "quality", "diversity")}
+SCORES = {name: f"scores/{name}.parquet" for name in ("margin", "quality", "diversity")}
 
 
 def hex_ids(rng: np.random.Generator, n: int, width: int = 20) -> pa.Array:
@@ -94,6 +94,11 @@ def make_pairs(folder: Path, pairs: int, prompt_ids: pa.Array) -> None:
             )
             rewards = rng.normal(size=(2, n)).astype(np.float32)
             margin.write_table(pa.table([ids, *rewards], schema=MARGIN), ROW_GROUP)
+    index = {"margins": {"made": "margin.parquet"}}
+    write_json(
+        folder / "scores.json",
+        index | {name: f"{name}.parquet" for name in ("quality", "diversity")},
+    )
     write_table(folder / FILES["rejected"], REJECTED.empty_table())
 
 
@@ -110,9 +115,9 @@ PROGRAMS = {
 import polars as pl
 start = time.perf_counter()
 pairs = pl.scan_parquet(folder / "pairs.parquet").select("pair_id", "prompt_id")
-margin = pl.scan_parquet(folder / "margin.parquet")
-quality = pl.scan_parquet(folder / "quality.parquet").select("prompt_id", "rating")
-diversity = pl.scan_parquet(folder / "diversity.parquet").select("prompt_id", "entropy")
+margin = pl.scan_parquet(folder / "scores/margin.parquet")
+quality = pl.scan_parquet(folder / "scores/quality.parquet").select("prompt_id", "rating")
+diversity = pl.scan_parquet(folder / "scores/diversity.parquet").select("prompt_id", "entropy")
 joined = (
     pairs.with_columns(pl.col("prompt_id").cast(pl.String))
     .join(margin, on="pair_id").join(quality, on="prompt_id").join(diversity, on="prompt_id")
@@ -129,9 +134,9 @@ top.collect(engine="streaming").write_parquet(folder / "polars.parquet")
 import polars as pl
 start = time.perf_counter()
 pairs = pl.scan_parquet(folder / "pairs.parquet").select("pair_id", "prompt_index")
-margin = pl.scan_parquet(folder / "margin.parquet").select("reward_0", "reward_1")
-quality = pl.scan_parquet(folder / "quality.parquet").select("rating")
-diversity = pl.scan_parquet(folder / "diversity.parquet").select("entropy")
+margin = pl.scan_parquet(folder / "scores/margin.parquet").select("reward_0", "reward_1")
+quality = pl.scan_parquet(folder / "scores/quality.parquet").select("rating")
+diversity = pl.scan_parquet(folder / "scores/diversity.parquet").select("entropy")
 prompts = pl.concat([quality, diversity], how="horizontal").with_row_index("prompt_index")
 joined = pl.concat([pairs, margin], how="horizontal").join(
     prompts.with_columns(pl.col("prompt_index").cast(pl.Int32)), on="prompt_index"
@@ -146,7 +151,8 @@ top.collect(engine="streaming").write_parquet(folder / "polars.parquet")
     "duckdb": """
 import duckdb
 start = time.perf_counter()
-files = {name: f"'{folder / name}.parquet'" for name in ("pairs", "margin", "quality", "diversity")}
+names = ("pairs", "scores/margin", "scores/quality", "scores/diversity")
+files = {name.split("/")[-1]: f"'{folder / name}.parquet'" for name in names}
 duckdb.sql(f'''
     COPY (
         SELECT pair_id, abs(reward_0 - reward_1) + 0.5 * rating + 0.5 * entropy AS importance
@@ -157,16 +163,11 @@ duckdb.sql(f'''
 ''')
 """,
     "fifa select": """
-from fifa.config import Select
-from fifa.selection.folder import select_folder
+from fifa.config import Recipe, Select
+from fifa.run.folder import Run
+from fifa.run.steps import select_step
 start = time.perf_counter()
-select_folder(
-    folder,
-    Select(keep=keep),
-    margin_paths={"made": folder / "margin.parquet"},
-    quality_path=folder / "quality.parquet",
-    diversity_path=folder / "diversity.parquet",
-)
+select_step(Run(folder, Recipe(select=Select(keep=keep))))
 """,
 }
 

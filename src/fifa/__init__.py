@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from fifa.data.read import read_pairs
     from fifa.data.table import Pairs
     from fifa.run.evaluation import evaluate
-    from fifa.run.filtering import filter_pairs
+    from fifa.run.steps import filter_pairs
+    from fifa.run.training import train
     from fifa.scoring import score
     from fifa.scoring.table import Scores
     from fifa.selection import select
     from fifa.selection.export import export, rebuild
-    from fifa.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,12 +52,12 @@ _HOMES = {
     "Scores": "fifa.scoring.table",
     "evaluate": "fifa.run.evaluation",
     "export": "fifa.selection.export",
-    "filter_pairs": "fifa.run.filtering",
+    "filter_pairs": "fifa.run.steps",
     "read_pairs": "fifa.data.read",
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",
     "select": "fifa.selection",
-    "train": "fifa.training",
+    "train": "fifa.run.training",
 }
 
 

@@ -27,7 +27,7 @@ from fifa.shards.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     from fifa.evaluation.win_rates import Comparison
-    from fifa.run.steps import Run
+    from fifa.run.folder import Run
 
 NO_GATES: dict[str, Any] = {
     "unsafe_flags": (),
@@ -132,8 +132,8 @@ def recipe_of(knobs: Demo) -> Recipe:
 
 def filter_feedback(out: Path, knobs: Demo) -> Run:
     """Chapter 1: read, score, select, export."""
-    from fifa.run.filtering import filter_pairs
-    from fifa.run.steps import start_run
+    from fifa.run.folder import start_run
+    from fifa.run.steps import filter_pairs
 
     _print_chapter(1, "which of the annotators' choices are worth training on?")
     echo(
@@ -161,7 +161,7 @@ def export_arm(run: Run, arm: str) -> Path:
         return run.subset
     folder = run.folder / "arms" / arm
     if not (folder / "subset.json").exists():
-        pairs, scores = load_pairs(run.folder), load_scores(run.folder)
+        pairs, scores = load_pairs(run.folder), load_scores(run)
         chosen = replace(run.recipe, select=replace(run.recipe.select, **ARMS[arm]))
         selection = fifa.select(pairs, scores, chosen.select)
         fifa.export(pairs, selection, scores, folder, recipe=chosen)

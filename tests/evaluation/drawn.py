@@ -15,6 +15,7 @@ from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.provenance import Training
 from fifa.evaluation.results import ModelFacts, make_results, save_results
 from fifa.evaluation.sampling import Settings
+from fifa.run.folder import begin
 from fifa.shards.files import write_table
 
 CATEGORIES = ("animals", "places", None)
@@ -110,7 +111,7 @@ def write_evaluation(
     The scorer ``s`` has picked the data. ``unsafe``: the first two prompts are flagged, and a
     detector holds the first image of every other model for unsafe.
     """
-    folder = run / "evaluate"
+    folder = begin(run) / "evaluate"
     index = draw_index(["base", *models], prompts=12, seeds=2, prompt=prompt)
     if images:
         draw_images(index, folder)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from fifa.config import Read, Recipe, Score, Select
 from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs, save_pairs
+from fifa.run.folder import FORMAT, STAMP
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, scored_once
-from fifa.selection.folder import write_selection
-from fifa.selection.table import REASONS, selection_table
-from fifa.shards.files import write_table
+from fifa.selection.table import REASONS, selection_table, write_selection
+from fifa.shards.files import write_json, write_table
 
 HOSTILE = '<script>alert("x")</script> & \u202ereversed'
 
@@ -23,6 +23,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
 
     ``images`` is a folder to write pictures into. Returns the selection's reason codes.
     """
+    write_json(folder / STAMP, {"format": FORMAT})
     rng = np.random.default_rng(seed)
     prompts = (pairs + 3) // 4
     prompt_index = np.minimum(np.arange(pairs) // 4, prompts - 1).astype(np.int32)
@@ -76,7 +77,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         index["margins"][f"column:s{i}_0,s{i}_1"] = name
         tables[name] = pa.table([table["pair_id"], own, np.zeros(pairs, np.float32)], schema=MARGIN)
     for name, scored in tables.items():
-        scored_once(scores / name, lambda scored=scored: scored)
+        scored_once(scores / name, lambda _, scored=scored: scored)
     vectors = rng.normal(size=(prompts, 8)) + np.eye(8)[np.arange(prompts) % 3] * 4
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     lists = pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).reshape(-1), 8)

@@ -1,5 +1,6 @@
 import io
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -8,14 +9,15 @@ import pytest
 from PIL import Image
 from worlds import make_embeddings, make_pairs, make_scores, permuted
 
-from fifa.config import Select
+from fifa.config import Recipe, Select
 from fifa.data.images import read_images
 from fifa.data.table import save_pairs
 from fifa.errors import FifaError
+from fifa.run.folder import Run
+from fifa.run.steps import IMAGE_COLUMNS, _columns, select_step
 from fifa.selection import readable, select
-from fifa.selection.folder import load_rows, select_folder
 from fifa.selection.table import reason_counts
-from fifa.shards.files import write_table
+from fifa.shards.files import write_json, write_table
 
 
 def png(seed: int) -> bytes:
@@ -26,19 +28,20 @@ def png(seed: int) -> bytes:
 
 
 def save_run(folder, pairs, scores):
-    """A run folder, and the arguments that select in it."""
+    """The files of a scored run."""
     save_pairs(pairs, folder)
-    margins = {}
+    index = {"margins": {}, "quality": "quality.parquet", "diversity": "diversity.parquet"}
     for number, (name, table) in enumerate(scores.margins.items()):
-        margins[name] = folder / f"margin-{number}.parquet"
-        write_table(margins[name], table)
-    write_table(folder / "quality.parquet", scores.quality)
-    write_table(folder / "diversity.parquet", scores.diversity)
-    return {
-        "margin_paths": margins,
-        "quality_path": folder / "quality.parquet",
-        "diversity_path": folder / "diversity.parquet",
-    }
+        index["margins"][name] = f"margin-{number}.parquet"
+        write_table(folder / "scores" / index["margins"][name], table)
+    write_table(folder / "scores" / "quality.parquet", scores.quality)
+    write_table(folder / "scores" / "diversity.parquet", scores.diversity)
+    write_json(folder / "scores.json", index)
+
+
+def select_folder(folder, knobs, *memory):
+    """Select in a run folder, from its files or from what is in memory."""
+    return select_step(Run(folder, Recipe(select=knobs)), *memory)
 
 
 def with_images(pairs, folder, broken=()):
@@ -60,28 +63,32 @@ def with_images(pairs, folder, broken=()):
 
 
 @pytest.mark.parametrize("strategy", ["fifa", "weights", "facility"])
-def test_selecting_in_a_folder_is_selecting_in_memory(tmp_path, strategy):
+def test_selecting_in_a_folder_is_selecting_in_memory(tmp_path, strategy, monkeypatch):
     pairs = make_pairs(200, 30)
     scores = make_scores(pairs)
     knobs = Select(keep=20, strategy=strategy)
     vectors = make_embeddings(pairs)
-    given = save_run(tmp_path, pairs, scores)
-    found = select_folder(tmp_path, knobs, **given, embeddings=vectors)
+    monkeypatch.setattr("fifa.scoring.encoders.prompt_embeddings", lambda *arguments: vectors)
+    save_run(tmp_path, pairs, scores)
+    found = select_folder(tmp_path, knobs)
     assert found.equals(select(pairs, scores, knobs, embeddings=vectors))
     written = pq.read_table(tmp_path / "selection.parquet")
     assert written.equals(found) and written.schema.equals(found.schema)
     assert b"margin-0.parquet" in written.schema.metadata[b"fifa.select"]
     assert not (tmp_path / "checked.parquet").exists()  # no pixels, nothing to decode
+    data = (tmp_path / "selection.parquet").read_bytes()
+    assert select_folder(tmp_path, knobs, pairs, scores).equals(found)
+    assert (tmp_path / "selection.parquet").read_bytes() == data
 
 
 def test_the_same_selection_has_the_same_bytes(tmp_path):
     pairs = make_pairs(200, 30)
-    given = save_run(tmp_path, pairs, make_scores(pairs))
-    select_folder(tmp_path, Select(keep=20), **given)
+    save_run(tmp_path, pairs, make_scores(pairs))
+    select_folder(tmp_path, Select(keep=20))
     first = (tmp_path / "selection.parquet").read_bytes()
-    select_folder(tmp_path, Select(keep=30), **given)
+    select_folder(tmp_path, Select(keep=30))
     assert (tmp_path / "selection.parquet").read_bytes() != first
-    select_folder(tmp_path, Select(keep=20), **given)
+    select_folder(tmp_path, Select(keep=20))
     assert (tmp_path / "selection.parquet").read_bytes() == first
 
 
@@ -89,19 +96,22 @@ def test_score_files_in_another_order_are_aligned_by_id(tmp_path):
     pairs = make_pairs(200, 30)
     scores = make_scores(pairs)
     _, shuffled, _ = permuted(pairs, scores, seed=5)
-    given = save_run(tmp_path, pairs, shuffled)
-    found = select_folder(tmp_path, Select(keep=20), **given)
+    save_run(tmp_path, pairs, shuffled)
+    found = select_folder(tmp_path, Select(keep=20))
     assert found.equals(select(pairs, scores, Select(keep=20)))
 
 
 def test_a_damaged_score_file_is_an_error_that_names_it(tmp_path):
     pairs = make_pairs()
-    given = save_run(tmp_path, pairs, make_scores(pairs))
-    (tmp_path / "quality.parquet").write_bytes(b"PAR1 nothing else")
+    save_run(tmp_path, pairs, make_scores(pairs))
+    (tmp_path / "scores" / "quality.parquet").write_bytes(b"PAR1 nothing else")
     with pytest.raises(FifaError, match=r"quality\.parquet"):
-        select_folder(tmp_path, Select(), **given)
+        select_folder(tmp_path, Select())
+    (tmp_path / "pairs.parquet").unlink()
     with pytest.raises(FifaError, match="no pairs here"):
-        select_folder(tmp_path / "elsewhere", Select(), **given)
+        select_folder(tmp_path, Select())
+    with pytest.raises(FifaError, match="no scores yet"):
+        select_folder(tmp_path / "elsewhere", Select())
 
 
 def test_rows_are_loaded_from_every_row_group(tmp_path):
@@ -110,9 +120,9 @@ def test_rows_are_loaded_from_every_row_group(tmp_path):
     pq.write_table(pq.read_table(tmp_path / "pairs.parquet"), tmp_path / "x", row_group_size=7)
     (tmp_path / "x").rename(tmp_path / "pairs.parquet")
     rows = np.array([0, 6, 7, 20, 49])
-    expected = pairs.table["pair_id"].take(rows).to_pylist()
-    assert load_rows(tmp_path, rows).table["pair_id"].to_pylist() == expected
-    assert len(load_rows(tmp_path, rows[:0])) == 0
+    some = partial(_columns, Run(tmp_path, Recipe()), None, IMAGE_COLUMNS)
+    assert some(rows)["pair_id"].equals(pairs.table["pair_id"].take(rows))
+    assert len(some(rows[:0])) == 0
 
 
 def test_a_pair_with_an_unreadable_image_gives_its_place_to_the_next(tmp_path):
@@ -123,8 +133,8 @@ def test_a_pair_with_an_unreadable_image_gives_its_place_to_the_next(tmp_path):
     best = [i for i, rank in enumerate(order["rank"].to_pylist()) if rank in (1, 5)]
     worst = [i for i, rank in enumerate(order["rank"].to_pylist()) if rank == 40]
     made = with_images(pairs, tmp_path, broken={*best, *worst})
-    given = save_run(tmp_path, made, scores)
-    found = select_folder(tmp_path, knobs, **given)
+    save_run(tmp_path, made, scores)
+    found = select_folder(tmp_path, knobs)
     names = pairs.table["pair_id"].to_pylist()
     assert found.equals(select(pairs, scores, knobs, unreadable=[names[i] for i in best]))
     assert [found["reason"][i].as_py() for i in best] == ["unreadable_image"] * 2
@@ -138,17 +148,17 @@ def test_no_image_is_decoded_twice_and_what_was_seen_before_changes_nothing(tmp_
     pairs = make_pairs(100, 30)
     scores = make_scores(pairs)
     made = with_images(pairs, tmp_path, broken=range(0, 100, 7))
-    given = save_run(tmp_path, made, scores)
-    select_folder(tmp_path, Select(keep=10), **given)
+    save_run(tmp_path, made, scores)
+    select_folder(tmp_path, Select(keep=10))
     fresh = (tmp_path / "selection.parquet").read_bytes()
     unreadable = (tmp_path / "unreadable.parquet").read_bytes()
-    select_folder(tmp_path, Select(keep=40), **given)
+    select_folder(tmp_path, Select(keep=40))
 
     def refuse(*args, **options):
         raise AssertionError("an image was opened again")
 
     monkeypatch.setattr(readable, "read_images", refuse)
-    select_folder(tmp_path, Select(keep=10), **given)
+    select_folder(tmp_path, Select(keep=10))
     assert (tmp_path / "selection.parquet").read_bytes() == fresh
     assert (tmp_path / "unreadable.parquet").read_bytes() == unreadable
 
@@ -156,7 +166,7 @@ def test_no_image_is_decoded_twice_and_what_was_seen_before_changes_nothing(tmp_
 def test_a_check_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     pairs = make_pairs(100, 30)
     made = with_images(pairs, tmp_path)
-    given = save_run(tmp_path, made, make_scores(pairs))
+    save_run(tmp_path, made, make_scores(pairs))
     monkeypatch.setattr(readable, "BATCH", 8)
     seen = []
 
@@ -171,6 +181,6 @@ def test_a_check_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     stopped: list[bool] = []
     monkeypatch.setattr(readable, "read_images", counted)
     with pytest.raises(KeyboardInterrupt):
-        select_folder(tmp_path, Select(keep=30), **given)
-    kept = reason_counts(select_folder(tmp_path, Select(keep=30), **given))["selected"]
+        select_folder(tmp_path, Select(keep=30))
+    kept = reason_counts(select_folder(tmp_path, Select(keep=30)))["selected"]
     assert len(seen) == len(set(seen)) == kept

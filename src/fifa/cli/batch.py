@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from fifa.cli.options import run_argument
+
 
 @click.group("batch")
 def batch_group() -> None:
@@ -13,11 +15,12 @@ def batch_group() -> None:
 
 
 @batch_group.command("write")
-@click.argument("run")
+@run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def write_command(run: str, file: Path) -> None:
     """Write a request for every prompt of RUN that its rater has not answered yet to FILE."""
-    from fifa.run.steps import open_run, read_step
+    from fifa.run.folder import open_run
+    from fifa.run.steps import read_step
     from fifa.scoring.raters.batch import write_batch
 
     opened = open_run(run)
@@ -28,11 +31,12 @@ def write_command(run: str, file: Path) -> None:
 
 
 @batch_group.command("read")
-@click.argument("run")
+@run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def read_command(run: str, file: Path) -> None:
     """Take the answers in FILE, so that `fifa score RUN` need not ask for them."""
-    from fifa.run.steps import open_run, read_step
+    from fifa.run.folder import open_run
+    from fifa.run.steps import read_step
     from fifa.scoring.raters.batch import read_batch
 
     opened = open_run(run)

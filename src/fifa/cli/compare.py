@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from fifa.cli.options import check_runs
+
 
 @click.command("compare")
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, callback=check_runs)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -16,7 +16,7 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
     """The main job: read SOURCE, score, keep the best pairs, write the subset and the report."""
     from fifa.config import Recipe
-    from fifa.run.filtering import filter_pairs, plan
+    from fifa.run.steps import filter_pairs, plan
 
     recipe = chosen(Recipe(), options)
     if dry_run:

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
     K = TypeVar("K", bound=Knobs)
 
+
+def check_runs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Refuse run folders of another version of fifa: the callback of arguments that name runs."""
+    from fifa.run.folder import check_run
+
+    for folder in [value] if isinstance(value, str) else value:
+        check_run(folder)
+    return value
+
+
+run_argument = click.argument("run", callback=check_runs)
 out_option = click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The run folder."
 )

@@ -15,8 +15,8 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 def read_command(out: Path, **options: Any) -> None:
     """Index SOURCE as a table of pairs, without reading pixels."""
     from fifa.config import Recipe
-    from fifa.run.filtering import tell_read
-    from fifa.run.steps import read_step, start_run
+    from fifa.run.folder import start_run
+    from fifa.run.steps import echo_read, read_step
 
-    tell_read(read_step(start_run(out, chosen(Recipe(), options))))
+    echo_read(read_step(start_run(out, chosen(Recipe(), options))))
     click.echo(out / "pairs.parquet")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import click
 
+from fifa.cli.options import run_argument
+
 
 @click.command("report")
-@click.argument("run")
+@run_argument
 def report_command(run: str) -> None:
     """Write RUN's report.html again."""
     from fifa.evaluation.results import is_evaluated
     from fifa.reporting.page import write_report
-    from fifa.run.steps import open_run
+    from fifa.run.folder import open_run
 
     click.echo(write_report(run if is_evaluated(run) else open_run(run).folder))

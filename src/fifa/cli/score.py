@@ -15,7 +15,8 @@ from fifa.cli.options import KnobCommand, chosen
 def score_command(out: Path | None, **options: Any) -> None:
     """Score every pair and prompt of SOURCE (or of a RUN that was read)."""
     from fifa.config import Recipe
-    from fifa.run.steps import open_run, read_step, revised, score_step, start_run
+    from fifa.run.folder import open_run, revised, start_run
+    from fifa.run.steps import read_step, score_step
 
     if out is None:
         run = open_run(options.pop("source") or "")

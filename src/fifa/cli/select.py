@@ -6,17 +6,16 @@ from typing import Any
 
 import click
 
-from fifa.cli.options import KnobCommand, chosen
+from fifa.cli.options import KnobCommand, chosen, run_argument
 
 
 @click.command("select", cls=KnobCommand, knobs="Recipe", sections=("select",))
-@click.argument("run")
+@run_argument
 def select_command(run: str, **options: Any) -> None:
     """Select again from the scores of RUN: another K, other weights, no scoring."""
-    from fifa.run.filtering import tell_selection
-    from fifa.run.steps import open_run, revised, select_step
+    from fifa.run.folder import open_run, revised
+    from fifa.run.steps import select_step
 
     opened = open_run(run)
-    opened = revised(opened, chosen(opened.recipe, options, only=("select",)))
-    tell_selection(select_step(opened))
+    select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
     click.echo(opened.folder / "selection.parquet")

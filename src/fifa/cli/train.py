@@ -21,11 +21,13 @@ def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) 
     Several devices: `accelerate launch -m fifa train ...`.
     """
     from fifa import config
+    from fifa.run.folder import check_run
     from fifa.training.job import plan_training, run_training
 
     if preset and options["recipe"]:
         raise FifaError("a preset and a recipe at once", do="give one of --preset and --recipe")
     train = chosen(config.preset(preset) if preset else config.Train(), options)
+    check_run(train.source)
     if dry_run:
         click.echo(train.to_yaml() + "\n" + str(plan_training(train, out)))
         return

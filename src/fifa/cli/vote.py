@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fifa.cli.options import KnobCommand, chosen
+from fifa.cli.options import KnobCommand, chosen, run_argument
 
 
 class _ServeByDefault(click.Group):
@@ -28,7 +28,7 @@ def vote_group() -> None:
 
 
 @vote_group.command("serve", cls=KnobCommand, knobs="Vote")
-@click.argument("run")
+@run_argument
 @click.option("--new-invitation", is_flag=True, help="End the links that were given out.")
 def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
     """Serve the page where people vote on RUN's images (what `fifa vote RUN` does)."""
@@ -45,7 +45,7 @@ everybody_option = click.option(
 
 
 @vote_group.command("results")
-@click.argument("run")
+@run_argument
 @everybody_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def results_command(run: str, everybody: bool, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def results_command(run: str, everybody: bool, as_json: bool) -> None:
 
 
 @vote_group.command("export")
-@click.argument("run")
+@run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A .parquet file.")
 @everybody_option
 def export_command(run: str, out: Path, everybody: bool) -> None:

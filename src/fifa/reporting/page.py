@@ -19,7 +19,7 @@ from fifa.formatting import count, page_templates, shorten
 from fifa.reporting.evaluation import evaluation_context
 from fifa.reporting.selection import load_scores, load_selection, selection_context
 from fifa.scoring.table import Scores
-from fifa.selection.folder import SELECTION_FILE
+from fifa.selection.table import SELECTION_FILE
 from fifa.shards.files import read_json_lines, write_text
 
 HERE = Path(__file__).parent

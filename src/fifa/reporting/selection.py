@@ -24,8 +24,8 @@ from fifa.scoring.agreement import agreement, by_margin
 from fifa.scoring.margin import committee
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import Scores, score_facts, score_path
-from fifa.selection.folder import SELECTION_FILE
 from fifa.selection.readable import UNREADABLE_FILE
+from fifa.selection.table import SELECTION_FILE
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
 LISTED = 100  # ids of likely mislabelled pairs

@@ -33,8 +33,8 @@ from fifa.evaluation.sampling import Settings, settings_for
 from fifa.evaluation.win_rates import Comparison
 from fifa.models.runtime import make_runtime
 from fifa.reporting.page import write_report
-from fifa.run.steps import is_run, log_step
-from fifa.shards.files import cannot_write, check_free, sweep, write_text
+from fifa.run.folder import begin, log_step
+from fifa.shards.files import sweep, write_text
 
 KNOBS = "evaluation.yaml"
 
@@ -145,7 +145,7 @@ def run_evaluation(
     picked = dict.fromkeys(
         [
             *asked.measure.picked,
-            *(run_scorers(out) if is_run(out) else ()),
+            *run_scorers(out),
             *chain.from_iterable(training.scorers for training in trainings.values()),
         ]
     )
@@ -177,15 +177,10 @@ def run_evaluation(
 def start(out: Path, evaluation: Evaluate) -> Path:
     """The evaluation's folder in the run folder ``out``, which is made if need be.
 
-    Raises `FifaError` for a folder with other things in it.
+    Raises `FifaError` as `fifa.run.folder.begin`.
     """
-    folder = out / FOLDER
-    try:
-        if not is_run(out) and not folder.is_dir():
-            check_free(out, "run")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    folder = begin(out) / FOLDER
+    folder.mkdir(exist_ok=True)
     sweep(folder)
     (folder / RESULTS).unlink(missing_ok=True)  # it is there only where all else agrees with it
     write_text(folder / KNOBS, evaluation.to_yaml())

@@ -1,116 +1,96 @@
-"""The run folder: what each step reads, what it writes, and how a killed run goes on."""
+"""What each command does to a run folder: read, score, select, export, report.
+
+Within one command a step hands its result on in memory. What it writes is for the next command,
+and for a run that is stopped and goes on.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.config import Recipe
-from fifa.console import collect_facts
-from fifa.data.table import FILES, Pairs, load_pairs, save_pairs
+from fifa.console import echo, note
+from fifa.data.images import has_pixels
+from fifa.data.read import read_pairs, source_fingerprint
+from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
-from fifa.scoring.table import Scores, score_facts
-from fifa.shards.files import cannot_write, check_free, read_json, sweep, write_json, write_text
+from fifa.run.folder import SCORES_INDEX, Run, log_step, start_run
+from fifa.scoring import score_by
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_facts
+from fifa.selection.choose import select
+from fifa.selection.readable import FETCHED, select_readable
+from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
+from fifa.shards.files import read_json, write_json
+
+Integers = npt.NDArray[np.integer[Any]]
+
+NEEDED = ["pair_id", "prompt_index", "label", "repeat"]  # by the choice of pairs
+IMAGE_COLUMNS = [
+    name for name in PAIRS.names if name.startswith(("pair_id", "image", "file", "row", "swap"))
+]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder and the recipe it follows."""
+def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
+    """Filter a feedback data set: everything from the source to the report.
 
-    folder: Path
-    recipe: Recipe
+    Parameters
+    ----------
+    recipe
+        Where the pairs are, what scores them, what is kept.
+    out
+        The run folder. A run that was stopped goes on where it was; a finished one is checked
+        and its report written again.
 
-    @property
-    def scores(self) -> Path:
-        """The folder of score tables."""
-        return self.folder / "scores"
+    Returns
+    -------
+    Run
+        The run: ``run.subset`` is what trainers read, ``run.folder / "report.html"`` the page.
 
-    @property
-    def subset(self) -> Path:
-        """The folder that trainers read."""
-        return self.folder / "subset"
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether ``folder`` is a run folder."""
-    return (Path(folder) / "recipe.yaml").is_file()
-
-
-def open_run(folder: str | Path) -> Run:
-    """The run in ``folder``; `FifaError` if there is none."""
-    folder = Path(folder)
-    if not is_run(folder):
-        raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
-    return Run(folder, Recipe.from_yaml(folder / "recipe.yaml"))
-
-
-def start_run(folder: str | Path, recipe: Recipe) -> Run:
-    """Begin a run in ``folder``, or go on with the one that is there.
-
-    Raises `FifaError` for a folder with other things in it, or with results of another recipe:
-    neither is touched. A section whose step has no result yet may change, so a mistyped name can
-    be mended and the run goes on.
+    Raises
+    ------
+    FifaError
+        For whatever a person can mend; what was done until then is kept.
     """
-    folder = Path(folder)
-    try:
-        if is_run(folder):
-            _same_results(folder, recipe)
-        else:
-            check_free(folder, "run")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    sweep(folder)
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    return Run(folder, recipe)
+    from fifa.reporting.page import write_report
+
+    run = start_run(out, recipe)
+    pairs = read_step(run)
+    echo_read(pairs)
+    scores = score_step(run, pairs)
+    selection = select_step(run, pairs, scores)
+    results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
+    echo(f"subset: {export_step(run, **results)}")
+    echo(f"report: {write_report(run.folder, **results)}")
+    return run
 
 
-def _same_results(folder: Path, recipe: Recipe) -> None:
-    results = {"read": FILES["table"], "score": "scores.json", "select": "selection.parquet"}
-    differences = [
-        difference
-        for difference in Recipe.from_yaml(folder / "recipe.yaml").differences(recipe)
-        if (folder / results.get(difference.partition(".")[0], "-")).exists()
+def plan(recipe: Recipe) -> str:
+    """What `filter_pairs` would do, without doing it: the recipe, the pairs, the work ahead."""
+    pairs = _read(recipe)
+    echo_read(pairs)
+    prompts, score, keep = pairs.prompts.num_rows, recipe.score, recipe.select.keep
+    count = keep if isinstance(keep, int) else max(1, round(keep * len(pairs)))
+    work = [
+        f"# margin: {', '.join(score.margin) or 'none'} on {len(pairs):,} pairs",
+        f"# quality: {score.quality} on {prompts:,} prompts",
+        f"# diversity: {score.diversity}, k = {score.k}, on {prompts:,} prompts",
+        f"# keep: {count:,} of {len(pairs):,} pairs by {recipe.select.strategy!r}",
     ]
-    if differences:
-        raise FifaError(
-            "the folder holds a run of another recipe (there / asked): " + "; ".join(differences),
-            where=str(folder),
-            do=f"choose another --out, or re-select from its scores with `fifa select {folder}`",
-        )
-
-
-@contextmanager
-def step(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """`log_step` in the run's folder."""
-    with log_step(run.folder, name) as facts:
-        yield facts
-
-
-@contextmanager
-def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Time a step and append a line with its facts to ``log.jsonl`` when it ends well."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    with collect_facts() as facts:
-        yield facts
-    seconds = round(time.perf_counter() - clock, 3)
-    line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
-    try:
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
-    except OSError as error:
-        raise cannot_write(folder / "log.jsonl", error) from error
+    return recipe.to_yaml() + "\n".join(work)
 
 
 def read_step(run: Run) -> Pairs:
@@ -118,42 +98,54 @@ def read_step(run: Run) -> Pairs:
 
     Raises `FifaError` if the source has other pairs or labels than the run has read.
     """
-    from fifa.data.read import read_pairs
-
-    knobs = run.recipe.read
-    if (run.folder / FILES["table"]).exists():
-        known = load_pairs(run.folder)
-        if _untouched(known):
-            return known
-        again = read_pairs(knobs.source, knobs.format, columns=knobs.columns)
-        if (again.pairs_digest, again.table["label"]) != (known.pairs_digest, known.table["label"]):
+    if not (run.folder / FILES["table"]).exists():
+        with log_step(run.folder, "read") as facts:
+            pairs = _read(run.recipe)
+            save_pairs(pairs, run.folder)
+            facts |= {
+                "pairs": len(pairs),
+                "prompts": pairs.prompts.num_rows,
+                "rows": pairs.origin.rows,
+                "merged": pairs.origin.merged,
+                "rejected": pairs.rejected.num_rows,
+            }
+    elif not _is_untouched(pairs := load_pairs(run.folder)):
+        known, pairs = pairs, _read(run.recipe)
+        if (pairs.pairs_digest, pairs.table["label"]) != (known.pairs_digest, known.table["label"]):
             raise FifaError(
                 "the source has changed since this run read it",
-                where=knobs.source,
+                where=run.recipe.read.source,
                 do="choose another --out",
             )
-        save_pairs(again, run.folder)
-        return load_pairs(run.folder)
-    with step(run, "read") as facts:
-        pairs = read_pairs(knobs.source, knobs.format, columns=knobs.columns)
         save_pairs(pairs, run.folder)
-        facts.update(
-            pairs=len(pairs),
-            prompts=pairs.prompts.num_rows,
-            rows=pairs.origin.rows,
-            merged=pairs.origin.merged,
-            rejected=pairs.rejected.num_rows,
-        )
-    return load_pairs(run.folder)
+    return pairs
 
 
-def _untouched(pairs: Pairs) -> bool:
-    from fifa.data.read import source_fingerprint
+def _read(recipe: Recipe) -> Pairs:
+    return read_pairs(recipe.read.source, recipe.read.format, columns=recipe.read.columns)
 
+
+def _is_untouched(pairs: Pairs) -> bool:
     try:
         return source_fingerprint(pairs.origin) == pairs.origin.fingerprint
     except FifaError:
         return True  # the source is not at hand, but its pairs are
+
+
+def echo_read(pairs: Pairs) -> None:
+    """Print how many rows were read, merged and rejected."""
+    origin = pairs.origin
+    echo(
+        f"read {origin.rows:,} rows as {origin.format}: {len(pairs):,} pairs, "
+        f"{pairs.prompts.num_rows:,} prompts"
+    )
+    if origin.merged:
+        echo(f"  merged   {origin.merged:>10,}  repeated pairs, labels averaged")
+    reasons = Counter(pairs.rejected["reason"].to_pylist())
+    for reason, count in reasons.most_common(10):
+        echo(f"  rejected {count:>10,}  {reason}")
+    if len(reasons) > 10:
+        echo(f"  rejected {sum(reasons.values()):>10,}  in all; see rejected.parquet")
 
 
 def score_step(run: Run, pairs: Pairs) -> Scores:
@@ -161,29 +153,13 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
 
     ``scores.json`` then names the file of each, so that selecting needs no scorer.
     """
-    from fifa.scoring import score
-
-    knobs = run.recipe.score
-    parts: dict[str, dict[str, Any]] = {
-        "margin": {"margin": knobs.margin},
-        "diversity": {"diversity": knobs.diversity, "k": knobs.k},
-        "quality": {"quality": knobs.quality},
-    }
-    made = {}
-    for name, asked in parts.items():
-        with step(run, name):
-            made[name] = score(
-                pairs,
-                **{"quality": "none", "diversity": "none", **asked},
-                folder=run.scores,
-                compute=run.recipe.compute,
-                allow_download=run.recipe.read.allow_download,
-            )
-    scores = Scores(
-        margins=made["margin"].margins,
-        quality=made["quality"].quality,
-        diversity=made["diversity"].diversity,
-        knobs=knobs,
+    scores = score_by(
+        pairs,
+        run.recipe.score,
+        folder=run.scores,
+        compute=run.recipe.compute,
+        allow_download=run.recipe.read.allow_download,
+        step=partial(log_step, run.folder),
     )
 
     def file(table: pa.Table | None) -> str | None:
@@ -194,102 +170,96 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
         "quality": file(scores.quality),
         "diversity": file(scores.diversity),
     }
-    write_json(run.folder / "scores.json", index)
+    write_json(run.folder / SCORES_INDEX, index)
     return scores
 
 
-def score_files(folder: Path) -> dict[str, Any]:
-    """``margins`` (name -> path), ``quality`` and ``diversity`` (path or None) of a scored run."""
-    path = folder / "scores.json"
-    if not path.exists():
-        raise FifaError("the run has no scores yet", where=str(folder), do="run `fifa score` on it")
-    index = read_json(path, "which scores the run has")
+def load_scores(run: Run) -> Scores:
+    """The scores of a run; tables that lie row by row with the pairs come without their ids."""
+    index = _scores_index(run)
 
-    def at(name: str | None) -> Path | None:
-        return folder / "scores" / name if name else None
-
-    return {
-        "margins": {spec: at(name) for spec, name in index["margins"].items()},
-        "quality": at(index["quality"]),
-        "diversity": at(index["diversity"]),
-    }
-
-
-def load_scores(folder: Path) -> Scores:
-    """The scores of the run in ``folder``."""
-    files = score_files(folder)
-
-    def table(path: Path | None) -> pa.Table | None:
-        return pq.read_table(path) if path else None
+    def table(name: str | None, schema: pa.Schema, base: str) -> pa.Table | None:
+        return _scores(run.scores / name, schema, run.folder / FILES[base]) if name else None
 
     return Scores(
-        margins={name: pq.read_table(path) for name, path in files["margins"].items()},
-        quality=table(files["quality"]),
-        diversity=table(files["diversity"]),
+        margins={spec: table(name, MARGIN, "table") for spec, name in index["margins"].items()},
+        quality=table(index["quality"], QUALITY, "prompts"),
+        diversity=table(index["diversity"], DIVERSITY, "prompts"),
     )
 
 
-def revised(run: Run, recipe: Recipe) -> Run:
-    """The run with another recipe, for good.
-
-    What the changed step and those after it wrote stays until they are run again. Raises
-    `FifaError` for a recipe that reads other pairs.
-    """
-    if recipe.read != run.recipe.read:
+def _scores_index(run: Run) -> dict[str, Any]:
+    """The files in ``scores/``: ``margins`` by their specs, ``quality`` and ``diversity``."""
+    index: dict[str, Any] = read_json(run.folder / SCORES_INDEX, "the list of scores", missing={})
+    if not index:
         raise FifaError(
-            "the run has read its pairs already",
-            where=str(run.folder),
-            do="leave out what says how to read them, or begin a new run with --out",
+            "the run has no scores yet", where=str(run.folder), do="run `fifa score` on it"
         )
-    sweep(run.folder)
-    write_text(run.folder / "recipe.yaml", recipe.to_yaml())
-    return Run(run.folder, recipe)
+    return index
 
 
-def select_step(run: Run) -> pa.Table:
-    """Select from the run's scores and write ``selection.parquet``."""
-    from fifa.selection.folder import select_folder
+def select_step(run: Run, pairs: Pairs | None = None, scores: Scores | None = None) -> pa.Table:
+    """Select from the run's scores and write ``selection.parquet``.
 
-    files = score_files(run.folder)
+    Parameters
+    ----------
+    run
+        The run.
+    pairs, scores
+        The run's, where they are in memory; otherwise what is needed of its files is read.
 
-    def embeddings() -> Any:
-        from fifa.scoring.encoders import prompt_embeddings
+    Returns
+    -------
+    The selection. Where the source has images, those of every selected pair were decoded; a
+    pair with an unreadable one is dropped and the next in rank takes its place
+    (``unreadable.parquet``; `fifa.selection.readable`).
+    """
+    index, knobs, download = _scores_index(run), run.recipe.select, run.recipe.read.allow_download
+    with log_step(run.folder, "select"):
+        columns, vectors = partial(_columns, run, pairs), partial(_embeddings, run, pairs)
+        if pairs is None or scores is None:
+            pairs, scores = _load_for_choice(run)
+        origin, prompts = pairs.origin, pairs.prompts
+        unreadable = _unreadable(run, columns, index["margins"].values())
+        embedded = None if run.recipe.score.diversity == "none" else vectors
+        chosen = partial(select, pairs, scores, knobs, embeddings=embedded)
 
-        return prompt_embeddings(load_pairs(run.folder), run.recipe.score.diversity, run.scores)
+        def choose(found: list[str]) -> pa.Table:
+            return chosen(unreadable={*unreadable, *found})
 
-    with step(run, "select"):
-        return select_folder(
-            run.folder,
-            run.recipe.select,
-            margin_paths=files["margins"],
-            quality_path=files["quality"],
-            diversity_path=files["diversity"],
-            embeddings=None if run.recipe.score.diversity == "none" else embeddings,
-            unreadable=_unreadable(run, files["margins"].values()),
-            allow_download=run.recipe.read.allow_download,
-        )
+        def load(rows: Integers) -> Pairs:
+            return Pairs(columns(IMAGE_COLUMNS, rows), prompts, origin=origin)
 
-
-def _unreadable(run: Run, margins: Iterable[Path]) -> list[str]:
-    """The ids of pairs with an image that a reward model could not open."""
-    from fifa.scoring.rewards.engine import unreadable_path
-
-    listed = [path for path in map(unreadable_path, margins) if path.exists()]
-    images = [pq.read_table(path)["image"] for path in listed]
-    keys = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.string())
-    if len(keys) == 0:
-        return []
-    table = pq.read_table(run.folder / FILES["table"], columns=["pair_id", "image_0", "image_1"])
-    sides = (pc.is_in(table[name], value_set=keys) for name in ("image_0", "image_1"))
-    bad: list[str] = table["pair_id"].filter(pc.or_(*sides)).to_pylist()
-    return bad
+        selection = choose([])
+        some = np.flatnonzero(selection["rank"].combine_chunks().is_valid())[:1]
+        if download or has_pixels(load(some).table, origin):
+            selection = select_readable(
+                load, selection, choose, run.folder, allow_download=download
+            )
+        made_of = {"select": asdict(knobs), "margin": index.pop("margins"), **index}
+        selection = write_selection(run.folder, selection, made_of)
+        counts = reason_counts(selection)
+        note(**counts)
+    kept = counts.pop("selected", 0)
+    echo(f"kept {kept:,} of {len(selection):,} pairs ({kept / len(selection):.1%})")
+    for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        echo(f"  dropped  {count:>10,}  {reason}")
+    return selection
 
 
-def export_step(run: Run, out: Path | None = None) -> Path:
-    """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers."""
+def export_step(
+    run: Run,
+    out: Path | None = None,
+    *,
+    pairs: Pairs | None = None,
+    scores: Scores | None = None,
+    selection: pa.Table | None = None,
+) -> Path:
+    """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers.
+
+    ``pairs``, ``scores`` and ``selection`` are the run's, where they are in memory.
+    """
     from fifa.selection.export import export
-    from fifa.selection.folder import SELECTION_FILE
-    from fifa.selection.readable import FETCHED
 
     path, fetched = run.folder / SELECTION_FILE, run.folder / FETCHED
     if not path.exists():
@@ -297,11 +267,11 @@ def export_step(run: Run, out: Path | None = None) -> Path:
             "nothing is selected yet", where=str(run.folder), do="run `fifa select` on it"
         )
     folder = out or run.subset
-    with step(run, "export"):
+    with log_step(run.folder, "export"):
         export(
-            load_pairs(run.folder),
-            pq.read_table(path),
-            load_scores(run.folder),
+            load_pairs(run.folder) if pairs is None else pairs,
+            pq.read_table(path) if selection is None else selection,
+            load_scores(run) if scores is None else scores,
             folder,
             recipe=run.recipe,
             allow_download=run.recipe.read.allow_download,
@@ -311,8 +281,112 @@ def export_step(run: Run, out: Path | None = None) -> Path:
     return folder
 
 
-def report_step(run: Run) -> Path:
-    """Write the run's report."""
-    from fifa.reporting.page import write_report
+def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:
+    """What choosing pairs reads of a run: ten million pairs are selected in seconds."""
+    origin = load_origin(run.folder)
+    if origin is None:
+        raise FifaError(
+            "no pairs here", where=str(run.folder), do="run `fifa read SOURCE --out RUN`"
+        )
+    with ThreadPoolExecutor() as pool:
+        table = pool.submit(_read_columns, run.folder / FILES["table"], NEEDED)
+        prompts = pool.submit(_read_columns, run.folder / FILES["prompts"], ["prompt_id"])
+        scores = load_scores(run)
+        return Pairs(table=table.result(), prompts=prompts.result(), origin=origin), scores
 
-    return write_report(run.folder)
+
+def _embeddings(run: Run, pairs: Pairs | None) -> npt.NDArray[np.float32]:
+    from fifa.scoring.encoders import prompt_embeddings
+
+    pairs = load_pairs(run.folder) if pairs is None else pairs
+    return prompt_embeddings(pairs, run.recipe.score.diversity, run.scores)
+
+
+def _unreadable(
+    run: Run, columns: Callable[[list[str]], pa.Table], margins: Iterable[str]
+) -> list[str]:
+    """The ids of pairs with an image that a reward model could not open."""
+    from fifa.scoring.rewards.engine import unreadable_path
+
+    listed = [path for name in margins if (path := unreadable_path(run.scores / name)).exists()]
+    images = [pq.read_table(path)["image"] for path in listed]
+    keys = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.string())
+    if len(keys) == 0:
+        return []
+    table = columns(["pair_id", "image_0", "image_1"])
+    sides = (pc.is_in(table[name], value_set=keys) for name in ("image_0", "image_1"))
+    bad: list[str] = table["pair_id"].filter(pc.or_(*sides)).to_pylist()
+    return bad
+
+
+def _columns(
+    run: Run, pairs: Pairs | None, names: list[str], rows: Integers | None = None
+) -> pa.Table:
+    """Columns of the table of pairs, from memory or its file; of some rows (ascending) or all."""
+    path = run.folder / FILES["table"]
+    if pairs is not None:
+        table = pairs.table.select(names)
+        return table if rows is None else table.take(rows)
+    if rows is None:
+        return _read_columns(path, names)
+    parts, start = [], 0
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
+            if len(mine):
+                parts.append(file.read_row_group(group, names).take(mine - start))
+            start = end
+    if not parts:
+        return PAIRS.empty_table().select(names)
+    return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:
+    """A score table; without its ids where they are those of ``base``, row by row."""
+    key, *columns = schema.names
+    with _named_errors(path):
+        known = _same_rows(path, base, key)
+    return _read_columns(path, columns if known else [key, *columns])
+
+
+def _same_rows(first: Path, second: Path, column: str) -> bool:
+    # Row groups of one length, with the same smallest and largest random id each, and the same
+    # ids throughout the first: reading ten million ids twice to compare them would cost more
+    # than the selection.
+    with pq.ParquetFile(first) as one, pq.ParquetFile(second) as other:
+        bounds = _bounds(one, column)
+        if bounds is None or bounds != _bounds(other, column):
+            return False
+        if one.num_row_groups == 0:
+            return True
+        ids = (file.read_row_group(0, [column])[column] for file in (one, other))
+        return bool(next(ids).equals(next(ids)))
+
+
+def _bounds(file: pq.ParquetFile, column: str) -> list[tuple[int, Any, Any]] | None:
+    if column not in file.schema_arrow.names:
+        return None
+    place = file.schema_arrow.names.index(column)
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    found = [(group.num_rows, group.column(place).statistics) for group in groups]
+    if any(known is None or not known.has_min_max for _, known in found):
+        return None
+    return [(rows, known.min, known.max) for rows, known in found]
+
+
+def _read_columns(path: Path, columns: list[str]) -> pa.Table:
+    # The whole file at once, in one chunk a column: neither here nor later are ids copied.
+    with _named_errors(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        known = set(file.schema_arrow.names)
+        return file.read([name for name in columns if name in known])
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FifaError(
+            f"cannot read a table: {error}", where=str(path), do="score again with `fifa score`"
+        ) from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fifa.config import Compute, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    import pyarrow as pa
-
-    from fifa.config import Compute
     from fifa.data.table import Pairs
     from fifa.scoring.table import Scores
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def score(
     pairs: Pairs,
     margin: str | Sequence[str] = (),
-    quality: str = "local",
-    diversity: str = "minilm",
+    quality: str = Score.quality,
+    diversity: str = Score.diversity,
     *,
-    k: int = 10,
+    k: int = Score.k,
     folder: str | Path | None = None,
     compute: Compute | None = None,
     allow_download: bool = False,
@@ -58,30 +58,43 @@ def score(
     FifaError
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
-    from fifa.config import Score
+    specs = (margin,) if isinstance(margin, str) else tuple(margin)
+    return score_by(
+        pairs,
+        Score(specs, quality, diversity, k),
+        folder=Path(folder) if folder is not None else None,
+        compute=compute or Compute(),
+        allow_download=allow_download,
+    )
+
+
+def score_by(
+    pairs: Pairs,
+    knobs: Score,
+    *,
+    folder: Path | None,
+    compute: Compute,
+    allow_download: bool,
+    step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Scores:
+    """`score`, with the knobs in one piece; ``step`` is entered for each of the three scores."""
+    from fifa.scoring.diversity import diversity_scores
     from fifa.scoring.margin import margin_scores
+    from fifa.scoring.quality import quality_scores
     from fifa.scoring.specs import REWARDS
     from fifa.scoring.table import Scores
 
-    folder = Path(folder) if folder is not None else None
-    specs = [margin] if isinstance(margin, str) else list(margin)
-
-    def margin_of(spec: str) -> pa.Table:
-        return margin_scores(pairs, spec, folder, compute=compute, allow_download=allow_download)
-
-    # Columns first: a mistyped name is refused before a model is loaded.
-    quick_first = sorted(specs, key=lambda spec: not REWARDS.parse(spec).is_column)
-    done = {spec: margin_of(spec) for spec in quick_first}
-    margins = {spec: done[spec] for spec in specs}
-    diverse = rated = None
-    if diversity != "none":
-        from fifa.scoring.diversity import diversity_scores
-
-        diverse = diversity_scores(pairs, diversity, k=k, folder=folder)
-    if quality != "none":
-        from fifa.scoring.quality import quality_scores
-
-        in_flight = compute.in_flight if compute else 16
-        rated = quality_scores(pairs, quality, folder=folder, in_flight=in_flight)
-    knobs = Score(tuple(specs), quality, diversity, k)
+    options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
+    made, diverse, rated = {}, None, None
+    with step("margin"):
+        # Columns first: a mistyped name is refused before a model is loaded.
+        for spec in sorted(knobs.margin, key=lambda spec: not REWARDS.parse(spec).is_column):
+            made[spec] = margin_scores(pairs, spec, folder, **options)
+    with step("diversity"):
+        if knobs.diversity != "none":
+            diverse = diversity_scores(pairs, knobs.diversity, k=knobs.k, folder=folder)
+    with step("quality"):
+        if knobs.quality != "none":
+            rated = quality_scores(pairs, knobs.quality, folder=folder, in_flight=compute.in_flight)
+    margins = {spec: made[spec] for spec in knobs.margin}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
+from fifa.shards.files import write_table
+
+SELECTION_FILE = "selection.parquet"
 # Gates in the order in which they are asked; a pair has the reason of the first that stops it.
 GATES = (
     "tie",
@@ -36,6 +43,22 @@ SELECTION = pa.schema(
         ("reason", _named),
     ]
 )
+
+
+def write_selection(folder: Path, selection: pa.Table, made_of: dict[str, Any]) -> pa.Table:
+    """Write ``selection.parquet`` and return it, ``made_of`` as ``fifa.select`` in its metadata."""
+    metadata = {"fifa.select": json.dumps(made_of, sort_keys=True)}
+    selection = selection.replace_schema_metadata(metadata)
+    # Random ids and floats hardly compress, and a dictionary helps the names only: 52 bytes a pair.
+    write_table(
+        folder / SELECTION_FILE,
+        selection,
+        compression="none",
+        use_dictionary=["status", "reason"],
+        write_statistics=["rank", "importance"],
+        row_group_size=1 << 20,
+    )
+    return selection
 
 
 def reason_counts(selection: pa.Table) -> dict[str, int]:

@@ -154,7 +154,9 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def check_free(out: Path, what: str) -> None:
     """Raise `FifaError` for a file, or a folder with files in it, which are no ``what``."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.exists():
+        return
+    if not out.is_dir() or any(not path.name.startswith(PREFIX) for path in out.iterdir()):
         raise FifaError(
             f"the folder is not empty and holds no {what}",
             where=str(out),

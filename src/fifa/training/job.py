@@ -12,7 +12,6 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
 from fifa.models.optional import require
-from fifa.run.steps import is_run
 from fifa.training.adapters import add_lora, train_all
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Source
@@ -176,7 +175,8 @@ def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> J
         free=free,
         dtype=dtype,
     )
-    cache = Path(train.source) / "train" if is_run(train.source) else out / "cache"
+    run = Path(train.source).expanduser()
+    cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
     return Job(train, out, accelerator, pairs, backbone, plan, cache)
 
 

@@ -16,7 +16,6 @@ from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
 from fifa.errors import FifaError
-from fifa.run.steps import is_run
 from fifa.selection.subset import IMAGES
 from fifa.shards.files import digest
 
@@ -148,7 +147,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
 
 def _subset(path: Path) -> Path | None:
     """The subset's folder, if the source is a run or a subset of ours."""
-    if is_run(path):
+    if (path / "recipe.yaml").is_file():
         if not (path / "subset" / "subset.json").is_file():
             raise FifaError(
                 "the run has no subset yet", where=str(path), do="run `fifa export` on it"

@@ -21,7 +21,7 @@ from fifa.data.read import read_pairs
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.export import export_votes
-from fifa.run.filtering import filter_pairs
+from fifa.run.steps import filter_pairs
 
 
 @pytest.fixture

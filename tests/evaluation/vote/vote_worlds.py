@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from fifa.run.folder import begin
+
 COLOURS = ("crimson", "royalblue", "seagreen", "goldenrod", "purple", "teal", "coral", "slategray")
 SHAPES = ("circle", "square", "triangle")
 
@@ -26,6 +28,7 @@ def make_run(
 ) -> Path:
     """An evaluated run: a shape a prompt, shaky by the base and steady by the others."""
     rows = []
+    begin(folder)
     for m, model in enumerate(models):
         for i in range(prompts):
             colour, shape = COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]

@@ -1,0 +1,142 @@
+"""The run folder: what it holds, how a run begins and goes on, and which folders are refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fifa.config import Recipe
+from fifa.console import collect_facts
+from fifa.data.table import FILES
+from fifa.errors import FifaError
+from fifa.selection.table import SELECTION_FILE
+from fifa.shards.files import cannot_write, check_free, read_json, sweep, write_json, write_text
+
+STAMP = "run.json"  # says that a folder is a run, and in which format
+FORMAT = 2  # 1 had no stamp
+RECIPE = "recipe.yaml"
+SCORES_INDEX = "scores.json"  # which files of scores the recipe asked for
+LOG = "log.jsonl"
+# What a section's step leaves last; until then the section may change
+RESULTS = {"read": FILES["table"], "score": SCORES_INDEX, "select": SELECTION_FILE}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the recipe it follows."""
+
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def scores(self) -> Path:
+        """The folder of score tables."""
+        return self.folder / "scores"
+
+    @property
+    def subset(self) -> Path:
+        """The folder that trainers read."""
+        return self.folder / "subset"
+
+
+def check_run(folder: str | Path) -> None:
+    """Raise `FifaError` for a run folder of another version of fifa; any other folder passes."""
+    from fifa.evaluation.results import is_evaluated
+
+    folder = Path(folder)
+    stamp = read_json(folder / STAMP, "the run's format", missing={"format": 1})
+    ours = (folder / RECIPE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
+    if ours and stamp.get("format") != FORMAT:
+        raise FifaError(
+            "a run of another version of fifa",
+            where=str(folder),
+            do="run the command again, into another folder",
+        )
+
+
+def begin(folder: str | Path) -> Path:
+    """Make a run folder, or take up the one that is there.
+
+    Raises `FifaError` for a folder with other things in it, and for a run of another version of
+    fifa: neither is touched.
+    """
+    folder = Path(folder)
+    try:
+        check_run(folder)
+        if not (folder / STAMP).exists():
+            check_free(folder, "run")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    sweep(folder)
+    write_json(folder / STAMP, {"format": FORMAT})
+    return folder
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in ``folder``; `FifaError` if there is none."""
+    folder = Path(folder)
+    check_run(folder)
+    if not (folder / RECIPE).is_file():
+        raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
+    return Run(folder, Recipe.from_yaml(folder / RECIPE))
+
+
+def start_run(folder: str | Path, recipe: Recipe) -> Run:
+    """Begin a run in ``folder``, or go on with the one that is there.
+
+    Raises `FifaError` as `begin`, and for a folder with results of another recipe. A section
+    whose step has no result yet may change, so a mistyped name can be mended and the run goes on.
+    """
+    folder = Path(folder)
+    check_run(folder)
+    there = Recipe.from_yaml(folder / RECIPE) if (folder / RECIPE).is_file() else recipe
+    differences = [
+        difference
+        for difference in there.differences(recipe)
+        if (folder / RESULTS.get(difference.partition(".")[0], "-")).exists()
+    ]
+    if differences:
+        raise FifaError(
+            "the folder holds a run of another recipe (there / asked): " + "; ".join(differences),
+            where=str(folder),
+            do=f"choose another --out, or re-select from its scores with `fifa select {folder}`",
+        )
+    return revised(Run(folder, recipe), recipe)
+
+
+def revised(run: Run, recipe: Recipe) -> Run:
+    """The run with another recipe, for good.
+
+    What the changed step and those after it wrote stays until they are run again. Raises
+    `FifaError` for a recipe that reads other pairs.
+    """
+    if recipe.read != run.recipe.read:
+        raise FifaError(
+            "the run has read its pairs already",
+            where=str(run.folder),
+            do="leave out what says how to read them, or begin a new run with --out",
+        )
+    write_text(begin(run.folder) / RECIPE, recipe.to_yaml())
+    return Run(run.folder, recipe)
+
+
+@contextmanager
+def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Time a step and append a line with its facts to ``log.jsonl`` when it ends well."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with collect_facts() as facts:
+        yield facts
+    seconds = round(time.perf_counter() - clock, 3)
+    line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
+    try:
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
+    except OSError as error:
+        raise cannot_write(folder / LOG, error) from error
