@@ -96,10 +96,8 @@ def diversity_scores(
     else:
         encoder = make_encoder(spec) if isinstance(spec, str) else spec
         name, identity = encoder.name, encoder.identity
-    path = None
-    if folder is not None:
-        content = (identity, *prompts_identity(pairs), method)
-        path = score_path(folder, "diversity", f"{name}-k{k}", *content)
+    content = (identity, *prompts_identity(pairs), method)
+    path = folder and score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make(ledger: Ledger) -> pa.Table:
         found = prompt_embeddings(pairs, encoder, folder) if given is None else given

@@ -19,7 +19,7 @@ from fifa.models.optional import wheel_path
 from fifa.models.runtime import DTYPES
 from fifa.models.transformer import ModelEncoder, Vectors, normalised
 from fifa.scoring.specs import ENCODERS, Spec
-from fifa.scoring.table import score_path
+from fifa.scoring.table import score_path, source_columns
 from fifa.shards.files import column_digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
@@ -150,11 +150,8 @@ def prompts_identity(pairs: Pairs) -> tuple[str, str]:
 
 def embeddings_path(pairs: Pairs, encoder: Encoder, folder: Path | None) -> Path | None:
     """Where `prompt_embeddings` keeps the vectors; None without a folder."""
-    if folder is None:
-        return None
-    return score_path(
-        folder, "embeddings", encoder.name, encoder.identity, *prompts_identity(pairs)
-    )
+    identity = (encoder.identity, *prompts_identity(pairs))
+    return folder and score_path(folder, "embeddings", encoder.name, *identity)
 
 
 def column_embeddings(pairs: Pairs, name: str) -> Vectors:
@@ -162,8 +159,8 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
 
     Raises `FifaError` for a column that is missing, not of numbers, ragged or not finite.
     """
-    list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    lists = [f.name for f in pairs.table.schema if any(is_type(f.type) for is_type in list_types)]
+    types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    lists = source_columns(pairs, *types)
     if name not in lists:
         raise FifaError(
             f"the pairs have no list column {name!r}",

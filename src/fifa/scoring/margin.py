@@ -17,10 +17,10 @@ import xxhash
 from fifa.config import Compute, Read, Reward
 from fifa.console import echo, note
 from fifa.data.images import Images, has_pixels
-from fifa.data.table import PAIRS, Pairs
+from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.specs import REWARDS, Spec
-from fifa.scoring.table import MARGIN, score_path, scored_once
+from fifa.scoring.table import MARGIN, NUMERIC, score_path, scored_once, source_columns
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
 
@@ -208,10 +208,8 @@ def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
                 )
     content = xxhash.xxh3_128(source_0.tobytes())
     content.update(source_1.tobytes())
-    path = None
-    if folder:
-        identity = (reading, pairs.pairs_digest, content.hexdigest())
-        path = score_path(folder, "margin", spec.text, *identity)
+    identity = (reading, pairs.pairs_digest, content.hexdigest())
+    path = folder and score_path(folder, "margin", spec.text, *identity)
 
     def make(ledger: Ledger) -> pa.Table:
         rewards = [_reward(source, reading) for source in (source_0, source_1)]
@@ -309,12 +307,7 @@ def _parts(n: int) -> Iterator[slice]:
 
 def _columns(pairs: Pairs, spec: Spec) -> tuple[str, str, str | None]:
     """The two columns that ``spec`` names and the reading it forces."""
-    numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean)
-    known = [
-        field.name
-        for field in pairs.table.schema
-        if field.name not in PAIRS.names and any(is_type(field.type) for is_type in numeric)
-    ]
+    known = source_columns(pairs, *NUMERIC, pa.types.is_boolean)
     here = f"score columns here: {', '.join(known) or 'none'}"
     forced, _, named = spec.model.partition(":")
     reading, named = (forced, named) if forced in READINGS else (None, spec.model)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.table import Pairs
-from fifa.scoring.encoders import prompt_embeddings
+from fifa.scoring.encoders import prompt_embeddings, prompts_identity
 from fifa.scoring.raters import Rater
 from fifa.scoring.raters.column import column_ratings
 from fifa.scoring.raters.endpoint import EndpointRater
@@ -19,7 +19,7 @@ from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
 from fifa.scoring.specs import RATERS
 from fifa.scoring.table import QUALITY, score_path, scored_once
-from fifa.shards.files import column_digest, digest
+from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
@@ -83,10 +83,12 @@ def quality_scores(
         name = parsed.model
         ratings = column_ratings(pairs, name)
         numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
-        path = _path(folder, f"column-{name}", pairs, digest(numbers))
+        content = (digest(numbers), *prompts_identity(pairs))
+        path = folder and score_path(folder, "quality", f"column-{name}", *content)
         return scored_once(path, lambda ledger: ratings, {"rater": name})
     rater = make_rater(spec, folder, in_flight=in_flight)
-    path = _path(folder, rater.name, pairs, rater.identity)
+    identity = (rater.identity, *prompts_identity(pairs))
+    path = folder and score_path(folder, "quality", rater.name, *identity)
     if path is not None and path.exists():
         unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
         if unrated:  # the others' answers are kept, so only these are asked for
@@ -94,14 +96,6 @@ def quality_scores(
             path.unlink()
     facts = {"rater": rater.identity}
     return scored_once(path, lambda ledger: _rated(pairs, rater, folder, ledger), facts)
-
-
-def _path(folder: Path | None, name: str, pairs: Pairs, identity: object) -> Path | None:
-    if folder is None:
-        return None
-    # prompt_id folds case and white space, a rater does not: the spelling counts as well.
-    content = (identity, pairs.prompts_digest, column_digest(pairs.prompts["prompt"]))
-    return score_path(folder, "quality", name, *content)
 
 
 def _rated(pairs: Pairs, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:

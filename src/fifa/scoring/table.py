@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fifa.config import Score
+from fifa.data.table import PAIRS, Pairs
 from fifa.shards.files import digest, write_table
 from fifa.shards.ledger import Ledger
 
+NUMERIC = (pa.types.is_floating, pa.types.is_integer)
 MARGIN = pa.schema(
     [("pair_id", pa.string()), ("reward_0", pa.float32()), ("reward_1", pa.float32())]
 )
@@ -51,6 +53,12 @@ class Scores:
     quality: pa.Table | None = None
     diversity: pa.Table | None = None
     knobs: Score | None = None
+
+
+def source_columns(pairs: Pairs, *types: Callable[[pa.DataType], bool]) -> list[str]:
+    """The columns that the source brought itself, of one of some types (`NUMERIC`, ...)."""
+    fields = (field for field in pairs.table.schema if field.name not in PAIRS.names)
+    return [field.name for field in fields if any(is_type(field.type) for is_type in types)]
 
 
 def score_path(folder: Path, content: str, name: str, *identity: object) -> Path:

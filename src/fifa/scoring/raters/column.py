@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from fifa.data.table import PAIRS, Pairs
+from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.table import QUALITY
+from fifa.scoring.table import NUMERIC, QUALITY, source_columns
 
 
 def column_ratings(pairs: Pairs, name: str) -> pa.Table:
@@ -19,12 +19,7 @@ def column_ratings(pairs: Pairs, name: str) -> pa.Table:
     Raises `FifaError` for a column that is missing or not numeric.
     """
     table = pairs.table
-    numeric = [
-        f.name
-        for f in table.schema
-        if f.name not in PAIRS.names
-        and (pa.types.is_floating(f.type) or pa.types.is_integer(f.type))
-    ]
+    numeric = source_columns(pairs, *NUMERIC)
     if name not in numeric:
         raise FifaError(
             f"the pairs have no numeric column {name!r} to rate prompts by",

@@ -81,9 +81,7 @@ def crossfit_rewards(
     carries the label of the pair itself.
     """
     options = options or Reward()
-    path = None
-    if folder is not None:
-        path = score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
+    path = folder and score_path(folder, "margin", "proxy", _identity(pairs, options, folds, seed))
     facts = {"scorer": "proxy", "folds": folds, "seed": seed, "options": options.settings()}
 
     def make(ledger: Ledger) -> pa.Table:

@@ -26,11 +26,9 @@ from fifa.errors import FifaError
 from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.rewards.dedup import Distinct, tell_apart
 from fifa.scoring.rewards.worker import (
-    DigestShard,
     EngineOptions,
     ImageShard,
     Load,
-    PromptShard,
     ScoreStep,
     table_features,
 )
@@ -169,13 +167,10 @@ class Engine:
             for part in _parts(len(images), DIGEST_SHARD)
         ]
 
-        def prepare(part: range) -> DigestShard:
-            return DigestShard(images.take(part))
-
         with self._kept() as engine:
 
             def make(ledger: Ledger) -> pa.Table:
-                tables = engine._run("telling images apart", ledger, shards, prepare)
+                tables = engine._run("telling images apart", ledger, shards, images.take)
                 return pa.concat_tables([FACTS.empty_table(), *tables]).select(["content"])
 
             path = engine._path("images", "bytes", source)
@@ -199,7 +194,7 @@ class Engine:
                 for i, part in enumerate(parts)
             ]
             what = f"prompts through {model.name}"
-            tables = self._run(what, ledger, shards, lambda part: PromptShard(part.to_pylist()))
+            tables = self._run(what, ledger, shards, lambda part: part.to_pylist())
             note(prompts_embedded=len(prompts))
             _write_array(path, len(prompts), map(table_features, tables))
         ledger.forget()

@@ -73,20 +73,6 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class DigestShard:
-    """Images to be told apart by their bytes."""
-
-    images: Images
-
-
-@dataclass(frozen=True)
-class PromptShard:
-    """Prompts whose features are wanted."""
-
-    prompts: list[str]
-
-
-@dataclass(frozen=True)
 class ImageShard:
     """Images, and the prompts that each is to be scored for.
 
@@ -115,7 +101,10 @@ class _Begun:
 
 
 class ScoreStep:
-    """A `fifa.shards.pool.Step` over the three kinds of shards.
+    """A `fifa.shards.pool.Step` over three types of shards.
+
+    `Images` are to be told apart by their bytes, of a list of prompts the features are wanted,
+    and an `ImageShard` is scored.
 
     Parameters
     ----------
@@ -146,10 +135,10 @@ class ScoreStep:
     def finish(self, begun: _Begun) -> pa.Table:
         """The shard's `fifa.data.images.FACTS`, prompt features or `REWARDS`."""
         shard = begun.shard
-        if isinstance(shard, DigestShard):
-            return look(shard.images, sizes=False, allow_download=self._options.allow_download)
-        if isinstance(shard, PromptShard):
-            return features_table(self._prompt_features(shard.prompts))
+        if isinstance(shard, Images):
+            return look(shard, sizes=False, allow_download=self._options.allow_download)
+        if isinstance(shard, list):
+            return features_table(self._prompt_features(shard))
         assert begun.batches is not None
         try:
             return self._rewards(shard, begun.batches, begun.bad)
