@@ -581,8 +581,8 @@ class Measure(Knobs):
     Parameters
     ----------
     scorers
-        A reward model that looks at images (none for none): of `fifa.scoring.specs.REWARDS` all
-        but columns and a proxy that has no folder.
+        A reward model that looks at images, or none: `fifa.scoring.specs.REWARDS`, but no columns,
+        and of the proxies only one in a folder.
     picked
         A reward model that picked the training data, where checkpoints and run do not say so
         themselves: a win by it is no evidence of its own.
