@@ -202,3 +202,39 @@ def test_a_keep_that_means_nothing(shipped, tmp_path, keep):
 def test_a_source_that_is_not_there(tmp_path):
     message = failed("filter", tmp_path / "nothing", *LIGHT, "--out", tmp_path / "run")
     assert "nothing" in message
+
+
+def test_a_run_of_another_version_is_refused_by_every_command(shipped, tmp_path):
+    run = tmp_path / "run"
+    assert fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run).returncode == 0
+    (run / "run.json").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for command in (
+        ["filter", shipped, *LIGHT, "--keep", "20", "--out", run],
+        ["score", run],
+        ["select", run],
+        ["export", run],
+        ["report", run],
+        ["batch", "write", run, tmp_path / "file"],
+        ["train", run, "--model", "m", "--out", tmp_path / "out"],
+        ["compare", run],
+        ["vote", run],
+    ):
+        assert "run the command again" in failed(*command), command
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_selecting_and_scoring_take_their_sections_from_a_recipe(shipped, tmp_path):
+    run, recipe = tmp_path / "run", tmp_path / "mine.yaml"
+    assert fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run).returncode == 0
+    recipe.write_text("select: {keep: 30, strategy: random}")
+    done = fifa("select", run, "--recipe", recipe, "--keep", "40")
+    assert "kept 40 of" in done.stderr, done.stderr
+    assert "strategy: random" in (run / "recipe.yaml").read_text()
+    assert "column:clipscore_0" in (run / "recipe.yaml").read_text()
+
+
+def test_a_run_reads_its_pairs_once(shipped, tmp_path):
+    run = tmp_path / "run"
+    assert fifa("read", shipped, "--out", run).returncode == 0
+    assert "has read its pairs already" in failed("score", run, "--format", "pickapic")

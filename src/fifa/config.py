@@ -73,12 +73,15 @@ class Option:
         It is given without a name.
     required
         It has no default: it has to be given, on the command line or in the recipe.
+    family
+        The field of `fifa.models.families.Family` that has the default, which is the model's.
     """
 
     name: str = ""
     commas: bool = False
     argument: bool = False
     required: bool = False
+    family: Literal["", "steps", "guidance", "half"] = ""
 
 
 class Knobs:
@@ -542,9 +545,9 @@ class Generate(Knobs):
     Parameters
     ----------
     steps
-        Steps of the sampler; what is usual for the model's family if not given.
+        Steps of the sampler; the model family's if not given.
     guidance
-        Scale of classifier-free guidance; what is usual for the model's family if not given.
+        Scale of classifier-free guidance; the model family's if not given.
     sampler
         The sampler; the base model's own if not given. The noise schedule stays each model's.
     width
@@ -559,19 +562,19 @@ class Generate(Knobs):
     device
         A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
     dtype
-        What the image models compute in; float32 on a CPU and the family's half precision
-        elsewhere if not given.
+        What the image models compute in; if not given float32 on a CPU, and elsewhere the half
+        precision of the model's family.
     """
 
-    steps: Count | None = None
-    guidance: NotNegative | None = None
+    steps: Annotated[Count | None, Option(family="steps")] = None
+    guidance: Annotated[NotNegative | None, Option(family="guidance")] = None
     sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
     width: Annotated[int, Field(ge=8)] | None = None
     height: Annotated[int, Field(ge=8)] | None = None
     negative: str = ""
     batch: Count = 4
     device: str | None = None
-    dtype: Dtype | None = None
+    dtype: Annotated[Dtype | None, Option(family="half")] = None
 
 
 @knobs

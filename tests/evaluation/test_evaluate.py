@@ -197,6 +197,10 @@ def test_the_command(base, lora, prompts, tmp_path, monkeypatch, capsys):
     told = command("evaluate", *options)
     assert told.out.strip() == str(run / "report.html")
     assert "mine wins" in told.err
+    knobs = (run / "evaluate" / "evaluation.yaml").read_bytes()
+    again = command("evaluate", "--recipe", run / "evaluate" / "evaluation.yaml", "--out", run)
+    assert again.out == told.out
+    assert (run / "evaluate" / "evaluation.yaml").read_bytes() == knobs
     before = (run / "report.html").read_bytes()
     (run / "report.html").unlink()
     assert command("report", run).out.strip() == str(run / "report.html")

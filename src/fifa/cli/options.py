@@ -120,7 +120,12 @@ def parameters(cls: type[Any]) -> Iterator[click.Parameter]:
         elif get_origin(hint) in (tuple, dict) and settings["type"] is click.STRING:
             settings |= {"multiple": True, "callback": lambda ctx, param, value: value or None}
             text += " Give it several times for several."
-        if shown := _shown(default, written):
+        shown = _shown(default, written)
+        if option.family:
+            from fifa.models.families import listed
+
+            shown = listed(option.family)
+        if shown:
             text += f"  [default: {shown}]"
         yield click.Option([written, name], default=None, help=text, **settings)
 

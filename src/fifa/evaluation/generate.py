@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fifa.config import Evaluate, Generate
 from fifa.console import note, progress
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model
@@ -58,9 +59,9 @@ def generate(
     folder: Path,
     settings: Settings,
     *,
-    seeds: int = 4,
-    first_seed: int = 0,
-    batch: int = 4,
+    seeds: int = Evaluate.seeds,
+    first_seed: int = Evaluate.first_seed,
+    batch: int = Generate.batch,
     device: str | None = None,
     index: str = INDEX,
     most: int | None = None,
@@ -123,8 +124,8 @@ def plan(
     prompts: Prompts,
     settings: Settings,
     seeds: int,
-    first_seed: int = 0,
-    batch: int = 4,
+    first_seed: int = Evaluate.first_seed,
+    batch: int = Generate.batch,
 ) -> list[list[Planned]]:
     """All images of a model, in the groups that they are made in.
 

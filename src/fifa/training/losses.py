@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 
@@ -72,10 +73,10 @@ class Loss:
     """
 
     kind: Kind = "sigmoid"
-    beta: float = 5000.0
-    poly: float = 8.0
-    mapo: float = 0.1
-    sft: float = 0.0
+    beta: float = Train.beta
+    poly: float = Train.poly
+    mapo: float = Train.mapo
+    sft: float = Train.sft
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

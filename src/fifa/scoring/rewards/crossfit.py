@@ -46,7 +46,7 @@ FOLD = pa.schema(
 def crossfit_rewards(
     pairs: Pairs,
     *,
-    folds: int = 5,
+    folds: int = Reward.folds,
     seed: int = 0,
     folder: Path | None = None,
     options: Reward | None = None,
@@ -97,7 +97,7 @@ def crossfit_rewards(
 def crossfit_folds(
     pairs: Pairs,
     *,
-    folds: int = 5,
+    folds: int = Reward.folds,
     seed: int = 0,
     folder: Path | None = None,
     options: Reward | None = None,

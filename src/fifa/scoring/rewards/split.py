@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fifa.config import Reward
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.shards.files import digest
@@ -18,7 +19,7 @@ def prompt_folds(
     prompt: Integers,
     images: Integers,
     *,
-    folds: int = 5,
+    folds: int = Reward.folds,
     seed: int = 0,
 ) -> Integers:
     """A fold for every prompt.
