@@ -13,8 +13,9 @@ import psutil
 import pyarrow as pa
 
 from common import peak_mb, report
-from fifa.data.table import PROMPTS, Pairs
-from fifa.scoring.rewards.dedup import ask, image_keys
+from fifa.data.images import unique_images
+from fifa.data.table import PROMPTS, Origin, Pairs
+from fifa.scoring.rewards.dedup import tell_apart
 
 PAIRS_A_PROMPT = 14
 IMAGES_A_PROMPT = 8
@@ -31,11 +32,24 @@ def make_pairs(n: int) -> Pairs:
             for _ in range(2)
         )
         keys = [pa.array([f"{image:036d}" for image in side.tolist()]) for side in images]
-        names = ["image_0", "image_1", "prompt_index"]
-        batches.append(pa.table([*keys, pa.array(prompt, pa.int32())], names=names))
+        rows = len(prompt)
+        columns = {
+            "image_0": keys[0],
+            "image_1": keys[1],
+            "prompt_index": pa.array(prompt, pa.int32()),
+            "image_0_ref": pa.nulls(rows, pa.string()),
+            "image_1_ref": pa.nulls(rows, pa.string()),
+            "file": pa.array(["train.parquet"] * rows).dictionary_encode(),
+            "row": np.arange(start, start + rows),
+            "swapped": pa.array(np.zeros(rows, bool)),
+        }
+        batches.append(pa.table(columns))
     prompts = -(-n // PAIRS_A_PROMPT)
     nothing = pa.nulls(prompts, pa.string())
-    return Pairs(pa.concat_tables(batches), pa.table([nothing, nothing], schema=PROMPTS))
+    origin = Origin(format="pickapic", cells=("jpg_0", "jpg_1"))
+    return Pairs(
+        pa.concat_tables(batches), pa.table([nothing, nothing], schema=PROMPTS), origin=origin
+    )
 
 
 def main() -> None:
@@ -45,16 +59,20 @@ def main() -> None:
     pairs = make_pairs(given.pairs)
     before = psutil.Process().memory_info().rss / 1e6
     begun = time.perf_counter()
-    asked = ask(pairs, image_keys(pairs), None)
+    images, of_slot = unique_images(pairs)
+    distinct = tell_apart(images, None)
+    prompt = np.repeat(pairs.table["prompt_index"].to_numpy().astype(np.int64), 2)
+    both = distinct.of_image[of_slot] * pairs.prompts.num_rows + prompt
+    asked, of_request = np.unique(both, return_inverse=True)
     seconds = time.perf_counter() - begun
-    arrays = (asked.first, asked.of_key, asked.image, asked.prompt, asked.of_slot, asked.images)
+    arrays = (images.table, of_slot, distinct.first, distinct.of_image, asked, of_request)
     kept = sum(array.nbytes for array in arrays) / 1e6
     report(
         "score_index",
         [
             ("pairs", f"{given.pairs:,}"),
-            ("images", f"{len(asked.images):,}"),
-            ("rewards to ask for", f"{len(asked.image):,}"),
+            ("images", f"{len(distinct):,}"),
+            ("rewards to ask for", f"{len(asked):,}"),
             ("seconds", f"{seconds:.1f}"),
             ("MB kept", f"{kept:.0f}"),
             ("MB at most, beside the pairs", f"{peak_mb() - before:.0f}"),
