@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -20,7 +19,7 @@ R = TypeVar("R")
 Pixels = np.ndarray
 Decoded = tuple[int, "Pixels | BadImage"]
 Batch = tuple[list[int], Pixels]
-_Waiting = tuple[bool, Any]  # (True, an item), or (False, None or the error) after the last
+_END = object()  # after the last item
 
 
 class Prefetch(Generic[T]):
@@ -35,49 +34,20 @@ class Prefetch(Generic[T]):
     """
 
     def __init__(self, items: Iterable[T], most: int) -> None:
-        self._waiting: queue.Queue[_Waiting] = queue.Queue(most)
-        self._closed = threading.Event()
-        # The thread knows nothing of this object: once nobody wants the items, both go.
-        arguments = (items, self._waiting, self._closed)
-        threading.Thread(target=_fill, args=arguments, daemon=True).start()
+        self._items, self._thread = iter(items), ThreadPoolExecutor(1)
+        self._waiting = deque(self._next() for _ in range(most))
 
     def __iter__(self) -> Iterator[T]:
-        while True:
-            more, item = self._waiting.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
+        while (item := self._waiting.popleft().result()) is not _END:
+            self._waiting.append(self._next())
+            yield item
 
     def close(self) -> None:
-        """Stop the thread, whatever is left."""
-        self._closed.set()
+        """Stop the thread, whatever is left; without, it stops once nobody has this object."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
-    __del__ = close
-
-
-def _fill(items: Iterable[Any], waiting: queue.Queue[_Waiting], closed: threading.Event) -> None:
-    last: BaseException | None = None
-    try:
-        for item in items:
-            if not _put(waiting, closed, (True, item)):
-                break
-    except BaseException as error:  # raised again where the items are taken
-        last = error
-    _put(waiting, closed, (False, last))
-
-
-def _put(waiting: queue.Queue[_Waiting], closed: threading.Event, item: _Waiting) -> bool:
-    """Put an item once there is room; False if nobody wants it any more."""
-    while not closed.is_set():
-        try:
-            waiting.put(item, timeout=0.2)
-        except queue.Full:
-            continue
-        return True
-    return False
+    def _next(self) -> Future[Any]:
+        return self._thread.submit(next, self._items, _END)
 
 
 def decode_images(
