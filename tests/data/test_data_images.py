@@ -8,6 +8,7 @@ import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fifa.data import decode, read_pairs
 from fifa.data.decode import BadImage, check_image, open_image
-from fifa.data.images import has_pixels, read_images
+from fifa.data.images import Images, has_pixels, kept, pair_images, read
 from fifa.data.table import Pairs
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -111,7 +112,9 @@ def pickapic(n: int, **more: list[object]) -> pa.Table:
 def everything(pairs: Pairs, rows: list[int] | None = None) -> dict[tuple[int, int], object]:
     chosen = list(range(len(pairs))) if rows is None else rows
     found = {}
-    for row, side, data in read_images(pairs, chosen):
+    slots = [2 * row + side for row in chosen for side in (0, 1)]
+    for i, data in read(pair_images(pairs.table, pairs.origin, slots)):
+        row, side = slots[i] // 2, slots[i] % 2
         assert (row, side) not in found
         found[row, side] = data.reason if isinstance(data, BadImage) else data
     assert set(found) == {(row, side) for row in chosen for side in (0, 1)}
@@ -153,6 +156,28 @@ def test_swapped_sides_come_from_the_other_cell(tmp_path: Path) -> None:
         winner = 0 if row["label"] == 1 else 1
         assert found[row["row"], winner] == b"good-%d" % row["row"]
         assert found[row["row"], 1 - winner] == b"bad-%d" % row["row"]
+
+
+def test_what_came_through_a_keeping_door_is_not_read_again(tmp_path: Path) -> None:
+    cells = {f"jpg_{side}": [b"%d-%d" % (i, side) for i in range(9)] for side in (0, 1)}
+    cells["jpg_1"][4] = None
+    pq.write_table(pickapic(9, **cells), tmp_path / "a.parquet")
+    pairs = read_pairs(tmp_path)
+    images, opened = pair_images(pairs.table, pairs.origin), []
+
+    def counted(some: Images) -> Iterator[tuple[int, bytes | BadImage]]:
+        opened.append(len(some))
+        return read(some)
+
+    with (tmp_path / "kept").open("w+b") as file:
+        door = kept(counted, file)
+        first = dict(door(images.take(range(4, 18))))
+        assert {i: data for i, data in first.items() if i != 5} == {
+            i: b"%d-%d" % ((i + 4) // 2, i % 2) for i in range(14) if i != 5
+        }
+        again = dict(door(images))
+    assert opened == [14, 5]  # four that are new and the one that could not be read
+    assert again == {**dict(read(images)), 9: again[9]} and isinstance(again[9], BadImage)
 
 
 def test_struct_in_struct_and_cells_of_other_rows(tmp_path: Path) -> None:
@@ -245,7 +270,7 @@ def test_urls_stay_closed_without_leave(tmp_path: Path) -> None:
     pairs = read_pairs(tmp_path)
     assert not has_pixels(pairs.table, pairs.origin)
     assert set(everything(pairs).values()) == {"only known by URL, and downloads are not allowed"}
-    for _, _, data in read_images(pairs, [0, 1], allow_download=True):
+    for _, data in read(pair_images(pairs.table, pairs.origin), allow_download=True):
         assert isinstance(data, BadImage)
         assert "not on the public internet" in data.reason
 
@@ -267,6 +292,6 @@ def test_a_source_that_is_gone_is_a_reason_for_every_image(tmp_path: Path) -> No
 @pytest.mark.skipif(not DATA.exists(), reason="no ../shared/data")
 def test_real_images_all_decode() -> None:
     pairs = read_pairs(DATA / "hpdv2_gallery")
-    for _, _, data in read_images(pairs, range(0, len(pairs), 40)):
+    for _, data in read(pair_images(pairs.table, pairs.origin), range(0, 2 * len(pairs), 40)):
         assert isinstance(data, bytes)
         check_image(data)

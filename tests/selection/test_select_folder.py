@@ -10,9 +10,10 @@ from PIL import Image
 from worlds import make_embeddings, make_pairs, make_scores, permuted
 
 from fifa.config import Recipe, Select
-from fifa.data.images import read_images
+from fifa.data.images import read
 from fifa.data.table import save_pairs
 from fifa.errors import FifaError
+from fifa.run import steps
 from fifa.run.folder import Run
 from fifa.run.steps import IMAGE_COLUMNS, _columns, select_step
 from fifa.selection import readable, select
@@ -157,7 +158,7 @@ def test_no_image_is_decoded_twice_and_what_was_seen_before_changes_nothing(tmp_
     def refuse(*args, **options):
         raise AssertionError("an image was opened again")
 
-    monkeypatch.setattr(readable, "read_images", refuse)
+    monkeypatch.setattr(steps, "read", refuse)
     select_folder(tmp_path, Select(keep=10))
     assert (tmp_path / "selection.parquet").read_bytes() == fresh
     assert (tmp_path / "unreadable.parquet").read_bytes() == unreadable
@@ -170,16 +171,15 @@ def test_a_check_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(readable, "BATCH", 8)
     seen = []
 
-    def counted(pairs, rows, **options):
-        ids = pairs.table["pair_id"].to_pylist()
+    def counted(images, **options):
         if len(seen) >= 16 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
-        seen.extend(ids[row] for row in rows)
-        return read_images(pairs, rows, **options)
+        seen.extend(images.table["row"].to_pylist()[::2])
+        return read(images, **options)
 
     stopped: list[bool] = []
-    monkeypatch.setattr(readable, "read_images", counted)
+    monkeypatch.setattr(steps, "read", counted)
     with pytest.raises(KeyboardInterrupt):
         select_folder(tmp_path, Select(keep=30))
     kept = reason_counts(select_folder(tmp_path, Select(keep=30)))["selected"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ from fifa.shards.files import column_digest, digest, write_bytes
 Integers = npt.NDArray[np.int64]
 Rows = Sequence[int] | range | Integers
 Found = tuple[int, "bytes | BadImage"]  # the image's row in its table, and what came of it
+Door = Callable[["Images"], Iterable[Found]]  # `read`, as it is to be called
 Cell = tuple[int, int, str]  # row in the file, row in the table of images, column
 
 IMAGES = pa.schema(
@@ -282,6 +283,28 @@ def read(
         yield from _from_refs(root, file, refs, allow_download, fetched)
 
 
+def kept(door: Door, file: IO[bytes]) -> Door:
+    """The same door, but what came through it once is kept in ``file`` and not read again."""
+    places: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    def images_again(images: Images) -> Iterator[Found]:
+        columns = (images.table[name].to_pylist() for name in IMAGES.names[1:])
+        names = list(zip(*columns, strict=True))
+        there = [name in places for name in names]
+        fresh = np.flatnonzero(np.logical_not(there))
+        for i, data in door(images.take(fresh)):
+            if isinstance(data, bytes):
+                places[names[fresh[i]]] = file.seek(0, os.SEEK_END), len(data)
+                file.write(data)
+            yield int(fresh[i]), data
+        for i in np.flatnonzero(there).tolist():
+            offset, size = places[names[i]]
+            file.seek(offset)
+            yield i, file.read(size)
+
+    return images_again
+
+
 def look(
     images: Images,
     rows: Rows | None = None,
@@ -473,13 +496,3 @@ def _file_bytes(root: Root, ref: str) -> bytes | BadImage:
         if status.st_size > MAX_BYTES:
             return BadImage(f"more than {MAX_BYTES:,} bytes")
         return file.read()
-
-
-def read_images(
-    pairs: Pairs, rows: Rows, *, allow_download: bool = False, fetched: Path | None = None
-) -> Iterator[tuple[int, int, bytes | BadImage]]:
-    """Until every caller asks `read`: (row, side, bytes or BadImage) of some pairs."""
-    slots = [2 * int(row) + side for row in rows for side in (0, 1)]
-    images = pair_images(pairs.table, pairs.origin, slots)
-    for i, data in read(images, allow_download=allow_download, fetched=fetched):
-        yield slots[i] // 2, slots[i] % 2, data

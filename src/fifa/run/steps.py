@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from fifa.config import Recipe
 from fifa.console import echo, note
-from fifa.data.images import has_pixels
+from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
 from fifa.data.read import read_pairs, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
@@ -32,10 +33,11 @@ from fifa.run.folder import SCORES_INDEX, Run, log_step, start_run
 from fifa.scoring import score_by
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_facts
 from fifa.selection.choose import select
-from fifa.selection.readable import FETCHED, select_readable
+from fifa.selection.readable import select_readable
 from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
 from fifa.shards.files import read_json, write_json
 
+FETCHED = "fetched"  # a folder of the run
 Integers = npt.NDArray[np.integer[Any]]
 
 NEEDED = ["pair_id", "prompt_index", "label", "repeat"]  # by the choice of pairs
@@ -71,9 +73,11 @@ def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
     pairs = read_step(run)
     echo_read(pairs)
     scores = score_step(run, pairs)
-    selection = select_step(run, pairs, scores)
-    results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
-    echo(f"subset: {export_step(run, **results)}")
+    with TemporaryFile(dir=run.folder) as file:  # an image that was looked at is exported from it
+        door = kept(_door(run), file)
+        selection = select_step(run, pairs, scores, door)
+        results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
+        echo(f"subset: {export_step(run, **results, door=door)}")
     echo(f"report: {write_report(run.folder, **results)}")
     return run
 
@@ -198,7 +202,9 @@ def _scores_index(run: Run) -> dict[str, Any]:
     return index
 
 
-def select_step(run: Run, pairs: Pairs | None = None, scores: Scores | None = None) -> pa.Table:
+def select_step(
+    run: Run, pairs: Pairs | None = None, scores: Scores | None = None, door: Door | None = None
+) -> pa.Table:
     """Select from the run's scores and write ``selection.parquet``.
 
     Parameters
@@ -207,6 +213,8 @@ def select_step(run: Run, pairs: Pairs | None = None, scores: Scores | None = No
         The run.
     pairs, scores
         The run's, where they are in memory; otherwise what is needed of its files is read.
+    door
+        `fifa.data.images.read` as it is to be called; None calls it as the recipe says.
 
     Returns
     -------
@@ -214,12 +222,12 @@ def select_step(run: Run, pairs: Pairs | None = None, scores: Scores | None = No
     pair with an unreadable one is dropped and the next in rank takes its place
     (``unreadable.parquet``; `fifa.selection.readable`).
     """
-    index, knobs, download = _scores_index(run), run.recipe.select, run.recipe.read.allow_download
+    index, knobs = _scores_index(run), run.recipe.select
     with log_step(run.folder, "select"):
         columns, vectors = partial(_columns, run, pairs), partial(_embeddings, run, pairs)
         if pairs is None or scores is None:
             pairs, scores = _load_for_choice(run)
-        origin, prompts = pairs.origin, pairs.prompts
+        origin = pairs.origin
         unreadable = _unreadable(run, columns, index["margins"].values())
         embedded = None if run.recipe.score.diversity == "none" else vectors
         chosen = partial(select, pairs, scores, knobs, embeddings=embedded)
@@ -227,15 +235,14 @@ def select_step(run: Run, pairs: Pairs | None = None, scores: Scores | None = No
         def choose(found: list[str]) -> pa.Table:
             return chosen(unreadable={*unreadable, *found})
 
-        def load(rows: Integers) -> Pairs:
-            return Pairs(columns(IMAGE_COLUMNS, rows), prompts, origin=origin)
+        def load(rows: Integers) -> Images:
+            return pair_images(columns(IMAGE_COLUMNS, rows), origin)
 
         selection = choose([])
         some = np.flatnonzero(selection["rank"].combine_chunks().is_valid())[:1]
-        if download or has_pixels(load(some).table, origin):
-            selection = select_readable(
-                load, selection, choose, run.folder, allow_download=download
-            )
+        if run.recipe.read.allow_download or has_pixels(columns(IMAGE_COLUMNS, some), origin):
+            door = door or _door(run)
+            selection = select_readable(load, selection, choose, run.folder, door)
         made_of = {"select": asdict(knobs), "margin": index.pop("margins"), **index}
         selection = write_selection(run.folder, selection, made_of)
         counts = reason_counts(selection)
@@ -254,14 +261,16 @@ def export_step(
     pairs: Pairs | None = None,
     scores: Scores | None = None,
     selection: pa.Table | None = None,
+    door: Door | None = None,
 ) -> Path:
     """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers.
 
-    ``pairs``, ``scores`` and ``selection`` are the run's, where they are in memory.
+    ``pairs``, ``scores`` and ``selection`` are the run's, where they are in memory; ``door`` as
+    for `select_step`.
     """
     from fifa.selection.export import export
 
-    path, fetched = run.folder / SELECTION_FILE, run.folder / FETCHED
+    path = run.folder / SELECTION_FILE
     if not path.exists():
         raise FifaError(
             "nothing is selected yet", where=str(run.folder), do="run `fifa select` on it"
@@ -275,10 +284,16 @@ def export_step(
             folder,
             recipe=run.recipe,
             allow_download=run.recipe.read.allow_download,
-            fetched=fetched,
+            door=door or _door(run),
         )
-    shutil.rmtree(fetched, ignore_errors=True)
+    shutil.rmtree(run.folder / FETCHED, ignore_errors=True)
     return folder
+
+
+def _door(run: Run) -> Door:
+    """What is downloaded to be looked at is kept in the run until it is exported."""
+    download = run.recipe.read.allow_download
+    return partial(read, allow_download=download, fetched=run.folder / FETCHED)
 
 
 def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from fifa.config import Read, Recipe, Score, Select, build
 from fifa.console import echo, note
-from fifa.data.images import has_pixels, read
+from fifa.data.images import Door, has_pixels, read
 from fifa.data.read import read_pairs
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -27,7 +27,6 @@ from fifa.selection.subset import (
     COLUMNS,
     FROM_SELECTION,
     Integers,
-    ReadImages,
     Written,
     subset_rows,
     write_shards,
@@ -72,7 +71,7 @@ def export(
     *,
     recipe: Recipe | None = None,
     allow_download: bool = False,
-    fetched: Path | None = None,
+    door: Door | None = None,
 ) -> Exported:
     """Write the selected pairs as a data set for Diffusion-DPO trainers.
 
@@ -90,8 +89,8 @@ def export(
         How the pairs were read, scored and selected; None takes it from the three.
     allow_download
         Fetch images that the source only names by URL.
-    fetched
-        Where images that were fetched before are kept (`fifa.data.images.read`).
+    door
+        `fifa.data.images.read` as it is to be called, where that is not as usual.
 
     Returns
     -------
@@ -124,7 +123,7 @@ def export(
         "reasons": reason_counts(selection),
     }
     images = allow_download or has_pixels(pairs.table, pairs.origin)
-    door = partial(read, allow_download=allow_download, fetched=fetched)
+    door = door or partial(read, allow_download=allow_download)
     return _write(folder, pairs, rows, columns, facts, door if images else None)
 
 
@@ -201,7 +200,7 @@ def _write(
     rows: Integers,
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
-    door: ReadImages | None,
+    door: Door | None,
     check: Callable[[Written], None] = lambda written: None,
 ) -> Exported:
     """The subset of some rows; without ``door`` it has references instead of images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,14 +16,13 @@ import xxhash
 
 from fifa.console import progress
 from fifa.data.decode import BadImage
-from fifa.data.images import Found, Images, pair_images
+from fifa.data.images import Door, Found, pair_images
 from fifa.data.records import tar_ref
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
 Integers = npt.NDArray[np.int64]
-ReadImages = Callable[[Images], Iterable[Found]]
 
 SHARD_BYTES = 256 << 20  # of images in a file
 GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
@@ -134,7 +133,7 @@ def write_shards(
     pairs: Pairs,
     rows: Integers,
     table: pa.Table,
-    door: ReadImages | None,
+    door: Door | None,
 ) -> Written:
     """Write ``data/train-00000-of-0000N-<digest>.parquet`` and so on, in the order of ``rows``.
 

@@ -16,7 +16,7 @@ from vote_worlds import draw, make_run
 
 from fifa.config import Read, Recipe, Score, Select, Vote
 from fifa.data.decode import BadImage
-from fifa.data.images import read_images
+from fifa.data.images import pair_images, read
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot
@@ -71,9 +71,10 @@ def test_the_images_are_the_original_bytes(ballot: Ballot, tmp_path: Path) -> No
     export_votes(ballot.folder.parent, tmp_path / "votes.parquet")
     pairs = read_pairs(tmp_path / "votes.parquet")
     files = {path.read_bytes() for path in ballot.folder.rglob("*.png")}
-    read = list(read_images(pairs, range(len(pairs))))
-    assert len(read) == 32
-    for row, side, data in read:
+    found = list(read(pair_images(pairs.table, pairs.origin)))
+    assert len(found) == 32
+    for i, data in found:
+        row, side = i // 2, i % 2
         assert not isinstance(data, BadImage)
         assert data in files
         assert Image.open(io.BytesIO(data)).size == (24, 24)
