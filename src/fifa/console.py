@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+LOG_FILE = "log.jsonl"  # in a run folder: a line a step, with its facts
+
 _facts: ContextVar[dict[str, object] | None] = ContextVar("fifa_facts", default=None)
 
 

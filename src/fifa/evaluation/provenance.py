@@ -12,12 +12,12 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from fifa.config import RECIPE_FILE
+from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import read_json, read_json_lines, read_yaml
-
-LOG = "log.jsonl"  # of a run folder
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_training(model: Model) -> Training:
     for place in places:
         subset = read_json(place / "subset.json", "the subset", missing={})
         scorers += [*run_scorers(place), *_margins(subset)]
-    log = next((place / LOG for place in places if (place / LOG).is_file()), None)
+    log = next((place / LOG_FILE for place in places if (place / LOG_FILE).is_file()), None)
     lines = [
         {name: number(line.get(name)) for name in ("step", "pairs", "seconds")}
         for line in read_json_lines(folder / "stats.jsonl")[0]
@@ -71,7 +71,7 @@ def read_training(model: Model) -> Training:
 
 def run_scorers(run: Path) -> list[str]:
     """The specs of the reward models in a run folder's recipe; none without a recipe."""
-    return _margins(read_yaml(run / "recipe.yaml", "the recipe", missing={}))
+    return _margins(read_yaml(run / RECIPE_FILE, "the recipe", missing={}))
 
 
 def number(value: Any) -> float:

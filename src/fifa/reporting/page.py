@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from fifa import __version__
-from fifa.config import Recipe
+from fifa.config import RECIPE_FILE, Recipe
+from fifa.console import LOG_FILE
 from fifa.data.table import Origin, Pairs, load_pairs
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.results import RESULTS, is_evaluated
@@ -61,7 +62,7 @@ def write_report(
     context: dict[str, Any] = {"evaluation": None, "filtered": selected or not evaluated}
     context["title"] = shorten(folder.resolve().name, 80)
     if context["filtered"]:
-        recipe = Recipe.from_yaml(folder / "recipe.yaml")
+        recipe = Recipe.from_yaml(folder / RECIPE_FILE)
         pairs = load_pairs(folder) if pairs is None else pairs
         selection = load_selection(folder) if selection is None else selection
         if scores is None:
@@ -71,7 +72,7 @@ def write_report(
     if evaluated and (not selected or (folder / FOLDER / RESULTS).is_file()):
         context["evaluation"] = evaluation_context(folder)
     path = folder / "report.html"
-    write_text(path, render("page.html.j2", context | _log(folder / "log.jsonl")))
+    write_text(path, render("page.html.j2", context | _log(folder / LOG_FILE)))
     return path
 
 

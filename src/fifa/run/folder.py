@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fifa.config import Recipe
-from fifa.console import collect_facts
+from fifa.config import RECIPE_FILE, Recipe
+from fifa.console import LOG_FILE, collect_facts
 from fifa.data.table import FILES
 from fifa.errors import FifaError
 from fifa.selection.table import SELECTION_FILE
@@ -20,9 +20,7 @@ from fifa.shards.files import cannot_write, check_free, read_json, sweep, write_
 
 STAMP = "run.json"  # says that a folder is a run, and in which format
 FORMAT = 2  # 1 had no stamp
-RECIPE = "recipe.yaml"
 SCORES_INDEX = "scores.json"  # which files of scores the recipe asked for
-LOG = "log.jsonl"
 # What a section's step leaves last; until then the section may change
 RESULTS = {"read": FILES["table"], "score": SCORES_INDEX, "select": SELECTION_FILE}
 
@@ -51,7 +49,7 @@ def check_run(folder: str | Path) -> None:
 
     folder = Path(folder)
     stamp = read_json(folder / STAMP, "the run's format", missing={"format": 1})
-    ours = (folder / RECIPE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
+    ours = (folder / RECIPE_FILE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
     if ours and stamp.get("format") != FORMAT:
         raise FifaError(
             "a run of another version of fifa",
@@ -83,9 +81,9 @@ def open_run(folder: str | Path) -> Run:
     """The run in ``folder``; `FifaError` if there is none."""
     folder = Path(folder)
     check_run(folder)
-    if not (folder / RECIPE).is_file():
+    if not (folder / RECIPE_FILE).is_file():
         raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
-    return Run(folder, Recipe.from_yaml(folder / RECIPE))
+    return Run(folder, Recipe.from_yaml(folder / RECIPE_FILE))
 
 
 def start_run(folder: str | Path, recipe: Recipe) -> Run:
@@ -96,7 +94,7 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
     """
     folder = Path(folder)
     check_run(folder)
-    there = Recipe.from_yaml(folder / RECIPE) if (folder / RECIPE).is_file() else recipe
+    there = Recipe.from_yaml(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else recipe
     differences = [
         difference
         for difference in there.differences(recipe)
@@ -123,7 +121,7 @@ def revised(run: Run, recipe: Recipe) -> Run:
             where=str(run.folder),
             do="leave out what says how to read them, or begin a new run with --out",
         )
-    write_text(begin(run.folder) / RECIPE, recipe.to_yaml())
+    write_text(begin(run.folder) / RECIPE_FILE, recipe.to_yaml())
     return Run(run.folder, recipe)
 
 
@@ -136,7 +134,7 @@ def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     seconds = round(time.perf_counter() - clock, 3)
     line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
     try:
-        with (folder / LOG).open("a", encoding="utf-8") as log:
+        with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
             log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
     except OSError as error:
-        raise cannot_write(folder / LOG, error) from error
+        raise cannot_write(folder / LOG_FILE, error) from error

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fifa.config import RECIPE_FILE
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
@@ -147,7 +148,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
 
 def _subset(path: Path) -> Path | None:
     """The subset's folder, if the source is a run or a subset of ours."""
-    if (path / "recipe.yaml").is_file():
+    if (path / RECIPE_FILE).is_file():
         if not (path / "subset" / "subset.json").is_file():
             raise FifaError(
                 "the run has no subset yet", where=str(path), do="run `fifa export` on it"
