@@ -29,7 +29,7 @@ from fifa.training.adapters import load_lora
 from fifa.training.backbones import load_backbone
 from fifa.training.batches import Source, predict
 from fifa.training.cache import encode
-from fifa.training.losses import Loss, logits
+from fifa.training.losses import LOSSES, logits
 from fifa.training.pairs import read_training_pairs
 
 KNOBS = Train(
@@ -86,7 +86,7 @@ class Eye:
         load_lora(backbone, checkpoint)
         policy = self.errors(backbone)
         one = torch.ones(len(policy))
-        loss = Loss("sigmoid", KNOBS.beta)(policy, self.reference, one, one)
+        loss = LOSSES[KNOBS.loss](KNOBS, policy, self.reference, one, one)
         z = logits(policy, self.reference, KNOBS.beta)
         return float(loss.mean()), float((z > 0).float().mean())
 

@@ -19,10 +19,10 @@ from fifa.config import Train
 
 torch.set_num_threads(1)
 job, loop = import_module("fifa.training.job"), import_module("fifa.training.loop")
-prepared, step = job.make_trainee, loop.Loop.step
+prepared, step = job.make_state, loop.Loop.step
 
 
-def make_trainee(one):
+def make_state(one):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -33,10 +33,10 @@ def make_trainee(one):
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
     Accelerator.is_fsdp2 = property(lambda self: True)
-    trainee = prepared(one)
-    sharded = [type(p).__name__ == "DTensor" for p in trainee.model.parameters()]
+    state = prepared(one)
+    sharded = [type(p).__name__ == "DTensor" for p in state.model.parameters()]
     assert all(sharded), "the weights are not sharded"
-    return trainee
+    return state
 
 
 def stopped(self, number, rate):
@@ -45,5 +45,5 @@ def stopped(self, number, rate):
     return step(self, number, rate)
 
 
-job.make_trainee, loop.Loop.step = make_trainee, stopped
+job.make_state, loop.Loop.step = make_state, stopped
 job.run_training(Train.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -74,7 +73,7 @@ def test_prompts_to_draw_are_the_pairs_unless_given(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
     from fifa.training.samples import Samples
 
-    accelerator = loop.trainee.accelerator
+    accelerator = loop.state.accelerator
     captions = ["a", "b", "a", "", "c", "d", "e"]
     samples = Samples(loop.train, loop.source.backbone, captions, tmp_path, accelerator, 64)
     assert samples.prompts == ("a", "b", "c", "d")
@@ -94,7 +93,10 @@ def test_other_trackers_get_the_same_numbers_or_say_what_is_missing(
     name, world, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(FifaError, match=rf"the tracker {name} cannot be imported.*\n.*pip install"):
+    with pytest.raises(
+        FifaError,
+        match=rf"the tracker {name} needs {name}, which cannot be imported.*\n.*pip install",
+    ):
         run_training(quick(world, tracker=name), tmp_path / "missing")
 
     class Fake:
@@ -152,7 +154,7 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
     knobs = {"draws": 3, "prompt_dropout": 0.3, "flips": True, "steps": 4, "lr": 1e-3}
     loop = assemble(quick(world, **knobs), tmp_path / "table")
     assert isinstance(loop.reference, Table)
-    online = AdaptersOff(loop.source.backbone, loop.trainee.accelerator.unwrap_model)
+    online = AdaptersOff(loop.source.backbone, loop.state.accelerator.unwrap_model)
     for step in range(3):
         for part, _ in loop.parts(step):
             batch = loop.source.batch(part)
@@ -163,12 +165,12 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
             assert prediction.shape == batch.target.shape
     loop.run()
     other = assemble(quick(world, **knobs), tmp_path / "online")
-    source, trainee = other.source, other.trainee
+    source, state = other.source, other.state
     object.__setattr__(
-        other, "reference", AdaptersOff(source.backbone, trainee.accelerator.unwrap_model)
+        other, "reference", AdaptersOff(source.backbone, state.accelerator.unwrap_model)
     )
     other.run()
-    assert furthest(loop.trainee.weights(), other.trainee.weights()) < 1e-5
+    assert furthest(loop.state.weights(), other.state.weights()) < 1e-5
     for scalars in read_stats(tmp_path / "table"):
         assert scalars["kl"] is None
         assert scalars["kl_bound"] is not None
@@ -223,7 +225,7 @@ def test_full_fine_tuning_has_a_frozen_copy_or_a_table(world, tmp_path):
     assert line["kl"] > 0
     table = run_training(quick(world, method="full", lr=1e-4, draws=3), tmp_path / "b")
     # three epochs, three draws: the very same presentations
-    final = {k: v.detach() for k, v in online.trainee.weights().items()}
+    final = {k: v.detach() for k, v in online.state.weights().items()}
     assert furthest(final, weights_of(table)) < 1e-5
 
 
@@ -242,7 +244,7 @@ def test_pairs_of_several_shapes_share_a_step(tmp_path):
     loop.run()
     alone = assemble(replace(train, micro_batch=1), tmp_path / "b")
     alone.run()
-    assert furthest(loop.trainee.weights(), alone.trainee.weights()) < 1e-5
+    assert furthest(loop.state.weights(), alone.state.weights()) < 1e-5
 
 
 def test_a_run_folder_is_a_source(shipped, world, tmp_path):
@@ -266,7 +268,7 @@ def test_a_run_folder_is_a_source(shipped, world, tmp_path):
 def test_a_damaged_state_is_told(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
     loop.run()
-    path = tmp_path / "state" / "step-000003" / "optimizer.pt"
+    path = tmp_path / "state" / "step-000003" / "state.pt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FifaError, match=r"(?s)the state cannot be read.*step-000003"):
         assemble(quick(world), tmp_path).run()
@@ -285,7 +287,7 @@ def test_mapo_needs_no_reference(world, tmp_path):
 
 def test_bfloat16_trains_float32_adapters_on_a_halved_base(world, tmp_path):
     loop = assemble(quick(world, dtype="bfloat16"), tmp_path)
-    kinds = {p.requires_grad: p.dtype for p in loop.trainee.model.parameters()}
+    kinds = {p.requires_grad: p.dtype for p in loop.state.model.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     loop.run()
     lines = read_stats(tmp_path)
@@ -341,7 +343,7 @@ def test_memory_is_counted_from_the_files_headers(world):
 def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
     train = Train(model=str(write_model(tmp_path, kind)), rank=3)
     trained = sum(p.numel() for p in add_lora(load_backbone(train.model), train))
-    memory, _ = memory_of_model(train, "float32", SimpleNamespace(device=CPU))
+    memory = memory_of_model(train, "float32")
     assert memory.training == trained * (4 + 8)
 
 

@@ -340,7 +340,7 @@ def test_weights_that_exist_in_half_precision_only_are_found(models, tmp_path):
         ),
         ("model_index.json", {"unet": [None, None]}, "lacks its unet: model_index.json"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts 'sample'"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "no such beta schedule"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "none"}, "no such beta schedule"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ("vae/config.json", {"_class_name": "VQModel"}, "autoencoder of class VQModel"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "channels one by one"),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_diffusion import picture, write_model, write_pairs
+from tiny_diffusion import images_of, picture, write_model, write_pairs
 
 from fifa.data.decode import open_image
 from fifa.errors import FifaError
@@ -62,7 +62,7 @@ def test_what_is_read_is_what_was_encoded(tmp_path, backbone, buckets, dtype):
     tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     resize = Resize(64, 8, buckets)
     for i in range(len(pairs)):
-        images = pairs.images(i)
+        images = images_of(pairs, i)
         winner, loser = (open_image(data).size[::-1] for data in images)
         frames = resize.frames(winner, loser)
         expected = torch.stack(
@@ -115,7 +115,7 @@ def test_recurring_images_and_prompts_are_encoded_once(tmp_path, backbone, monke
     assert seen["images"] == 3
     assert sorted(seen["prompts"]) == ["", "", "one", "three", "two"]  # "" also to learn its size
     assert torch.equal(encoded.moments(0)[0], encoded.moments(1)[0]) == (
-        pairs.images(0)[0] == pairs.images(1)[0]
+        images_of(pairs, 0)[0] == images_of(pairs, 1)[0]
     )
     again = encode(pairs, backbone, tmp_path / "c", resolution=64)
     assert seen["images"] == 3
@@ -130,7 +130,7 @@ def test_flips_are_encoded_not_mirrored_latents(tmp_path, backbone):
     for flip in (False, True):
         expected = [
             direct(backbone, data, frame, flip)
-            for data, frame in zip(pairs.images(1), resize, strict=True)
+            for data, frame in zip(images_of(pairs, 1), resize, strict=True)
         ]
         torch.testing.assert_close(encoded.moments(1, flip), torch.stack(expected))
     plain = encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="float32")

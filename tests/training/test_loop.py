@@ -9,7 +9,6 @@ import torch
 from trainings import LORA, assemble, furthest, quick, weights_of
 
 import fifa.training.job as job_module
-import fifa.training.plan as plan_module
 from fifa.errors import FifaError
 from fifa.training.job import plan_training, run_training
 from fifa.training.metrics import read_stats
@@ -89,7 +88,7 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(world, tmp_path):
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(job_module, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(job_module, "load_backbone", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(FifaError, match="too little memory"):
         run_training(quick(world), tmp_path / "out")
@@ -113,13 +112,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(world, tmp_path
     assert [path.name for path in (tmp_path / "broken" / "state").iterdir()] == ["step-000002"]
     kept = weights_of_state(tmp_path / "broken", 2)
     assert furthest(kept, weights_of_state(unbroken, 2)) == 0.0
-    assert all(torch.isfinite(value).all() for value in loop.trainee.weights().values())
+    assert all(torch.isfinite(value).all() for value in loop.state.weights().values())
 
 
 def weights_of_state(out, step):
-    from safetensors.torch import load_file
-
-    return load_file(out / "state" / f"step-{step:06d}" / "weights.safetensors")
+    state = torch.load(out / "state" / f"step-{step:06d}" / "state.pt", weights_only=True)
+    return state["weights"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
@@ -146,7 +144,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     again = assemble(train, tmp_path / "parts")
     assert again.run().step == 5
     for kind in ("weights", "averaged"):
-        one, other = (getattr(loop.trainee, kind)() for loop in (whole, again))
+        one, other = (getattr(loop.state, kind)() for loop in (whole, again))
         assert furthest(one, other) == 0.0
     lines = [[line["loss"] for line in read_stats(tmp_path / name)] for name in ("whole", "parts")]
     assert lines[0] == lines[1]
@@ -154,13 +152,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 
 def test_the_average_is_what_is_written(world, tmp_path):
     loop = assemble(quick(world, steps=4, ema=0.99), tmp_path / "out")
-    expected = [value.clone() for value in loop.trainee.average.values]
+    expected = [value.clone() for value in loop.state.average.values]
     step, passed = type(loop).step, []
 
     def watched(self, number, rate):
         told = step(self, number, rate)
         decay = min(0.99, (2 + number) / (11 + number))
-        for value, parameter in zip(expected, self.trainee.average.parameters, strict=True):
+        for value, parameter in zip(expected, self.state.average.parameters, strict=True):
             value.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
         passed.append(number)
         return told
@@ -171,10 +169,10 @@ def test_the_average_is_what_is_written(world, tmp_path):
     finally:
         type(loop).step = kept
     assert passed == [0, 1, 2, 3]
-    averaged = list(loop.trainee.averaged().values())
+    averaged = list(loop.state.averaged().values())
     for value, found in zip(expected, averaged, strict=True):
         assert torch.allclose(value, found, atol=1e-7)
-    assert furthest(loop.trainee.weights(), loop.trainee.averaged()) > 0
+    assert furthest(loop.state.weights(), loop.state.averaged()) > 0
 
 
 def test_average_gives_weights_back_bit_for_bit():

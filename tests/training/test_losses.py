@@ -1,14 +1,16 @@
 """Each loss against its formula written with Python's math, pair by pair."""
 
 import math
+from functools import partial
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from fifa.config import Train, changed
 from fifa.errors import FifaError
 from fifa.training.losses import (
-    KINDS,
-    Loss,
+    LOSSES,
     beta_from_diffusers,
     beta_from_salesforce,
     beta_from_simpletuner,
@@ -20,6 +22,14 @@ from fifa.training.losses import (
 
 N = 6
 BETA = 50.0
+
+
+def loss_of(name, beta=BETA, **knobs):
+    return partial(LOSSES[name], Train(loss=name, beta=beta, **knobs))
+
+
+def test_every_loss_of_the_configuration_is_here():
+    assert get_args(get_type_hints(Train)["loss"]) == tuple(LOSSES)
 
 
 @pytest.fixture
@@ -57,10 +67,10 @@ def by_hand(kind: str, ew: float, el: float, rw: float, rl: float, q: float) -> 
 
 
 @pytest.mark.parametrize("sft", [0.0, 0.7])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_every_loss_is_its_formula(kind, sft, batch):
     policy, reference, label, weight = batch
-    found = Loss(kind, BETA, poly=3.0, mapo=0.2, sft=sft)(policy, reference, label, weight)
+    found = loss_of(kind, BETA, poly=3.0, mapo=0.2, sft=sft)(policy, reference, label, weight)
     expected = [
         float(weight[i])
         * (by_hand(kind, *policy[i].tolist(), *reference[i].tolist(), float(label[i])))
@@ -70,11 +80,11 @@ def test_every_loss_is_its_formula(kind, sft, batch):
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_gradients_push_the_winner_down_and_the_loser_up(kind, batch):
     policy, _, label, _ = batch
     policy = policy.clone().requires_grad_()
-    Loss(kind, BETA)(policy, policy.detach() + 1e-3, label, torch.ones(N)).sum().backward()
+    loss_of(kind, BETA)(policy, policy.detach() + 1e-3, label, torch.ones(N)).sum().backward()
     assert (policy.grad[:, 0] > 0).all()
     assert (policy.grad[:, 1] < 0).all()
 
@@ -82,20 +92,22 @@ def test_gradients_push_the_winner_down_and_the_loser_up(kind, batch):
 def test_a_certain_label_makes_the_soft_losses_diffusion_dpo(batch):
     policy, reference, _, weight = batch
     sure = torch.ones(N, dtype=torch.float64)
-    expected = Loss("sigmoid", BETA)(policy, reference, sure, weight)
+    expected = loss_of("sigmoid", BETA)(policy, reference, sure, weight)
     for kind in ("soft", "smpo"):
-        assert torch.allclose(Loss(kind, BETA)(policy, reference, sure, weight), expected)
-    assert torch.allclose(Loss("poly", BETA, poly=0.0)(policy, reference, sure, weight), expected)
+        assert torch.allclose(loss_of(kind, BETA)(policy, reference, sure, weight), expected)
+    assert torch.allclose(
+        loss_of("poly", BETA, poly=0.0)(policy, reference, sure, weight), expected
+    )
 
 
 def test_only_mapo_does_without_a_reference(batch):
     policy, reference, label, weight = batch
-    loss = Loss("mapo")
+    loss = loss_of("mapo")
     assert torch.equal(loss(policy, None, label, weight), loss(policy, reference, label, weight))
     with pytest.raises(FifaError, match="needs a reference"):
-        Loss("sigmoid")(policy, None, label, weight)
-    with pytest.raises(FifaError, match="no such loss"):
-        Loss("kto")
+        loss_of("sigmoid")(policy, None, label, weight)
+    with pytest.raises(FifaError, match="loss"):
+        changed(Train(), loss="kto")
 
 
 def test_margins_become_labels():
@@ -143,7 +155,7 @@ def test_a_converted_beta_gives_the_other_trainers_loss(theirs, beta, ours):
     prediction, base, target = sides()
     policy, reference = (errors(x, target)[None] for x in (prediction, base))
     one = torch.ones(1)
-    found = Loss("sigmoid", ours)(policy, reference, one, one)
+    found = loss_of("sigmoid", ours)(policy, reference, one, one)
     assert float(found) == pytest.approx(float(theirs(prediction, base, target, beta)), rel=1e-5)
 
 
@@ -157,7 +169,7 @@ def test_smpos_beta_carries_the_scripts_factor_of_ten(batch):
         * (policy[:, 0] - policy[:, 1] - (reference[:, 0] - reference[:, 1]))
     )
     expected = -weight * torch.nn.functional.logsigmoid(inside)
-    assert torch.allclose(Loss("smpo", beta_from_smpo(5.0))(*batch), expected)
+    assert torch.allclose(loss_of("smpo", beta_from_smpo(5.0))(*batch), expected)
 
 
 def test_an_unknown_script_has_no_beta():

@@ -6,7 +6,7 @@ from plain import Plain
 from tiny_diffusion import write_model, write_pairs
 from trainings import assemble, furthest, quick
 
-from fifa.training.losses import KINDS
+from fifa.training.losses import LOSSES
 
 BACKBONES = ("sd15", "sd2", "sdxl", "sd3", "flux-dev")
 LABELS = [0.9, 0.2, 1.0, 0.35]  # of image 0: the winner is what the label says
@@ -29,7 +29,7 @@ def shaken(loop):
     """Adapters away from their start, where half of the gradients would be zero."""
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for weight in loop.trainee.weights().values():
+        for weight in loop.state.weights().values():
             weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
     return loop
 
@@ -40,7 +40,7 @@ def pair_of(zoo, tmp_path, kind, **knobs):
     train = quick(zoo, kind, **knobs)
     loop = shaken(assemble(train, tmp_path))
     plain = Plain(zoo / kind, zoo / "pairs.parquet", train)
-    return loop, plain.with_lora(loop.trainee.weights())
+    return loop, plain.with_lora(loop.state.weights())
 
 
 def of_step(loop, step):
@@ -60,7 +60,7 @@ def close(found, expected, scale):
 def test_loss_and_gradients_are_the_formulas(kind, zoo, tmp_path):
     loop, plain = pair_of(zoo, tmp_path, kind)
     ids, labels = of_step(loop, 0)
-    for name in KINDS:
+    for name in LOSSES:
         for sft in (0.0, 0.5):
             settings = {"loss": name, "sft": sft}
             for one in (loop, plain):
@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_the_formulas(kind, zoo, tmp_path):
 
 
 def learned(loop):
-    return [p for p in loop.trainee.model.parameters() if p.requires_grad]
+    return [p for p in loop.state.model.parameters() if p.requires_grad]
 
 
 def replace_in(train, **knobs):
@@ -87,13 +87,13 @@ def replace_in(train, **knobs):
     return replace(train, **knobs)
 
 
-CASES = [(kind, "sigmoid") for kind in BACKBONES] + [("sd15", name) for name in KINDS[1:]]
+CASES = [(kind, "sigmoid") for kind in BACKBONES] + [("sd15", name) for name in tuple(LOSSES)[1:]]
 
 
 @pytest.mark.parametrize(("kind", "loss"), CASES)
 def test_weights_after_twenty_steps_are_the_plain_ones(kind, loss, zoo, tmp_path):
     loop, plain = pair_of(zoo, tmp_path, kind, loss=loss, steps=20, sft=0.1, lr=1e-4, batch=1)
-    start = {name: value.clone() for name, value in loop.trainee.weights().items()}
+    start = {name: value.clone() for name, value in loop.state.weights().items()}
     labels = [of_step(loop, step) for step in range(20)]
     loop.run()
     optimizer = torch.optim.AdamW(plain.learned().values(), lr=1e-4, weight_decay=0.01)
@@ -104,4 +104,4 @@ def test_weights_after_twenty_steps_are_the_plain_ones(kind, loss, zoo, tmp_path
         optimizer.step()
     expected = {name: value.detach() for name, value in plain.learned().items()}
     assert furthest(start, expected) > 1e-3
-    assert furthest(loop.trainee.weights(), expected) < 1e-6
+    assert furthest(loop.state.weights(), expected) < 1e-6

@@ -43,7 +43,8 @@ def start():
 
 def contents(out: Path) -> dict[str, bytes]:
     """What has to be the same: all tensors, and the statistics but for what a clock tells."""
-    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    tensors = (*out.rglob("*.safetensors"), *out.rglob("*.pt"), *out.rglob("*.parquet"))
+    found = {str(p.relative_to(out)): p.read_bytes() for p in tensors}
     clock = ("seconds", "pairs_per_second", "peak_bytes")
     for text in (out / "stats.jsonl").read_text().splitlines():
         line = {k: v for k, v in json.loads(text).items() if k not in clock}

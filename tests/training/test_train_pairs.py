@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_diffusion import write_pairs
+from tiny_diffusion import images_of, write_pairs
 
 from fifa.data.images import read
 from fifa.errors import FifaError
@@ -28,13 +28,13 @@ def test_the_winner_comes_first_and_ties_are_no_wins(tmp_path):
         for r in rows_of(path)
         if r["label_0"] != 0.5
     ]
-    assert [(c, pairs.images(i)[0]) for i, c in enumerate(pairs.caption)] == [
+    assert [(c, images_of(pairs, i)[0]) for i, c in enumerate(pairs.caption)] == [
         (caption, winner) for caption, winner, _ in expected
     ]
     losers = [
         r["jpg_1" if r["label_0"] == 1 else "jpg_0"] for r in rows_of(path) if r["label_0"] != 0.5
     ]
-    assert [pairs.images(i)[1] for i in range(len(pairs))] == losers
+    assert [images_of(pairs, i)[1] for i in range(len(pairs))] == losers
     assert pairs.dropped == {"tie": 2}
     assert pairs.label.tolist() == [1.0] * 5 and pairs.weight.tolist() == [1.0] * 5
 
@@ -125,7 +125,7 @@ def test_a_missing_image_names_its_pair(tmp_path):
     path = write_pairs(tmp_path / "a.parquet", jpg_1=[b"x", None, b"y", b"z"], pair_id=list("abcd"))
     pairs = read_training_pairs(path)
     with pytest.raises(FifaError, match=r"pair b, loser: row 1 .*a\.parquet") as raised:
-        pairs.images(1)
+        raise pairs.unreadable(3, images_of(pairs, 1)[1].reason)
     assert "with images" in str(raised.value)
 
 

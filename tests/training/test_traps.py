@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_diffusion import write_model, write_pairs
+from tiny_diffusion import images_of, write_model, write_pairs
 from trainings import assemble, quick
 
+from fifa.config import Train
 from fifa.training.backbones import load_backbone
 from fifa.training.draws import Stream, draw_pair
 from fifa.training.job import run_training
-from fifa.training.losses import Loss, beta_from_simpletuner, errors
+from fifa.training.losses import LOSSES, beta_from_simpletuner, errors
 from fifa.training.metrics import read_stats, stats_line, sums
 from fifa.training.pairs import read_training_pairs
 
@@ -26,7 +27,7 @@ def randn(*shape, seed=0):
 
 def sigmoid_loss(policy, reference, beta=5000.0):
     one = torch.ones(len(policy))
-    return Loss("sigmoid", beta)(policy, reference, one, one)
+    return LOSSES["sigmoid"](Train(beta=beta), policy, reference, one, one)
 
 
 def test_trap_1_the_reduction_sets_betas_meaning():
@@ -57,7 +58,7 @@ def test_trap_2_errors_are_reduced_in_float32():
 def test_trap_3_the_batch_mean_is_outside_the_logarithm(world, tmp_path):
     loop = assemble(quick(world, micro_batch=4), tmp_path)
     with torch.no_grad():
-        for weight in loop.trainee.weights().values():
+        for weight in loop.state.weights().values():
             weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     [(part, _)] = loop.parts(0)
     loss, _ = loop.forward(part)
@@ -78,8 +79,8 @@ def test_trap_4_a_tie_is_no_win_of_image_0(tmp_path):
     assert pairs.dropped == {"tie": 2}
     table = pq.read_table(path)
     first, second = table["jpg_0"].to_pylist(), table["jpg_1"].to_pylist()
-    assert pairs.images(0) == (first[0], second[0])
-    assert pairs.images(1) == (second[2], first[2])
+    assert images_of(pairs, 0) == (first[0], second[0])
+    assert images_of(pairs, 1) == (second[2], first[2])
 
 
 def test_trap_5_both_images_are_changed_alike_and_keep_their_shape(world, tmp_path):

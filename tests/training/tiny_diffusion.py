@@ -325,3 +325,10 @@ def picture(draw, width, height, kind="PNG"):
     stream = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(stream, kind)
     return stream.getvalue()
+
+
+def images_of(pairs, i):
+    """The bytes of pair i's winner and loser."""
+    from fifa.data.images import read
+
+    return tuple(data for _, data in read(pairs.image_table, [2 * i, 2 * i + 1]))

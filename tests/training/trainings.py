@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from fifa.config import Train, changed
-from fifa.training.job import encode_job, make_accelerator, make_job, make_reference, make_trainee
+from fifa.training.job import encode_job, make_accelerator, make_job, make_reference, make_state
 from fifa.training.loop import Loop
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -51,9 +51,9 @@ def assemble(train: Train, out: Path, step: int = 0) -> Loop:
     out.mkdir(parents=True, exist_ok=True)
     job = encode_job(make_job(train, out, make_accelerator(train)))
     reference = make_reference(job)
-    trainee = make_trainee(job)
+    state = make_state(job)
     nothing = {"checkpoint": lambda step: None, "sample": lambda step: None}
-    return Loop(train, job.plan.steps, out, job.source, reference, trainee, **nothing)
+    return Loop(train, job.plan.steps, out, job.source, reference, state, **nothing)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

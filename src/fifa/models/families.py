@@ -58,7 +58,7 @@ class Family:
     targets
         The modules that get an adapter unless others are named, by the end of their names.
     steps, guidance
-        What its pipeline is sampled with unless told otherwise.
+        What its pipeline is sampled with by default.
     half
         The 16-bit floating type that its weights bear.
     optional

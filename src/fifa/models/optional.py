@@ -10,14 +10,26 @@ from typing import Any
 from fifa.errors import FifaError
 
 
-def require(module: str, extra: str = "local") -> Any:
-    """The imported ``module``; `FifaError` with the pip command where it is not installed."""
+def require(module: str, extra: str = "local", *, what: str = "this", do: str = "") -> Any:
+    """The imported ``module``; `FifaError` with the pip command where it is not installed.
+
+    Parameters
+    ----------
+    module
+        Its name.
+    extra
+        The extra of this package that installs it.
+    what
+        What needs it, for the message.
+    do
+        What to do about it, where that is not to install the extra.
+    """
     try:
         return import_module(module)
     except ImportError as error:
         raise FifaError(
-            f"this needs {module.partition('.')[0]}, which cannot be imported: {error}",
-            do=f"pip install 'fifa-align[{extra}]'",
+            f"{what} needs {module.partition('.')[0]}, which cannot be imported: {error}",
+            do=do or f"pip install 'fifa-align[{extra}]'",
         ) from error
 
 

@@ -41,7 +41,7 @@ class ModelEncoder:
         For people and file names.
     folder
         Safetensors weights, config and tokenizer.
-    kind
+    tower
         ``text``: token states, pooled as the folder's ``modules.json`` says (their mean where
         there is none). ``clip``: the projected text embedding.
     device
@@ -52,16 +52,16 @@ class ModelEncoder:
 
     name: str
     folder: Path
-    kind: str
+    tower: str
     device: str = "auto"
     dtype: str = "float32"
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """Name, kind, precision and a digest of the model's files: content, not path."""
+        """Name, tower, precision and a digest of the model's files: content, not path."""
         return {
             "encoder": self.name,
-            "kind": self.kind,
+            "kind": self.tower,
             "dtype": self.dtype,
             "files": model_digest(self.folder, nested=True),
         }
@@ -107,7 +107,7 @@ class ModelEncoder:
         ids, mask = ids.to(device), mask.to(device)
         with torch.inference_mode():
             out = model(input_ids=ids, attention_mask=mask)
-            if self.kind == "clip":
+            if self.tower == "clip":
                 pooled = out.text_embeds
             else:
                 pooled = _pool(out.last_hidden_state.float(), mask, self._settings["pooling"])
@@ -118,15 +118,15 @@ class ModelEncoder:
     def _settings(self) -> dict[str, Any]:
         """Pooling, prefix, case and token limit, from the folder's own files."""
         settings: dict[str, Any] = {"pooling": "mean", "prefix": "", "lower": False}
-        modules = _settings(self.folder / "modules.json", list)
-        if self.kind == "text":
+        modules = _read(self.folder / "modules.json", list)
+        if self.tower == "text":
             settings |= _sentence_settings(self.folder, modules)
-        config = _settings(self.model_folder / "config.json")
+        config = _read(self.model_folder / "config.json")
         config = config.get("text_config") or config
-        reads = _settings(self.model_folder / "tokenizer_config.json")
+        reads = _read(self.model_folder / "tokenizer_config.json")
         limits = [
             settings.get("max_tokens"),
-            config.get("max_position_embeddings", 77 if self.kind == "clip" else None),
+            config.get("max_position_embeddings", 77 if self.tower == "clip" else None),
             reads.get("model_max_length"),
             512,
         ]
@@ -136,7 +136,7 @@ class ModelEncoder:
     @property
     def model_folder(self) -> Path:
         """Where the transformer lies: the folder, or the place that its modules.json names."""
-        modules = _settings(self.folder / "modules.json", list) if self.kind == "text" else []
+        modules = _read(self.folder / "modules.json", list) if self.tower == "text" else []
         return self.folder / (modules[0].get("path", "") if modules else "")
 
     @cached_property
@@ -151,29 +151,29 @@ class ModelEncoder:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             except (OSError, ValueError, KeyError, ImportError) as error:
                 raise FifaError(f"cannot load the encoder: {error}", where=str(folder)) from error
-        if self.kind == "clip" and config.model_type not in ("clip", "clip_text_model"):
+        if self.tower == "clip" and config.model_type not in ("clip", "clip_text_model"):
             raise FifaError(
                 f"this is a {config.model_type} model, not a CLIP",
                 where=str(folder),
                 do="name it text:..., or choose a CLIP",
             )
-        kind = transformers.AutoModel
-        if self.kind == "clip":
-            kind = transformers.CLIPTextModelWithProjection
+        model_class = transformers.AutoModel
+        if self.tower == "clip":
+            model_class = transformers.CLIPTextModelWithProjection
         elif config.is_encoder_decoder:
-            kind = transformers.AutoModelForTextEncoding
-        model = load_model(kind, folder, self.dtype)
+            model_class = transformers.AutoModelForTextEncoding
+        model = load_model(model_class, folder, self.dtype)
         device = self.device if self.device != "auto" else best_device()
         return tokenizer, model.eval().to(device), device
 
 
-def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
+def load_model(model_class: Any, folder: Path, dtype: str = "float32") -> Any:
     """A transformers model from a local folder, from safetensors and no remote code.
 
     Parameters
     ----------
-    kind
-        A class with ``from_pretrained``. What the folder holds beyond it is left out; a pooler
+    model_class
+        A class with ``from_pretrained``. What the folder holds unsupported it is left out; a pooler
         may be missing, for nothing here reads one.
     folder
         Config and weights.
@@ -183,12 +183,12 @@ def load_model(kind: Any, folder: Path, dtype: str = "float32") -> Any:
     Raises
     ------
     FifaError
-        For weights that are missing, damaged or not whole.
+        For weights that are missing, damaged or incomplete.
     """
     torch, transformers = require("torch"), require("transformers")
     with quiet(transformers):
         try:
-            model, found = kind.from_pretrained(
+            model, found = model_class.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
@@ -228,29 +228,30 @@ def _sentence_settings(folder: Path, modules: list[dict[str, Any]]) -> dict[str,
     """What a sentence-transformers folder says of pooling, case, prefix and length."""
     if not modules:
         return {}
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    beyond = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    own = _settings(folder / modules[0].get("path", "") / "sentence_bert_config.json")
-    whole = _settings(folder / "config_sentence_transformers.json")
-    prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name") or "", "")
+    types = [str(module["type"]).rpartition(".")[2] for module in modules]
+    unsupported = [name for name in types if name not in ("Transformer", "Pooling", "Normalize")]
+    limits = _read(folder / modules[0].get("path", "") / "sentence_bert_config.json")
+    prompts = _read(folder / "config_sentence_transformers.json")
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name") or "", "")
     modes = ["mean"]
-    if "Pooling" in kinds:
-        config = _settings(folder / modules[kinds.index("Pooling")]["path"] / "config.json")
+    if "Pooling" in types:
+        config = _read(folder / modules[types.index("Pooling")]["path"] / "config.json")
         named = config.get("pooling_mode", [m for m in POOLINGS if config.get(m)] or ["mean"])
         named = [named] if isinstance(named, str) else list(named)
         modes = [POOLINGS.get(mode, mode.removesuffix("_sqrt_len_tokens")) for mode in named]
         if config.get("include_prompt", True) is False and prompt:
-            beyond.append("a prompt left out of the pooling")
+            unsupported.append("a prompt left out of the pooling")
         if config.get("pooling_mode_weightedmean_tokens"):
             modes.append("weightedmean")
-    if beyond or len(modes) != 1 or modes[0] not in POOLINGS.values():
+    if unsupported or len(modes) != 1 or modes[0] not in POOLINGS.values():
         raise FifaError(
-            f"the encoder needs what is not supported: {', '.join(beyond) or ' + '.join(modes)}",
+            "the encoder needs what is not supported: "
+            + (", ".join(unsupported) or " + ".join(modes)),
             where=str(folder),
             do=f"a model of one transformer, pooled by one of {sorted(set(POOLINGS.values()))}",
         )
-    limit = own.get("max_seq_length")
-    lower = bool(own.get("do_lower_case"))
+    limit = limits.get("max_seq_length")
+    lower = bool(limits.get("do_lower_case"))
     return {"pooling": modes[0], "prefix": prompt, "lower": lower, "max_tokens": limit}
 
 
@@ -268,6 +269,6 @@ def length_batches(
         yield batch
 
 
-def _settings(path: Path, of: type[Any] = dict) -> Any:
+def _read(path: Path, of: type[Any] = dict) -> Any:
     """What is in a settings file of the encoder; empty where there is no such file."""
     return read_json(path, "the encoder's settings", of, of())

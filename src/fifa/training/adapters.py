@@ -10,16 +10,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import atomic_folder, atomic_path
 from fifa.training.backbones.base import Backbone
-
-if TYPE_CHECKING:
-    import torch
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"  # of the adapter within the denoiser
@@ -39,7 +38,6 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
     FifaError
         If the denoiser has no module that ``train.targets`` names.
     """
-    torch = require("torch")
     peft = require("peft", "train")
     config = peft.LoraConfig(
         r=train.rank,
@@ -70,9 +68,8 @@ def train_all(backbone: Backbone) -> list[torch.nn.Parameter]:
 
 
 @contextmanager
-def adapters_off(backbone: Backbone) -> Iterator[None]:
+def adapters_off(denoiser: Any) -> Iterator[None]:
     """The base model inside the block: the reference, without a second network."""
-    denoiser: Any = backbone.denoiser
     denoiser.disable_adapters()
     try:
         yield
@@ -145,19 +142,6 @@ def save_full(backbone: Backbone, folder: Path) -> Path:
     with atomic_folder(path) as made:
         denoiser.save_pretrained(made)
     return path
-
-
-def load_full(backbone: Backbone, folder: Path) -> list[torch.nn.Parameter]:
-    """Give the denoiser the weights that `save_full` wrote; its parameters, trainable."""
-    path = folder / backbone.family.part
-    denoiser: Any = backbone.denoiser
-    try:
-        saved = type(denoiser).from_pretrained(path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        brief = str(error).strip().splitlines()[0]
-        raise FifaError(f"cannot load the weights: {brief}", where=str(path)) from error
-    denoiser.load_state_dict(saved.state_dict())
-    return train_all(backbone)
 
 
 def _trainable(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

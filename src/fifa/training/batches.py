@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fifa.config import Train
-from fifa.models.optional import require
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.draws import draw_pair
 from fifa.training.losses import errors, margin_labels
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,68 +71,51 @@ class Source:
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of ``items``, all of one latent shape."""
-        torch = require("torch", "train")
-        train, backbone, encoded = self.train, self.backbone, self.encoded
+        train, backbone = self.train, self.backbone
+        pairs, encoded = self.pairs, self.encoded
         rows = [pair for pair, _ in items]
         shape = (backbone.vae.channels, *encoded.shape(rows[0]))
+        time_of, dropout = backbone.schedule.draw_time, train.prompt_dropout
         draws = [
-            draw_pair(
-                train.seed,
-                self.pairs.pair_id[pair],
-                d,
-                backbone.schedule.draw_time,
-                shape,
-                train.prompt_dropout,
-                train.flips,
-            )
+            draw_pair(train.seed, pairs.pair_id[pair], d, time_of, shape, dropout, train.flips)
             for pair, d in items
         ]
-        # [n, 2, ...] -> [2n, ...], winners first
-        moments = self._sides(
-            [encoded.moments(pair, one.flip) for pair, one in zip(rows, draws, strict=True)]
-        ).float()
-        posterior = self._sides([one.posterior for one in draws])
-        noise, time = (
-            self._put(torch.cat([torch.stack(part)] * 2))
-            for part in ([one.noise for one in draws], [one.time for one in draws])
-        )
-        latents = backbone.vae.latents(moments, posterior)
-        prompts = [
-            encoded.empty if one.no_prompt else encoded.prompts(pair)
-            for pair, one in zip(rows, draws, strict=True)
-        ]
+        drawn = list(zip(rows, draws, strict=True))
+        moments = self._sides([encoded.moments(pair, one.flip) for pair, one in drawn]).float()
+        latents = backbone.vae.latents(moments, self._sides([one.posterior for one in draws]))
+        noise, time = self._both([d.noise for d in draws]), self._both([d.time for d in draws])
+        prompts = [encoded.empty if d.no_prompt else encoded.prompts(pair) for pair, d in drawn]
         return Batch(
             items=list(items),
             noisy=backbone.schedule.add_noise(latents, noise, time),
             target=backbone.schedule.target(latents, noise, time),
             time=time,
-            prompts={
-                name: self._put(torch.cat([torch.stack([one[name] for one in prompts])] * 2))
-                for name in prompts[0]
-            },
+            prompts={name: self._both([one[name] for one in prompts]) for name in prompts[0]},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
-            label=self._labels(rows),
-            weight=self._weights(rows),
+            label=self._put(self._labels(rows)),
+            weight=self._put(
+                torch.from_numpy(self.pairs.weight[rows])
+                if train.weights
+                else torch.ones(len(rows))
+            ),
         )
 
     def _sides(self, pairs: list[Tensor]) -> Tensor:
-        return self._put(require("torch", "train").stack(pairs, dim=1).flatten(0, 1))
+        """From ``[2, ...]`` of each pair to ``[2n, ...]``, winners first."""
+        return self._put(torch.stack(pairs, dim=1).flatten(0, 1))
+
+    def _both(self, values: list[Tensor]) -> Tensor:
+        """From ``[...]`` of each pair to ``[2n, ...]``, the same for both images."""
+        return self._put(torch.cat([torch.stack(values)] * 2))
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
     def _labels(self, rows: list[int]) -> Tensor:
-        torch = require("torch", "train")
         if self.train.label == "margin":
             margins = torch.from_numpy(self.pairs.margin[rows])
-            return self._put(margin_labels(margins, self.train.label_scale))
-        return self._put(torch.from_numpy(self.pairs.label[rows]))
-
-    def _weights(self, rows: list[int]) -> Tensor:
-        torch = require("torch", "train")
-        if not self.train.weights:
-            return self._put(torch.ones(len(rows)))
-        return self._put(torch.from_numpy(self.pairs.weight[rows]))
+            return margin_labels(margins, self.train.label_scale)
+        return torch.from_numpy(self.pairs.label[rows])
 
 
 def predict(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:

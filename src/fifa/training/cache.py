@@ -9,28 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from fifa.console import echo, note, progress
 from fifa.data.images import look
 from fifa.errors import FifaError
-from fifa.models.optional import require
+from fifa.models.runtime import DTYPES
 from fifa.shards.files import digest, write_table
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.encode import Encoder, plan_images
+from fifa.training.encode import Encoder, numbers_a_prompt, plan_images
 from fifa.training.pairs import TrainingPairs
 from fifa.training.resize import Resize
 from fifa.training.store import Place, TensorShards
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,6 @@ class Encoded:
 
     def moments(self, i: int, flip: bool = False) -> Tensor:
         """``[2, 2c, h, w]``, winner and loser of pair i, mirrored with ``flip``, as stored."""
-        torch = require("torch")
         if flip and len(self.moment_places) < 2:
             raise FifaError("the cache has no mirrored images: encode with flips")
         places = self.moment_places[int(flip)][i].tolist()
@@ -91,7 +86,6 @@ class Encoded:
 
     def frames(self, i: int) -> Tensor:
         """int64 ``[2, 6]``."""
-        torch = require("torch")
         both: Tensor = torch.from_numpy(self.all_frames[i])
         return both
 
@@ -201,10 +195,8 @@ def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype
 
     With aspect-ratio buckets it is a little less.
     """
-    torch = require("torch")
     size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    one = backbone.encode_prompts([""])
-    prompt = sum(value.numel() for value in one.values())
+    prompt = numbers_a_prompt(backbone)
     # factor^2 pixels are one latent pixel of 2 c numbers
     sides = resolution // backbone.pixels_per_latent * backbone.patch
     image = 2 * backbone.vae.channels * sides**2

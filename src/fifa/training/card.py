@@ -6,10 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fifa.config import Train
 from fifa.models.families import Family, family_named
-from fifa.shards.files import read_json
+from fifa.shards.files import read_json, write_json, write_text
 from fifa.training.checkpoint import Progress
+from fifa.training.folder import CARD, FACTS_FILE
+from fifa.training.losses import LOSSES
+from fifa.training.metrics import read_stats
+from fifa.training.pairs import TrainingPairs
+from fifa.training.plan import Plan
 
 SHOWN = (
     ("loss", "loss"),
@@ -19,57 +26,55 @@ SHOWN = (
 )
 
 
-def training_facts(
+def write_card(
     train: Train,
-    *,
-    family: str,
+    plan: Plan,
+    family: Family,
+    pairs: TrainingPairs,
     progress: Progress,
-    pairs: Any,
-    processes: int,
-    device: str,
-    dtype: str,
-    stats: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """What goes into ``train.json``.
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Write the model card and, as the last of all files, ``train.json`` into ``out``.
 
     Parameters
     ----------
-    train
-        The training.
-    family
-        The short name of the model's.
+    train, plan, family, pairs
+        The training, what it took, and what was trained on what.
     progress
         How far it went.
-    pairs
-        `fifa.training.pairs.TrainingPairs`.
-    processes, device, dtype
-        What it ran on, and in which precision.
-    stats
-        The lines of ``stats.jsonl``.
+    device
+        What it ran on.
+    out
+        The training's folder, with its ``stats.jsonl``.
     """
     from fifa import __version__
 
-    return {
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    metrics = read_stats(out)
+    facts = {
         "fifa": __version__,
         "base_model": train.model,
-        "family": family,
+        "family": family.name,
         "method": train.method,
         "steps": progress.step,
         "pairs": len(pairs),
         "pairs_seen": progress.pairs,
         "dropped": pairs.dropped,
         "seconds": round(progress.seconds, 3),
-        "processes": processes,
-        "device": device,
-        "dtype": dtype,
-        "accelerator_hours": progress.seconds * processes / 3600,
+        "processes": plan.processes,
+        "device": name,
+        "dtype": plan.dtype,
+        "accelerator_hours": progress.seconds * plan.processes / 3600,
         "source": train.source,
         "pairs_digest": pairs.digest,
         "selection": selection_facts(pairs.folder),
         "options": asdict(train),
-        "last": stats[-1] if stats else None,
+        "last": metrics[-1] if metrics else None,
         "versions": _versions(),
     }
+    write_text(out / CARD, training_card(facts))
+    write_json(out / FACTS_FILE, facts)
 
 
 def selection_facts(folder: Path | None) -> dict[str, Any] | None:
@@ -88,7 +93,9 @@ def training_card(facts: dict[str, Any]) -> str:
     hub = f"base_model: {facts['base_model']}\n" if _is_hub(facts["base_model"]) else ""
     family = family_named(facts["family"])
     what = "A LoRA" if lora else f"All weights of the {family.part}"
-    loss = f"{options['loss']}, beta {options['beta']:g}" if options["loss"] != "mapo" else "mapo"
+    loss = options["loss"]
+    if LOSSES[loss].needs_reference:
+        loss += f", beta {options['beta']:g}"
     table = [
         ("method", f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"),
         ("loss", loss),
@@ -157,7 +164,7 @@ def _last(facts: dict[str, Any]) -> str:
     last = facts["last"]
     if not last:
         return ""
-    rows = [f"| {words} | {last[name]:.4g} |" for words, name in SHOWN if last[name] is not None]
+    rows = [f"| {label} | {last[name]:.4g} |" for label, name in SHOWN if last[name] is not None]
     return (
         f"\nIn its last line, step {last['step']:,}:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
@@ -188,12 +195,6 @@ def _public(name: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    found = {}
-    for package in ("torch", "diffusers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")}

@@ -1,20 +1,26 @@
 """The state a killed training goes on from, and the weights it writes.
 
 A state is a folder of its own that is there whole or not at all; the older one goes only when
-the newer is there. Tensors are safetensors, or what ``torch.load(weights_only=True)`` opens.
+the newer is there. Its tensors are what ``torch.load(weights_only=True)`` opens.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import atomic_folder, read_json, write_json
+from fifa.training.adapters import add_lora, save_full, save_lora
+from fifa.training.backbones.base import Backbone
 from fifa.training.optim import Average
 
 STATE = "state"
@@ -34,7 +40,7 @@ class Progress:
     seconds
         Time spent in the loop, over all its interruptions.
     window, since, sums
-        Since the last line of statistics: pairs, the time at that line, and what
+        Since the last line of metrics: pairs, the time at that line, and what
         `fifa.training.metrics.sums` has added up.
     """
 
@@ -45,20 +51,20 @@ class Progress:
     since: float = 0.0
     sums: tuple[float, ...] = ()
 
-    def after(self, told: Sequence[float], pairs: int, seconds: float) -> Progress:
+    def after_step(self, sums: Sequence[float], pairs: int, seconds: float) -> Progress:
         """After one more step of so many pairs, at that time."""
-        known = self.sums or (0.0,) * len(told)
+        known = self.sums or (0.0,) * len(sums)
         return replace(
             self,
             step=self.step + 1,
             pairs=self.pairs + pairs,
             seconds=seconds,
             window=self.window + pairs,
-            sums=tuple(a + b for a, b in zip(known, told, strict=True)),
+            sums=tuple(a + b for a, b in zip(known, sums, strict=True)),
         )
 
-    def told(self) -> Progress:
-        """After a line of statistics."""
+    def after_metrics(self) -> Progress:
+        """After a line of metrics."""
         return replace(self, window=0, since=self.seconds, sums=())
 
 
@@ -73,18 +79,9 @@ def latest_state(out: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def read_progress(out: Path) -> Progress:
-    """How far the training in ``out`` has been saved."""
-    state = latest_state(out)
-    if state is None:
-        return Progress()
-    known = read_json(state / "state.json", "the state of the training")
-    return Progress(**{**known, "sums": tuple(known["sums"])})
-
-
 @dataclass(frozen=True)
-class Trainee:
-    """What is trained and what trains it: all that a state holds.
+class TrainState:
+    """What is trained and what trains it: all that a saved state holds.
 
     Parameters
     ----------
@@ -114,12 +111,9 @@ class Trainee:
         Every process has to call it.
         """
         if self.sharded:
-            api = require("torch.distributed.checkpoint.state_dict", "train")
-            options = api.StateDictOptions(
-                full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
-            )
-            found: dict[str, Any] = api.get_model_state_dict(self.model, options=options)
-            return found
+            options = {"cpu_offload": True, "ignore_frozen_params": True}
+            whole: dict[str, Any] = _of_shards("get_model_state_dict", self.model, **options)
+            return whole
         plain = self.accelerator.unwrap_model(self.model)
         return {
             name: parameter.detach()
@@ -134,20 +128,39 @@ class Trainee:
         with self.average.in_place():
             return {name: value.clone() for name, value in self.weights().items()}
 
+    def export(self, train: Train, backbone: Backbone, folder: Path) -> None:
+        """Write the averaged weights as diffusers reads them, into ``folder``.
+
+        A LoRA or the whole denoiser, as the training is; every process has to call it.
+        """
+        whole = self.averaged() if self.sharded else {}
+        if self.accelerator.is_main_process:
+            plain = self.accelerator.unwrap_model(self.model)
+            if self.sharded:  # a denoiser on the CPU with what all shards together are
+                plain = type(plain).from_config(plain.config)
+                if train.method == "lora":
+                    add_lora(backbone.with_denoiser(plain), train)
+                plain.load_state_dict(whole, strict=False)
+            save = save_lora if train.method == "lora" else save_full
+            with self.average.in_place() if self.average and not whole else nullcontext():
+                save(backbone.with_denoiser(plain), folder)
+        self.accelerator.wait_for_everyone()
+
     def save(self, out: Path, progress: Progress) -> None:
         """Write the state to resume from, then forget older ones. Every process calls it."""
-        weights, optimizer = self.weights(), self._optimizer_state()
-        average = self.averaged() if self.average is not None else None
+        plain, scaler = self.optimizer.optimizer, self.accelerator.scaler
+        state = {
+            "weights": self.weights(),
+            "average": self.averaged() if self.average is not None else None,
+            "optimizer": _of_shards("get_optimizer_state_dict", self.model, plain, cpu_offload=True)
+            if self.sharded
+            else plain.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
         if self.accelerator.is_main_process:
-            save_file = require("safetensors.torch", "train").save_file
             target = out / STATE / step_name(progress.step)
             with atomic_folder(target) as folder:
-                save_file(_contiguous(weights), folder / "weights.safetensors")
-                if average is not None:
-                    save_file(_contiguous(average), folder / "average.safetensors")
-                scaler = self.accelerator.scaler
-                kept = {"optimizer": optimizer, "scaler": scaler.state_dict() if scaler else None}
-                require("torch", "train").save(kept, folder / "optimizer.pt")
+                torch.save(state, folder / "state.pt")
                 write_json(folder / "state.json", asdict(progress))
             for older in (out / STATE).glob("step-*"):
                 if older != target:
@@ -159,40 +172,38 @@ class Trainee:
 
         Raises `FifaError` for a state that cannot be read.
         """
-        state = latest_state(out)
-        if state is None:
+        newest = latest_state(out)
+        if newest is None:
             return Progress()
-        torch = require("torch", "train")
-        load_file = require("safetensors.torch", "train").load_file
         try:
-            progress = read_progress(out)
-            weights = load_file(state / "weights.safetensors")
-            kept = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
-            average = None
-            if self.average is not None:
-                average = load_file(state / "average.safetensors")
-        except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+            known = read_json(newest / "state.json", "the state of the training")
+            progress = Progress(**{**known, "sums": tuple(known["sums"])})
+            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+            weights, average = state["weights"], state["average"]
+            optimizer, scaler = state["optimizer"], state["scaler"]
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, KeyError) as error:
             raise FifaError(
                 f"the state cannot be read: {error}",
-                where=str(state),
+                where=str(newest),
                 do="remove that folder to begin anew, or choose another --out",
             ) from error
-        if average is not None and self.average is not None:
+        if self.average is not None:
             self._put(average)
             with torch.no_grad():
                 for value, weight in zip(self.average.values, self.average.parameters, strict=True):
                     value.copy_(weight)
         self._put(weights)
-        self._put_optimizer_state(kept["optimizer"])
-        if self.accelerator.scaler is not None and kept["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(kept["scaler"])
+        if self.sharded:
+            _of_shards("set_optimizer_state_dict", self.model, self.optimizer.optimizer, optimizer)
+        else:
+            self.optimizer.optimizer.load_state_dict(optimizer)
+        if self.accelerator.scaler is not None and scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
         return progress
 
     def _put(self, weights: dict[str, Any]) -> None:
         if self.sharded:
-            api = require("torch.distributed.checkpoint.state_dict", "train")
-            options = api.StateDictOptions(full_state_dict=True, strict=False)
-            api.set_model_state_dict(self.model, weights, options=options)
+            _of_shards("set_model_state_dict", self.model, weights, strict=False)
             return
         own = self.weights()
         if own.keys() != weights.keys():
@@ -202,25 +213,10 @@ class Trainee:
         for name, value in own.items():
             value.copy_(weights[name])
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        plain = self.optimizer.optimizer
-        if self.sharded:
-            api = require("torch.distributed.checkpoint.state_dict", "train")
-            options = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            found: dict[str, Any] = api.get_optimizer_state_dict(self.model, plain, options=options)
-            return found
-        state: dict[str, Any] = plain.state_dict()
-        return state
 
-    def _put_optimizer_state(self, state: dict[str, Any]) -> None:
-        plain = self.optimizer.optimizer
-        if self.sharded:
-            api = require("torch.distributed.checkpoint.state_dict", "train")
-            options = api.StateDictOptions(full_state_dict=True)
-            api.set_optimizer_state_dict(self.model, plain, state, options=options)
-            return
-        plain.load_state_dict(state)
-
-
-def _contiguous(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.contiguous() for name, value in weights.items()}
+def _of_shards(function: str, *given: Any, **options: bool) -> Any:
+    """A function of `torch.distributed.checkpoint.state_dict`; states are whole, not in shards."""
+    api = require("torch.distributed.checkpoint.state_dict", "train")
+    return getattr(api, function)(
+        *given, options=api.StateDictOptions(full_state_dict=True, **options)
+    )

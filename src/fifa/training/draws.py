@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import xxhash
-
-from fifa.models.optional import require
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ def draw_pair(
     flips
         Whether half of the draws are mirrored.
     """
-    torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed_of("draw", seed, pair_id, d))
     # The order of these five lines is part of the format of the reference's scalars.
     no_prompt = bool(torch.rand((), generator=generator) < dropout)
@@ -111,7 +107,6 @@ class Stream:
 
     def order(self, epoch: int) -> list[int]:
         """All pairs, in the epoch's order."""
-        torch = require("torch", "train")
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
         order: list[int] = torch.randperm(self.pairs, generator=generator).tolist()
         return order

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from fifa.console import progress
 from fifa.data.decode import BadImage
 from fifa.data.images import read
 from fifa.data.prefetch import decode_images
 from fifa.errors import FifaError
-from fifa.models.optional import require
 from fifa.shards.files import digest
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.pairs import TrainingPairs
 from fifa.training.resize import Frame, Resize, cut
 from fifa.training.store import TensorShards
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Ints = npt.NDArray[np.int32]
 Pixels = npt.NDArray[np.uint8]
-Todo = tuple[int, Any, bool]  # a shard's number, what goes into it, mirrored or not
+Chunk = TypeVar("Chunk", bound=Sequence[Any])
 
 SHARD = 256  # images or prompts between two points where a run can be resumed, at most
 SHARD_BYTES = 64 << 20  # of a file, about, at most
@@ -121,75 +120,77 @@ class Encoder:
 
     def images(self, plan: ImagePlan) -> tuple[Ints, ...]:
         """Where every image of the plan is: shard and row, int32 [images, 2], by flip."""
-        torch = require("torch")
-        size = 2 * self.backbone.vae.channels * torch.empty((), dtype=self._kind).element_size()
         area = max(h * w for *_, h, w in plan.frames.reshape(-1, 6).tolist())
-        factor = self.backbone.vae.factor
-        most = max(1, SHARD_BYTES // (size * area // factor**2))
-        places, todo = [], []
-        for flip in plan.flips:
-            place = np.empty((len(plan.first), 2), np.int32)
-            for part in plan.chunks(min(SHARD, most)):
-                keys = [plan.keys[i] for i in part]
-                shard = self.shards.add(f"moments-{self._name(keys, flip)}")
-                place[part.start : part.stop, 0] = shard
-                place[part.start : part.stop, 1] = np.arange(len(part))
-                todo.append((shard, part, flip))
-            places.append(place)
-        todo = self._mine(todo)
-        with (
-            progress("encoding images", sum(len(part) for _, part, _ in todo)) as advance,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        ):
-            for shard, part, flip in todo:
-                made = []
-                for pixels in self._batches(plan, part, flip, pool):
-                    made.append(self._kept(self.backbone.vae.moments(_unit(pixels))))
-                    advance(len(pixels))
-                self.shards.write(shard, {"moments": torch.cat(made)})
-        return tuple(places)
+        numbers = 2 * self.backbone.vae.channels * area // self.backbone.vae.factor**2
+        chunks = list(plan.chunks(self._rows(numbers)))
+        keys = [[plan.keys[i] for i in chunk] for chunk in chunks]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+            def encoded(chunk: range, flip: bool) -> Iterator[Tensors]:
+                for pixels in self._batches(plan, chunk, flip, pool):
+                    yield {"moments": self.backbone.vae.moments(_unit(pixels))}
+
+            return tuple(
+                self._fill("moments", chunks, keys, partial(encoded, flip=flip), flip)
+                for flip in plan.flips
+            )
 
     def prompts(self, captions: Sequence[str]) -> Ints:
         """Where every prompt is: shard and row, int32 [prompts, 2]."""
-        torch = require("torch")
-        with torch.no_grad():
-            one = self.backbone.encode_prompts([""])
-        size = sum(value.numel() for value in one.values())
-        size *= torch.empty((), dtype=self._kind).element_size()
-        most = max(1, min(SHARD, SHARD_BYTES // size))
-        place = np.empty((len(captions), 2), np.int32)
-        todo = []
-        for start in range(0, len(captions), most):
-            part = list(captions[start : start + most])
-            shard = self.shards.add(f"prompts-{self._name(part)}")
-            place[start : start + len(part), 0] = shard
-            place[start : start + len(part), 1] = np.arange(len(part))
-            todo.append((shard, part, False))
-        todo = self._mine(todo)
-        with progress("encoding prompts", sum(len(part) for _, part, _ in todo)) as advance:
-            for shard, part, _ in todo:
-                made: list[Tensors] = []
-                for start in range(0, len(part), PROMPTS):
-                    few = part[start : start + PROMPTS]
-                    encoded = self.backbone.encode_prompts(few)
-                    made.append({name: self._kept(value) for name, value in encoded.items()})
-                    advance(len(few))
-                self.shards.write(
-                    shard, {name: torch.cat([m[name] for m in made]) for name in made[0]}
-                )
-        return place
+        rows = self._rows(numbers_a_prompt(self.backbone))
+        chunks = [captions[start : start + rows] for start in range(0, len(captions), rows)]
 
-    @property
-    def _kind(self) -> Any:
-        return getattr(require("torch"), self.dtype)
+        def encoded(chunk: Sequence[str]) -> Iterator[Tensors]:
+            for start in range(0, len(chunk), PROMPTS):
+                yield self.backbone.encode_prompts(chunk[start : start + PROMPTS])
 
-    def _name(self, keys: Sequence[str], *more: object) -> str:
-        return digest(self.backbone.encoders, self.dtype, list(keys), *more)
+        return self._fill("prompts", chunks, [list(chunk) for chunk in chunks], encoded)
 
-    def _mine(self, todo: Sequence[Todo]) -> list[Todo]:
-        """The shards that are missing and this process's to make."""
+    def _rows(self, numbers: int) -> int:
+        """How many rows of so many numbers a shard has."""
+        size = torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
+        return max(1, min(SHARD, SHARD_BYTES // (size * numbers)))
+
+    def _fill(
+        self,
+        what: str,
+        chunks: Sequence[Chunk],
+        keys: Sequence[list[str]],
+        encoded: Callable[[Chunk], Iterator[Tensors]],
+        *more: object,
+    ) -> Ints:
+        """Write the shards that are missing and this process's to make.
+
+        Parameters
+        ----------
+        what
+            ``moments`` or ``prompts``.
+        chunks, keys
+            What goes into each shard, and what names it there, with ``more``.
+        encoded
+            Encodes a chunk, batch by batch.
+
+        Returns
+        -------
+        numpy.ndarray
+            int32 [n, 2]: shard and row of everything in ``chunks``.
+        """
+        names = [digest(self.backbone.encoders, self.dtype, key, *more) for key in keys]
+        shards = [self.shards.add(f"{what}-{name}") for name in names]
         rank, ranks = self.share
-        return [one for one in todo[rank::ranks] if not self.shards.has(one[0])]
+        mine = list(zip(shards, chunks, strict=True))[rank::ranks]
+        mine = [(shard, chunk) for shard, chunk in mine if not self.shards.has(shard)]
+        with progress(f"encoding {what}", sum(len(chunk) for _, chunk in mine)) as advance:
+            for shard, chunk in mine:
+                batches: list[Tensors] = []
+                for batch in encoded(chunk):
+                    batches.append({name: self._kept(value) for name, value in batch.items()})
+                    advance(len(next(iter(batch.values()))))
+                joined = {name: torch.cat([one[name] for one in batches]) for name in batches[0]}
+                self.shards.write(shard, joined)
+        rows = [range(len(chunk)) for chunk in chunks]
+        places = [(shard, i) for shard, own in zip(shards, rows, strict=True) for i in own]
+        return np.array(places, np.int32)
 
     def _batches(
         self, plan: ImagePlan, part: range, flip: bool, pool: ThreadPoolExecutor
@@ -213,8 +214,7 @@ class Encoder:
 
     def _kept(self, value: Tensor) -> Tensor:
         """As it goes into the file; `FifaError` where that is not finite."""
-        torch = require("torch")
-        kept: Tensor = value.to("cpu", self._kind)
+        kept = value.to("cpu", getattr(torch, self.dtype))
         if not bool(torch.isfinite(kept).all()):
             raise FifaError(
                 f"an encoder's numbers are not finite in {self.dtype}",
@@ -225,6 +225,9 @@ class Encoder:
 
 def _unit(pixels: Pixels) -> Tensor:
     """From bytes to [-1, 1]."""
-    torch = require("torch")
-    unit: Tensor = torch.from_numpy(pixels).float() / 127.5 - 1
-    return unit
+    return torch.from_numpy(pixels).float() / 127.5 - 1
+
+
+def numbers_a_prompt(backbone: Backbone) -> int:
+    """How many numbers the denoiser needs of one prompt."""
+    return sum(value.numel() for value in backbone.encode_prompts([""]).values())

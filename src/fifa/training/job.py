@@ -7,28 +7,26 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
+from fifa.models.memory import free_bytes
 from fifa.models.optional import require
 from fifa.training.adapters import add_lora, train_all
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Source
-from fifa.training.checkpoint import CHECKPOINTS, Trainee, step_name
+from fifa.training.cache import cache_bytes, encode
+from fifa.training.card import write_card
+from fifa.training.checkpoint import CHECKPOINTS, TrainState, step_name
 from fifa.training.folder import check_folder, is_finished, start_folder
 from fifa.training.loop import Loop
+from fifa.training.losses import LOSSES
 from fifa.training.optim import Average, make_optimizer
-from fifa.training.output import finish, write_weights
-from fifa.training.plan import Plan, check_memory, make_plan, memory_of_model
-from fifa.training.reference import (
-    AdaptersOff,
-    FrozenCopy,
-    Reference,
-    Table,
-    precompute,
-    scalars_path,
-)
+from fifa.training.pairs import read_training_pairs
+from fifa.training.plan import Plan, memory_of_model
+from fifa.training.reference import AdaptersOff, FrozenCopy, Reference, Table, precompute
 from fifa.training.samples import Samples
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
@@ -91,27 +89,33 @@ def run_training(train: Train, out: str | Path) -> Path:
     samples = Samples(train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution)
     samples.base()
     reference = make_reference(job)
-    trainee = make_trainee(job)
+    state = make_state(job)
     loop = Loop(
         train=train,
         steps=job.plan.steps,
         out=out,
         source=job.source,
         reference=reference,
-        trainee=trainee,
-        checkpoint=lambda step: write_weights(job, trainee, out / CHECKPOINTS / step_name(step)),
-        sample=lambda step: samples.draw(step, trainee),
+        state=state,
+        checkpoint=lambda step: state.export(
+            train, job.backbone, out / CHECKPOINTS / step_name(step)
+        ),
+        sample=lambda step: samples.draw(step, state),
     )
     try:
         done = loop.run()
-    except require("torch", "train").cuda.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise FifaError(
             f"out of memory: {str(error).splitlines()[0]}",
             where=str(accelerator.device),
             do="--micro-batch 1, --gradient-checkpointing or --dtype bfloat16; the same command "
             "goes on from the newest state",
         ) from error
-    finish(job, trainee, done)
+    state.export(train, job.backbone, out)
+    if accelerator.is_main_process:  # last, as its train.json says that all is there
+        write_card(train, job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
+        echo(f"trained {done.step:,} steps on {len(job.pairs):,} pairs; weights in {out}")
+    accelerator.wait_for_everyone()
     return out
 
 
@@ -146,34 +150,28 @@ def make_accelerator(train: Train) -> Any:
 
 
 def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> Job:
-    """Read the pairs, check folder and memory, load the model."""
-    from fifa.training.cache import cache_bytes
-    from fifa.training.pairs import read_training_pairs
-
+    """Read the pairs, check folder and memory, load the model (on ``device``, if one is given)."""
     pairs = read_training_pairs(train.source)
     check_pairs(train, pairs, accelerator.num_processes)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
-    # sharding wants weights of one kind; otherwise what is frozen may be halved
+    # sharding wants weights of one type; otherwise what is frozen may be halved
     halved = train.method == "lora" and not str(accelerator.distributed_type).endswith("FSDP")
-    memory, free = memory_of_model(train, dtype if halved else "float32", accelerator)
+    weights = dtype if halved else "float32"
+    memory, free = memory_of_model(train, weights), free_bytes(accelerator.device)
     if device is None:
-        check_memory(memory, free, str(accelerator.device))
-    backbone = load_backbone(
-        train.model,
-        device=device or accelerator.device,
-        dtype=dtype if halved else "float32",
-    )
+        memory.check(free, str(accelerator.device))
+    backbone = load_backbone(train.model, device=device or accelerator.device, dtype=weights)
     resolution = train.resolution or native_resolution(backbone)
-    cached = cache_bytes(pairs, backbone, resolution, train.cache_dtype)
-    plan = make_plan(
+    plan = Plan(
         train,
-        pairs=pairs,
+        pairs=len(pairs),
+        dropped=pairs.dropped,
         processes=accelerator.num_processes,
         resolution=resolution,
-        cache=cached * (2 if train.flips else 1),
+        dtype=dtype,
+        cache=cache_bytes(pairs, backbone, resolution, train.cache_dtype) * (1 + train.flips),
         memory=memory,
         free=free,
-        dtype=dtype,
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
@@ -187,9 +185,8 @@ def check_pairs(train: Train, pairs: Any, processes: int) -> None:
             f"a batch of {train.batch:,} cannot be shared by {processes:,} processes",
             do="raise --batch, or start fewer processes",
         )
-    if train.label == "margin" and train.loss in ("soft", "smpo"):
-        margin = getattr(pairs, "margin", None)
-        missing = len(pairs) if margin is None else int((margin != margin).sum())
+    if train.label == "margin" and LOSSES[train.loss].reads_label:
+        missing = int((pairs.margin != pairs.margin).sum())
         if missing:
             raise FifaError(
                 f"{missing:,} of {len(pairs):,} pairs have no margin to make a soft label of",
@@ -207,8 +204,6 @@ def native_resolution(backbone: Backbone) -> int:
 
 def encode_job(job: Job) -> Job:
     """The job with its cache filled; every process encodes its share."""
-    from fifa.training.cache import encode
-
     train, accelerator = job.train, job.accelerator
     if accelerator.is_main_process:
         echo(str(job.plan))
@@ -230,25 +225,22 @@ def encode_job(job: Job) -> Job:
 def make_reference(job: Job) -> Reference | None:
     """What knows the reference's errors; to be made while the denoiser is the base.
 
-    None for MaPO, which needs none, unless a pool of draws was asked for.
+    None for a loss that needs none, unless a pool of draws was asked for.
     """
     train, accelerator = job.train, job.accelerator
     if train.draws:
-        parts = (job.backbone.family.part, "scheduler")
-        base = [model_digest(job.backbone.folder / part, CONFIG_AND_WEIGHTS) for part in parts]
-        path = scalars_path(job.source, job.cache, base, job.plan.dtype)
-        return Table(precompute(job.source, path, accelerator), accelerator.device)
-    if train.loss == "mapo":
+        scalars = precompute(job.source, job.cache, job.plan.dtype, accelerator)
+        return Table(scalars, accelerator.device)
+    if not LOSSES[train.loss].needs_reference:
         return None
     if train.method == "full":
         return FrozenCopy(job.backbone, accelerator.autocast)
     return AdaptersOff(job.backbone, accelerator.unwrap_model)
 
 
-def make_trainee(job: Job) -> Trainee:
+def make_state(job: Job) -> TrainState:
     """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
     train, backbone, accelerator = job.train, job.backbone, job.accelerator
-    torch = require("torch", "train")
     learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
     model: Any = backbone.denoiser
     if train.gradient_checkpointing:
@@ -262,4 +254,4 @@ def make_trainee(job: Job) -> Trainee:
     backbone.denoiser = model
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None
-    return Trainee(accelerator, model, optimizer, average)
+    return TrainState(accelerator, model, optimizer, average)

@@ -1,4 +1,4 @@
-"""The training loop, whole: what happens in a step, and between steps.
+"""The training loop: what happens in a step, and between steps.
 
 What makes it exact is elsewhere and small: which pairs a step takes and what is drawn for them
 are functions of the seed (`fifa.training.draws`), so a step needs to know nothing of those before
@@ -13,23 +13,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fifa.config import Train
 from fifa.console import progress as progress_bar
 from fifa.errors import FifaError
 from fifa.models.memory import peak_bytes
-from fifa.models.optional import require
 from fifa.training.batches import Source, predict
-from fifa.training.checkpoint import Progress, Trainee
+from fifa.training.checkpoint import Progress, TrainState
 from fifa.training.draws import Stream, micro_batches, seed_of
-from fifa.training.losses import Loss
+from fifa.training.losses import LOSSES
 from fifa.training.metrics import Stats, distance, stats_line, sums
 from fifa.training.optim import learning_rate
 from fifa.training.reference import Reference
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Loop:
         Where micro-batches come from; its backbone holds the network as accelerate wrapped it.
     reference
         What knows the reference's errors; None for a loss that needs none.
-    trainee
+    state
         The network, its optimiser, the average of its weights.
     checkpoint, sample
         Called with the number of steps done, when it is time; by every process.
@@ -59,7 +58,7 @@ class Loop:
     out: Path
     source: Source
     reference: Reference | None
-    trainee: Trainee
+    state: TrainState
     checkpoint: Callable[[int], None]
     sample: Callable[[int], None]
 
@@ -72,32 +71,32 @@ class Loop:
             For a loss or gradient that is not finite, and where memory does not suffice. The
             newest state and all checkpoints stay.
         """
-        train, trainee = self.train, self.trainee
-        done = trainee.load(self.out)
-        main = trainee.accelerator.is_main_process
+        train, state = self.train, self.state
+        done = state.load(self.out)
+        main = state.accelerator.is_main_process
         stats = Stats(train, self.out, done.step) if main else None
-        trainee.model.train()
+        state.model.train()
         begun = time.perf_counter() - done.seconds
         try:
             with progress_bar("training", self.steps) as advance:
                 advance(done.step)
                 for step in range(done.step, self.steps):
                     rate = learning_rate(train, step, self.steps)
-                    told, norm = self.step(step, rate)
-                    done = done.after(told, train.batch, time.perf_counter() - begun)
+                    totals, norm = self.step(step, rate)
+                    done = done.after_step(totals, train.batch, time.perf_counter() - begun)
                     if done.step % train.log_every == 0 or done.step == self.steps:
                         if stats:
-                            stats.log(done.step, self.line(done, rate, norm))
-                        done = done.told()
-                    self.between(done)
+                            stats.log(done.step, self.metrics(done, rate, norm))
+                        done = done.after_metrics()
+                    self.save(done)
                     advance(1)
         finally:
             if stats:
                 stats.close()
         return done
 
-    def line(self, done: Progress, rate: float, norm: float) -> dict[str, float | None]:
-        """What is told of the steps since the last line; rate and norm are the last step's."""
+    def metrics(self, done: Progress, rate: float, norm: float) -> dict[str, float | None]:
+        """The metrics of the steps since the last line; rate and norm are the last step's."""
         return {
             **stats_line(done.sums, done.window),
             "gradient_norm": norm,
@@ -124,13 +123,12 @@ class Loop:
             What `fifa.training.metrics.sums` adds up, over all processes; the gradient's norm
             before it was clipped.
         """
-        train, trainee = self.train, self.trainee
-        accelerator, model, optimizer = trainee.accelerator, trainee.model, trainee.optimizer
-        torch = require("torch", "train")
+        train, state = self.train, self.state
+        accelerator, model, optimizer = state.accelerator, state.model, state.optimizer
         # adapters' dropout is all that is random from here on: a function of step and process
         torch.manual_seed(seed_of("step", train.seed, step, accelerator.process_index))
         parts = self.parts(step)
-        told: Any = 0.0
+        total: Any = 0.0
         for number, (part, counts) in enumerate(parts):
             # gradients travel between processes with the last micro-batch only
             last = number == len(parts) - 1
@@ -139,8 +137,8 @@ class Loop:
                 # the mean over the batch, not over a process's share: processes are averaged
                 scale = accelerator.num_processes / train.batch if counts else 0.0
                 accelerator.backward(loss.sum() * scale)
-            told = told + sums_of_part if counts else told
-        totals: list[float] = accelerator.reduce(told, reduction="sum").tolist()
+            total = total + sums_of_part if counts else total
+        totals: list[float] = accelerator.reduce(total, reduction="sum").tolist()
         clip = train.clip if train.clip and train.optimizer != "adafactor" else math.inf
         total_norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if hasattr(total_norm, "full_tensor"):  # of shards: each process knows its own part
@@ -151,18 +149,17 @@ class Loop:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        if trainee.average is not None:
-            trainee.average.update(step + 1)
+        if state.average is not None:
+            state.average.update(step + 1)
         return totals, norm
 
     def forward(self, part: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """The weighted loss of each pair of a micro-batch, and what is to be told of it."""
+        """The weighted loss of each pair of a micro-batch, and the sums of its metrics."""
         train, backbone = self.train, self.source.backbone
         batch = self.source.batch(part)
         base, base_prediction = self.reference(batch) if self.reference else (None, None)
         policy, prediction = predict(backbone, batch)
-        objective = Loss(train.loss, train.beta, train.poly, train.mapo, train.sft)
-        loss = objective(policy, base, batch.label, batch.weight)
+        loss = LOSSES[train.loss](train, policy, base, batch.label, batch.weight)
         kl = None if base_prediction is None else distance(prediction, base_prediction)
         return loss, sums(loss, policy, base, kl)
 
@@ -172,7 +169,7 @@ class Loop:
         Sharded processes meet in every forward pass, so the ones with fewer micro-batches repeat
         their last one, for nothing.
         """
-        train, accelerator, pairs = self.train, self.trainee.accelerator, self.source.pairs
+        train, accelerator, pairs = self.train, self.state.accelerator, self.source.pairs
         stream = Stream(len(pairs), train.batch, train.seed, train.draws)
         world = accelerator.num_processes
 
@@ -184,20 +181,20 @@ class Loop:
         most = max(len(share(rank)) for rank in range(world)) if world > 1 else len(mine)
         return [(part, True) for part in mine] + [(mine[-1], False)] * (most - len(mine))
 
-    def between(self, done: Progress) -> None:
-        """What is written between two steps; the state last, so that it vouches for the rest."""
+    def save(self, done: Progress) -> None:
+        """Write what is due after a step; the state last, so that it vouches for the rest."""
         train = self.train
         if train.checkpoint_every and done.step % train.checkpoint_every == 0:
             self.checkpoint(done.step)
         if train.sample_every and done.step % train.sample_every == 0:
             self.sample(done.step)
         if done.step % train.save_every == 0 or done.step == self.steps:
-            self.trainee.save(self.out, done)
+            self.state.save(self.out, done)
 
     def _must_be_finite(self, step: int, totals: list[float], norm: float) -> None:
         loss = totals[0]
         # with float16, gradients overflow now and then: their scale is lowered, the step skipped
-        scaled = self.trainee.accelerator.scaler is not None
+        scaled = self.state.accelerator.scaler is not None
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"

@@ -15,18 +15,16 @@ the 1/2 written out, as in Salesforce's script. The functions ``beta_from_*`` br
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
 
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.models.optional import require
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Kind = Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo"]
-KINDS: tuple[Kind, ...] = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo")
 TRAIN_TIMES = 1000  # T in MaPO: the time steps of all the models it was published for
 
 
@@ -53,104 +51,105 @@ class Loss:
 
     Parameters
     ----------
-    kind
-        | ``sigmoid``: Diffusion-DPO, Wallace et al. 2023 (arXiv 2311.12908).
-        | ``ipo``: Azar et al. 2023 (arXiv 2310.12036), on the logit without its scale.
-        | ``hinge``: Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425).
-        | ``mapo``: Hong et al. 2024 (arXiv 2406.06424); no reference, and beta plays no part.
-        | ``poly``: Poly-DPO, Li et al. 2026 (ViPO, arXiv 2604.24953).
-        | ``soft``: cross-entropy against a label between 0 and 1 (conservative DPO).
-        | ``smpo``: SmPO-Diffusion, Lu et al. 2025 (arXiv 2506.02698): the label scales the logit.
-    beta
-        Strength of the pull towards the reference (see the module).
-    poly
-        a of Poly-DPO.
-    mapo
-        Weight of MaPO's ratio term.
-    sft
-        Weight of the anchor: the winner's error is added to the loss, so that it cannot rise
-        unpunished.
+    formula
+        The loss ``[n]`` of (the training's knobs, z ``[n]``, labels ``[n]``); without a reference
+        it gets the policy's errors ``[n, 2]`` of (winner, loser) in the place of z.
+    needs_reference
+        Whether the reference's errors enter.
+    reads_label
+        Whether the soft label enters.
     """
 
-    kind: Kind = "sigmoid"
-    beta: float = Train.beta
-    poly: float = Train.poly
-    mapo: float = Train.mapo
-    sft: float = Train.sft
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise FifaError(f"no such loss: {self.kind}", do=", ".join(KINDS))
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference's errors enter."""
-        return self.kind != "mapo"
+    formula: Callable[[Train, Tensor, Tensor], Tensor]
+    needs_reference: bool = True
+    reads_label: bool = False
 
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, label: Tensor, weight: Tensor
+        self, train: Train, policy: Tensor, reference: Tensor | None, label: Tensor, weight: Tensor
     ) -> Tensor:
         """The weighted loss of each pair, float32 ``[n]``.
 
         Parameters
         ----------
+        train
+            Its ``beta`` (see the module), the loss's own knobs, and ``sft``, the weight of the
+            anchor: the winner's error is added to the loss, so that it cannot rise unpunished.
         policy, reference
-            Errors ``[n, 2]`` of (winner, loser); the reference may be None for MaPO.
+            Errors ``[n, 2]`` of (winner, loser); the reference may be None where none is needed.
         label
-            float32 ``[n]``: the probability that the winner is preferred; read by ``soft`` and
-            ``smpo`` only.
+            float32 ``[n]``: the probability that the winner is preferred.
         weight
             float32 ``[n]``, of mean 1 over the data set unless the selection meant otherwise.
         """
-        winner = policy[:, 0]
-        if reference is None:
-            if self.needs_reference:
-                raise FifaError(f"the loss {self.kind} needs a reference")
-            loss = self._mapo(policy)
-        else:
-            loss = self._of_logit(logits(policy, reference, self.beta), label, policy)
+        x = policy
+        if self.needs_reference:
+            if reference is None:
+                raise FifaError(f"the loss {train.loss} needs a reference")
+            x = logits(policy, reference, train.beta)
         # l = w * (l + sft * e(winner))
-        return weight * (loss + self.sft * winner)
+        return weight * (self.formula(train, x, label) + train.sft * policy[:, 0])
 
-    def _of_logit(self, z: Tensor, label: Tensor, policy: Tensor) -> Tensor:
-        functional = require("torch.nn.functional", "train")
-        log_p: Tensor = functional.logsigmoid(z)
-        loss: Tensor
-        if self.kind == "sigmoid":
-            # -log p,  p = sigmoid(z)
-            loss = -log_p
-        elif self.kind == "ipo":
-            # (z / b - 1 / (2 b))^2,  b = beta / 2: the difference of errors should be 1 / beta
-            half = 0.5 * self.beta
-            loss = (z / half - 1 / (2 * half)).square()
-        elif self.kind == "hinge":
-            # max(0, 1 - z)
-            loss = functional.relu(1 - z)
-        elif self.kind == "poly":
-            # -log p + a (1 - p)
-            loss = -log_p + self.poly * (1 - log_p.exp())
-        elif self.kind == "soft":
-            # -q log p - (1 - q) log(1 - p),  1 - p = sigmoid(-z)
-            loss = -label * log_p - (1 - label) * functional.logsigmoid(-z)
-        elif self.kind == "smpo":
-            # -log sigmoid((2 q - 1) z)
-            loss = -functional.logsigmoid((2 * label - 1) * z)
-        else:
-            loss = self._mapo(policy)
-        return loss
 
-    def _mapo(self, policy: Tensor) -> Tensor:
-        functional = require("torch.nn.functional", "train")
+def _sigmoid(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Diffusion-DPO, Wallace et al. 2023 (arXiv 2311.12908)."""
+    # -log p,  p = sigmoid(z)
+    return -logsigmoid(z)
 
-        def f(e: Tensor) -> Tensor:
-            # f(e) = 0.5 e / (exp(0.5 e) - 1)
-            return 0.5 * e / (0.5 * e).expm1()
 
-        winner, loser = policy[:, 0], policy[:, 1]
-        # e(winner) - 0.1 log sigmoid(T (f(e(winner)) - f(e(loser))))
-        ratio = functional.logsigmoid(TRAIN_TIMES * (f(winner) - f(loser)))
-        loss: Tensor = winner - self.mapo * ratio
-        return loss
+def _ipo(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Azar et al. 2023 (arXiv 2310.12036), on the logit without its scale."""
+    # (z / b - 1 / (2 b))^2,  b = beta / 2: the difference of errors should be 1 / beta
+    half = 0.5 * train.beta
+    return (z / half - 1 / (2 * half)).square()
+
+
+def _hinge(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425)."""
+    # max(0, 1 - z)
+    return relu(1 - z)
+
+
+def _mapo(train: Train, policy: Tensor, label: Tensor) -> Tensor:
+    """Hong et al. 2024 (arXiv 2406.06424); beta plays no part."""
+
+    def f(e: Tensor) -> Tensor:
+        # f(e) = 0.5 e / (exp(0.5 e) - 1)
+        return 0.5 * e / (0.5 * e).expm1()
+
+    winner, loser = policy[:, 0], policy[:, 1]
+    # e(winner) - 0.1 log sigmoid(T (f(e(winner)) - f(e(loser))))
+    return winner - train.mapo * logsigmoid(TRAIN_TIMES * (f(winner) - f(loser)))
+
+
+def _poly(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Poly-DPO, Li et al. 2026 (ViPO, arXiv 2604.24953)."""
+    # -log p + a (1 - p)
+    log_p = logsigmoid(z)
+    return -log_p + train.poly * (1 - log_p.exp())
+
+
+def _soft(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy against a label between 0 and 1 (conservative DPO)."""
+    # -q log p - (1 - q) log(1 - p),  1 - p = sigmoid(-z)
+    return -label * logsigmoid(z) - (1 - label) * logsigmoid(-z)
+
+
+def _smpo(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """SmPO-Diffusion, Lu et al. 2025 (arXiv 2506.02698): the label scales the logit."""
+    # -log sigmoid((2 q - 1) z)
+    return -logsigmoid((2 * label - 1) * z)
+
+
+# By the name that `fifa.config.Train.loss` has for it.
+LOSSES = {
+    "sigmoid": Loss(_sigmoid),
+    "ipo": Loss(_ipo),
+    "hinge": Loss(_hinge),
+    "mapo": Loss(_mapo, needs_reference=False),
+    "poly": Loss(_poly),
+    "soft": Loss(_soft, reads_label=True),
+    "smpo": Loss(_smpo, reads_label=True),
+}
 
 
 def margin_labels(margin: Tensor, scale: float) -> Tensor:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from fifa.config import Train
-from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import cannot_write, digest, read_json_lines, write_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STATS = "stats.jsonl"
 
@@ -35,7 +33,6 @@ def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | No
     kl
         ``[n]``, or None where the reference's predictions are not at hand.
     """
-    torch = require("torch", "train")
     policy = policy.detach()
     base = torch.full_like(policy, torch.nan) if reference is None else reference
     gain = (base - policy).float()
@@ -80,14 +77,19 @@ def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
     return {name: value if value == value else None for name, value in line.items()}
 
 
-class Tracker(Protocol):
-    """Anything that takes numbers by step."""
+class Tracker(NamedTuple):
+    """Anything that takes numbers by step.
 
-    def log(self, step: int, line: dict[str, Any]) -> None:
-        """The numbers of one step."""
+    Parameters
+    ----------
+    log
+        Called with a step and its numbers.
+    close
+        Called when the training is over, or interrupted.
+    """
 
-    def close(self) -> None:
-        """The training is over, or interrupted."""
+    log: Callable[[int, dict[str, float]], object]
+    close: Callable[[], object]
 
 
 class Stats:
@@ -135,51 +137,21 @@ def make_tracker(train: Train, out: Path, step: int) -> Tracker | None:
     """The tracker that the training asks for; `FifaError` where it is not installed."""
     if train.tracker == "none":
         return None
+    choose = f"pip install {train.tracker}, or choose another --tracker (none: stats.jsonl only)"
+    module = require(train.tracker, what=f"the tracker {train.tracker}", do=choose)
     if train.tracker == "tensorboard":
-        return _TensorBoard(out, step)
-    return _Remote(train, out)
-
-
-class _TensorBoard:
-    def __init__(self, out: Path, step: int) -> None:
-        _installed("tensorboard", "tensorboard")
-        writer = require("torch.utils.tensorboard", "train").SummaryWriter
         # what an interrupted run wrote beyond its last state is hidden
-        self.writer = writer(str(out / "logs"), purge_step=step + 1 if step else None)
+        purge = step + 1 if step else None
+        api = require("torch.utils.tensorboard", "train")
+        writer = api.SummaryWriter(str(out / "logs"), purge_step=purge)
 
-    def log(self, step: int, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            self.writer.add_scalar(name, value, step)
+        def log(step: int, line: dict[str, float]) -> None:
+            for name, value in line.items():
+                writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Remote:
-    """Weights & Biases, or trackio, which has the same three functions."""
-
-    def __init__(self, train: Train, out: Path) -> None:
-        self.module = _installed(train.tracker, train.tracker)
-        name = f"{out.name}-{digest(train.to_yaml())[:6]}"
-        settings: dict[str, Any] = {"project": "fifa", "name": name, "config": asdict(train)}
-        if train.tracker == "wandb":
-            settings.update(dir=str(out), id=name, resume="allow")
-        else:
-            settings.update(resume="allow")
-        self.module.init(**settings)
-
-    def log(self, step: int, line: dict[str, Any]) -> None:
-        self.module.log(line, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
-
-
-def _installed(module: str, package: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise FifaError(
-            f"the tracker {package} cannot be imported: {error}",
-            do=f"pip install {package}, or choose another --tracker (none writes stats.jsonl only)",
-        ) from error
+        return Tracker(log, writer.close)
+    # Weights & Biases, or trackio, which has the same three functions
+    name = f"{out.name}-{digest(train.to_yaml())[:6]}"
+    folder = {"dir": str(out), "id": name} if train.tracker == "wandb" else {}
+    module.init(project="fifa", name=name, config=asdict(train), resume="allow", **folder)
+    return Tracker(lambda step, line: module.log(line, step=step), module.finish)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fifa.config import Train
-from fifa.errors import FifaError
 from fifa.models.optional import require
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
@@ -39,21 +38,10 @@ def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
         "weight_decay": train.weight_decay,
     }
     if train.optimizer == "adamw8bit":
-        return _bitsandbytes().optim.AdamW8bit(parameters, **settings)
-    torch = require("torch", "train")
+        choose = "pip install bitsandbytes, or choose --optimizer adamw or adafactor"
+        bitsandbytes = require("bitsandbytes", what="8-bit AdamW", do=choose)
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=device.type == "cuda")
-
-
-def _bitsandbytes() -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module("bitsandbytes")
-    except ImportError as error:
-        raise FifaError(
-            f"8-bit AdamW needs bitsandbytes, which cannot be imported: {error}",
-            do="pip install bitsandbytes, or choose --optimizer adamw or adafactor",
-        ) from error
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
@@ -91,7 +79,6 @@ class Average:
 
     def update(self, step: int) -> None:
         """Take in the weights after step ``step``, counted from 1."""
-        torch = require("torch", "train")
         decay = min(self.decay, (1 + step) / (10 + step))
         # average <- average + (1 - decay) (weights - average)
         with torch.no_grad():
@@ -108,7 +95,6 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        torch = require("torch", "train")
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.values, strict=True):
                 kept = parameter.detach().clone()

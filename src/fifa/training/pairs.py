@@ -21,7 +21,15 @@ from fifa.selection.subset import IMAGES
 from fifa.shards.files import digest
 
 NEEDED = (*IMAGES, "label_0", "caption")
-OPTIONAL = ("label", "weight", "pair_id", "has_label", "signed_margin")
+COLUMNS = {
+    "caption": pa.string(),
+    "label_0": pa.float64(),
+    "label": pa.float64(),
+    "weight": pa.float64(),
+    "pair_id": pa.string(),
+    "has_label": pa.bool_(),
+    "signed_margin": pa.float64(),
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,6 @@ class TrainingPairs:
     def __len__(self) -> int:
         return len(self.pair_id)
 
-    def images(self, i: int) -> tuple[bytes, bytes]:
-        """The original bytes of pair i's winner and loser; `FifaError` where there are none."""
-        found = []
-        for row, data in read(self.image_table, [2 * i, 2 * i + 1]):
-            if isinstance(data, BadImage):
-                raise self.unreadable(row, data.reason)
-            found.append(data)
-        return found[0], found[1]
-
     def unreadable(self, row: int, reason: str, count: int = 1) -> FifaError:
         """The error for a row of ``image_table`` that cannot be trained on, the first of some."""
         which = f"pair {self.pair_id[row // 2]}, {('winner', 'loser')[row % 2]}"
@@ -114,8 +113,8 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     kept = np.flatnonzero(reasons == "")
     dropped = {name: n for name, n in sorted(Counter(reasons.tolist()).items()) if name}
     if dropped:
-        told = ", ".join(f"{count:,} {name}" for name, count in dropped.items())
-        echo(f"{table.num_rows:,} rows, {len(kept):,} pairs with a winner (dropped: {told})")
+        listed = ", ".join(f"{count:,} {name}" for name, count in dropped.items())
+        echo(f"{table.num_rows:,} rows, {len(kept):,} pairs with a winner (dropped: {listed})")
     if len(kept) == 0:
         raise FifaError("no pair with a winner", where=str(source), do="choose another source")
     table = table.take(kept)
@@ -175,12 +174,24 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rows(file: Path, number: int) -> pa.Table:
-    """What one file says of its rows, its images aside."""
+    """`COLUMNS` of one file, its number and the rows; null where it lacks a column."""
     try:
         opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        _check_columns(file, opened.schema_arrow.names)
+        table = opened.read(columns=[n for n in COLUMNS if n in opened.schema_arrow.names])
+        n = table.num_rows
+        columns = {
+            name: table[name].cast(dtype) if name in table.column_names else pa.nulls(n, dtype)
+            for name, dtype in COLUMNS.items()
+        }
     except (OSError, pa.ArrowException) as error:
-        raise _cannot_read(file, error) from error
-    names = opened.schema_arrow.names
+        brief = str(error).partition("\n")[0][:150]
+        raise FifaError(f"cannot read the Parquet file: {brief}", where=str(file)) from error
+    return pa.table({**columns, "file": np.full(n, number), "row": np.arange(n)})
+
+
+def _check_columns(file: Path, names: list[str]) -> None:
+    """Raise `FifaError` if one that is needed is missing."""
     missing = [name for name in NEEDED if name not in names]
     if set(missing) & set(IMAGES) and "image_0_url" in names:
         raise FifaError(
@@ -195,32 +206,6 @@ def _rows(file: Path, number: int) -> pa.Table:
             where=str(file),
             do="columns to train on are jpg_0, jpg_1, label_0 and caption",
         )
-    columns = [name for name in (*NEEDED[2:], *OPTIONAL) if name in names]
-    try:
-        table = opened.read(columns=columns)
-        plain = {
-            "caption": table["caption"].cast(pa.string()),
-            "label_0": table["label_0"].cast(pa.float64()),
-            "label": _column(table, "label", pa.float64()),
-            "weight": _column(table, "weight", pa.float64()),
-            "pair_id": _column(table, "pair_id", pa.string()),
-            "has_label": _column(table, "has_label", pa.bool_()),
-            "signed_margin": _column(table, "signed_margin", pa.float64()),
-        }
-    except (OSError, pa.ArrowException) as error:
-        raise _cannot_read(file, error) from error
-    n = table.num_rows
-    place = {"file": pa.array(np.full(n, number)), "row": pa.array(np.arange(n))}
-    return pa.table({**plain, **place})
-
-
-def _cannot_read(path: Path, error: Exception) -> FifaError:
-    brief = str(error).partition("\n")[0][:150]
-    return FifaError(f"cannot read the Parquet file: {brief}", where=str(path))
-
-
-def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    return table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind)
 
 
 def _winners(
@@ -244,9 +229,9 @@ def _winners(
         )
     reasons = np.full(len(first), "", dtype="<U8")
     reasons[(first == 0.5) | (soft == 0.5)] = "tie"
-    told = table["has_label"].fill_null(True).to_numpy(zero_copy_only=False).astype(bool)
+    labelled = table["has_label"].fill_null(True).to_numpy(zero_copy_only=False).astype(bool)
     empty = np.asarray(table["caption"].is_null())
-    reasons[~told | ~np.isfinite(first) | empty] = "no_label"
+    reasons[~labelled | ~np.isfinite(first) | empty] = "no_label"
     return reasons, (first < 0.5).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""What a training will take, told before it takes it."""
+"""What a training will take, said before it takes it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.families import Family
-from fifa.models.memory import free_bytes
-from fifa.models.optional import require
+from fifa.training.backbones.parts import open_folder
+from fifa.training.losses import LOSSES
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
 # 8-bit one two bytes, Adafactor next to nothing (a row and a column of each matrix).
@@ -43,6 +44,17 @@ class Memory:
     def least(self) -> int:
         """What has to be there at the least."""
         return max(self.weights + self.training, self.encoding)
+
+    def check(self, free: int | None, where: str) -> None:
+        """Raise `FifaError` if even the weights do not fit on the device ``where``."""
+        if free is not None and self.least > free:
+            raise FifaError(
+                f"too little memory: weights, gradients and optimiser take "
+                f"{size(self.least)} at the least, {size(free)} are free",
+                where=where,
+                do="--method lora, --dtype bfloat16, --draws 8 (no frozen copy), --optimizer "
+                "adafactor, or shard over several devices (FSDP through accelerate)",
+            )
 
 
 def numbers_in(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -100,37 +112,33 @@ def memory_of(
     encoders
         Numbers in VAE and text encoders.
     """
-    whole, size = count(denoiser), FLOAT if dtype == "float32" else HALF
+    numbers, size = count(denoiser), FLOAT if dtype == "float32" else HALF
     if train.method == "lora":
         trained = lora_numbers(denoiser, train.targets or family.targets, train.rank)
-        weights = whole * size + trained * FLOAT
+        weights = numbers * size + trained * FLOAT
     else:
-        trained = whole
-        weights = whole * FLOAT * (2 if needs_copy(train) else 1)
+        trained = numbers
+        weights = numbers * FLOAT * (2 if needs_copy(train) else 1)
     average = FLOAT if train.ema else 0
     training = trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average)
-    return Memory(weights, training, (whole + encoders) * size)
+    return Memory(weights, training, (numbers + encoders) * size)
 
 
-def memory_of_model(train: Train, dtype: str, accelerator: Any) -> tuple[Memory, int | None]:
-    """The least memory that training the model takes, and what is free; nothing is loaded.
+def memory_of_model(train: Train, dtype: str) -> Memory:
+    """The least memory that training the model takes; nothing is loaded.
 
     Raises `FifaError` where there is no such model.
     """
-    from fifa.training.backbones.parts import open_folder
-
-    torch = require("torch", "train")
-    folder = open_folder(train.model, accelerator.device, getattr(torch, dtype))
+    folder = open_folder(train.model, torch.device("cpu"), getattr(torch, dtype))
     shapes = {part: numbers_in(folder.path / part) for part in folder.parts}
     denoiser = shapes.pop(folder.family.part, {})
     encoders = sum(map(count, shapes.values()))
-    memory = memory_of(train, folder.family, dtype, denoiser, encoders)
-    return memory, free_bytes(accelerator.device)
+    return memory_of(train, folder.family, dtype, denoiser, encoders)
 
 
 def needs_copy(train: Train) -> bool:
     """Whether a frozen copy of the network is the reference."""
-    return train.method == "full" and not train.draws and train.loss != "mapo"
+    return train.method == "full" and not train.draws and LOSSES[train.loss].needs_reference
 
 
 @dataclass(frozen=True)
@@ -139,118 +147,81 @@ class Plan:
 
     Parameters
     ----------
+    train
+        The training.
     pairs
         With a winner.
     dropped
         Rows that are no such pairs, by reason.
-    steps, batch, processes, micro_batch
-        The batch is that of all processes.
-    reference
-        How the reference's errors come about.
-    cache
-        Bytes of latents and embeddings.
-    scalars
-        How many errors of the reference are computed beforehand.
-    memory
-        The least memory of one device.
-    free
-        What is free there; None where that is not known.
+    processes
+        That share the batch.
     resolution
         Pixels a side.
     dtype
         What the denoiser computes in.
+    cache
+        Bytes of latents and embeddings.
+    memory
+        The least memory of one device.
+    free
+        What is free there; None where that is not known.
     """
 
+    train: Train
     pairs: int
     dropped: dict[str, int]
-    steps: int
-    batch: int
     processes: int
-    micro_batch: int
-    reference: str
-    cache: int
-    scalars: int
-    memory: Memory
-    free: int | None
     resolution: int
     dtype: str
+    cache: int
+    memory: Memory
+    free: int | None
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are in all."""
+        return self.train.steps_of(self.pairs)
+
+    @property
+    def scalars(self) -> int:
+        """How many errors of the reference are computed before training."""
+        return 2 * self.pairs * self.train.draws
 
     def __str__(self) -> str:
         """A line a fact."""
-        left_out = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
-        each = ceil(self.batch / self.processes / self.micro_batch)
-        presented = self.steps * self.batch
-        free = "unknown" if self.free is None else size(self.free)
+        train, memory = self.train, self.memory
+        dropped = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
+        each = ceil(train.batch / self.processes / train.micro_batch)
+        presented = self.steps * train.batch
         lines = [
-            f"pairs       {self.pairs:,}" + (f" (left out: {left_out})" if left_out else ""),
-            f"steps       {self.steps:,} of {self.batch:,} pairs: {self.processes:,} process(es), "
-            f"{each:,} micro-batch(es) of up to {self.micro_batch:,} each",
+            f"pairs       {self.pairs:,}" + (f" (left out: {dropped})" if dropped else ""),
+            f"steps       {self.steps:,} of {train.batch:,} pairs: {self.processes:,} process(es), "
+            f"{each:,} micro-batch(es) of up to {train.micro_batch:,} each",
             f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)",
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
-            f"reference   {self.reference}",
+            f"reference   {self._reference}",
             f"cache       {size(self.cache)} on disk at most",
-            f"memory      {size(self.memory.least)} at the least, activations come on top (weights "
-            f"{size(self.memory.weights)}, gradients and optimiser {size(self.memory.training)}; "
-            f"while encoding {size(self.memory.encoding)})",
-            f"free        {free}",
+            f"memory      {size(memory.least)} at the least, activations come on top (weights "
+            f"{size(memory.weights)}, gradients and optimiser {size(memory.training)}; "
+            f"while encoding {size(memory.encoding)})",
+            f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
         if self.scalars:
             lines.insert(5, f"            {self.scalars:,} errors computed before training")
         return "\n".join(lines)
 
+    @property
+    def _reference(self) -> str:
+        """How the reference's errors come about, for people."""
+        if self.train.draws:
+            return f"precomputed scalars on {self.train.draws:,} draws a pair"
+        if not LOSSES[self.train.loss].needs_reference:
+            return f"none: the loss {self.train.loss} needs none"
+        if self.train.method == "lora":
+            return "the same network with its adapters off, at every step"
+        return "a frozen copy of the network, at every step"
+
 
 def size(number: int) -> str:
     """Bytes for people: ``3.44 GB``, ``12.3 MB``."""
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
-def make_plan(
-    train: Train,
-    *,
-    pairs: Any,
-    processes: int,
-    resolution: int,
-    cache: int,
-    memory: Memory,
-    free: int | None,
-    dtype: str,
-) -> Plan:
-    """The plan of a training on these pairs."""
-    return Plan(
-        pairs=len(pairs),
-        dropped=pairs.dropped,
-        steps=train.steps_of(len(pairs)),
-        batch=train.batch,
-        processes=processes,
-        micro_batch=train.micro_batch,
-        reference=reference_words(train),
-        cache=cache,
-        scalars=2 * len(pairs) * train.draws,
-        memory=memory,
-        free=free,
-        resolution=resolution,
-        dtype=dtype,
-    )
-
-
-def check_memory(memory: Memory, free: int | None, where: str) -> None:
-    """Raise `FifaError` if even the weights do not fit."""
-    if free is not None and memory.least > free:
-        raise FifaError(
-            f"too little memory: weights, gradients and optimiser take "
-            f"{size(memory.least)} at the least, {size(free)} are free",
-            where=where,
-            do="--method lora, --dtype bfloat16, --draws 8 (no frozen copy), --optimizer "
-            "adafactor, or shard over several devices (FSDP through accelerate)",
-        )
-
-
-def reference_words(train: Train) -> str:
-    """How the reference's errors come about, for people."""
-    if train.draws:
-        return f"precomputed scalars on {train.draws:,} draws a pair"
-    if train.loss == "mapo":
-        return "none: MaPO needs none"
-    if train.method == "lora":
-        return "the same network with its adapters off, at every step"
-    return "a frozen copy of the network, at every step"

@@ -12,32 +12,27 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from fifa.console import note, progress
-from fifa.models.optional import require
-from fifa.shards.files import atomic_path, digest, write_bytes
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
+from fifa.shards.files import digest, write_table
 from fifa.shards.ledger import Ledger
+from fifa.training.adapters import adapters_off
 from fifa.training.backbones.base import Backbone
 from fifa.training.batches import Batch, Source, predict
 from fifa.training.draws import micro_batches
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PAIRS_A_PART = 16  # pairs between two points where an interrupted computation goes on
+SHARD = 16  # pairs between two points where an interrupted computation goes on
 
 Scalars = npt.NDArray[np.float32]
-
-
-def with_denoiser(backbone: Backbone, denoiser: Any) -> Backbone:
-    """The backbone with another denoiser; everything else is shared."""
-    other = copy.copy(backbone)
-    other.denoiser = denoiser
-    return other
 
 
 class Reference(Protocol):
@@ -65,11 +60,7 @@ class AdaptersOff:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """See `Reference`."""
-        from fifa.training.adapters import adapters_off
-
-        torch = require("torch", "train")
-        plain = with_denoiser(self.backbone, self.unwrap(self.backbone.denoiser))
-        with torch.no_grad(), adapters_off(plain):
+        with torch.no_grad(), adapters_off(self.unwrap(self.backbone.denoiser)):
             return predict(self.backbone, batch)
 
 
@@ -78,12 +69,11 @@ class FrozenCopy:
 
     def __init__(self, backbone: Backbone, autocast: Any) -> None:
         frozen = copy.deepcopy(backbone.denoiser).eval().requires_grad_(False)
-        self.backbone = with_denoiser(backbone, frozen)
+        self.backbone = backbone.with_denoiser(frozen)
         self.autocast = autocast
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """See `Reference`."""
-        torch = require("torch", "train")
         with torch.no_grad(), self.autocast():
             return predict(self.backbone, batch)
 
@@ -92,7 +82,7 @@ class Table:
     """Errors that were computed before training, float32 ``[pairs, draws, 2]``."""
 
     def __init__(self, scalars: Scalars, device: Any) -> None:
-        self.scalars = require("torch", "train").from_numpy(scalars)
+        self.scalars = torch.tensor(scalars)
         self.device = device
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -101,89 +91,65 @@ class Table:
         return self.scalars[list(pair), list(draw)].to(self.device, non_blocking=True), None
 
 
-def scalars_path(source: Source, folder: Path, base: list[str], dtype: str) -> Path:
-    """Where the scalars of this base, these pairs and these draws are kept.
+def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Scalars:
+    """The reference's errors on all draws, float32 ``[pairs, draws, 2]``; computed once.
+
+    To be called while ``source.backbone.denoiser`` is the base. Every process computes its share
+    of the shards; one that is finished is not computed again.
 
     Parameters
     ----------
     source
         Of the micro-batches.
     folder
-        The cache's.
-    base
-        Names the denoiser's weights and the schedule.
+        The cache's, where the errors are kept: named by the base, the pairs and the draws.
     dtype
         What the denoiser computes in.
-    """
-    train = source.train
-    name = digest(
-        {
-            "format": 1,
-            "base": base,
-            "encoded": source.encoded.digest,
-            "pairs": source.pairs.pair_id,
-            "seed": train.seed,
-            "draws": train.draws,
-            "dropout": train.prompt_dropout,
-            "flips": train.flips,
-            "dtype": dtype,
-        }
-    )
-    return folder / f"reference-{name}.safetensors"
-
-
-def precompute(source: Source, path: Path, accelerator: Any) -> Scalars:
-    """The reference's errors on all draws, float32 ``[pairs, draws, 2]``; computed once.
-
-    To be called while ``source.backbone.denoiser`` is the base. Every process computes its share
-    of the parts; a part that is on the disk is not computed again.
-
-    Parameters
-    ----------
-    source
-        Of the micro-batches.
-    path
-        From `scalars_path`.
     accelerator
         Its processes and its precision.
     """
-    save, load = (
-        getattr(require("safetensors.numpy", "train"), name) for name in ("save_file", "load_file")
-    )
+    train, backbone = source.train, source.backbone
+    parts = (backbone.family.part, "scheduler")
+    depends_on = {
+        "format": 2,
+        "base": [model_digest(backbone.folder / part, CONFIG_AND_WEIGHTS) for part in parts],
+        "encoded": source.encoded.digest,
+        "pairs": source.pairs.pair_id,
+        "seed": train.seed,
+        "draws": train.draws,
+        "dropout": train.prompt_dropout,
+        "flips": train.flips,
+        "dtype": dtype,
+    }
+    path = folder / f"reference-{digest(depends_on)}.parquet"
+    ledger = Ledger.beside(path)
+    starts = range(0, len(source.pairs), SHARD)
     if not path.exists():
-        parts = path.parent / f".parts-{path.stem}"
-        starts = range(0, len(source.pairs), PAIRS_A_PART)
+        finished = ledger.keys()
         mine = starts[accelerator.process_index :: accelerator.num_processes]
-        with progress("the reference's errors", len(mine) * PAIRS_A_PART) as advance:
+        with progress("the reference's errors", len(mine) * SHARD) as advance:
             for start in mine:
-                _part(source, start, parts, accelerator.autocast)
-                advance(PAIRS_A_PART)
+                if str(start) not in finished:
+                    with torch.no_grad(), accelerator.autocast():
+                        ledger.write(str(start), _errors(source, start))
+                advance(SHARD)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            whole = [_part(source, start, parts, accelerator.autocast) for start in starts]
-            with atomic_path(path) as temporary:
-                save({"errors": np.concatenate(whole)}, temporary)
-            Ledger.beside(path).forget()
+            write_table(path, pa.concat_tables(ledger.read(str(start)) for start in starts))
+            ledger.forget()
         note(reference_draws=len(source.pairs) * source.train.draws)
     accelerator.wait_for_everyone()
-    scalars: Scalars = load(path)["errors"]
+    flat = pq.read_table(path)["error"].to_numpy()
+    scalars: Scalars = flat.reshape(-1, source.train.draws, 2)
     return scalars
 
 
-def _part(source: Source, start: int, folder: Path, autocast: Any) -> Scalars:
-    """The scalars of the pairs from ``start`` on, from the disk if they are there."""
-    torch = require("torch", "train")
-    draws = source.train.draws
-    stop = min(start + PAIRS_A_PART, len(source.pairs))
-    path = folder / f"{start}.f32"
-    if path.exists():
-        return np.frombuffer(path.read_bytes(), np.float32).reshape(-1, draws, 2)
-    items = [(pair, d) for pair in range(start, stop) for d in range(draws)]
-    made = np.empty((stop - start, draws, 2), np.float32)
-    with torch.no_grad(), autocast():
-        for part in micro_batches(items, source.encoded.shape, source.train.micro_batch):
-            found, _ = predict(source.backbone, source.batch(part))
-            for (pair, d), values in zip(part, found.cpu().numpy(), strict=True):
-                made[pair - start, d] = values
-    write_bytes(path, made.tobytes())
-    return made
+def _errors(source: Source, start: int) -> pa.Table:
+    """The errors of a shard of pairs, winner and loser of every draw one after the other."""
+    pairs = range(start, min(start + SHARD, len(source.pairs)))
+    items = [(pair, d) for pair in pairs for d in range(source.train.draws)]
+    found: dict[tuple[int, int], Scalars] = {}
+    for part in micro_batches(items, source.encoded.shape, source.train.micro_batch):
+        errors, _ = predict(source.backbone, source.batch(part))
+        found |= zip(part, errors.cpu().numpy(), strict=True)
+    return pa.table({"error": np.concatenate([found[item] for item in items])})

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 
 from fifa.config import Train
 from fifa.errors import FifaError
@@ -12,11 +17,8 @@ from fifa.models.memory import release_memory
 from fifa.models.optional import require
 from fifa.shards.files import atomic_path, read_json
 from fifa.training.backbones.base import Backbone
-from fifa.training.checkpoint import Trainee, step_name
+from fifa.training.checkpoint import TrainState, step_name
 from fifa.training.draws import seed_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FOLDER = "samples"
 BASE = "base.png"
@@ -70,37 +72,32 @@ class Samples:
             )
         if self.accelerator.is_main_process and not (self.folder / BASE).exists():
             pipeline = self._pipeline({})
-            _save(_column(self._images(pipeline)), self.folder / BASE)
+            _save(self._images(pipeline), self.folder / BASE)
             del pipeline
             release_memory()
         self.accelerator.wait_for_everyone()
 
-    def draw(self, step: int, trainee: Trainee) -> None:
+    def draw(self, step: int, state: TrainState) -> None:
         """Write ``samples/step-*.png``: a row a prompt, the base's image left, today's right."""
         if self.accelerator.is_main_process:
-            torch = require("torch", "train")
-            pil = require("PIL.Image")
-            model = self.accelerator.unwrap_model(trainee.model)
+            model = self.accelerator.unwrap_model(state.model)
             model.eval()
-            average = trainee.average
+            average = state.average.in_place() if state.average else nullcontext()
             with torch.no_grad(), self.accelerator.autocast():
                 pipeline = self._pipeline({self.backbone.family.part: model})
-                if average is None:
+                with average:
                     images = self._images(pipeline)
-                else:
-                    with average.in_place():
-                        images = self._images(pipeline)
             model.train()
             del pipeline
             release_memory()
-            with pil.open(self.folder / BASE) as base:
-                sheet = _beside(base.convert("RGB"), _column(images))
+            with Image.open(self.folder / BASE) as base:
+                sheet = _joined([base, images], axis=1)
             _save(sheet, self.folder / f"{step_name(step)}.png")
         self.accelerator.wait_for_everyone()
 
     def _pipeline(self, parts: dict[str, Any]) -> Any:
         """The stock pipeline of the base's folder, with some parts that are in memory already."""
-        diffusers, torch = require("diffusers", "train"), require("torch", "train")
+        diffusers = require("diffusers", "train")
         index = read_json(self.backbone.folder / "model_index.json", "the pipeline's index")
         if "safety_checker" in index:  # no part of what is trained, and often not downloaded
             parts = {"safety_checker": None, "feature_extractor": None, **parts}
@@ -111,8 +108,8 @@ class Samples:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.accelerator.device)
 
-    def _images(self, pipeline: Any) -> list[Image]:
-        torch = require("torch", "train")
+    def _images(self, pipeline: Any) -> Image.Image:
+        """An image a prompt, one below the other."""
         images = []
         for number, prompt in enumerate(self.prompts):
             seed = seed_of("sample", self.train.seed, number)
@@ -124,26 +121,17 @@ class Samples:
                 generator=torch.Generator().manual_seed(seed),
             )
             images.append(made.images[0])
-        return images
+        return _joined(images, axis=0)
 
 
-def _column(images: Sequence[Image]) -> Image:
-    pil = require("PIL.Image")
-    width, height = images[0].size
-    sheet: Image = pil.new("RGB", (width, len(images) * (height + GAP) - GAP), "white")
-    for row, image in enumerate(images):
-        sheet.paste(image, (0, row * (height + GAP)))
-    return sheet
+def _joined(images: Sequence[Image.Image], axis: int) -> Image.Image:
+    """Images of one size below (axis 0) or beside (axis 1) each other, with white between them."""
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    gap = np.full_like(arrays[0].take(range(GAP), axis), 255)
+    parts = [part for array in arrays for part in (gap, array)][1:]
+    return Image.fromarray(np.concatenate(parts, axis))
 
 
-def _beside(left: Image, right: Image) -> Image:
-    pil = require("PIL.Image")
-    sheet: Image = pil.new("RGB", (left.width + GAP + right.width, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + GAP, 0))
-    return sheet
-
-
-def _save(image: Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.shards.files import atomic_path
 from fifa.training.backbones.base import Tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Place = tuple[int, int]  # a shard's number and a row in it
 
@@ -52,7 +49,7 @@ class TensorShards:
     def row(self, shard: int, row: int) -> Tensors:
         """One row of every tensor in a shard, without the dimension of rows; a copy."""
         file = self._file(shard)
-        return {name: _slice(file, name, row) for name in file.keys()}  # noqa: SIM118 - no dict
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 - no dict
 
     def check(self) -> int:
         """Bytes of all files; raises `FifaError` if a shard is missing or damaged."""
@@ -77,8 +74,3 @@ class TensorShards:
                     do="remove the file, and it is made again",
                 ) from error
         return self._open[shard]
-
-
-def _slice(file: Any, name: str, row: int) -> Tensor:
-    value: Tensor = file.get_slice(name)[row]
-    return value

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fifa.errors import FifaError
 from fifa.models.families import Family
@@ -14,10 +18,6 @@ from fifa.training.backbones.parts import ModelFolder, diffusers
 from fifa.training.backbones.schedule import Diffusion, Flow
 from fifa.training.backbones.text import TextEncoder
 from fifa.training.backbones.vae import Vae
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
 
@@ -105,6 +105,12 @@ class Backbone:
         self.vae.drop()
         self._text.clear()
         release_memory()
+
+    def with_denoiser(self, denoiser: torch.nn.Module) -> Backbone:
+        """The backbone with another denoiser; everything else is shared."""
+        other = copy.copy(self)
+        other.denoiser = denoiser
+        return other
 
     def inputs(self, tensors: Tensors) -> Tensors:
         """``tensors`` on the device, in the floating type of the denoiser's weights."""

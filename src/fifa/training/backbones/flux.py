@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from fifa.models.optional import require
+import torch
+from torch import Tensor
+
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text, t5_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Flux(Backbone):
@@ -36,7 +34,6 @@ class Flux(Backbone):
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The transformer's flow, float32 ``[n, c, h, w]``; ``frames`` do not matter."""
-        torch = require("torch")
         x = self.inputs({"noisy": noisy, **prompts})
         n, _, height, width = noisy.shape
         dtype, guidance = x["noisy"].dtype, None
@@ -71,7 +68,6 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
 
 def positions(rows: int, columns: int) -> Tensor:
     """0, row and column of every patch, float32 ``[rows columns, 3]``."""
-    torch = require("torch")
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     ids: Tensor = torch.stack([torch.zeros_like(row), row, column], dim=-1)
     return ids.reshape(-1, 3).float()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fifa.console import quiet
 from fifa.errors import FifaError
@@ -16,9 +18,6 @@ from fifa.models.families import PIPELINES, Family
 from fifa.models.hub import HUB_FILES, model_folder
 from fifa.models.optional import require
 from fifa.shards.files import read_json
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

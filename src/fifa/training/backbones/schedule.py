@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from fifa.errors import FifaError
-from fifa.models.optional import require
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+from fifa.training.backbones.parts import diffusers
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
+
+
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
 class Diffusion:
@@ -28,7 +29,6 @@ class Diffusion:
     """
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
-        torch = require("torch", "train")
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise FifaError(
@@ -37,14 +37,27 @@ class Diffusion:
                 do="use a model with prediction_type epsilon or v_prediction",
             )
         self.prediction: Prediction = prediction
-        betas = _betas(config, where)
-        self.steps = len(betas)
-        # alpha_bar_t = prod_{s <= t} (1 - beta_s), in float32 as diffusers multiplies it
-        self.alphas = torch.cumprod(1.0 - betas, dim=0)
+        if config.get("rescale_betas_zero_snr"):
+            raise FifaError(
+                "a schedule rescaled to zero terminal SNR is not supported",
+                where=where,
+                do="use a model whose scheduler has rescale_betas_zero_snr off",
+            )
+        try:
+            betas = {name: config[name] for name in BETAS if name in config}
+            known = diffusers("DDPMScheduler")(**betas)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise FifaError(
+                f"no such beta schedule: {config.get('beta_schedule')}",
+                where=where,
+                do="linear, scaled_linear, squaredcos_cap_v2 or trained_betas",
+            ) from error
+        # alpha_bar_t = prod_{s <= t} (1 - beta_s), float32 [T]
+        self.alphas: Tensor = known.alphas_cumprod
+        self.steps = len(self.alphas)
 
     def draw_time(self, generator: torch.Generator) -> Tensor:
         """A timestep, uniform in [0, T), int64."""
-        torch = require("torch")
         drawn: Tensor = torch.randint(0, self.steps, (), generator=generator)
         return drawn
 
@@ -95,7 +108,6 @@ class Flow:
 
     def draw_time(self, generator: torch.Generator) -> Tensor:
         """A sigma in (0, 1), float32."""
-        torch = require("torch")
         # s = sigmoid(N(0, 1)), then shift s / (1 + (shift - 1) s)
         s = torch.sigmoid(torch.randn((), generator=generator))
         shifted: Tensor = self.shift * s / (1 + (self.shift - 1) * s)
@@ -109,47 +121,3 @@ class Flow:
     def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """``noise - latents``."""
         return noise - latents
-
-
-def _betas(config: dict[str, Any], where: str) -> Tensor:
-    """The betas of the schedules that diffusers knows by name, float32 [T]."""
-    torch = require("torch")
-    if config.get("trained_betas") is not None:
-        given: Tensor = torch.tensor(config["trained_betas"], dtype=torch.float32)
-        return given
-    steps = int(config.get("num_train_timesteps", 1000))
-    start = float(config.get("beta_start", 0.0001))
-    end = float(config.get("beta_end", 0.02))
-    name = config.get("beta_schedule", "linear")
-    if config.get("rescale_betas_zero_snr"):
-        raise FifaError(
-            "a schedule rescaled to zero terminal SNR is not supported",
-            where=where,
-            do="use a model whose scheduler has rescale_betas_zero_snr off",
-        )
-    if name == "linear":
-        betas: Tensor = torch.linspace(start, end, steps, dtype=torch.float32)
-    elif name == "scaled_linear":
-        # linear in sqrt(beta): the latent diffusion models' schedule
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    elif name == "squaredcos_cap_v2":
-        betas = _cosine(steps)
-    else:
-        raise FifaError(
-            f"no such beta schedule: {name}",
-            where=where,
-            do="linear, scaled_linear, squaredcos_cap_v2 or trained_betas",
-        )
-    return betas
-
-
-def _cosine(steps: int) -> Tensor:
-    """``beta_t = 1 - f(t + 1) / f(t)``, ``f(t) = cos^2((t / T + 0.008) / 1.008 * pi / 2)``.
-
-    At most 0.999 (arXiv:2102.09672).
-    """
-    torch = require("torch")
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
-    betas: Tensor = (1 - f[1:] / f[:-1]).clamp(max=0.999).float()
-    return betas

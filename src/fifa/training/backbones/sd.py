@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class StableDiffusion(Backbone):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fifa.models.optional import require
+import torch
+from torch import Tensor
+
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text, side_by_side, t5_text
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T5_LENGTH = 256  # tokens, as in the pipeline
 
@@ -41,7 +40,7 @@ class StableDiffusion3(Backbone):
         be zeros.
         """
         tokens, pooled = side_by_side(self.text[:2], prompts)
-        encoded = {"clip": tokens, "pooled": require("torch").cat(pooled, dim=-1)}
+        encoded = {"clip": tokens, "pooled": torch.cat(pooled, dim=-1)}
         for t5 in self.text[2:]:
             encoded["t5"] = t5(prompts)[0].float()
         return encoded
@@ -60,7 +59,6 @@ class StableDiffusion3(Backbone):
 
     def _joined(self, x: Tensors) -> Tensor:
         """CLIP's tokens, widened by zeros, then T5's: ``[n, length + 256, d]``."""
-        torch = require("torch")
         clip = x["clip"]
         wide = torch.nn.functional.pad(clip, (0, self.text_width - clip.shape[-1]))
         t5 = x.get("t5")

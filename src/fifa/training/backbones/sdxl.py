@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
 from fifa.training.backbones.text import clip_text, side_by_side
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 class StableDiffusionXL(Backbone):
-    """A UNet that attends to two CLIPs and is told sizes and crop (arXiv:2307.01952)."""
+    """A UNet that attends to two CLIPs and takes sizes and crop as inputs (arXiv:2307.01952)."""
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder, [clip_text(folder), clip_text(folder, "_2", projection=True)])

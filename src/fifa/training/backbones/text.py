@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fifa.models.optional import require
+import torch
+from torch import Tensor
+
 from fifa.training.backbones.parts import ModelFolder, transformers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class TextEncoder:
 
     def __call__(self, prompts: Sequence[str], **options: bool) -> Any:
         """The model's output; padding is not masked out, as in the pipelines."""
-        torch = require("torch")
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -84,7 +82,6 @@ def side_by_side(
 
     float32 ``[n, length, d1 + d2 + ...]``, and ``[n, d]`` of each.
     """
-    torch = require("torch")
     outputs = [encoder(prompts, output_hidden_states=True) for encoder in encoders]
     tokens: Tensor = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
     return tokens, [output[0].float() for output in outputs]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from fifa.errors import FifaError
-from fifa.models.optional import require
 from fifa.training.backbones.parts import ModelFolder, diffusers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Vae:
@@ -30,7 +29,6 @@ class Vae:
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        torch = require("torch", "train")
         config = folder.config("vae")
         class_name = str(config.get("_class_name"))
         if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -65,7 +63,6 @@ class Vae:
         FifaError
             After `drop`, and where a moment is not finite.
         """
-        torch = require("torch")
         if self._model is None:
             raise FifaError("the VAE has been let go of: encode before drop_encoders")
         with torch.no_grad():
