@@ -136,9 +136,10 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_table(path, pa.concat_tables(ledger.read(str(start)) for start in starts))
-            ledger.forget()
         note(reference_draws=len(source.pairs) * source.train.draws)
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        ledger.forget()
     flat = pq.read_table(path)["error"].to_numpy()
     scalars: Scalars = flat.reshape(-1, source.train.draws, 2)
     return scalars
