@@ -190,7 +190,7 @@ def test_training_on_a_pool_follows_the_online_curve():
 
 def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monkeypatch):
     reference = sys.modules["fifa.training.reference"]
-    monkeypatch.setattr(reference, "PAIRS_A_PART", 1)
+    monkeypatch.setattr(reference, "SHARD", 1)
     calls = []
     predict = reference.predict
 
