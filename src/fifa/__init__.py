@@ -15,36 +15,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fifa.errors import FifaError
+from fifa.errors import FifaError as FifaError
 
 if TYPE_CHECKING:
-    from fifa.config import Recipe
-    from fifa.data.read import read_pairs
-    from fifa.data.table import Pairs
-    from fifa.run.evaluation import evaluate
-    from fifa.run.steps import filter_pairs
-    from fifa.run.training import train
-    from fifa.scoring import score
-    from fifa.scoring.table import Scores
-    from fifa.selection import select
-    from fifa.selection.export import export, rebuild
+    from fifa.config import Recipe as Recipe
+    from fifa.data.read import read_pairs as read_pairs
+    from fifa.data.table import Pairs as Pairs
+    from fifa.run.evaluation import evaluate as evaluate
+    from fifa.run.steps import filter_pairs as filter_pairs
+    from fifa.run.training import train as train
+    from fifa.scoring import score as score
+    from fifa.scoring.table import Scores as Scores
+    from fifa.selection.choose import select as select
+    from fifa.selection.export import export as export
+    from fifa.selection.export import rebuild as rebuild
 
 __version__ = "0.1.0"
-__all__ = [
-    "FifaError",
-    "Pairs",
-    "Recipe",
-    "Scores",
-    "evaluate",
-    "export",
-    "filter_pairs",
-    "read_pairs",
-    "rebuild",
-    "score",
-    "select",
-    "train",
-]
-
 # Imported when first used, so that `import fifa` and `fifa --help` are quick.
 _HOMES = {
     "Pairs": "fifa.data.table",
@@ -56,9 +42,10 @@ _HOMES = {
     "read_pairs": "fifa.data.read",
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",
-    "select": "fifa.selection",
+    "select": "fifa.selection.choose",
     "train": "fifa.run.training",
 }
+__all__ = ["FifaError", *_HOMES]
 
 
 def __getattr__(name: str) -> object:

@@ -16,7 +16,8 @@ from fifa.errors import FifaError
 from fifa.run import steps
 from fifa.run.folder import Run
 from fifa.run.steps import IMAGE_COLUMNS, _columns, select_step
-from fifa.selection import readable, select
+from fifa.selection import readable
+from fifa.selection.choose import select
 from fifa.selection.table import reason_counts
 from fifa.shards.files import write_json, write_table
 

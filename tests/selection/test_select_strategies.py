@@ -11,7 +11,8 @@ from worlds import make_embeddings, make_pairs, make_scores, permuted
 from fifa.config import STRATEGIES, Select
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores
-from fifa.selection import greedy, select, strategies
+from fifa.selection import greedy, strategies
+from fifa.selection.choose import select
 from fifa.selection.table import REASONS, SELECTION, reason_counts
 
 ELIGIBLE = {"selected", "below_cutoff", "prompt_cap"}

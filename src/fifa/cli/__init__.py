@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import click
 
 from fifa import __version__
-from fifa.cli.batch import batch_group
-from fifa.cli.compare import compare_command
-from fifa.cli.demo import demo_command
-from fifa.cli.evaluate import evaluate_command
-from fifa.cli.export import export_command
-from fifa.cli.filter import filter_command
-from fifa.cli.read import read_command
-from fifa.cli.rebuild import rebuild_command
-from fifa.cli.report import report_command
-from fifa.cli.reward import reward_group
-from fifa.cli.score import score_command
-from fifa.cli.select import select_command
-from fifa.cli.train import train_command
-from fifa.cli.vote import vote_group
 from fifa.errors import FifaError
+
+STEPS = ("filter", "read", "score", "select", "export", "rebuild", "report")
+COMMANDS = (*STEPS, "train", "reward", "batch", "demo", "evaluate", "compare", "vote")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -34,23 +24,8 @@ def cli() -> None:
     """
 
 
-for command in (
-    filter_command,
-    read_command,
-    score_command,
-    select_command,
-    export_command,
-    rebuild_command,
-    report_command,
-    train_command,
-    reward_group,
-    batch_group,
-    demo_command,
-    evaluate_command,
-    compare_command,
-    vote_group,
-):
-    cli.add_command(command)
+for name in COMMANDS:
+    cli.add_command(import_module(f"fifa.cli.{name}").command)
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ from fifa.cli.options import run_argument
 
 
 @click.group("batch")
-def batch_group() -> None:
+def command() -> None:
     """Prompt ratings through batch files: OpenAI's Batch API, `vllm run-batch`."""
 
 
-@batch_group.command("write")
+@command.command("write")
 @run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def write_command(run: str, file: Path) -> None:
@@ -30,7 +30,7 @@ def write_command(run: str, file: Path) -> None:
     click.echo(file)
 
 
-@batch_group.command("read")
+@command.command("read")
 @run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def read_command(run: str, file: Path) -> None:

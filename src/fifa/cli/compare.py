@@ -18,7 +18,7 @@ from fifa.cli.options import check_runs
     show_default=True,
     help="The page.",
 )
-def compare_command(runs: tuple[str, ...], out: Path) -> None:
+def command(runs: tuple[str, ...], out: Path) -> None:
     """Several evaluated RUNs in one table and one figure."""
     from fifa.evaluation.compare import compare_runs
     from fifa.reporting.comparison import comparison_text, write_comparison

@@ -12,7 +12,7 @@ from fifa.cli.options import KnobCommand, chosen
 
 @click.command("demo", cls=KnobCommand, knobs="Demo")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
-def demo_command(out: Path, **options: Any) -> None:
+def command(out: Path, **options: Any) -> None:
     """All of it in a built-in world: filter, train, generate, judge, report. No GPU needed."""
     from fifa.config import Demo
     from fifa.demo import demo

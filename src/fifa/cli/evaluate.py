@@ -12,7 +12,7 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 
 @click.command("evaluate", cls=KnobCommand, knobs="Evaluate")
 @out_option
-def evaluate_command(out: Path, **options: Any) -> None:
+def command(out: Path, **options: Any) -> None:
     """What a training bought: images of base and checkpoints, scored, compared and shown."""
     from fifa.config import Evaluate
     from fifa.evaluation.models import name_checkpoints

@@ -14,7 +14,7 @@ from fifa.cli.options import run_argument
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Another folder.  [default: RUN/subset]"
 )
-def export_command(run: str, out: Path | None) -> None:
+def command(run: str, out: Path | None) -> None:
     """Write the selected pairs of RUN as a data set that Diffusion-DPO trainers read."""
     from fifa.run.folder import open_run
     from fifa.run.steps import export_step

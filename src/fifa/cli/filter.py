@@ -13,7 +13,7 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 @click.command("filter", cls=KnobCommand, knobs="Recipe")
 @out_option
 @click.option("--dry-run", is_flag=True, help="Print the recipe and what would be done; stop.")
-def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
+def command(out: Path, dry_run: bool, **options: Any) -> None:
     """The main job: read SOURCE, score, keep the best pairs, write the subset and the report."""
     from fifa.config import Recipe
     from fifa.run.steps import filter_pairs, plan

@@ -12,7 +12,7 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 
 @click.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
 @out_option
-def read_command(out: Path, **options: Any) -> None:
+def command(out: Path, **options: Any) -> None:
     """Index SOURCE as a table of pairs, without reading pixels."""
     from fifa.config import Recipe
     from fifa.run.folder import start_run

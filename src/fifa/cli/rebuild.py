@@ -14,7 +14,7 @@ from fifa.cli.options import out_option
 @click.option("--source", help="Where the source is now, if it has moved.")
 @click.option("--allow-download", is_flag=True, help="Fetch images the source only names by URL.")
 @out_option
-def rebuild_command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
+def command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
     """Rebuild a subset from its subset.json and the source."""
     from fifa.selection.export import rebuild
 

@@ -9,7 +9,7 @@ from fifa.cli.options import run_argument
 
 @click.command("report")
 @run_argument
-def report_command(run: str) -> None:
+def command(run: str) -> None:
     """Write RUN's report.html again."""
     from fifa.evaluation.results import is_evaluated
     from fifa.reporting.page import write_report

@@ -11,11 +11,11 @@ from fifa.cli.options import KnobCommand, chosen
 
 
 @click.group("reward")
-def reward_group() -> None:
+def command() -> None:
     """Reward models trained on the feedback itself."""
 
 
-@reward_group.command("train", cls=KnobCommand, knobs="Reward")
+@command.command("train", cls=KnobCommand, knobs="Reward")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The model's folder.")
 def train_command(out: Path, **options: Any) -> None:
     """Train a proxy on SOURCE's labels; score with it as --margin proxy:FOLDER."""

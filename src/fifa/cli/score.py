@@ -12,7 +12,7 @@ from fifa.cli.options import KnobCommand, chosen
 
 @click.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, for a new run.")
-def score_command(out: Path | None, **options: Any) -> None:
+def command(out: Path | None, **options: Any) -> None:
     """Score every pair and prompt of SOURCE (or of a RUN that was read)."""
     from fifa.config import Recipe
     from fifa.run.folder import open_run, revised, start_run

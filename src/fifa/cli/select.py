@@ -11,7 +11,7 @@ from fifa.cli.options import KnobCommand, chosen, run_argument
 
 @click.command("select", cls=KnobCommand, knobs="Recipe", sections=("select",))
 @run_argument
-def select_command(run: str, **options: Any) -> None:
+def command(run: str, **options: Any) -> None:
     """Select again from the scores of RUN: another K, other weights, no scoring."""
     from fifa.run.folder import open_run, revised
     from fifa.run.steps import select_step

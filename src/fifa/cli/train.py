@@ -15,7 +15,7 @@ from fifa.errors import FifaError
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
 @click.option("--preset", help="paper-sd15, paper-sdxl or lora-small; options override it.")
 @click.option("--dry-run", is_flag=True, help="Print the training and what it takes; stop.")
-def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
+def command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
     """Align a diffusion model with SOURCE's pairs (a RUN, a subset, or the diffusers schema).
 
     Several devices: `accelerate launch -m fifa train ...`.

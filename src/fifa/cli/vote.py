@@ -20,14 +20,14 @@ class _ServeByDefault(click.Group):
 
 
 @click.group("vote", cls=_ServeByDefault)
-def vote_group() -> None:
+def command() -> None:
     """People vote: two images, one prompt.
 
     `fifa vote RUN` serves the page on this machine; its options are those of `fifa vote serve`.
     """
 
 
-@vote_group.command("serve", cls=KnobCommand, knobs="Vote")
+@command.command("serve", cls=KnobCommand, knobs="Vote")
 @run_argument
 @click.option("--new-invitation", is_flag=True, help="End the links that were given out.")
 def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
@@ -44,7 +44,7 @@ everybody_option = click.option(
 )
 
 
-@vote_group.command("results")
+@command.command("results")
 @run_argument
 @everybody_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -59,7 +59,7 @@ def results_command(run: str, everybody: bool, as_json: bool) -> None:
     click.echo(json.dumps(found.plain(), indent=2) if as_json else results_text(found))
 
 
-@vote_group.command("export")
+@command.command("export")
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A .parquet file.")
 @everybody_option

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import asdict
-from typing import TypeAlias
+from dataclasses import asdict, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,13 +40,38 @@ def select(
     *,
     unreadable: Collection[str] = (),
     embeddings: Embeddings | None = None,
+    **changes: Any,
 ) -> pa.Table:
-    """`fifa.select`, with the knobs in one piece.
+    """Keep the most important pairs, and give every pair a reason.
 
-    ``pairs.table`` may hold ``pair_id``, ``prompt_index``, ``label`` and ``repeat`` only, and
-    ``pairs.prompts`` the ``prompt_id`` only; score tables in another order are aligned by id.
+    Parameters
+    ----------
+    pairs, scores
+        What `fifa.read_pairs` and `fifa.score` gave. ``pairs.table`` may hold ``pair_id``,
+        ``prompt_index``, ``label`` and ``repeat`` only, and ``pairs.prompts`` the ``prompt_id``
+        only; score tables in another order are aligned by id.
+    knobs
+        Strategy, weights and gates; None is the default recipe's.
+    unreadable
+        Ids of pairs with an image that cannot be decoded: never selected.
+    embeddings
+        float32 [prompts, d], L2-normalised, row by row with ``pairs.prompts``, or a function
+        that gives them: for the strategies ``facility`` and ``farthest``.
+    **changes
+        Knobs of `fifa.config.Select` to change: ``keep=0.1``, ``alpha=0``, ``per_prompt=3``.
+
+    Returns
+    -------
+    pyarrow.Table
+        A `fifa.selection.table.SELECTION`, row by row with ``pairs.table``: every pair, kept or
+        dropped, with its reason.
+
+    Raises
+    ------
+    FifaError
+        If nothing is eligible, a knob is wrong, or the strategy or a gate lacks its score.
     """
-    knobs = knobs or Select()
+    knobs = replace(knobs or Select(), **changes)
     n = len(pairs)
     if n == 0:
         raise FifaError("there are no pairs to select from", where=pairs.origin.source or None)
