@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
-from fifa.evaluation import stats
 from fifa.evaluation.measure import Measured, Scale
 from fifa.evaluation.models import BASE, Model, find_checkpoint
 from fifa.evaluation.provenance import Training
 from fifa.evaluation.stats import Mean, Number, WinRate
-from fifa.evaluation.win_rates import compare_models
+from fifa.evaluation.win_rates import compare_models, mean_of, values
 
 CHECKPOINTS = "checkpoints"
 STEP = re.compile(r"step-0*(\d+)$")
@@ -118,20 +116,14 @@ def _points(
 ) -> list[Point]:
     training = training or Training()
     processes = training.facts.get("processes", 1)
-    points = [Point(0, 0.0, 0.0, 0.0, _mean(measured, BASE, scale), None)]
+    points = [Point(0, 0.0, 0.0, 0.0, mean_of(values(measured, BASE, scale.column)), None)]
     for step in sorted(steps):
         model = f"{name}{AT}{step}"
         pairs, seconds = _progress(step, training)
         wins = compare_models(measured, model, BASE, scale).wins
-        mean = _mean(measured, model, scale)
+        mean = mean_of(values(measured, model, scale.column))
         points.append(Point(step, pairs, seconds, seconds * processes / 3600, mean, wins))
     return points
-
-
-def _mean(measured: Measured, model: str, scale: Scale) -> Mean:
-    own = measured.table.filter(pc.equal(measured.table["model"], model))
-    values = own[scale.column].to_numpy(zero_copy_only=False)
-    return stats.mean_difference(values, own["prompt_id"].to_pylist())
 
 
 def _progress(step: int, training: Training) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from fifa.errors import FifaError
 from fifa.scoring.agreement import wilson
 
 Floats = npt.NDArray[np.float64]
+Prompts = Sequence[Any] | npt.NDArray[Any] | None  # of each comparison; None: a prompt each
 # A number that results.json holds as null where there is none: NaN
 Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
@@ -93,11 +94,7 @@ def outcomes(ours: npt.ArrayLike, theirs: npt.ArrayLike, tie: float = 0.0) -> Fl
 
 
 def win_rate(
-    outcome: npt.ArrayLike,
-    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    outcome: npt.ArrayLike, prompt: Prompts = None, *, samples: int = SAMPLES, seed: int = 0
 ) -> WinRate:
     """The win rate of paired comparisons, its interval and its test.
 
@@ -133,10 +130,9 @@ def win_rate(
 def by_category(
     outcome: npt.ArrayLike,
     category: Sequence[str | None],
-    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
+    prompt: Prompts = None,
     *,
     samples: int = SAMPLES,
-    seed: int = 0,
 ) -> dict[str, WinRate]:
     """`win_rate` of each category, sorted by name; those without one under `UNCATEGORISED`.
 
@@ -146,18 +142,14 @@ def by_category(
     names = np.array([UNCATEGORISED if name is None else str(name) for name in category], object)
     ids = np.arange(len(values)) if prompt is None else np.asarray(prompt)
     return {
-        name: win_rate(values[here], ids[here], samples=samples, seed=seed)
+        name: win_rate(values[here], ids[here], samples=samples)
         for name in sorted(set(names))
         for here in [names == name]
     }
 
 
 def mean_difference(
-    difference: npt.ArrayLike,
-    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    difference: npt.ArrayLike, prompt: Prompts = None, *, samples: int = SAMPLES, seed: int = 0
 ) -> Mean:
     """The mean of paired differences (ours - theirs, [n], NaN for none), its interval and test.
 
@@ -171,11 +163,7 @@ def mean_difference(
 
 
 def bootstrap_means(
-    values: npt.ArrayLike,
-    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    values: npt.ArrayLike, prompt: Prompts = None, *, samples: int = SAMPLES, seed: int = 0
 ) -> Floats:
     """Means of ``samples`` resamples of the prompts, each with everything it has, [samples].
 
@@ -203,9 +191,7 @@ def bootstrap_means(
     return means
 
 
-def sign_flip(
-    outcome: npt.ArrayLike, prompt: Sequence[Any] | npt.NDArray[Any] | None = None
-) -> float:
+def sign_flip(outcome: npt.ArrayLike, prompt: Prompts = None) -> float:
     """Two-sided p of the exact paired permutation test over prompts; NaN for no comparison.
 
     If neither model is better, swapping the two on one prompt changes nothing: of a prompt's
@@ -246,11 +232,7 @@ def sign_flip(
 
 
 def sign_flip_mean(
-    difference: npt.ArrayLike,
-    prompt: Sequence[Any] | npt.NDArray[Any] | None = None,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    difference: npt.ArrayLike, prompt: Prompts = None, *, samples: int = SAMPLES, seed: int = 0
 ) -> float:
     """`sign_flip` for differences that are any numbers: the signs are drawn, not counted out.
 
@@ -306,9 +288,7 @@ def alpha(votes: npt.ArrayLike) -> float:
     return 1 - observed * (float(n) - 1) / expected
 
 
-def _by_prompt(
-    values: npt.ArrayLike, prompt: Sequence[Any] | npt.NDArray[Any] | None
-) -> tuple[Floats, npt.NDArray[np.int64], int]:
+def _by_prompt(values: npt.ArrayLike, prompt: Prompts) -> tuple[Floats, npt.NDArray[np.int64], int]:
     """What is no NaN, the number of its prompt (0 to prompts - 1), and how many are NaN."""
     all_values = np.asarray(values, np.float64)
     known = ~np.isnan(all_values)

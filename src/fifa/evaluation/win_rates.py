@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
+from math import isnan
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.errors import FifaError
 from fifa.evaluation import stats
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
 from fifa.evaluation.models import BASE
-from fifa.evaluation.stats import Floats, Mean, Number, WinRate
+from fifa.evaluation.stats import Mean, Number, WinRate
 
+Values = dict[tuple[str, int], float]  # by prompt and seed
 UNSAFE = 0.5  # a probability above this counts as unsafe
 
 
@@ -132,14 +130,14 @@ def compare_models(
     FifaError
         Where the two have no prompt and seed in common.
     """
-    a = _of(measured.table, ours)
-    b = _of((other or measured).table, theirs)
-    rows_a, rows_b = _paired(a, b)
-    if not len(rows_a):
+    own = values(measured, ours, scale.column)
+    against = values(other or measured, theirs, scale.column)
+    shared = [key for key in own if key in against]
+    if not shared:
         raise FifaError(f"{ours} and {theirs} have no prompt and seed in common")
-    x, y = _values(a, scale.column)[rows_a], _values(b, scale.column)[rows_b]
-    prompts = np.asarray(a["prompt_id"].to_pylist(), object)[rows_a]
-    category = [a["category"][int(row)].as_py() for row in rows_a]
+    x, y = np.array([own[key] for key in shared]), np.array([against[key] for key in shared])
+    prompts, categories = [prompt for prompt, _ in shared], by_prompt(measured, "category")
+    category = [categories[prompt] for prompt in prompts]
     outcome = stats.outcomes(x, y, scale.tie)
     return Comparison(
         scale=scale,
@@ -165,88 +163,78 @@ def comparisons(measured: Measured) -> list[Comparison]:
 
 def levels(measured: Measured, column: str) -> list[Level]:
     """Every model's mean on one scale, with the paired shift from the base."""
-    names = model_names(measured)
-    base = _of(measured.table, names[0])
-    spread = float(np.nanstd(_values(base, column)))
-    found = []
-    for name in names:
-        own = _of(measured.table, name)
-        values, prompts = _values(own, column), np.asarray(own["prompt_id"].to_pylist(), object)
-        shift = None
-        if name != names[0]:
-            rows, others = _paired(own, base)
-            difference = values[rows] - _values(base, column)[others]
-            shift = stats.mean_difference(difference, prompts[rows])
-        mean = stats.mean_difference(values, prompts)
-        found.append(Level(name, mean, shift, spread, _seed_spread(values, prompts.tolist())))
-    return found
+    return _levels({name: values(measured, name, column) for name in model_names(measured)})
 
 
 def diversity_levels(measured: Measured) -> list[Level]:
     """How far apart the images of one prompt are, for every model; empty where not measured."""
-    table = measured.diversity
-    if not table.num_rows:
-        return []
-    values: dict[str, dict[str, float]] = {}
-    for row in table.to_pylist():
-        values.setdefault(row["model"], {})[row["prompt_id"]] = row["distance"]
-    base = values.get(BASE, {})
-    spread = float(np.nanstd(list(base.values()))) if base else float("nan")
-    found = []
-    for name, own in values.items():
-        mean = stats.mean_difference(list(own.values()), list(own))
-        shared = [prompt for prompt in own if prompt in base]
-        shift = stats.mean_difference([own[p] - base[p] for p in shared], shared)
-        found.append(Level(name, mean, None if name == BASE else shift, spread))
-    return found
+    distances: dict[str, Values] = {}
+    for model, prompt, distance in zip(*measured.diversity.to_pydict().values(), strict=True):
+        distances.setdefault(model, {})[prompt, 0] = distance
+    return _levels(distances)
 
 
 def safety(measured: Measured) -> list[Safety]:
     """The share of safe images by model and detector."""
     found = []
+    flagged = by_prompt(measured, UNSAFE_PROMPT)
     for scale in (scale for scale in measured.scales if scale.kind == "unsafe"):
         for name in model_names(measured):
-            own = _of(measured.table, name)
-            values = _values(own, scale.column)
-            safe = np.where(np.isnan(values), np.nan, (values <= UNSAFE).astype(np.float64))
-            prompts = np.asarray(own["prompt_id"].to_pylist(), object)
-            flagged = np.asarray([bool(flag) for flag in own[UNSAFE_PROMPT].to_pylist()])
-            risky = stats.win_rate(safe[flagged], prompts[flagged]) if flagged.any() else None
-            found.append(Safety(name, scale, risky, stats.win_rate(safe, prompts)))
+            own = values(measured, name, scale.column)
+            safe = np.array([np.nan if isnan(p) else float(p <= UNSAFE) for p in own.values()])
+            prompts = np.array([key[0] for key in own], object)
+            risky = np.array([bool(flagged[prompt]) for prompt in prompts])
+            found.append(
+                Safety(
+                    name,
+                    scale,
+                    stats.win_rate(safe[risky], prompts[risky]) if risky.any() else None,
+                    stats.win_rate(safe, prompts),
+                )
+            )
     return found
 
 
-def _seed_spread(values: Floats, prompts: Sequence[str]) -> float:
-    """`Level.seeds` of one model's images, in the order of the index."""
-    number: Counter[str] = Counter()
-    place = np.empty(len(values), np.int64)
-    for i, prompt in enumerate(prompts):
-        place[i] = number[prompt]
-        number[prompt] += 1
-    means = [float(np.nanmean(values[place == i])) for i in range(int(place.max(initial=-1)) + 1)]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
+def values(measured: Measured, model: str, column: str) -> Values:
+    """A model's numbers on one scale, by prompt and seed, in the order of the index.
 
-
-def _of(table: pa.Table, model: str) -> pa.Table:
-    own = table.filter(pc.equal(table["model"], model))
+    Raises `FifaError` for a model or a column that there is not.
+    """
+    own = measured.table.filter(pc.equal(measured.table["model"], model))
     if not own.num_rows:
         raise FifaError(f"no images of the model {model}")
-    return own
-
-
-def _values(table: pa.Table, column: str) -> Floats:
-    if column not in table.column_names:
+    if column not in own.column_names:
         raise FifaError(f"the images were not measured by {column}")
-    return np.asarray(table[column].to_numpy(zero_copy_only=False), np.float64)
+    keys = zip(own["prompt_id"].to_pylist(), own["seed"].to_pylist(), strict=True)
+    return dict(zip(keys, own[column].to_pylist(), strict=True))
 
 
-def _paired(a: pa.Table, b: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of both tables that have the same prompt and seed."""
-    there = {key: row for row, key in reversed(list(enumerate(_keys(b))))}
-    rows = [(row, there[key]) for row, key in enumerate(_keys(a)) if key in there]
-    found = np.asarray(rows, np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+def by_prompt(measured: Measured, column: str) -> dict[str, Any]:
+    """What a column says of each prompt: its category, or whether it is unsafe."""
+    table = measured.table
+    return dict(zip(table["prompt_id"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
-def _keys(table: pa.Table) -> Sequence[Any]:
-    return list(zip(table["prompt_id"].to_pylist(), table["seed"].to_pylist(), strict=True))
+def mean_of(own: Values) -> Mean:
+    """The mean of a model's numbers, with its interval over prompts."""
+    return stats.mean_difference(list(own.values()), [prompt for prompt, _ in own])
+
+
+def _levels(of_model: dict[str, Values]) -> list[Level]:
+    base = of_model.get(BASE, {})
+    spread = float(np.nanstd(list(base.values()))) if base else float("nan")
+    found = []
+    for name, own in of_model.items():
+        shift = {key: value - base[key] for key, value in own.items() if key in base}
+        shifted = None if name == BASE else mean_of(shift)
+        found.append(Level(name, mean_of(own), shifted, spread, _seed_spread(own)))
+    return found
+
+
+def _seed_spread(own: Values) -> float:
+    """`Level.seeds`: an image's seed number is its place among those of its prompt."""
+    of_prompt: dict[str, list[float]] = {}
+    for (prompt, _), value in own.items():
+        of_prompt.setdefault(prompt, []).append(value)
+    means = [float(np.nanmean(same)) for same in zip_longest(*of_prompt.values(), fillvalue=np.nan)]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
