@@ -9,7 +9,7 @@ from PIL import Image
 
 from fifa.data.ids import prompt_id
 from fifa.evaluation.generate import IMAGES, png
-from fifa.evaluation.judges import LOOKS
+from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import DIVERSITY, MEASURES, Measured, Scale, load_measured
 from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.provenance import Training
@@ -53,8 +53,8 @@ def measured(index, columns, *, picked=(), unsafe=(), diversity=None):
     scales, table = [], index.select(["model", "prompt_id", "seed", "file", "category"])
     table = table.append_column("unsafe_prompt", pa.array([None] * len(index), pa.bool_()))
     for name, values in columns.items():
-        kind = "look" if name in LOOKS else "unsafe" if name in unsafe else "reward"
-        scales.append(Scale(name, name, kind, "", name in picked))
+        type = "colour" if name in COLOURS else "unsafe" if name in unsafe else "reward"
+        scales.append(Scale(name, name, type, "", name in picked))
         table = table.append_column(name, pa.array(np.asarray(values, np.float32)))
     schema = pa.schema(
         [("model", pa.string()), ("prompt_id", pa.string()), ("distance", pa.float32())]
@@ -119,13 +119,13 @@ def write_evaluation(
     taste = np.tile(np.random.default_rng(99).normal(size=24), 1 + len(models))
     level = np.repeat([0.0, *gains], 24)
     columns = {name: taste + level + spread * draw.normal(size=len(index)) for name in scorers}
-    looks = {name: draw.random(len(index)) for name in ("brightness", "contrast", "saturation")}
+    colours = {name: draw.random(len(index)) for name in ("brightness", "contrast", "saturation")}
     if unsafe:
         columns["detector"] = [0.9 if i % 48 == 4 else 0.1 for i in range(len(index))]
     names = dict.fromkeys(index["prompt_id"].to_pylist())
     apart = {(m, n): draw.uniform(0.1, 0.3) for m in ("base", *models) for n in names}
     found = measured(
-        index, {**columns, **looks}, picked=["s"], unsafe=["detector"], diversity=apart
+        index, {**columns, **colours}, picked=["s"], unsafe=["detector"], diversity=apart
     )
     if unsafe:
         flags = [name in list(names)[:2] for name in index["prompt_id"].to_pylist()]

@@ -10,7 +10,7 @@ from neighbours import helper
 
 from fifa.errors import FifaError
 from fifa.evaluation.generate import png, read_index
-from fifa.evaluation.judges import LOOKS
+from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import load_measured
 from fifa.evaluation.results import load_results
 from fifa.evaluation.vote.ballot import Ballot
@@ -192,8 +192,8 @@ def test_signs_of_hacking_are_found_where_they_are(tmp_path):
     place = found.table.schema.get_field_index("brightness")
     table = found.table.set_column(place, "brightness", pa.array(values, pa.float32()))
     changed = type(found)(table, found.scales, found.diversity)
-    looks = {name: levels(changed, name) for name in LOOKS}
-    found = symptoms(["a"], comparisons(changed), diversity_levels(changed), looks)
+    colours = {name: levels(changed, name) for name in COLOURS}
+    found = symptoms(["a"], comparisons(changed), diversity_levels(changed), colours)
     assert "shift in brightness" in {symptom.name for symptom in found if symptom.present}
     names = {symptom.name for symptom in found}
     assert names >= {"shift in contrast", "less varied images of one prompt"}

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 
 from fifa.errors import FifaError
 from fifa.evaluation.images import each_image
-from fifa.evaluation.judges import Detector, Judge, as_judges, looks
+from fifa.evaluation.judges import Detector, Judge, as_judges, colours
 from fifa.models.runtime import Runtime
 
 
@@ -48,9 +48,9 @@ def drawn(n=5):
     return [Image.fromarray(draw.integers(0, 256, (40, 30, 3), np.uint8)) for _ in range(n)]
 
 
-def test_looks_are_what_a_loop_over_pixels_says():
+def test_colours_are_what_a_loop_over_pixels_says():
     images = [*drawn(2), picture("black"), picture("white"), picture((200, 100, 0))]
-    found = looks([""] * len(images), images)
+    found = colours([""] * len(images), images)
     for i, image in enumerate(images):
         pixels = [image.getpixel((x, y)) for x in range(image.width) for y in range(image.height)]
         luma = [(0.2126 * r + 0.7152 * g + 0.0722 * b) / 255 for r, g, b in pixels]
@@ -76,7 +76,7 @@ def test_a_detector_is_the_model_that_transformers_loads(tmp_path, problem):
         expected = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[:, 1:].sum(1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(found) > 0.01
-    assert detector.judge.kind == "unsafe"
+    assert detector.judge.type == "unsafe"
     assert "nsfw" in detector.judge.scale
 
 
@@ -129,4 +129,4 @@ def test_a_missing_image_is_told(tmp_path):
     index = draw_images(draw_index(["base"], prompts=2), tmp_path)
     (tmp_path / index["file"][3].as_py()).write_bytes(b"not an image")
     with pytest.raises(FifaError, match="cannot open a generated image"):
-        each_image(index, tmp_path, tmp_path, "looks", "pixels", 1, looks)
+        each_image(index, tmp_path, tmp_path, "looks", "pixels", 1, colours)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fifa.config import Compute, Measure
 from fifa.errors import FifaError
-from fifa.evaluation.judges import LOOKS, Judge, looks
+from fifa.evaluation.judges import COLOURS, Judge, colours
 from fifa.evaluation.measure import (
     check_scorers,
     load_measured,
@@ -42,7 +42,7 @@ def test_scores_are_those_of_the_reward_models(clip, tmp_path):
     for spec, scale in zip(specs, found.scales, strict=False):
         expected = score(load_reward(spec, device="cpu"), index["prompt"].to_pylist(), images)
         np.testing.assert_allclose(found.table[spec].to_numpy(), expected, rtol=1e-4, atol=1e-5)
-        assert (scale.kind, scale.picked) == ("reward", spec.startswith("pickscore"))
+        assert (scale.type, scale.picked) == ("reward", spec.startswith("pickscore"))
     assert found.table["file"].equals(index["file"])
 
 
@@ -85,12 +85,12 @@ def test_differences_that_a_judge_calls_too_small_are_ties(tmp_path):
     assert load_measured(tmp_path).scales == found.scales
 
 
-def test_looks_and_diversity(tmp_path):
+def test_colours_and_diversity(tmp_path):
     index = draw_images(draw_index(["base", "a"], prompts=3, seeds=3), tmp_path)
     found = measure(index, tmp_path, Measure(scorers=()), compute=HERE)
     images = [Image.open(tmp_path / file).convert("RGB") for file in index["file"].to_pylist()]
-    expected = looks([""] * len(images), images)
-    for name in LOOKS:
+    expected = colours([""] * len(images), images)
+    for name in COLOURS:
         np.testing.assert_allclose(found.table[name].to_numpy(), expected[name], rtol=1e-6)
     import torch
 

@@ -103,11 +103,6 @@ class Pairs:
         """Names the pairs and their order: part of a margin file's name."""
         return column_digest(self.table["pair_id"])
 
-    @property
-    def prompts_digest(self) -> str:
-        """Names the prompts and their order: part of a quality or diversity file's name."""
-        return column_digest(self.prompts["prompt_id"])
-
 
 def save_pairs(pairs: Pairs, folder: Path) -> None:
     """Write `FILES` into ``folder``; ``pairs.parquet``, with the origin, last."""

@@ -99,7 +99,7 @@ def learning_curves(measured: Measured, trainings: Mapping[str, Training]) -> li
         Curve(name, scale, tuple(_points(measured, name, steps, scale, trainings.get(name))))
         for name, steps in names.items()
         for scale in measured.scales
-        if scale.kind == "reward"
+        if scale.type == "reward"
     ]
 
 

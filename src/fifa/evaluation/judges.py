@@ -1,4 +1,4 @@
-"""What is said of an image beside the reward models: judges, the detector, how it looks."""
+"""What is said of an image beside the reward models: judges, the detector, its colours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Measure = Callable[[list[str], list[Image.Image]], Any]
 
 # ITU-R BT.709 luma of R'G'B' as they stand in the file
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
-LOOKS = ("brightness", "contrast", "saturation")
+COLOURS = ("brightness", "contrast", "saturation")
 BATCH = 16  # images in a forward pass of the detector
 
 
@@ -37,7 +37,7 @@ class Judge:
         For people: the heading of its column.
     measure
         From prompts and RGB images to float32 [n]; NaN where it has nothing to say.
-    kind
+    type
         ``reward``: higher is better, and it enters win rates. ``unsafe``: the probability that
         the image is unsafe.
     scale
@@ -50,7 +50,7 @@ class Judge:
 
     name: str
     measure: Measure
-    kind: Literal["reward", "unsafe"] = "reward"
+    type: Literal["reward", "unsafe"] = "reward"
     scale: str = ""
     identity: Any = None
     tie: float = 0.0
@@ -68,7 +68,7 @@ def as_judges(judges: Sequence[Judge] | Mapping[str, Measure | Judge] | None) ->
     return named
 
 
-def looks(prompts: list[str], images: list[Image.Image]) -> dict[str, Floats]:
+def colours(prompts: list[str], images: list[Image.Image]) -> dict[str, Floats]:
     """Brightness, contrast and saturation of images, each in [0, 1], float32 [n]."""
     rows = []
     for image in images:
@@ -79,8 +79,8 @@ def looks(prompts: list[str], images: list[Image.Image]) -> dict[str, Floats]:
         # S = (max - min) / max, 0 for black, as in HSV
         saturation = np.where(high > 0, (high - low) / np.where(high > 0, high, 1), 0)
         rows.append((luma.mean(), luma.std(), saturation.mean()))
-    table = np.asarray(rows, np.float32).reshape(-1, len(LOOKS))
-    return {name: table[:, i] for i, name in enumerate(LOOKS)}
+    table = np.asarray(rows, np.float32).reshape(-1, len(COLOURS))
+    return {name: table[:, i] for i, name in enumerate(COLOURS)}
 
 
 class Detector:
@@ -163,5 +163,5 @@ class Detector:
 
     @cached_property
     def _model(self) -> Any:
-        kind = require("transformers").AutoModelForImageClassification
-        return self._runtime.place(load_model(kind, self._folder))
+        classifier = require("transformers").AutoModelForImageClassification
+        return self._runtime.place(load_model(classifier, self._folder))

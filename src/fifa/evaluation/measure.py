@@ -1,10 +1,11 @@
-"""Every number of every image: reward models, judges, safety, look, and what sets them apart."""
+"""Every number of every image: reward models, judges, safety, colours, diversity."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,14 @@ import pyarrow.parquet as pq
 
 from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
+from fifa.data.table import PROMPTS
 from fifa.errors import FifaError
-from fifa.evaluation.images import Look, each_image, generated_images, image_pairs
-from fifa.evaluation.judges import LOOKS, Detector, Judge, looks
+from fifa.evaluation.images import each_image, generated_images
+from fifa.evaluation.judges import COLOURS, Detector, Judge, colours
 from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.margin import image_rewards
-from fifa.scoring.quality import quality_scores
+from fifa.scoring.quality import prompt_quality
 from fifa.scoring.rewards.features import image_features, make_image_encoder
 from fifa.scoring.rewards.load import load_reward
 from fifa.scoring.specs import REWARDS
@@ -32,8 +34,11 @@ MEASURES = "measures.parquet"
 DIVERSITY = "diversity.parquet"
 CURVE_SUFFIX = "-curve"  # of both files, for the checkpoints on the way
 SCORES = "scores"  # finished tables, by content
-KEYS = ("model", "prompt_id", "seed", "file", "category")
+KEYS = ["model", "prompt_id", "seed", "file", "category"]
 UNSAFE_PROMPT = "unsafe_prompt"  # null where no rater looked
+DISTANCES = pa.schema(
+    [("model", pa.string()), ("prompt_id", pa.string()), ("distance", pa.float32())]
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,8 +53,8 @@ class Scale:
         Its name there.
     name
         For people.
-    kind
-        ``reward``: higher is better; ``unsafe``: a probability; ``look``: neither.
+    type
+        ``reward``: higher is better; ``unsafe``: a probability; ``colour``: neither.
     scale
         What a number is.
     picked
@@ -62,7 +67,7 @@ class Scale:
 
     column: str
     name: str
-    kind: Literal["reward", "unsafe", "look"]
+    type: Literal["reward", "unsafe", "colour"]
     scale: str = ""
     picked: bool = False
     source: str = "scorer"
@@ -106,9 +111,9 @@ def measure(
     folder: Path,
     asked: Measure,
     *,
+    compute: Compute,
     judges: Sequence[Judge] = (),
     picked: Sequence[str] = (),
-    compute: Compute | None = None,
     suffix: str = "",
 ) -> Measured:
     """Measure every image; what was measured before is read.
@@ -121,12 +126,12 @@ def measure(
         What their files are below; gets ``measures.parquet`` and ``diversity.parquet``.
     asked
         Scorers, rater, detector and encoder.
-    judges
-        More of them.
-    picked
-        Specs of the reward models that picked the training data.
     compute
         Where reward models run.
+    judges
+        Further judges.
+    picked
+        Specs of the reward models that picked the training data.
     suffix
         Of the two files' names.
 
@@ -135,41 +140,47 @@ def measure(
     FifaError
         For a scorer, rater, detector or encoder that is not there.
     """
-    compute = compute or Compute()
     scores = folder / SCORES
-    parts = [_of_model(images, name) for name in dict.fromkeys(images["model"].to_pylist())]
-    known = check_scorers(asked.scorers, compute)
-    columns: dict[str, Floats] = {}
+    models = [
+        images.filter(pc.equal(images["model"], name))
+        for name in dict.fromkeys(images["model"].to_pylist())
+    ]
+    units = check_scorers(asked.scorers, compute)
+    unsafe = _unsafe_prompts(images, asked, scores, compute)
+    table = images.select(KEYS).append_column(UNSAFE_PROMPT, unsafe)
     scales: list[Scale] = []
+
+    def add(scale: Scale, numbers: Callable[[pa.Table], Floats]) -> None:
+        nonlocal table
+        scales.append(scale)
+        column = np.concatenate([numbers(own) for own in models])
+        table = table.append_column(scale.column, pa.array(column, pa.float32()))
+
     for spec in asked.scorers:
-        found = [_rewards(part, folder, spec, scores, compute) for part in parts]
-        columns[spec] = np.concatenate(found)
-        name = scorer_name(spec, asked.scorers)
-        scales.append(Scale(spec, name, "reward", known[spec], is_picked(spec, picked)))
+        name, known = scorer_name(spec, asked.scorers), is_picked(spec, picked)
+        add(
+            Scale(spec, name, "reward", units[spec], known),
+            partial(_rewards, folder=folder, spec=spec, compute=compute),
+        )
     for judge in judges:
         column = f"judge:{judge.name}"
-        found = [_judged(part, folder, judge, scores) for part in parts]
-        columns[column] = np.concatenate(found)
-        scales.append(
-            Scale(column, judge.name, judge.kind, judge.scale, source="judge", tie=judge.tie)
+        add(
+            Scale(column, judge.name, judge.type, judge.scale, source="judge", tie=judge.tie),
+            partial(_judged, folder=folder, judge=judge),
         )
     if asked.detector:
         runtime = make_runtime(compute.device, compute.dtype)
-        detector = Detector(asked.detector, asked.unsafe_labels, runtime).judge
-        found = [_judged(part, folder, detector, scores) for part in parts]
-        columns["detector"] = np.concatenate(found)
-        scales.append(Scale("detector", detector.name, "unsafe", detector.scale, source="detector"))
-    for part in parts:
-        seen = each_image(part, folder, scores, "looks", "pixels", "1", looks)
-        for name in LOOKS:
-            own = seen[name].to_numpy().astype(np.float32)
-            columns[name] = np.concatenate([columns.get(name, np.empty(0, np.float32)), own])
-    scales += [Scale(name, name, "look", "0 to 1", source="pixels") for name in LOOKS]
-    unsafe = _unsafe_prompts(images, folder, asked, scores, compute)
-    table = images.select(list(KEYS)).append_column(UNSAFE_PROMPT, unsafe)
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.float32()))
-    diversity = _diversity(parts, folder, asked.encoder, scores, compute)
+        judge = Detector(asked.detector, asked.unsafe_labels, runtime).judge
+        add(
+            Scale("detector", judge.name, "unsafe", judge.scale, source="detector"),
+            partial(_judged, folder=folder, judge=judge),
+        )
+    for name in COLOURS:
+        add(
+            Scale(name, name, "colour", "0 to 1", source="pixels"),
+            partial(_colours, folder=folder, name=name),
+        )
+    diversity = _diversity(models, folder, asked.encoder, compute)
     plain = json.dumps([asdict(scale) for scale in scales], sort_keys=True)
     table = table.replace_schema_metadata({"fifa.scales": plain})
     write_table(folder / with_suffix(MEASURES, suffix), table)
@@ -217,80 +228,64 @@ def pairwise_distance(vectors: npt.NDArray[Any]) -> float:
     return float(1 - (total @ total - (z * z).sum()) / (n * (n - 1)))
 
 
-def _of_model(images: pa.Table, name: str) -> pa.Table:
-    return images.filter(pc.equal(images["model"], name))
+def _rewards(own: pa.Table, *, folder: Path, spec: str, compute: Compute) -> Floats:
+    images, prompts = generated_images(own, folder), own["prompt"].combine_chunks()
+    return image_rewards(images, prompts, spec, folder / SCORES, compute)
 
 
-def _rewards(part: pa.Table, folder: Path, spec: str, scores: Path, compute: Compute) -> Floats:
-    prompts = part["prompt"].combine_chunks()
-    return image_rewards(generated_images(part, folder), prompts, spec, scores, compute)
-
-
-def _judged(part: pa.Table, folder: Path, judge: Judge, scores: Path) -> Floats:
-    def look(prompts: list[str], pictures: list[Any]) -> dict[str, Any]:
+def _judged(own: pa.Table, *, folder: Path, judge: Judge) -> Floats:
+    def value(prompts: list[str], pictures: list[Any]) -> dict[str, Any]:
         return {"value": judge.measure(prompts, pictures)}
 
-    if judge.identity is None:  # nobody knows when its numbers change
-        found = _unkept(part, folder, judge.name, look)
-    else:
-        found = each_image(part, folder, scores, "judge", judge.name, judge.identity, look)
+    # without an identity nobody knows when its numbers change: nothing is kept
+    scores = None if judge.identity is None else folder / SCORES
+    found = each_image(own, folder, scores, "judge", judge.name, judge.identity, value)
     return np.asarray(found["value"].to_numpy(), np.float32)
 
 
-def _unkept(part: pa.Table, folder: Path, name: str, look: Look) -> pa.Table:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as nowhere:
-        return each_image(part, folder, Path(nowhere), "judge", name, "", look)
+def _colours(own: pa.Table, *, folder: Path, name: str) -> Floats:
+    found = each_image(own, folder, folder / SCORES, "looks", "pixels", "1", colours)
+    return np.asarray(found[name].to_numpy(), np.float32)
 
 
-def _unsafe_prompts(
-    images: pa.Table, folder: Path, asked: Measure, scores: Path, compute: Compute
-) -> pa.Array:
-    """Whether each image's prompt is unsafe: flagged by the rater, or of a category that is."""
-    categories = images["category"].to_pylist()
-    unsafe: list[bool | None] = [
-        True if category in asked.unsafe_categories else None for category in categories
-    ]
+def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Compute) -> pa.Array:
+    """Whether each image's prompt is unsafe: of a category that is, or flagged by the rater."""
+    ids = images["prompt_id"].to_pylist()
+    unsafe: dict[str, bool | None] = dict.fromkeys(ids)
     if asked.unsafe_categories:
-        unsafe = [bool(entry) for entry in unsafe]
+        categories = images["category"].to_pylist()
+        in_category = [category in asked.unsafe_categories for category in categories]
+        unsafe = dict(zip(ids, in_category, strict=True))
     if asked.rater != "none":
-        first = images["model"][0].as_py()
-        pairs = image_pairs(_of_model(images, first), folder)
-        rated = quality_scores(pairs, asked.rater, folder=scores, in_flight=compute.in_flight)
-        flags = dict(zip(rated["prompt_id"].to_pylist(), rated["flags"].to_pylist(), strict=True))
-        for i, name in enumerate(images["prompt_id"].to_pylist()):
-            told = flags[name]
-            if told is not None:
-                harm = any(flag in UNSAFE_FLAGS for flag in told.split(","))
-                unsafe[i] = bool(unsafe[i]) or harm
-        echo(f"rated {len(flags):,} prompts for safety")
-    return pa.array(unsafe, pa.bool_())
+        texts = dict(zip(ids, images["prompt"].to_pylist(), strict=True))
+        prompts = pa.table([list(texts), list(texts.values())], schema=PROMPTS)
+        in_flight = compute.in_flight
+        rated = prompt_quality(prompts, asked.rater, folder=scores, in_flight=in_flight)
+        for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
+            if flags is not None:
+                harm = any(flag in UNSAFE_FLAGS for flag in flags.split(","))
+                unsafe[name] = bool(unsafe[name]) or harm
+        echo(f"rated {len(texts):,} prompts for safety")
+    return pa.array([unsafe[name] for name in ids], pa.bool_())
 
 
 def _diversity(
-    parts: Sequence[pa.Table], folder: Path, encoder: str, scores: Path, compute: Compute
+    models: Sequence[pa.Table], folder: Path, encoder: str, compute: Compute
 ) -> pa.Table:
-    schema = pa.schema(
-        [("model", pa.string()), ("prompt_id", pa.string()), ("distance", pa.float32())]
-    )
     rows: list[dict[str, Any]] = []
-    for part in parts if encoder != "none" else ():
-        names = np.asarray(part["prompt_id"].to_pylist(), object)
-        if len(set(names)) == len(names):  # one image a prompt: nothing to compare
+    for own in models if encoder != "none" else ():
+        names = np.asarray(own["prompt_id"].to_pylist(), object)
+        prompts = dict.fromkeys(names.tolist())
+        if len(prompts) == len(names):  # one image a prompt: nothing to compare
             continue
         runtime = make_runtime(compute.device, compute.dtype)
         features, of_image = image_features(
-            generated_images(part, folder), make_image_encoder(encoder, runtime), folder=scores
+            generated_images(own, folder),
+            make_image_encoder(encoder, runtime),
+            folder=folder / SCORES,
         )
-        vectors = features[of_image]
-        model = part["model"][0].as_py()
-        rows += [
-            {
-                "model": model,
-                "prompt_id": name,
-                "distance": pairwise_distance(vectors[names == name]),
-            }
-            for name in dict.fromkeys(names.tolist())
-        ]
-    return pa.Table.from_pylist(rows, schema=schema)
+        vectors, model = features[of_image], own["model"][0].as_py()
+        for name in prompts:
+            distance = pairwise_distance(vectors[names == name])
+            rows.append({"model": model, "prompt_id": name, "distance": distance})
+    return pa.Table.from_pylist(rows, schema=DISTANCES)

@@ -17,7 +17,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.costs import Cost, cost_of
 from fifa.evaluation.curves import Curve, learning_curves
 from fifa.evaluation.generate import FOLDER
-from fifa.evaluation.judges import LOOKS
+from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import Measured, Scale
 from fifa.evaluation.models import Method, Model
 from fifa.evaluation.prompts import Prompts
@@ -142,7 +142,7 @@ def make_results(
         By checkpoint's name.
     """
     scales = rewards(measured)
-    columns = [*(scale.column for scale in scales), *LOOKS]
+    columns = [*(scale.column for scale in scales), *COLOURS]
     return Results(
         format=2,
         models=tuple(ModelFacts(m.name, m.method, m.source, m.weights) for m in models),

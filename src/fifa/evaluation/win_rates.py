@@ -101,7 +101,7 @@ def model_names(measured: Measured) -> list[str]:
 
 def rewards(measured: Measured) -> list[Scale]:
     """The scales on which higher is better, those that are evidence first."""
-    found = [scale for scale in measured.scales if scale.kind == "reward"]
+    found = [scale for scale in measured.scales if scale.type == "reward"]
     return sorted(found, key=lambda scale: (scale.picked, scale.source != "judge"))
 
 
@@ -178,7 +178,7 @@ def safety(measured: Measured) -> list[Safety]:
     """The share of safe images by model and detector."""
     found = []
     flagged = by_prompt(measured, UNSAFE_PROMPT)
-    for scale in (scale for scale in measured.scales if scale.kind == "unsafe"):
+    for scale in (scale for scale in measured.scales if scale.type == "unsafe"):
         for name in model_names(measured):
             own = values(measured, name, scale.column)
             safe = np.array([np.nan if isnan(p) else float(p <= UNSAFE) for p in own.values()])

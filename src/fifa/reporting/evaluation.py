@@ -11,7 +11,7 @@ from typing import Any
 from fifa.errors import FifaError
 from fifa.evaluation.curves import time_to_match
 from fifa.evaluation.generate import FOLDER, read_index
-from fifa.evaluation.judges import LOOKS
+from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import load_measured
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import Results, load_results
@@ -57,7 +57,7 @@ def evaluation_context(run: Path) -> dict[str, Any]:
         )
         for scale in scales
     ]
-    looks = {name: results.levels[name] for name in LOOKS}
+    colours = {name: results.levels[name] for name in COLOURS}
     return {
         "results": results,
         "methods": METHODS,
@@ -73,7 +73,7 @@ def evaluation_context(run: Path) -> dict[str, Any]:
         "groups": shown[0],
         "hidden": shown[1],
         "curves": _curves(results, best),
-        "symptoms": symptoms(names[1:], results.comparisons, results.diversity, looks),
+        "symptoms": symptoms(names[1:], results.comparisons, results.diversity, colours),
         "settings": _settings(results),
     }
 

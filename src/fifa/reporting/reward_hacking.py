@@ -23,7 +23,7 @@ def symptoms(
     tuned: list[str],
     comparisons: Sequence[Comparison],
     diversity: Sequence[Level],
-    looks: Mapping[str, Sequence[Level]],
+    colours: Mapping[str, Sequence[Level]],
 ) -> list[Symptom]:
     """What reward hacking looks like, looked for in every checkpoint of ``tuned``."""
     found = []
@@ -40,7 +40,7 @@ def symptoms(
             lost = any(c.wins.high < 0.5 for c in independent)
             found.append(Symptom(model, "gain that independent scorers do not see", text, lost))
         named = [("less varied images of one prompt", diversity)]
-        named += [(f"shift in {look}", levels) for look, levels in looks.items()]
+        named += [(f"shift in {name}", levels) for name, levels in colours.items()]
         for name, levels in named:
             for level in levels:
                 if level.model == model and (shift := level.shift) is not None:

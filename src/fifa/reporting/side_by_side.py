@@ -66,7 +66,7 @@ def side_by_side(
     best, median, worst = _choose(sorted(finite, key=lambda name: (-gains[name], name)))
     names = model_names(measured)
     shown = [BASE, model, *(name for name in names if name not in (BASE, model))][:MODELS]
-    detectors = [scale.column for scale in measured.scales if scale.kind == "unsafe"]
+    detectors = [scale.column for scale in measured.scales if scale.type == "unsafe"]
 
     def prompt_of(name: str) -> dict[str, Any]:
         first = next(row for (model, _), row in by_prompt[name].items() if model == BASE)

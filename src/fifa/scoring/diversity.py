@@ -96,7 +96,7 @@ def diversity_scores(
     else:
         encoder = make_encoder(spec) if isinstance(spec, str) else spec
         name, identity = encoder.name, encoder.identity
-    content = (identity, *prompts_identity(pairs), method)
+    content = (identity, *prompts_identity(pairs.prompts), method)
     path = folder and score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make(ledger: Ledger) -> pa.Table:

@@ -103,10 +103,14 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
     if isinstance(spec, str) and (parsed := ENCODERS.parse(spec)).is_column:
         return column_embeddings(pairs, parsed.model)
     encoder = make_encoder(spec) if isinstance(spec, str) else spec
-    path = embeddings_path(pairs, encoder, folder)
+    return embed_prompts(pairs.prompts, encoder, folder)
+
+
+def embed_prompts(prompts: pa.Table, encoder: Encoder, folder: Path | None = None) -> Vectors:
+    """`prompt_embeddings` of a table of `fifa.data.table.PROMPTS`."""
+    path = embeddings_path(prompts, encoder, folder)
     if path is not None and path.exists():
         return _read(path)
-    prompts = pairs.prompts
     if prompts.num_rows == 0:
         return np.empty((0, 1), np.float32)
 
@@ -138,19 +142,19 @@ def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Pa
     folder
         Where scores are kept.
     """
-    path = embeddings_path(pairs, encoder, folder)
+    path = embeddings_path(pairs.prompts, encoder, folder)
     if path is not None and not path.exists() and len(vectors):
         _write(path, _table(pairs.prompts, vectors))
 
 
-def prompts_identity(pairs: Pairs) -> tuple[str, str]:
+def prompts_identity(prompts: pa.Table) -> tuple[str, str]:
     """Names the prompts and their spelling: ``prompt_id`` folds case, an encoder may not."""
-    return pairs.prompts_digest, column_digest(pairs.prompts["prompt"])
+    return column_digest(prompts["prompt_id"]), column_digest(prompts["prompt"])
 
 
-def embeddings_path(pairs: Pairs, encoder: Encoder, folder: Path | None) -> Path | None:
+def embeddings_path(prompts: pa.Table, encoder: Encoder, folder: Path | None) -> Path | None:
     """Where `prompt_embeddings` keeps the vectors; None without a folder."""
-    identity = (encoder.identity, *prompts_identity(pairs))
+    identity = (encoder.identity, *prompts_identity(prompts))
     return folder and score_path(folder, "embeddings", encoder.name, *identity)
 
 

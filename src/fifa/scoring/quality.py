@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.table import Pairs
-from fifa.scoring.encoders import prompt_embeddings, prompts_identity
+from fifa.scoring.encoders import embed_prompts, make_encoder, prompts_identity
 from fifa.scoring.raters import Rater
 from fifa.scoring.raters.column import column_ratings
 from fifa.scoring.raters.endpoint import EndpointRater
@@ -83,11 +83,18 @@ def quality_scores(
         name = parsed.model
         ratings = column_ratings(pairs, name)
         numbers = np.ascontiguousarray(ratings["rating"].to_numpy()).tobytes()
-        content = (digest(numbers), *prompts_identity(pairs))
+        content = (digest(numbers), *prompts_identity(pairs.prompts))
         path = folder and score_path(folder, "quality", f"column-{name}", *content)
         return scored_once(path, lambda ledger: ratings, {"rater": name})
+    return prompt_quality(pairs.prompts, spec, folder=folder, in_flight=in_flight)
+
+
+def prompt_quality(
+    prompts: pa.Table, spec: str, *, folder: Path | None, in_flight: int
+) -> pa.Table:
+    """`quality_scores` of a table of `fifa.data.table.PROMPTS`; ``spec`` is no column."""
     rater = make_rater(spec, folder, in_flight=in_flight)
-    identity = (rater.identity, *prompts_identity(pairs))
+    identity = (rater.identity, *prompts_identity(prompts))
     path = folder and score_path(folder, "quality", rater.name, *identity)
     if path is not None and path.exists():
         unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
@@ -95,27 +102,28 @@ def quality_scores(
             echo(f"asking again for {unrated:,} prompts that were given up on")
             path.unlink()
     facts = {"rater": rater.identity}
-    return scored_once(path, lambda ledger: _rated(pairs, rater, folder, ledger), facts)
+    return scored_once(path, lambda ledger: _rated(prompts, rater, folder, ledger), facts)
 
 
-def _rated(pairs: Pairs, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
-    prompts: list[str] = pairs.prompts["prompt"].to_pylist()
+def _rated(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
+    prompts: list[str] = table["prompt"].to_pylist()
     if not prompts:
         ratings = RATINGS.empty_table()
     elif isinstance(rater, EndpointRater):
         ratings = rater.rate(prompts)
     else:
-        ratings = _rated_here(pairs, rater, folder, ledger)
-    ids = pairs.prompts["prompt_id"].combine_chunks()
+        ratings = _rated_here(table, rater, folder, ledger)
+    ids = table["prompt_id"].combine_chunks()
     return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
 
 
-def _rated_here(pairs: Pairs, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
+def _rated_here(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
     """Shard by shard: a shard's batches are its own, so resuming changes no byte."""
-    prompts: list[str] = pairs.prompts["prompt"].to_pylist()
-    default = isinstance(rater, DefaultRater)
-    # Of the same encoder as the diversity step's default: embedded once for both.
-    vectors = prompt_embeddings(pairs, "minilm", folder) if default else None
+    prompts: list[str] = table["prompt"].to_pylist()
+    vectors = None
+    if isinstance(rater, DefaultRater):
+        # Of the same encoder as the diversity step's default: embedded once for both.
+        vectors = embed_prompts(table, make_encoder("minilm"), folder)
 
     def rate(shard: slice) -> pa.Table:
         if isinstance(rater, DefaultRater) and vectors is not None:
