@@ -98,7 +98,8 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import CLIPTextModel  # noqa: F401
 
-    from fifa.training import job, train
+    from fifa import train
+    from fifa.training import job
 
     torch.set_num_threads(given.threads)
     _ = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
