@@ -112,7 +112,7 @@ class ParquetColumns:
         kind = self._type(name)
         if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
             return pa.array(self.number(name))
-        return _whole(self._column(name).cast(pa.list_(pa.float32())))
+        return _one_chunk(self._column(name).cast(pa.list_(pa.float32())))
 
     def numeric(self) -> list[str]:
         """The top-level columns of numbers (not of truth values), in the file's order."""
@@ -213,8 +213,8 @@ def valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         parts = []
         for part in column.unify_dictionaries().chunks:
-            words = _whole(valid_text(pa.chunked_array([part.dictionary])))
-            parts.append(pa.DictionaryArray.from_arrays(part.indices.cast(pa.int32()), words))
+            texts = _one_chunk(valid_text(pa.chunked_array([part.dictionary])))
+            parts.append(pa.DictionaryArray.from_arrays(part.indices.cast(pa.int32()), texts))
         return pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.string()))
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(is_text(kind) for is_text in (*texts, pa.types.is_binary, pa.types.is_large_binary)):
@@ -244,11 +244,11 @@ def encoded(column: Text) -> pa.DictionaryArray:
     """A column of strings as one dictionary-encoded array, its indices int32."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
-    one = _whole(column) if isinstance(column, pa.ChunkedArray) else column
+    one = _one_chunk(column) if isinstance(column, pa.ChunkedArray) else column
     return pa.DictionaryArray.from_arrays(one.indices.cast(pa.int32()), one.dictionary)
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.unify_dictionaries()
     return column.combine_chunks()

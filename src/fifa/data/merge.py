@@ -104,8 +104,8 @@ def _prompts(columns: dict[str, pa.ChunkedArray], files: list[FilePairs]) -> pa.
     named = [pa.DictionaryArray.from_arrays(numbers, ids, safe=False) for numbers in index]
     columns["prompt_index"] = pa.chunked_array(index)
     columns["prompt_id"] = pa.chunked_array(named)
-    words = pa.chunked_array([own.columns["prompt"].dictionary for own in files])
-    return pa.table([ids, words.filter(pa.array(new))], schema=PROMPTS)
+    spellings = pa.chunked_array([own.columns["prompt"].dictionary for own in files])
+    return pa.table([ids, spellings.filter(pa.array(new))], schema=PROMPTS)
 
 
 def _words(hashes: list[np.ndarray]) -> np.ndarray:

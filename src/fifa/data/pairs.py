@@ -167,11 +167,11 @@ def _clean(own: FilePairs) -> None:
 
 def _prompt_faults(prompt: pa.DictionaryArray) -> dict[int, str]:
     """The rows without a prompt, or with one that is too long."""
-    words = prompt.dictionary
-    size = np.asarray(pc.fill_null(pc.binary_length(words), 0))
-    blank = np.asarray(pc.fill_null(pc.utf8_is_space(words), False)).astype(bool) | (size == 0)
+    texts = prompt.dictionary
+    size = np.asarray(pc.fill_null(pc.binary_length(texts), 0))
+    blank = np.asarray(pc.fill_null(pc.utf8_is_space(texts), False)).astype(bool) | (size == 0)
     faulty = np.append(blank | (size > MAX_PROMPT), True)  # the last one is for null
-    codes = np.asarray(pc.fill_null(prompt.indices, len(words)))
+    codes = np.asarray(pc.fill_null(prompt.indices, len(texts)))
     if not prompt.null_count and not faulty[:-1].any():
         return {}
     reasons = [
@@ -179,24 +179,24 @@ def _prompt_faults(prompt: pa.DictionaryArray) -> dict[int, str]:
         for none, n in zip(blank.tolist(), size.tolist(), strict=True)
     ]
     reasons.append(NO_TEXT)
-    for word in np.flatnonzero(np.asarray(words.is_null())).tolist():
-        reasons[word] = NO_TEXT
+    for code in np.flatnonzero(np.asarray(texts.is_null())).tolist():
+        reasons[code] = NO_TEXT
     return {row: reasons[codes[row]] for row in np.flatnonzero(faulty[codes]).tolist()}
 
 
 def _in_order(prompt: pa.DictionaryArray) -> pa.DictionaryArray:
     """The same with a dictionary of what is used, in order of first appearance."""
-    codes, words = prompt.indices.to_numpy(), prompt.dictionary
-    place = np.full(len(words), -1)
+    codes, texts = prompt.indices.to_numpy(), prompt.dictionary
+    place = np.full(len(texts), -1)
     # of several writes to one place the last one stays
     place[codes[::-1]] = np.arange(len(codes))[::-1]
     used = np.flatnonzero(place >= 0)
     used = used[np.argsort(place[used])]
-    if np.array_equal(used, np.arange(len(words))):
+    if np.array_equal(used, np.arange(len(texts))):
         return prompt
-    number = np.empty(len(words), np.int32)
+    number = np.empty(len(texts), np.int32)
     number[used] = np.arange(len(used))
-    return pa.DictionaryArray.from_arrays(number[codes], words.take(pa.array(used)))
+    return pa.DictionaryArray.from_arrays(number[codes], texts.take(pa.array(used)))
 
 
 def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -132,7 +132,7 @@ class _Reader:
         if file.kind == "parquet":
             local = self.root.folder is not None
             name = self.root.name(file.path)
-            opened = name if local else self.root.open(file.path, ahead=file.size < BLOCK)
+            opened = name if local else self.root.open(file.path, read_ahead=file.size < BLOCK)
             return ParquetColumns(opened, file.path), []
         with self.root.open(file.path) as stream:
             records = read_records(stream, file.kind)

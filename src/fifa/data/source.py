@@ -58,16 +58,18 @@ class Root:
         """The full name of ``path``, for messages and for libraries that open it themselves."""
         return f"{self.url}/{path}" if is_url(self.url) else str(Path(self.url) / path)
 
-    def open(self, path: str, *, ahead: bool = True) -> IO[bytes]:
+    def open(self, path: str, *, read_ahead: bool = True) -> IO[bytes]:
         """``path`` below the root, opened for reading; it must come from `find_files`.
 
-        A remote file is read in blocks of some MB; ``ahead=False`` asks for no byte but those
+        A remote file is read in blocks of some MB; ``read_ahead=False`` asks for no byte but those
         wanted, where what lies between them is large and is not.
         """
         if self.folder is not None:
             return (self.folder / path).open("rb")
         system, full = _remote(self.name(path))
-        opened: IO[bytes] = system.open(full, "rb", **({} if ahead else {"cache_type": "none"}))
+        opened: IO[bytes] = system.open(
+            full, "rb", **({} if read_ahead else {"cache_type": "none"})
+        )
         return opened
 
 
