@@ -20,7 +20,8 @@ from fifa.data.images import Door, Found, pair_images
 from fifa.data.records import tar_ref
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.shards.files import digest
+from fifa.selection.table import SELECTION
+from fifa.shards.files import content_digest, digest
 
 Integers = npt.NDArray[np.int64]
 
@@ -29,16 +30,7 @@ GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
 GROUP_ROWS = 1024
 
 IMAGES = ("jpg_0", "jpg_1")
-FROM_SELECTION = (
-    "margin",
-    "signed_margin",
-    "agreement",
-    "quality",
-    "diversity",
-    "importance",
-    "rank",
-    "weight",
-)
+FROM_SELECTION = [name for name in SELECTION.names if name not in ("pair_id", "status", "reason")]
 COLUMNS = pa.schema(
     [
         ("jpg_0", pa.binary()),  # the original bytes, whatever the image format
@@ -56,14 +48,7 @@ COLUMNS = pa.schema(
         ("prompt_id", pa.string()),
         ("label", pa.float32()),  # the people's label, which may lie between 0 and 1
         ("votes", pa.int32()),
-        ("margin", pa.float32()),
-        ("signed_margin", pa.float32()),
-        ("agreement", pa.float32()),
-        ("quality", pa.float32()),
-        ("diversity", pa.float32()),
-        ("importance", pa.float32()),
-        ("rank", pa.int32()),
-        ("weight", pa.float32()),
+        *(SELECTION.field(name) for name in FROM_SELECTION),
     ]
 )
 
@@ -205,14 +190,10 @@ def plan_shards(sizes: Sequence[int] | Integers) -> list[list[tuple[int, int]]]:
 
 
 def _file(folder: Path, name: str) -> dict[str, Any]:
-    h = xxhash.xxh3_128()
     path = folder / "data" / name
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            h.update(block)
-    path = path.rename(path.with_name(f"{name}-{h.hexdigest()[:16]}.parquet"))
-    named = f"data/{path.name}"
-    return {"name": named, "bytes": path.stat().st_size, "xxh3_128": h.hexdigest()}
+    content = content_digest(path)
+    path = path.rename(path.with_name(f"{name}-{content[:16]}.parquet"))
+    return {"name": f"data/{path.name}", "bytes": path.stat().st_size, "xxh3_128": content}
 
 
 def _settings(schema: pa.Schema) -> dict[str, object]:

@@ -50,14 +50,16 @@ def column_digest(column: pa.ChunkedArray) -> str:
 
 def files_digest(files: Mapping[str, Path]) -> str:
     """16 hex characters that name the content of ``files`` under their keys, wherever they lie."""
-    content: dict[str, str] = {}
-    for name, path in files.items():
-        h = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                h.update(block)
-        content[name] = h.hexdigest()
-    return digest(content)
+    return digest({name: content_digest(path) for name, path in files.items()})
+
+
+def content_digest(path: Path) -> str:
+    """32 hex characters (XXH3-128) that name a file's content."""
+    h = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            h.update(block)
+    return h.hexdigest()
 
 
 @contextmanager
