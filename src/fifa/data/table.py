@@ -131,9 +131,16 @@ def load_pairs(folder: Path, columns: list[str] | None = None) -> Pairs:
     origin = load_origin(folder)
     if origin is None:
         raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
-    return Pairs(
-        table=pq.read_table(folder / FILES["table"], columns=columns),
-        prompts=pq.read_table(folder / FILES["prompts"]),
-        rejected=pq.read_table(folder / FILES["rejected"]),
-        origin=origin,
-    )
+    try:
+        return Pairs(
+            table=pq.read_table(folder / FILES["table"], columns=columns),
+            prompts=pq.read_table(folder / FILES["prompts"]),
+            rejected=pq.read_table(folder / FILES["rejected"]),
+            origin=origin,
+        )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FifaError(
+            f"cannot read the run's pairs: {error}",
+            where=str(folder),
+            do=f"remove {FILES['table']} there: the next command reads the source again",
+        ) from error
