@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from fifa.config import Evaluate
 from fifa.data.ids import prompt_id
 from fifa.evaluation.generate import IMAGES, png
 from fifa.evaluation.judges import COLOURS
@@ -156,14 +157,13 @@ def write_results(run, models, trainings, **settings):
     folder = run / "evaluate"
     curve = (folder / "measures-curve.parquet").exists()
     results = make_results(
+        Evaluate(seeds=2),
         models,
         Settings(**{**SETTINGS, **settings}),
         Prompts("p.txt", pa.table([range(12)], names=["prompt_id"]), 12, {}),
         load_measured(folder),
         load_measured(folder, "-curve") if curve else None,
         trainings,
-        picked=("s",),
-        seeds=2,
-        first_seed=0,
+        ("s",),
     )
     save_results(folder, results)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from checkpoints import SMALL
 
-from fifa.config import Generate
+from fifa.config import Evaluate, Generate
 from fifa.evaluation.generate import generate
 from fifa.evaluation.models import find_models
 from fifa.evaluation.prompts import read_prompts
@@ -26,8 +26,9 @@ torch.set_num_threads(1)  # forked processes do not inherit threads
 
 def make(base, tuned, prompts, folder):
     models = find_models(base, {"tuned": tuned})
-    settings = settings_for(Generate(**SMALL), models[0].base)
-    generate(models, read_prompts(prompts), folder, settings, seeds=2, batch=4)
+    asked = Evaluate(seeds=2, generate=Generate(**SMALL, batch=4))
+    settings = settings_for(asked.generate, models[0].base)
+    generate(asked, models, read_prompts(prompts), settings, folder)
 
 
 def fork(*arguments):

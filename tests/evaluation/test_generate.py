@@ -8,7 +8,7 @@ from checkpoints import SMALL, write_lora, write_model, write_part
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from fifa.config import Generate
+from fifa.config import Evaluate, Generate
 from fifa.errors import FifaError
 from fifa.evaluation.generate import generate, plan, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
@@ -23,16 +23,10 @@ def prompts_of(folder, count=3):
 
 def make(base, tuned, folder, *, count=3, seeds=2, batch=4, **settings):
     folder.mkdir(exist_ok=True)
-    asked = Generate(**{**SMALL, **settings})
+    asked = Evaluate(seeds=seeds, generate=Generate(**{**SMALL, **settings}, batch=batch))
     models = find_models(str(base), {name: str(path) for name, path in tuned.items()})
-    return generate(
-        models,
-        prompts_of(folder, count),
-        folder,
-        settings_for(asked, base),
-        seeds=seeds,
-        batch=batch,
-    )
+    how = settings_for(asked.generate, base)
+    return generate(asked, models, prompts_of(folder, count), how, folder)
 
 
 def pixels(folder, table, model):
@@ -174,10 +168,11 @@ def test_another_sampler_guidance_seed_or_spelling_is_another_image(base, tmp_pa
         settings_for(Generate(**{**SMALL, **more}), base)
         for more in ({}, {"guidance": 3.0}, {"sampler": "ddim"}, {"negative": "blur"})
     ]
-    names = [plan(model, prompts, s, 2)[0][0].file for s in settings]
-    names.append(plan(model, prompts, settings[0], 2, first_seed=7)[0][0].file)
+    names = [plan(model, prompts, s, Evaluate(seeds=2))[0][0].file for s in settings]
+    names.append(plan(model, prompts, settings[0], Evaluate(seeds=2, first_seed=7))[0][0].file)
     (folder / "prompts.txt").write_text("A cat  number 0\na cat number 1\n")
-    names.append(plan(model, read_prompts(folder / "prompts.txt"), settings[0], 2)[0][0].file)
+    spelled = read_prompts(folder / "prompts.txt")
+    names.append(plan(model, spelled, settings[0], Evaluate(seeds=2))[0][0].file)
     assert len(set(names)) == len(names)
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fifa.config import Evaluate, Generate
+from fifa.config import Evaluate
 from fifa.console import note, progress
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model
@@ -54,15 +54,12 @@ class Planned:
 
 
 def generate(
+    asked: Evaluate,
     models: Sequence[Model],
     prompts: Prompts,
-    folder: Path,
     settings: Settings,
+    folder: Path,
     *,
-    seeds: int = Evaluate.seeds,
-    first_seed: int = Evaluate.first_seed,
-    batch: int = Generate.batch,
-    device: str | None = None,
     index: str = INDEX,
     most: int | None = None,
 ) -> pa.Table:
@@ -70,20 +67,16 @@ def generate(
 
     Parameters
     ----------
+    asked
+        Its seeds, batch and device are read.
     models
         Base first; checkpoints with the same weights share their images.
     prompts
         What is drawn.
-    folder
-        Gets ``images/<weights and settings>/<prompt>-<seed>-<group>.png`` and the index.
     settings
         How images are made.
-    seeds, first_seed
-        How many a prompt, and the number of the first (`fifa.evaluation.prompts.draw_seeds`).
-    batch
-        Images in a group.
-    device
-        A torch device.
+    folder
+        Gets ``images/<weights and settings>/<prompt>-<seed>-<group>.png`` and the index.
     index
         The index's name.
     most
@@ -102,10 +95,10 @@ def generate(
         what was made until then is kept.
     """
     sweep(folder)  # a write of the index that was killed
-    pipelines = Pipelines(models[0].base, settings, device)
-    plans = [plan(model, prompts, settings, seeds, first_seed, batch) for model in models]
+    pipelines = Pipelines(models[0].base, settings, asked.generate.device)
+    plans = [plan(model, prompts, settings, asked) for model in models]
     if most is not None:
-        plans = [_spread(groups, most * seeds) for groups in plans]
+        plans = [_spread(groups, most * asked.seeds) for groups in plans]
     for model, groups in zip(models, plans, strict=True):
         _make(model, groups, folder, settings, pipelines)
     rows = [
@@ -120,23 +113,19 @@ def generate(
 
 
 def plan(
-    model: Model,
-    prompts: Prompts,
-    settings: Settings,
-    seeds: int,
-    first_seed: int = Evaluate.first_seed,
-    batch: int = Generate.batch,
+    model: Model, prompts: Prompts, settings: Settings, asked: Evaluate
 ) -> list[list[Planned]]:
     """All images of a model, in the groups that they are made in.
 
     A group is whole prompts with all their seeds where these fit into a batch, so further
     prompts leave the groups before them as they are.
     """
+    seeds, batch = asked.seeds, asked.generate.batch
     place = f"images/{digest(model.weights, asdict(settings))}"
     rows = [
         (row["prompt_id"], row["prompt"], row["category"], seed)
         for row in prompts.table.to_pylist()
-        for seed in draw_seeds(row["prompt_id"], seeds, first_seed)
+        for seed in draw_seeds(row["prompt_id"], seeds, asked.first_seed)
     ]
     size = batch if seeds > batch else batch // seeds * seeds
     groups = []

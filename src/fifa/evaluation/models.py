@@ -175,10 +175,9 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
 
 def part_name(folder: Path) -> str:
     """``unet`` or ``transformer``, by the class in the folder's config; empty for another."""
-    kind = read_json(folder / "config.json", "the model's settings", missing={}).get(
-        "_class_name", ""
-    )
-    return "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else ""
+    settings = read_json(folder / "config.json", "the model's settings", missing={})
+    name = settings.get("_class_name", "")
+    return "unet" if "UNet" in name else "transformer" if "Transformer" in name else ""
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ PROMPTS = pa.schema(
     [("prompt_id", pa.string()), ("prompt", pa.string()), ("category", pa.string())]
 )
 LONGEST = 4_000  # characters; no text encoder of an image model reads more
-KINDS = (".txt", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
+SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
 # Names of columns and fields, the first that is there counts; case does not matter
 PROMPT_NAMES = ("prompt", "caption", "text")
 CATEGORY_NAMES = ("category", "tag", "categories", "style")
@@ -93,7 +93,7 @@ def read_prompts(source: str | Path, *, limit: int | None = None) -> Prompts:
         raise FifaError(f"no prompt here ({reasons or 'it is empty'})", where=str(source))
     columns = [names, [found[name][0] for name in names], [found[name][1] for name in names]]
     prompts = Prompts(str(source), pa.table(columns, schema=PROMPTS), len(items), dict(dropped))
-    _tell(prompts)
+    _echo_dropped(prompts)
     return prompts
 
 
@@ -110,7 +110,7 @@ def draw_seeds(prompt_id: str, count: int, first: int = 0) -> list[int]:
     return [digest & 0xFFFFFFFF for digest in digests]
 
 
-def _tell(prompts: Prompts) -> None:
+def _echo_dropped(prompts: Prompts) -> None:
     categories = len(set(prompts.table["category"].to_pylist()) - {None})
     of = f" in {categories:,} categories" if categories else ""
     echo(f"read {prompts.rows:,} rows of {prompts.source}: {len(prompts):,} prompts{of}")
@@ -133,9 +133,9 @@ def _spread(categories: dict[str, str | None], limit: int | None) -> list[str]:
 def _items(source: str) -> Iterator[Item]:
     path = Path(source).expanduser()
     if "://" not in source and path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and p.is_file())
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
-            raise FifaError("no file of prompts in the folder", where=source, do=_kinds())
+            raise FifaError("no file of prompts in the folder", where=source, do=_suffixes())
         for file in files:
             for prompt, category, reason in _file(str(file)):
                 yield prompt, category or (file.stem if len(files) > 1 else None), reason
@@ -144,21 +144,21 @@ def _items(source: str) -> Iterator[Item]:
 
 
 def _file(source: str) -> Iterator[Item]:
-    kind = Path(source.partition("?")[0]).suffix.lower()
-    if kind not in KINDS:
-        raise FifaError("this kind of file is not known", where=source, do=_kinds())
+    suffix = Path(source.partition("?")[0]).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise FifaError("this kind of file is not known", where=source, do=_suffixes())
     data = _bytes(source)
     try:
-        if kind == ".txt":
+        if suffix == ".txt":
             yield from (_item(line) for line in _lines(data))
-        elif kind == ".parquet":
+        elif suffix == ".parquet":
             yield from _rows(_parquet(data), source)
-        elif kind in (".csv", ".tsv"):
+        elif suffix in (".csv", ".tsv"):
             text = io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline="")
             csv.field_size_limit(max(csv.field_size_limit(), len(data)))
-            reader = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
+            reader = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",")
             yield from _rows(list(reader), source)
-        elif kind == ".json":
+        elif suffix == ".json":
             yield from _json(json.loads(data), None)
         else:
             yield from chain.from_iterable(_json_line(line) for line in _lines(data))
@@ -254,5 +254,5 @@ def _item(prompt: object, category: object = None) -> Item:
     return prompt.strip(), named.strip()[:80] if named else None, ""
 
 
-def _kinds() -> str:
-    return f"one of {', '.join(KINDS)}, or a folder of them"
+def _suffixes() -> str:
+    return f"one of {', '.join(SUFFIXES)}, or a folder of them"

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fifa.config import Evaluate
 from fifa.errors import FifaError
 from fifa.evaluation.costs import Cost, cost_of
 from fifa.evaluation.curves import Curve, learning_curves
@@ -117,22 +118,20 @@ _FILE = TypeAdapter(Results)
 
 
 def make_results(
+    asked: Evaluate,
     models: Sequence[ModelFacts | Model],
     settings: Settings,
     prompts: Prompts,
     measured: Measured,
     on_the_way: Measured | None,
     trainings: Mapping[str, Training],
-    *,
     picked: tuple[str, ...],
-    seeds: int,
-    first_seed: int,
 ) -> Results:
     """All that an evaluation's measures say.
 
     Parameters
     ----------
-    models, settings, prompts, picked, seeds, first_seed
+    asked, models, settings, prompts, picked
         What was evaluated, and how.
     measured
         Every number of every image.
@@ -147,8 +146,8 @@ def make_results(
         format=2,
         models=tuple(ModelFacts(m.name, m.method, m.source, m.weights) for m in models),
         settings=settings,
-        seeds=seeds,
-        first_seed=first_seed,
+        seeds=asked.seeds,
+        first_seed=asked.first_seed,
         prompts=len(prompts),
         rows=prompts.rows,
         dropped=prompts.dropped,

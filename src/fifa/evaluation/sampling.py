@@ -152,16 +152,17 @@ class Pipelines:
         """The same sampler for all, on each model's own noise schedule."""
         own = dict(pipe.scheduler.config)
         mixed = _scheduler(self._folder) | {name: own[name] for name in SCHEDULE if name in own}
-        kind = getattr(diffusers, self._settings.sampler, None)
-        if kind is None:
+        sampler = getattr(diffusers, self._settings.sampler, None)
+        if sampler is None:
             raise FifaError(f"diffusers has no sampler {self._settings.sampler}", do="--sampler")
-        if ("FlowMatch" in kind.__name__) != ("FlowMatch" in type(pipe.scheduler).__name__):
+        usual = type(pipe.scheduler).__name__
+        if ("FlowMatch" in sampler.__name__) != ("FlowMatch" in usual):
             raise FifaError(
-                f"{kind.__name__} does not sample this model, {type(pipe.scheduler).__name__} does",
+                f"{sampler.__name__} does not sample this model, {usual} does",
                 where=str(self._folder),
                 do="choose a sampler of its family, or none",
             )
-        pipe.scheduler = kind.from_config(mixed)
+        pipe.scheduler = sampler.from_config(mixed)
 
 
 def make_images(

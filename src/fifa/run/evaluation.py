@@ -14,7 +14,7 @@ from fifa.config import Compute, Evaluate, changed
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.curves import steps_of
-from fifa.evaluation.generate import CURVE, FOLDER, INDEX, generate
+from fifa.evaluation.generate import CURVE, FOLDER, generate
 from fifa.evaluation.judges import Detector, Judge, as_judges
 from fifa.evaluation.measure import (
     CURVE_SUFFIX,
@@ -160,15 +160,7 @@ def run_evaluation(
             rewards = replace(asked.measure, detector=None, rater="none", encoder="none")
             curve = measure(on_the_way, folder, rewards, **options, suffix=CURVE_SUFFIX)
         results = make_results(
-            models,
-            settings,
-            prompts,
-            measured,
-            curve,
-            trainings,
-            picked=tuple(picked),
-            seeds=asked.seeds,
-            first_seed=asked.first_seed,
+            asked, models, settings, prompts, measured, curve, trainings, tuple(picked)
         )
         save_results(folder, results)
     return Evaluated(out, images, measured, results)
@@ -227,13 +219,7 @@ def _generate(
     asked: Evaluate, models: list[Model], prompts: Prompts, folder: Path, settings: Settings
 ) -> tuple[pa.Table, pa.Table | None]:
     """The images of all models, and those of the checkpoints on their way if asked for."""
-    options: dict[str, Any] = {
-        "seeds": asked.seeds,
-        "first_seed": asked.first_seed,
-        "batch": asked.generate.batch,
-        "device": asked.generate.device,
-    }
-    images = generate(models, prompts, folder, settings, index=INDEX, **options)
+    images = generate(asked, models, prompts, settings, folder)
     steps = [step for model in models[1:] for step in steps_of(model)] if asked.curve else []
     if asked.curve and not steps:
         echo("no checkpoint has any checkpoints/step-*: there is no curve to draw")
@@ -241,7 +227,5 @@ def _generate(
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation in this folder
     if not steps:
         return images, None
-    curve = generate(
-        [models[0], *steps], prompts, folder, settings, index=CURVE, most=asked.curve, **options
-    )
-    return images, curve
+    some = [models[0], *steps]
+    return images, generate(asked, some, prompts, settings, folder, index=CURVE, most=asked.curve)
