@@ -30,7 +30,7 @@ from fifa.data.read import read_pairs, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, log_step, start_run
-from fifa.scoring import score_by
+from fifa.scoring import score
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_facts
 from fifa.selection.choose import select
 from fifa.selection.readable import select_readable
@@ -157,9 +157,9 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
 
     ``scores.json`` then names the file of each, so that selecting needs no scorer.
     """
-    scores = score_by(
+    scores = score(
         pairs,
-        run.recipe.score,
+        **asdict(run.recipe.score),
         folder=run.scores,
         compute=run.recipe.compute,
         allow_download=run.recipe.read.allow_download,

@@ -25,6 +25,7 @@ def score(
     folder: str | Path | None = None,
     compute: Compute | None = None,
     allow_download: bool = False,
+    step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Scores:
     """Score every pair and every unique prompt.
 
@@ -48,6 +49,10 @@ def score(
     compute, allow_download
         Where and how reward models run; whether images only known by URL may be fetched.
 
+    step
+        Makes a context for each of ``margin``, ``diversity`` and ``quality``, such as one that
+        logs it.
+
     Returns
     -------
     Scores
@@ -58,43 +63,26 @@ def score(
     FifaError
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
-    specs = (margin,) if isinstance(margin, str) else tuple(margin)
-    return score_by(
-        pairs,
-        Score(specs, quality, diversity, k),
-        folder=Path(folder) if folder is not None else None,
-        compute=compute or Compute(),
-        allow_download=allow_download,
-    )
-
-
-def score_by(
-    pairs: Pairs,
-    knobs: Score,
-    *,
-    folder: Path | None,
-    compute: Compute,
-    allow_download: bool,
-    step: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-) -> Scores:
-    """`score`, with the knobs in one piece; ``step`` is entered for each of the three scores."""
     from fifa.scoring.diversity import diversity_scores
     from fifa.scoring.margin import margin_scores
     from fifa.scoring.quality import quality_scores
     from fifa.scoring.specs import REWARDS
     from fifa.scoring.table import Scores
 
+    compute, folder = compute or Compute(), Path(folder) if folder is not None else None
+    specs = (margin,) if isinstance(margin, str) else tuple(margin)
     options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
     made, diverse, rated = {}, None, None
     with step("margin"):
         # Columns first: a mistyped name is refused before a model is loaded.
-        for spec in sorted(knobs.margin, key=lambda spec: not REWARDS.parse(spec).is_column):
+        for spec in sorted(specs, key=lambda spec: not REWARDS.parse(spec).is_column):
             made[spec] = margin_scores(pairs, spec, folder, **options)
     with step("diversity"):
-        if knobs.diversity != "none":
-            diverse = diversity_scores(pairs, knobs.diversity, k=knobs.k, folder=folder)
+        if diversity != "none":
+            diverse = diversity_scores(pairs, diversity, k=k, folder=folder)
     with step("quality"):
-        if knobs.quality != "none":
-            rated = quality_scores(pairs, knobs.quality, folder=folder, in_flight=compute.in_flight)
-    margins = {spec: made[spec] for spec in knobs.margin}
+        if quality != "none":
+            rated = quality_scores(pairs, quality, folder=folder, in_flight=compute.in_flight)
+    knobs = Score(specs, quality, diversity, k)
+    margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
