@@ -36,7 +36,7 @@ def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
     from fifa.evaluation.vote.serve import serve_votes
 
     vote = chosen(Vote(), options)
-    serve_votes(run, vote, new_invitation=new_invitation, tell=click.echo)
+    serve_votes(run, vote, new_invitation=new_invitation, show_link=click.echo)
 
 
 everybody_option = click.option(

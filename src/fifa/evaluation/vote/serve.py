@@ -20,7 +20,7 @@ def serve_votes(
     options: Vote | None = None,
     *,
     new_invitation: bool = False,
-    tell: Callable[[str], None] = print,
+    show_link: Callable[[str], None] = print,
 ) -> None:
     """Serve the voting page of a run until it is stopped.
 
@@ -28,11 +28,11 @@ def serve_votes(
     ----------
     run, options
         As for `Ballot`. Beyond loopback, and behind a proxy, visitors need the invitation in the
-        link that is told, and results another one.
+        link that is shown, and results another one.
     new_invitation
         Make a new token: the links given out so far end.
-    tell
-        Is told the links, a line each.
+    show_link
+        Gets the links, one at a time.
 
     Raises
     ------
@@ -58,8 +58,8 @@ def serve_votes(
     listening = _listen(host, options.port)
     port = listening.getsockname()[1]
     base = f"http://{_address(host, names)}:{port}"
-    tell(f"{base}/" + (f"?{INVITATION}={tokens[INVITATION]}" if tokens else ""))
-    tell(f"{base}/results" + (f"?{OWNER}={tokens[OWNER]}" if tokens else ""))
+    show_link(f"{base}/" + (f"?{INVITATION}={tokens[INVITATION]}" if tokens else ""))
+    show_link(f"{base}/results" + (f"?{OWNER}={tokens[OWNER]}" if tokens else ""))
     echo(f"{len(ballot.asked):,} comparisons to vote on; stop with Ctrl-C, votes are kept")
     config = uvicorn.Config(
         app,
