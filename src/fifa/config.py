@@ -146,12 +146,13 @@ class Read(Knobs):
     source
         A file, a folder, a glob, an ``hf://datasets/...`` id or any fsspec URL.
     format
-        The source's format; recognised by its columns if not given.
+        The format of the source, one of `fifa.data.read.FORMATS`; recognised by its columns if not
+        given.
     columns
-        For a table of your own: the names of its columns, as
+        For a table of your own: which column is which, as
         ``prompt=NAME,image_0=NAME,image_1=NAME,label=NAME``.
     allow_download
-        Fetch images that the source only names by URL (public addresses only).
+        Fetch images that the source only names by a URL (from public addresses only).
     """
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
@@ -167,13 +168,13 @@ class Score(Knobs):
     Parameters
     ----------
     margin
-        A reward model: `fifa.scoring.specs.REWARDS`. Several make a committee.
+        A reward model, one of `fifa.scoring.specs.REWARDS.forms`. Several make a committee.
     quality
-        The rater of prompts: `fifa.scoring.specs.RATERS`, none.
+        The rater of prompts, one of `fifa.scoring.specs.RATERS.forms`, none.
     diversity
-        The encoder of prompts: `fifa.scoring.specs.ENCODERS`, none.
+        The encoder of prompts, one of `fifa.scoring.specs.ENCODERS.forms`, none.
     k
-        A prompt's diversity is taken from the distance to its k-th nearest neighbour.
+        Diversity is the distance to the k-th nearest prompt.
     """
 
     margin: tuple[str, ...] = ()
@@ -189,36 +190,38 @@ class Select(Knobs):
     Parameters
     ----------
     keep
-        How many pairs: a count (5000) or a fraction of all pairs (0.1; on the command line also
-        10%).
+        How many pairs to keep: a count (5000) or a fraction of all pairs (0.1). On the command line
+        also a percentage (10%).
     strategy
-        How pairs are chosen: ``fifa`` takes the most important ones, the others are controls and
-        variants of it.
+        How pairs are chosen: ``fifa`` takes the most important ones; the others are controls and
+        variants of it (docs/select.md).
     alpha
-        Weight of the prompt's quality, beside the margin's 1.
+        Weight of the prompt's quality (the margin's weight is 1).
     gamma
-        Weight of the prompt's diversity, beside the margin's 1.
+        Weight of the prompt's diversity (the margin's weight is 1).
     normalize
-        How margin, quality and diversity are brought to one scale.
+        How margin, quality and diversity are brought to one scale: ``none`` leaves them as they
+        are, ``z`` takes (x - mean) / standard deviation, ``rank`` only the order, ``robust`` (x -
+        median) / spread, where the spread is made from the quartiles.
     unsafe_flags
-        Drop prompts that the rater gave one of these flags; an empty list drops none.
+        Drop prompts to which the rater gave one of these flags; an empty list drops none.
     drop_nonsense
-        Drop prompts that the rater flags as nonsense.
+        Drop prompts that the rater flagged as nonsense.
     min_quality
-        Drop prompts rated below this (on the rater's scale, 1 to 5).
+        Drop prompts with a lower rating than this (on the rater's scale, 1 to 5).
     min_agreement
-        Drop pairs where a smaller share of the committee agrees with the person.
+        Drop pairs where a smaller share of the committee than this agrees with the person.
     margin_window
-        Keep only pairs whose absolute margin lies within these bounds (on the committee's
-        standardised scale, or on the scorer's own if there is only one).
+        Keep only pairs whose absolute margin is within these bounds. A single scorer has its own
+        scale; with a committee the unit is the spread of each scorer's differences.
     margin_percentiles
-        The same bounds as percentiles, 0 to 100, of the margins of all eligible pairs.
+        The same bounds as percentiles (0 to 100) of the margins of all eligible pairs.
     per_prompt
-        At most this many pairs of one prompt.
+        Keep at most this many pairs of one prompt.
     drop_duplicates
-        Drop a pair of the same two images as an earlier pair, and an image paired with itself.
+        Drop a pair if an earlier pair has the same two images, or if both its images are the same.
     seed
-        Seed of the strategies that draw.
+        Seed for random strategies.
     """
 
     keep: Count | Annotated[float, Field(gt=0, le=1)] = 5000
@@ -244,31 +247,31 @@ class Compute(Knobs):
     Parameters
     ----------
     device
-        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
+        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
-        What reward models compute in: ``float32``, or ``bfloat16`` or ``float16`` under autocast;
-        each model's own if not given.
+        Precision of reward models: ``float32``, or ``bfloat16`` or ``float16`` under autocast; if
+        not given, each model's default.
     compile
-        Compile the image tower with ``torch.compile``.
+        Compile the image encoder with ``torch.compile``.
     channels_last
-        Keep convolutions with their channels last in memory.
+        Use the channels-last memory format for convolutions.
     batch
-        Images of 224 x 224 pixels in a forward pass.
+        Batch size, in images of 224 x 224 pixels; a batch of larger images has fewer of them.
     workers
-        Threads that decode and preprocess images; 0 for one a core.
+        Threads that decode and preprocess images; 0: one per core.
     executor
         Where shards run: ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
     actors
-        On Ray: how many actors.
+        On Ray: the number of actors.
     num_cpus
-        On Ray: CPUs that an actor takes.
+        On Ray: CPUs per actor.
     num_gpus
-        On Ray: GPUs that an actor takes; a fraction shares one.
+        On Ray: GPUs per actor; with a fraction, several actors share a GPU.
     store
-        A folder or URL that all workers reach, for unfinished shards; beside the scores if not
-        given.
+        Where unfinished shards are kept: a folder or URL that all workers can read and write; if
+        not given, beside the scores.
     in_flight
-        How many requests a rater's endpoint is sent at once.
+        How many requests are sent to a rater's endpoint at the same time.
     """
 
     device: str | None = None
@@ -302,106 +305,109 @@ class Train(Knobs):
     Parameters
     ----------
     source
-        The pairs: a run folder, a subset, or Parquet files in the diffusers schema.
+        The pairs: a run folder, a subset, or Parquet files in diffusers' schema.
     model
         The model to train: a folder in diffusers' layout, or a hub id.
     resolution
-        Pixels a side, of a square or of the buckets' area; what the model was made for if not
-        given.
+        Side of the training images in pixels (with buckets: of a square of the same area); if not
+        given, the model's own resolution.
     buckets
         Sort images into buckets by their aspect ratio, or crop them to a square.
     flips
-        Mirror both images of a pair in half of the steps that show it.
+        Mirror both images of a pair, in half of the steps.
     cache_dtype
-        What cached latents and embeddings are stored in.
+        Precision of the cached latents and embeddings.
     prompt_dropout
-        The share of the steps that show a pair with an empty prompt.
+        Share of the presentations in which a pair has an empty prompt.
     method
-        ``lora`` trains adapters, ``full`` all weights of the UNet or transformer.
+        ``lora`` trains adapters, ``full`` trains all weights of the UNet or transformer.
     rank
         Rank of the LoRA.
     alpha
-        Alpha of the LoRA; its rank if not given.
+        Alpha of the LoRA; if not given, its rank.
     targets
-        A module that gets an adapter; the model's attention layers if none is named.
+        A module that gets an adapter; if not given, the model's attention layers.
     lora_dropout
         Dropout of the adapters' inputs.
     loss
-        ``sigmoid`` is Diffusion-DPO's; see docs/training.md for the others.
+        The loss: ``sigmoid`` is Diffusion-DPO; docs/training.md has the formulas of all.
     beta
-        How strongly the model is held to the base model; docs/training.md converts the betas of
-        other trainers.
+        How strongly the model is kept close to the base model. Other trainers define beta in other
+        ways: docs/training.md converts them.
     poly
-        The a of Poly-DPO (loss ``poly``).
+        The factor a of Poly-DPO (loss ``poly``).
     mapo
         Weight of MaPO's ratio term (loss ``mapo``).
     sft
-        Weight of the winner's own error, which is added to the loss.
+        Weight of the supervised term (SFT), the denoising error on the preferred image, which is
+        added to the loss.
     weights
-        Multiply each pair's loss by the weight that the subset gives the pair.
+        Multiply the loss of each pair by its weight in the subset.
     label
-        The soft labels of the losses ``soft`` and ``smpo``: ``people`` takes the votes,
+        The soft labels of the losses ``soft`` and ``smpo``: ``people`` takes the share of votes,
         ``margin`` takes sigmoid(label_scale * signed margin).
     label_scale
-        What the margin is multiplied by in a soft label.
+        Factor of the margin in a soft label.
     draws
-        0 draws new noise and a new time for every step. With D > 0 each pair has a pool of D of
-        them, and the reference model's errors on these are computed once, before the training.
+        Size of the noise pool: 0 draws new noise and a new timestep at every step. With D > 0 each
+        pair has a fixed pool of D of them, and the reference model's errors on the pool are
+        computed once, before the training.
     batch
-        Pairs a step, over all processes and micro-batches.
+        Pairs per step, over all processes and micro-batches.
     micro_batch
-        Pairs in one forward pass.
+        Pairs per forward pass.
     steps
-        How many steps; as many as the epochs take if not given.
+        Training steps; by default from --epochs.
     epochs
-        How many epochs, where no steps are given.
+        Passes over all pairs, if no steps are given.
     optimizer
-        ``adamw8bit`` needs bitsandbytes.
+        The optimiser; ``adamw8bit`` needs bitsandbytes.
     lr
         Learning rate.
     schedule
-        How the learning rate goes on after the warm-up: ``linear`` and ``cosine`` fall to 0.
+        The learning rate after the warm-up: ``linear`` and ``cosine`` fall to 0.
     warmup
         Steps of linear warm-up.
     weight_decay
         Weight decay of the optimiser.
     beta1
-        AdamW's first beta.
+        First beta of AdamW.
     beta2
-        AdamW's second beta.
+        Second beta of AdamW.
     epsilon
-        AdamW's epsilon.
+        Epsilon of AdamW.
     clip
-        The largest norm of the gradient; 0 does not clip. Adafactor clips by itself.
+        Largest norm of the gradient; 0 turns clipping off. Adafactor clips by itself.
     ema
-        Decay of a moving average of the weights, which is then what is written; 0 for none.
+        Decay of the moving average of the weights (EMA). If it is not 0, the average is what is
+        written.
     seed
-        Seed of everything random.
+        Seed for everything that is random.
     device
-        ``cpu``; what accelerate chooses if not given.
+        Only ``cpu`` can be chosen here; if not given, accelerate chooses the device.
     dtype
-        ``float32``, or ``bfloat16`` or ``float16`` under autocast; as accelerate is configured if
-        not given, which is ``float32`` by default.
+        Precision of the training: ``float32``, or ``bfloat16`` or ``float16`` under autocast; if
+        not given, what accelerate is configured for (``float32`` by default).
     compile
         Compile the denoiser with ``torch.compile``.
     channels_last
-        Keep convolutions with their channels last in memory.
+        Use the channels-last memory format for convolutions.
     gradient_checkpointing
-        Compute activations twice to save memory.
+        Save memory: compute activations a second time in the backward pass.
     tracker
-        Where the metrics go, beside ``stats.jsonl``.
+        Where metrics are sent, besides ``stats.jsonl``.
     log_every
         Steps between two lines of metrics.
     save_every
-        Steps between two saved states that a stopped training resumes from.
+        Steps between two saved states. A stopped training continues from the last one.
     checkpoint_every
-        Steps between two sets of weights that are kept; 0 keeps those of the end only.
+        Steps between two checkpoints; 0 keeps only the final weights.
     sample_every
-        Steps between two sheets of sample images; 0 for none.
+        Steps between two sheets of sample images; 0: no samples.
     sample_prompts
-        A prompt to draw samples of; the first four of the pairs if none is given.
+        A prompt for the sample images; if not given, the first four prompts of the pairs.
     sample_steps
-        Denoising steps of a sample.
+        Denoising steps of a sample image.
     """
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
@@ -465,40 +471,41 @@ class Reward(Knobs):
     Parameters
     ----------
     base
-        ``features`` trains a head on frozen features; otherwise the folder or hub id of a
-        transformers CLIP to fine-tune.
+        ``features`` trains a small head on frozen features; MODEL (a folder or hub id) fine-tunes
+        that transformers CLIP.
     image
-        The frozen image encoder of a head: `fifa.scoring.specs.IMAGE_ENCODERS`.
+        Head: the frozen image encoder, one of `fifa.scoring.specs.IMAGE_ENCODERS.forms`.
     text
-        The frozen text encoder of a head: `fifa.scoring.specs.ENCODERS`, none.
+        Head: the frozen text encoder, one of `fifa.scoring.specs.ENCODERS.made`, none.
     folds
-        How many parts the prompts are dealt into to choose a head; each is held out once.
+        Head: the number of cross-validation folds (over prompts) by which it is chosen.
     parts
-        What is trained of a CLIP: ``full``, or ``heads`` (both projections and logit_scale).
+        CLIP: what is trained, ``full`` (all weights) or ``heads`` (both projections and
+        logit_scale).
     lr
-        Learning rate of a CLIP; it falls linearly to 0 after the warm-up.
+        CLIP: learning rate; it falls linearly to 0 after the warm-up.
     weight_decay
-        Weight decay of a CLIP.
+        CLIP: weight decay.
     warmup
-        Steps of linear warm-up of a CLIP.
+        CLIP: steps of linear warm-up.
     steps
-        How many steps a CLIP is trained at most.
+        CLIP: largest number of steps.
     batch
-        Pairs a step, of a CLIP.
+        CLIP: pairs per step.
     clip
-        The largest norm of a CLIP's gradient.
+        CLIP: largest norm of the gradient.
     bf16
-        Fine-tune a CLIP under bfloat16 autocast.
+        CLIP: use bfloat16 autocast.
     held_out
-        The share of the prompts that a CLIP is not trained on.
+        CLIP: share of the prompts that are held out for evaluation.
     evaluate_every
-        Steps between two measurements on the held-out prompts. The best weights are kept.
+        CLIP: steps between two evaluations on the held-out prompts. The best weights are kept.
     patience
-        Fine-tuning ends after so many measurements without a gain.
+        CLIP: stop after this many evaluations without an improvement.
     seed
-        Seed of folds, order and bootstrap.
+        Seed for the folds, the order of training and the bootstrap.
     device
-        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
+        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     """
 
     read: Read = Read()
@@ -546,25 +553,25 @@ class Generate(Knobs):
     Parameters
     ----------
     steps
-        Steps of the sampler; the model family's if not given.
+        Steps of the sampler; if not given, the default of the model family.
     guidance
-        Scale of classifier-free guidance; the model family's if not given.
+        Scale of classifier-free guidance; if not given, the default of the model family.
     sampler
-        The sampler; the base model's own if not given. The noise schedule stays each model's.
+        The sampler; if not given, the base model's own. Each model keeps its noise schedule.
     width
-        In pixels; what the base model was made for if not given.
+        Width in pixels; if not given, what the base model was made for.
     height
-        In pixels; what the base model was made for if not given.
+        Height in pixels; if not given, what the base model was made for.
     negative
-        A negative prompt; empty for none.
+        A negative prompt; empty: none.
     batch
-        Images made together. It is part of what names an image, because the last bit of a sum may
-        depend on it.
+        Images that are made together. Another batch size makes new images, because it may change
+        the last bit of a sum.
     device
-        A torch device (cuda, cuda:1, mps, cpu); the fastest if not given.
+        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
-        What the image models compute in; if not given float32 on a CPU, and elsewhere the half
-        precision of the model's family.
+        Precision of the image models; if not given, float32 on a CPU and elsewhere the half
+        precision of the model family.
     """
 
     steps: Annotated[Count | None, Option(family="steps")] = None
@@ -585,22 +592,23 @@ class Measure(Knobs):
     Parameters
     ----------
     scorers
-        A reward model that looks at images, or none: `fifa.scoring.specs.REWARDS`, but no columns,
-        and of the proxies only one in a folder.
+        A reward model that scores the images, one of `fifa.scoring.specs.REWARDS.made`; none: do
+        not score them.
     picked
-        A reward model that picked the training data, where checkpoints and run do not say so
-        themselves: a win by it is no evidence of its own.
+        A reward model that picked the training data, if the checkpoints and the run do not say so
+        themselves. A win by it is no independent evidence.
     rater
-        The rater that finds unsafe prompts: `fifa.scoring.specs.RATERS`, none.
+        The rater that finds unsafe prompts, one of `fifa.scoring.specs.RATERS.made`; none: do not
+        rate prompts.
     unsafe_categories
-        Categories whose prompts are unsafe, whatever the rater says.
+        Categories whose prompts count as unsafe, whatever the rater says.
     detector
         A transformers image classifier (folder or hub id) that finds unsafe images.
     unsafe_labels
-        The detector's labels that mean unsafe.
+        The labels of the detector that mean unsafe.
     encoder
-        The image encoder that measures how much a prompt's images differ:
-        `fifa.scoring.specs.IMAGE_ENCODERS`, none.
+        The image encoder that measures how different the images of one prompt are, one of
+        `fifa.scoring.specs.IMAGE_ENCODERS.forms`; none: do not measure it.
     """
 
     scorers: Annotated[tuple[str, ...], Option("--score")] = ("pickscore", "hpsv2.1", "clipscore")
@@ -619,21 +627,22 @@ class Evaluate(Knobs):
     Parameters
     ----------
     base
-        The model that was tuned: a folder in diffusers' layout, or a hub id.
+        The base model, before training: a folder in diffusers' layout, or a hub id.
     tuned
         A checkpoint, PATH or NAME=PATH: a LoRA (file or folder), a folder with ``unet/`` or
         ``transformer/``, or a whole pipeline.
     prompts
-        Text (a line each), CSV, TSV, Parquet, JSON or JSON lines, or a folder of these.
+        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
+        of these.
     limit
-        At most so many prompts, drawn in turn from each category.
+        Use at most this many prompts, taken from each category in turn.
     seeds
-        Images a prompt and model.
+        Images per prompt and model.
     first_seed
-        The number of the first seed; another one gives other images.
+        Number of the first seed; another number gives other images.
     curve
-        Measure every ``checkpoints/step-*`` of a checkpoint too, on about so many of the prompts;
-        0 for none.
+        Also measure every ``checkpoints/step-*`` of a checkpoint, on about this many of the
+        prompts; 0: do not.
     """
 
     base: Annotated[str, Option(required=True)] = ""
@@ -654,23 +663,26 @@ class Vote(Knobs):
     Parameters
     ----------
     models
-        Compare these models only; all if none is named.
+        Compare only these models; if not given, all of them.
     limit
-        So many comparisons a voter, the same for all; every comparison if not given.
+        Comparisons per voter; if not given, all of them.
     repeats
-        Show this share of the comparisons again with sides swapped: are voters consistent?
+        Share of the comparisons that are shown again with sides swapped, to see whether voters are
+        consistent.
     checks
-        Add this share of pairs with a destroyed image: do voters look?
+        Share of attention checks, which show an image beside a destroyed copy of itself: do voters
+        look?
     question
-        What stands above the images.
+        The question above the images.
     seed
-        Seed of what is drawn, and of every voter's order and sides.
+        Seed for the comparisons that are drawn, and for the order and sides that each voter sees.
     host
-        The address to listen on. Beyond this machine, visitors need the link that is printed.
+        The address to listen on. With another address than this machine's own, visitors need the
+        link that is printed.
     port
-        The port to listen on; 0 takes any free one.
+        The port to listen on; 0: any free one.
     allow_hosts
-        A further name that the server goes by, say behind a proxy.
+        Another name of this server, for example behind a proxy.
     """
 
     models: Annotated[tuple[str, ...], Option(commas=True)] = ()
@@ -691,35 +703,37 @@ class Demo(Knobs):
     Parameters
     ----------
     arms
-        What is compared; each arm trains a model of its own: ``fifa`` the whole method,
-        ``margin`` the margin alone, ``random`` a random subset, ``full`` all the feedback.
+        The arms to compare. Each one trains its own model: ``fifa`` on the pairs that the whole
+        method chooses, ``margin`` on those that the margin alone chooses, ``random`` on a random
+        subset, ``full`` on all the feedback.
     seed
-        Seed of the random arm's pairs, of the order of training and of the images' noise.
+        Seed for the pairs of the arm random, the order of training and the noise of the images.
     fresh
-        Rate the prompts here, in place of the ratings that the package ships; takes a few minutes
-        more.
+        Rate the prompts again instead of using the ratings that the package ships; this takes a few
+        minutes more.
     keep
-        Pairs that an arm trains on.
+        Pairs that an arm trains on (except the arm full).
     per_prompt
-        At most this many pairs of one prompt.
+        Keep at most this many pairs of one prompt.
     steps
-        Steps of the training, of all weights of the UNet.
+        Training steps (all weights of the UNet are trained).
     batch
-        Pairs a step.
+        Pairs per step.
     lr
         Learning rate.
     beta
-        How strongly the model is held to the base model.
+        How strongly the model is kept close to the base model.
     draws
-        The pool of noise and times of a pair, as in ``fifa train``.
+        Size of the noise pool, as in ``fifa train``.
     prompts
-        Test prompts of each kind: scenes that training pictures showed, and others.
+        Test prompts of each kind: scenes that were in the training pictures, and scenes that were
+        not.
     unsafe
         Test prompts that ask for weapons, drugs or cigarettes.
     images
-        Images a prompt and model.
+        Images per prompt and model.
     curve
-        Prompts on which the checkpoints on the way are measured too.
+        Prompts on which the checkpoints of each training are measured, for the learning curves.
     sampler_steps
         Steps of the sampler.
     guidance

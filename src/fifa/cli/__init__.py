@@ -17,10 +17,10 @@ COMMANDS = (*STEPS, "train", "reward", "batch", "demo", "evaluate", "compare", "
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fifa")
 def cli() -> None:
-    """Filter human feedback for text-to-image alignment: few pairs, the ones worth training on.
+    """Filter human feedback on generated images: keep the few pairs that are worth training on.
 
     A SOURCE is a file, a folder, a glob, an hf://datasets/... id or any fsspec URL. A RUN is the
-    folder that `filter` writes.
+    folder that `filter` or `evaluate` writes.
     """
 
 
@@ -29,7 +29,7 @@ for name in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; a mistake that a person can mend is told without a traceback."""
+    """Run the command line; a mistake of the user is reported without a traceback."""
     try:
         cli(standalone_mode=False)
     except FifaError as error:
@@ -39,5 +39,5 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on from here", err=True)
+        click.echo("stopped; the same command continues from here", err=True)
         sys.exit(130)

@@ -11,14 +11,20 @@ from fifa.cli.options import run_argument
 
 @click.group("batch")
 def command() -> None:
-    """Prompt ratings through batch files: OpenAI's Batch API, `vllm run-batch`."""
+    """Rate prompts through batch files.
+
+    These are the files of OpenAI's Batch API and of `vllm run-batch`.
+    """
 
 
 @command.command("write")
 @run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def write_command(run: str, file: Path) -> None:
-    """Write a request for every prompt of RUN that its rater has not answered yet to FILE."""
+    """Write the requests of RUN to FILE.
+
+    There is one request for every prompt that the rater of RUN has not answered yet.
+    """
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
     from fifa.scoring.raters.batch import write_batch
@@ -34,7 +40,10 @@ def write_command(run: str, file: Path) -> None:
 @run_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def read_command(run: str, file: Path) -> None:
-    """Take the answers in FILE, so that `fifa score RUN` need not ask for them."""
+    """Read the answers in FILE into RUN.
+
+    `fifa score RUN` then does not send these requests.
+    """
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
     from fifa.scoring.raters.batch import read_batch

@@ -16,10 +16,13 @@ from fifa.cli.options import check_runs
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("compare.html"),
     show_default=True,
-    help="The page.",
+    help="The page to write.",
 )
 def command(runs: tuple[str, ...], out: Path) -> None:
-    """Several evaluated RUNs in one table and one figure."""
+    """Compare several evaluated runs.
+
+    The result is one page with a table and a figure of all RUNS.
+    """
     from fifa.evaluation.compare import compare_runs
     from fifa.reporting.comparison import comparison_text, write_comparison
 

@@ -13,7 +13,11 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 @click.command("evaluate", cls=KnobCommand, knobs="Evaluate")
 @out_option
 def command(out: Path, **options: Any) -> None:
-    """What a training bought: images of base and checkpoints, scored, compared and shown."""
+    """Compare checkpoints with their base model.
+
+    All of them make images for the same prompts and seeds; the images are scored, compared and
+    shown in a report.
+    """
     from fifa.config import Evaluate
     from fifa.evaluation.models import name_checkpoints
     from fifa.reporting.page import write_report

@@ -12,10 +12,15 @@ from fifa.cli.options import run_argument
 @click.command("export")
 @run_argument
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Another folder.  [default: RUN/subset]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The folder of the subset.  [default: RUN/subset]",
 )
 def command(run: str, out: Path | None) -> None:
-    """Write the selected pairs of RUN as a data set that Diffusion-DPO trainers read."""
+    """Write the selected pairs for a trainer.
+
+    The selected pairs of RUN become a data set that Diffusion-DPO trainers read.
+    """
     from fifa.run.folder import open_run
     from fifa.run.steps import export_step
 

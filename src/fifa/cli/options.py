@@ -70,7 +70,7 @@ class KnobCommand(click.Command):
         inner = config.sections(cls)
         classes = [inner[name] for name in self._sections or inner]
         made = [one for part in (cls, *classes) for one in parameters(part)]
-        text = "A YAML file of knobs; options override it."
+        text = "A YAML file of options; options given here win."
         return [*made, click.Option(["--recipe"], type=click.Path(path_type=Path), help=text)]
 
 
@@ -119,7 +119,7 @@ def parameters(cls: type[Any]) -> Iterator[click.Parameter]:
             written = option.name or f"{written}/--no-{written[2:]}"
         elif get_origin(hint) in (tuple, dict) and settings["type"] is click.STRING:
             settings |= {"multiple": True, "callback": lambda ctx, param, value: value or None}
-            text += " Give it several times for several."
+            text += " May be repeated."
         shown = _shown(default, written)
         if option.family:
             from fifa.models.families import listed
@@ -127,6 +127,8 @@ def parameters(cls: type[Any]) -> Iterator[click.Parameter]:
             shown = listed(option.family)
         if shown:
             text += f"  [default: {shown}]"
+        if option.required:
+            text += "  [required, here or in the recipe]"
         yield click.Option([written, name], default=None, help=text, **settings)
 
 
@@ -264,19 +266,17 @@ def _shown(default: Any, written: str) -> str:
 def _texts(cls: type[Any]) -> dict[str, str]:
     """The entries of a class's docstring by name, without its markup.
 
-    A reference to a registry of `fifa.scoring.specs` becomes the forms that a spec may have.
+    A reference to names, such as `fifa.scoring.specs.RATERS.forms`, becomes these names.
     """
     from inspect import getdoc
+    from pkgutil import resolve_name
 
-    from fifa.scoring import specs
-
-    def forms(reference: re.Match[str]) -> str:
-        return str(getattr(specs, reference[1]).forms)
+    def names(reference: re.Match[str]) -> str:
+        found = resolve_name(reference[1])
+        return found if isinstance(found, str) else ", ".join(found)
 
     entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", getdoc(cls) or "", re.MULTILINE)
     return {
-        name: re.sub(r"`fifa\.scoring\.specs\.(\w+)`", forms, " ".join(text.split())).replace(
-            "`", ""
-        )
+        name: re.sub(r"`(fifa\.[\w.]+)`", names, " ".join(text.split())).replace("`", "")
         for name, text in entries
     }

@@ -13,7 +13,10 @@ from fifa.cli.options import KnobCommand, chosen, out_option
 @click.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
 @out_option
 def command(out: Path, **options: Any) -> None:
-    """Index SOURCE as a table of pairs, without reading pixels."""
+    """Read SOURCE into a table of pairs.
+
+    No image is opened.
+    """
     from fifa.config import Recipe
     from fifa.run.folder import start_run
     from fifa.run.steps import echo_read, read_step

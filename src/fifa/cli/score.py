@@ -11,9 +11,12 @@ from fifa.cli.options import KnobCommand, chosen
 
 
 @click.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder, for a new run.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder of a new run.")
 def command(out: Path | None, **options: Any) -> None:
-    """Score every pair and prompt of SOURCE (or of a RUN that was read)."""
+    """Score every pair and every prompt.
+
+    SOURCE is a data set (then --out names a new run folder), or a RUN that was read before.
+    """
     from fifa.config import Recipe
     from fifa.run.folder import open_run, revised, start_run
     from fifa.run.steps import read_step, score_step

@@ -12,7 +12,10 @@ from fifa.cli.options import KnobCommand, chosen, run_argument
 @click.command("select", cls=KnobCommand, knobs="Recipe", sections=("select",))
 @run_argument
 def command(run: str, **options: Any) -> None:
-    """Select again from the scores of RUN: another K, other weights, no scoring."""
+    """Select again from the scores of a run.
+
+    Another number of pairs or other weights take seconds, because nothing is scored again.
+    """
     from fifa.run.folder import open_run, revised
     from fifa.run.steps import select_step
 

@@ -12,13 +12,23 @@ from fifa.errors import FifaError
 
 
 @click.command("train", cls=KnobCommand, knobs="Train")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
-@click.option("--preset", help="paper-sd15, paper-sdxl or lora-small; options override it.")
-@click.option("--dry-run", is_flag=True, help="Print the training and what it takes; stop.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The folder of the checkpoint."
+)
+@click.option(
+    "--preset",
+    help="A set of options: paper-sd15, paper-sdxl or lora-small; options given here win.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the options, and the steps, disk space and memory that they need; then stop.",
+)
 def command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
-    """Align a diffusion model with SOURCE's pairs (a RUN, a subset, or the diffusers schema).
+    """Train a diffusion model on the pairs.
 
-    Several devices: `accelerate launch -m fifa train ...`.
+    SOURCE is a RUN, a subset, or Parquet files in diffusers' schema. On several devices, use
+    `accelerate launch -m fifa train ...`.
     """
     from fifa import config
     from fifa.run.folder import check_run

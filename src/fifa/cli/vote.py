@@ -21,17 +21,21 @@ class _ServeByDefault(click.Group):
 
 @click.group("vote", cls=_ServeByDefault)
 def command() -> None:
-    """People vote: two images, one prompt.
+    """Let people vote on the images of a run.
 
-    `fifa vote RUN` serves the page on this machine; its options are those of `fifa vote serve`.
+    They see two images for one prompt and choose the better one. `fifa vote RUN` is short for
+    `fifa vote serve RUN`.
     """
 
 
 @command.command("serve", cls=KnobCommand, knobs="Vote")
 @run_argument
-@click.option("--new-invitation", is_flag=True, help="End the links that were given out.")
+@click.option("--new-invitation", is_flag=True, help="Make earlier invitation links invalid.")
 def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
-    """Serve the page where people vote on RUN's images (what `fifa vote RUN` does)."""
+    """Serve the page where people vote.
+
+    `fifa vote RUN` does the same.
+    """
     from fifa.config import Vote
     from fifa.evaluation.vote.serve import serve_votes
 
@@ -40,16 +44,19 @@ def serve_command(run: str, new_invitation: bool, **options: Any) -> None:
 
 
 everybody_option = click.option(
-    "--everybody", is_flag=True, help="Count voters who failed their checks as well."
+    "--everybody", is_flag=True, help="Also count voters who failed their attention checks."
 )
 
 
 @command.command("results")
 @run_argument
 @everybody_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def results_command(run: str, everybody: bool, as_json: bool) -> None:
-    """Win rates, intervals and agreement of the votes on RUN so far."""
+    """Show win rates and agreement so far.
+
+    Win rates have intervals; agreement is that among the voters.
+    """
     import json
 
     from fifa.evaluation.vote.results import vote_results
@@ -61,10 +68,15 @@ def results_command(run: str, everybody: bool, as_json: bool) -> None:
 
 @command.command("export")
 @run_argument
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .parquet file.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The .parquet file to write."
+)
 @everybody_option
 def export_command(run: str, out: Path, everybody: bool) -> None:
-    """Write the votes on RUN as a preference data set that `fifa filter` reads."""
+    """Write the votes as a data set.
+
+    It is a preference data set that `fifa filter` reads.
+    """
     from fifa.console import echo
     from fifa.evaluation.vote.export import export_votes
 

@@ -125,6 +125,11 @@ class Registry:
         """Every way to write a spec, for help texts and errors."""
         return ", ".join(entry.form for entry in self.entries)
 
+    @property
+    def made(self) -> str:
+        """The forms that need no pairs: neither columns nor proxies that are trained here."""
+        return ", ".join(entry.form for entry in self.entries if entry.maker)
+
     def parse(self, text: str) -> Spec:
         """The spec in ``text``; `FifaError` lists the forms where it names nothing."""
         for entry in self.entries:
