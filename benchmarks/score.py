@@ -29,9 +29,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from common import peak_mb, report
+from fifa.config import Compute
 from fifa.data import read_pairs
 from fifa.data.decode import open_image
-from fifa.scoring.rewards.engine import EngineOptions, score_pairs
+from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.load import load_reward
 from fifa.scoring.rewards.pixels import convert_crop
 
@@ -162,8 +163,7 @@ def ours(
     pairs = read_pairs(source)
     with tempfile.TemporaryDirectory() as scores:
         begun, busy = time.perf_counter(), time.process_time()
-        options = EngineOptions(batch=BATCH)
-        table = score_pairs(pairs, _reward, folder=Path(scores), options=options)
+        table = score_pairs(pairs, _reward, folder=Path(scores), compute=Compute(batch=BATCH))
         seconds = [time.perf_counter() - begun, time.process_time() - busy]
     images = len({*pairs.table["image_0"].to_pylist(), *pairs.table["image_1"].to_pylist()})
     found = np.full((len(pairs), 2), np.nan)

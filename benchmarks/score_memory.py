@@ -34,11 +34,12 @@ SCORE = """
 import sys
 from pathlib import Path
 from fifa.data import read_pairs
-from fifa.scoring.rewards.engine import EngineOptions, score_pairs
+from fifa.config import Compute
+from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.load import load_reward
 model = load_reward("pickscore:" + sys.argv[1], device="cpu")
-options = EngineOptions(batch=256, shard=2048)
-score_pairs(read_pairs(sys.argv[2]), model, folder=Path(sys.argv[3]), options=options)
+folder, compute = Path(sys.argv[3]), Compute(batch=256)
+score_pairs(read_pairs(sys.argv[2]), model, folder=folder, compute=compute, shard=2048)
 """
 
 

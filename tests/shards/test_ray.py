@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,16 +58,18 @@ def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
     monkeypatch.syspath_prepend(REWARDS)
     from tiny import Fragile, Tiny, recurring
 
-    from fifa.scoring.rewards.engine import EngineOptions, score_pairs
+    from fifa.config import Compute
+    from fifa.scoring.rewards.engine import score_pairs
 
     pairs, _ = recurring(tmp_path / "data", pairs=60)
-    options = EngineOptions(batch=4, workers=1, shard=5)
-    score_pairs(pairs, Tiny(), folder=tmp_path / "here", options=options)
+    compute = Compute(batch=4, workers=1)
+    score_pairs(pairs, Tiny(), folder=tmp_path / "here", compute=compute, shard=5)
     score_pairs(
         pairs,
         Tiny(),
         folder=tmp_path / "there",
-        options=EngineOptions(batch=4, workers=1, shard=5, store=str(tmp_path / "shared")),
+        compute=replace(compute, store=str(tmp_path / "shared")),
+        shard=5,
         executor=RayPool(workers=2, num_cpus=0.5),
         load=partial(Fragile, tmp_path / "died"),
     )

@@ -158,7 +158,7 @@ def _engine(
     spec: str, folder: Path | None, compute: Compute, allow_download: bool = False
 ) -> Iterator[Engine]:
     """The engine of a reward model, run as ``compute`` says."""
-    from fifa.scoring.rewards.engine import Engine, EngineOptions
+    from fifa.scoring.rewards.engine import Engine
     from fifa.scoring.rewards.load import load_reward
 
     load = partial(
@@ -170,14 +170,8 @@ def _engine(
         channels_last=compute.channels_last,
     )
     executor = make_executor(compute)
-    options = EngineOptions(
-        batch=compute.batch,
-        workers=compute.workers,
-        allow_download=allow_download,
-        store=compute.store,
-    )
     try:
-        yield Engine(load(), folder, options, executor, load)
+        yield Engine(load(), folder, compute, executor, load, allow_download=allow_download)
     finally:
         executor.close()
 

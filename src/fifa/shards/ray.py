@@ -27,7 +27,7 @@ class RayPool:
     workers
         Actors, a model each.
     num_cpus, num_gpus
-        What an actor takes; fractions share. Decoding threads are `EngineOptions.workers`.
+        What an actor takes; fractions share. Decoding threads are `Compute.workers`.
     address
         ``auto`` for the cluster this machine is part of, ``ray://HEAD:10001`` from outside, None
         for the cluster in use or a new one on this machine.

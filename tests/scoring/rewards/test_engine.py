@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Tiny, cells, files, one_by_one, picture, recurring
 
+from fifa.config import Compute
 from fifa.console import collect_facts
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory
 from fifa.scoring.rewards import engine
 from fifa.scoring.rewards.engine import (
     Engine,
-    EngineOptions,
     score_pairs,
     unreadable_path,
 )
@@ -29,7 +29,7 @@ from fifa.scoring.rewards.worker import features_table, table_features
 from fifa.scoring.table import MARGIN
 from fifa.shards import files as atomic
 
-SMALL = EngineOptions(batch=4, workers=2, shard=7)
+SMALL = {"compute": Compute(batch=4, workers=2), "shard": 7}
 
 
 def naive(rows):
@@ -67,8 +67,8 @@ def in_order_of(pairs, rows):
 def test_rewards_are_those_of_a_loop_over_pairs(pairs, seed, images, prompts, batch, shard, trust):
     with tempfile.TemporaryDirectory() as folder:
         read, rows = recurring(Path(folder), pairs, seed, images, prompts)
-        options = EngineOptions(batch=batch, workers=2, shard=shard, trust_keys=trust)
-        table = score_pairs(read, Tiny(), options=options)
+        compute = Compute(batch=batch, workers=2)
+        table = score_pairs(read, Tiny(), compute=compute, shard=shard, trust_keys=trust)
     assert table.schema.equals(MARGIN)
     assert table["pair_id"].equals(read.table["pair_id"])
     np.testing.assert_allclose(rewards(table), naive(in_order_of(read, rows)), rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ def test_each_image_and_prompt_is_looked_at_once_whatever_its_keys(tmp_path):
     pairs, rows = recurring(tmp_path, pairs=60, images=20, prompts=5)
     model = Tiny()
     with collect_facts() as facts:
-        score_pairs(pairs, model, options=SMALL)
+        score_pairs(pairs, model, **SMALL)
     images = {image for _, *both in rows for image in both}
     asks = {(prompt, image) for prompt, *both in rows for image in both}
     assert len(pairs.table["image_0"].unique()) > len(images)  # keys are cells, so they differ
@@ -91,9 +91,8 @@ def test_trusted_keys_save_the_pass_over_the_bytes(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(picture(ord(name)))
     pairs = files(tmp_path, [("one", "a.png", "b.png"), ("two", "c.png", "b.png")])
-    trusting = EngineOptions(trust_keys=True)
-    trusted = score_pairs(pairs, Tiny(), folder=tmp_path / "a", options=trusting)
-    told_apart = score_pairs(pairs, Tiny(), folder=tmp_path / "b", options=SMALL)
+    trusted = score_pairs(pairs, Tiny(), folder=tmp_path / "a", trust_keys=True)
+    told_apart = score_pairs(pairs, Tiny(), folder=tmp_path / "b", **SMALL)
     assert rewards(trusted) == pytest.approx(rewards(told_apart))
     assert not list((tmp_path / "a").glob("images-*"))
     assert len(list((tmp_path / "b").glob("images-*"))) == 1
@@ -118,7 +117,7 @@ def test_shapes_may_differ_and_large_images_go_fewer_at_a_time(tmp_path):
     rows = [(f"p{i % 3}", images[i], images[i + 1]) for i in range(23)]
     pairs = cells(tmp_path, rows)
     model = Whole()
-    table = score_pairs(pairs, model, options=EngineOptions(batch=4, shard=100))
+    table = score_pairs(pairs, model, compute=Compute(batch=4), shard=100)
     assert {size[0] for size in model.sizes if size[1:] == (448, 448)} == {1}
     assert {size[0] for size in model.sizes if size[1:] == (224, 448)} == {2}
     assert max(size[0] for size in model.sizes) == 4
@@ -131,9 +130,9 @@ def test_shapes_may_differ_and_large_images_go_fewer_at_a_time(tmp_path):
 
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, capsys):
     pairs, _ = recurring(tmp_path)
-    expected = score_pairs(pairs, Tiny(), options=SMALL)
+    expected = score_pairs(pairs, Tiny(), **SMALL)
     model = Tiny(memory=3)
-    found = score_pairs(pairs, model, options=EngineOptions(batch=13, shard=30))
+    found = score_pairs(pairs, model, compute=Compute(batch=13), shard=30)
     np.testing.assert_allclose(rewards(found), rewards(expected), rtol=1e-6)
     assert "batches of 3 from here on" in capsys.readouterr().err
 
@@ -141,7 +140,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, capsys):
 def test_out_of_memory_with_one_image_is_told(tmp_path):
     pairs, _ = recurring(tmp_path, pairs=3)
     with pytest.raises(FifaError, match="out of memory with a single image"):
-        score_pairs(pairs, Tiny(memory=0), options=SMALL)
+        score_pairs(pairs, Tiny(memory=0), **SMALL)
 
 
 def test_other_errors_of_a_model_are_not_taken_for_memory():
@@ -153,7 +152,7 @@ def test_other_errors_of_a_model_are_not_taken_for_memory():
 def test_a_finished_file_is_read_and_another_model_gets_its_own(tmp_path):
     pairs, _ = recurring(tmp_path / "data")
     model = Tiny()
-    first = score_pairs(pairs, model, folder=tmp_path / "scores", options=SMALL)
+    first = score_pairs(pairs, model, folder=tmp_path / "scores", **SMALL)
     seen = model.seen.copy()
     assert score_pairs(pairs, model, folder=tmp_path / "scores").equals(first)
     assert model.seen == seen
@@ -170,7 +169,7 @@ def test_a_finished_file_is_read_and_another_model_gets_its_own(tmp_path):
 def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, monkeypatch, after):
     pairs, _ = recurring(tmp_path / "data")
     expected = tmp_path / "expected"
-    score_pairs(pairs, Tiny(), folder=expected, options=SMALL)
+    score_pairs(pairs, Tiny(), folder=expected, **SMALL)
     real, left = atomic.pq.write_table, [after]
 
     def full(*args, **kwargs):
@@ -183,9 +182,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(atomic.pq, "write_table", full)
         with pytest.raises(FifaError, match=r"No space left[^$]*free space"):
-            score_pairs(pairs, Tiny(), folder=scores, options=SMALL)
+            score_pairs(pairs, Tiny(), folder=scores, **SMALL)
     model = Tiny()
-    score_pairs(pairs, model, folder=scores, options=SMALL)
+    score_pairs(pairs, model, folder=scores, **SMALL)
     assert contents(scores) == contents(expected)
     # two writes tell 20 images apart, one keeps prompts, three keep 7 images each, two the result
     assert model.seen["embedded"] == 20 - min(20, 7 * max(0, after - 3))
@@ -199,7 +198,7 @@ def test_prompt_features_are_kept_and_mapped(tmp_path):
     pairs, _ = recurring(tmp_path / "data")
     model = Tiny()
     expected = model.prompt_features(pairs.prompts["prompt"].to_pylist()).numpy()
-    score_pairs(pairs, model, folder=tmp_path / "scores", options=SMALL)
+    score_pairs(pairs, model, folder=tmp_path / "scores", **SMALL)
     seen = model.seen.copy()
     found = Engine(model, tmp_path / "scores").prompt_features(pairs.prompts["prompt"])
     assert isinstance(found, np.memmap)
@@ -218,7 +217,7 @@ def test_features_of_any_shape_survive_their_table(dtype):
 def test_prompt_features_of_many_shards_are_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PROMPT_SHARD", 3)
     pairs, rows = recurring(tmp_path, pairs=40, prompts=17)
-    table = score_pairs(pairs, Tiny(), options=SMALL)
+    table = score_pairs(pairs, Tiny(), **SMALL)
     np.testing.assert_allclose(rewards(table), naive(in_order_of(pairs, rows)), rtol=1e-5)
 
 
@@ -227,7 +226,7 @@ def test_an_image_that_is_missing_is_a_row_and_its_pairs_are_nan(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     rows = [("one", "a.png", "b.png"), ("two", "gone.png", "a.png"), ("one", "a.png", "a.png")]
     pairs = files(tmp_path, rows)
-    table = score_pairs(pairs, Tiny(), folder=tmp_path / "scores", options=SMALL)
+    table = score_pairs(pairs, Tiny(), folder=tmp_path / "scores", **SMALL)
     sound = {
         row: (np.isfinite(pair).tolist())
         for row, pair in zip(pairs.table["row"].to_pylist(), rewards(table), strict=True)

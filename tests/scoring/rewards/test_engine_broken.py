@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tiny import Tiny, cells, one_by_one, picture
 
-from fifa.scoring.rewards.engine import EngineOptions, score_pairs, unreadable_path
+from fifa.config import Compute
+from fifa.scoring.rewards.engine import score_pairs, unreadable_path
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options) -> bytes:
@@ -120,7 +121,7 @@ def test_a_thousand_broken_images_are_a_thousand_rows_with_reasons(tmp_path):
     pairs = cells(tmp_path / "data", rows, row_group=100)
     model = Tiny()
     begun = time.monotonic()
-    table = score_pairs(pairs, model, folder=tmp_path, options=EngineOptions(batch=8, shard=200))
+    table = score_pairs(pairs, model, folder=tmp_path, compute=Compute(batch=8), shard=200)
     assert time.monotonic() - begun < 60
     assert len(pairs) == 1000
     found = {

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny import Tiny, recurring
 
+from fifa.config import Compute
 from fifa.data import read_pairs
-from fifa.scoring.rewards.engine import EngineOptions, score_pairs
+from fifa.scoring.rewards.engine import score_pairs
 from fifa.shards.files import sweep
 from forked import finish, forked
 
@@ -22,9 +23,9 @@ def score(data: Path, scores: Path) -> None:
 
     torch.set_num_threads(1)
     sweep(scores)  # as every run does with its folder
-    options = EngineOptions(batch=4, workers=2, shard=8)
+    how = {"compute": Compute(batch=4, workers=2), "shard": 8}
     model = Tiny(seconds=0.003)
-    score_pairs(read_pairs(data / "pairs.parquet"), model, folder=scores, options=options)
+    score_pairs(read_pairs(data / "pairs.parquet"), model, folder=scores, **how)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from fifa.data.table import Pairs
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.runtime import make_runtime
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.rewards.engine import Engine, EngineOptions, score_pairs
+from fifa.scoring.rewards.engine import Engine, score_pairs
 from fifa.scoring.rewards.features import make_image_encoder
 from fifa.scoring.rewards.fit import comparisons, features_of, fit_head, train_reward
 from fifa.scoring.rewards.split import prompt_folds
@@ -145,8 +145,8 @@ def _heads(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers
 def _clips(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers, Fold]:
     """A fine-tuned CLIP a fold."""
     images, of_slot = unique_images(pairs)
-    download = EngineOptions(allow_download=options.read.allow_download)
-    distinct = Engine(None, folder, download).distinct(images)
+    engine = Engine(None, folder, allow_download=options.read.allow_download)
+    distinct = engine.distinct(images)
 
     def some(rows: Integers) -> Pairs:
         return Pairs(pairs.table.take(pa.array(rows)), pairs.prompts, origin=pairs.origin)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fifa.config import Compute
 from fifa.console import echo, note
 from fifa.data.images import FACTS, Images, Integers, unique_images
 from fifa.data.table import Pairs
@@ -26,7 +27,6 @@ from fifa.errors import FifaError
 from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.rewards.dedup import Distinct, tell_apart
 from fifa.scoring.rewards.worker import (
-    EngineOptions,
     ImageShard,
     Load,
     ScoreStep,
@@ -37,7 +37,7 @@ from fifa.shards.files import atomic_path, column_digest, digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool, Shard, run_shards
 
-__all__ = ["Engine", "EngineOptions", "score_pairs", "unreadable_path"]
+__all__ = ["Engine", "score_pairs", "unreadable_path"]
 
 Rewards = npt.NDArray[np.float32]
 
@@ -68,20 +68,32 @@ class Engine:
         (which images are the same), ``prompts-*.npy`` (`prompt_features`) and
         ``unreadable-*.parquet`` (`unreadable_path`). A run that was killed goes on where it was,
         and ends with the same bytes.
-    options
-        How to feed the model.
+    compute
+        ``batch`` and ``workers`` feed the model; ``store`` keeps finished shards meanwhile. None of
+        it changes a reward by more than rounding.
     executor
         Who runs it: by default this process; `fifa.shards.pool.LocalPool` or
         `fifa.shards.ray.RayPool`.
     load
         Loads the model in other processes; without it the model itself travels there.
+    shard
+        Images between two points where a run can be resumed.
+    trust_keys
+        True: an image key is one image. False: images are told apart by their bytes, by a pass
+        that reads them all and decodes none. None: True for Pick-a-Pic, whose keys are uids, and
+        for images that have to be fetched.
+    allow_download
+        Fetch images that the source only names by URL.
     """
 
     model: RewardModel | None = None
     folder: Path | None = None
-    options: EngineOptions = field(default_factory=EngineOptions)
+    compute: Compute = field(default_factory=Compute)
     executor: Executor | None = None
     load: Load | None = None
+    shard: int = 512
+    trust_keys: bool | None = None
+    allow_download: bool = False
 
     def score_pairs(self, pairs: Pairs) -> pa.Table:
         """What the model gives both images of every pair; raises as `score` does.
@@ -154,11 +166,11 @@ class Engine:
                 write_table(unreadable_path(path), bad)
                 return arrange(rewards[of_request.reshape(-1)])
 
-            return scored_once(path, make, facts, engine.options.store)
+            return scored_once(path, make, facts, engine.compute.store)
 
     def distinct(self, images: Images) -> Distinct:
         """Which images are the same: by their bytes, or by their keys where those are ids."""
-        trust = self.options.trust_keys
+        trust = self.trust_keys
         if images.keyed if trust is None else trust:
             return tell_apart(images, None)
         source = images.identity
@@ -174,7 +186,7 @@ class Engine:
                 return pa.concat_tables([FACTS.empty_table(), *tables]).select(["content"])
 
             path = engine._path("images", "bytes", source)
-            table = scored_once(path, make, store=engine.options.store)
+            table = scored_once(path, make, store=engine.compute.store)
         return tell_apart(images, table["content"].combine_chunks())
 
     def prompt_features(self, prompts: pa.ChunkedArray) -> np.ndarray:
@@ -186,7 +198,7 @@ class Engine:
         model = self._model
         identity = (model.identity, column_digest(prompts))
         path = self._path("prompts", model.name, *identity).with_suffix(".npy")
-        ledger = Ledger.beside(path, self.options.store)
+        ledger = Ledger.beside(path, self.compute.store)
         if not path.exists():
             parts = [prompts.slice(i, PROMPT_SHARD) for i in range(0, len(prompts), PROMPT_SHARD)]
             shards = [
@@ -231,7 +243,7 @@ class Engine:
             which = image[own] - part.start
             return ImageShard(places, np.array(features[unique]), which, local.reshape(-1))
 
-        shards = [Shard(key(part), len(part), part) for part in _parts(n, self.options.shard)]
+        shards = [Shard(key(part), len(part), part) for part in _parts(n, self.shard)]
         tables = self._run(f"images through {model.name}", ledger, shards, prepare)
         rewards = np.empty(len(image), np.float32)
         reasons: dict[int, str] = {}
@@ -261,7 +273,7 @@ class Engine:
         executor = self.executor
         here = executor is None or (isinstance(executor, LocalPool) and not executor.processes)
         load = partial(_same, self.model) if self.load is None or here else self.load
-        return partial(ScoreStep, load, self.options)
+        return partial(ScoreStep, load, self.compute, self.allow_download)
 
     @property
     def _model(self) -> RewardModel:

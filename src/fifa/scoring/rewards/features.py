@@ -28,7 +28,7 @@ from fifa.models.runtime import Runtime
 from fifa.models.transformer import load_model
 from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.engine import Engine, EngineOptions
+from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.scoring.table import score_path, scored_once
@@ -157,8 +157,7 @@ def image_features(
     Parameters as for `frozen_features`. NaN where an image could not be read; raises `FifaError`
     where none could.
     """
-    options = EngineOptions(workers=1, allow_download=allow_download)
-    distinct = Engine(None, folder, options).distinct(images)
+    distinct = Engine(None, folder, allow_download=allow_download).distinct(images)
     path = folder and score_path(
         folder, "features", encoder.name, encoder.identity, distinct.identity
     )

@@ -24,7 +24,7 @@ from fifa.models.transformer import load_model
 from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, nll
 from fifa.scoring.rewards.card import reward_facts
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.engine import Engine, EngineOptions
+from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.features import image_batches
 from fifa.scoring.rewards.head import Comparisons, prompt_weights
 from fifa.scoring.rewards.pixels import standardise
@@ -311,7 +311,7 @@ def _pixels(
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
     download = options.read.allow_download
     images, of_slot = unique_images(pairs)
-    distinct = Engine(options=EngineOptions(allow_download=download)).distinct(images)
+    distinct = Engine(allow_download=download).distinct(images)
     n = len(distinct)
     path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)

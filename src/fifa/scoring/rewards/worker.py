@@ -28,48 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
-SIDE = 224  # pixels; what `EngineOptions.batch` counts in
+SIDE = 224  # pixels; what `Compute.batch` counts in
 PROMPTS = 8  # times the batch: prompts are shorter than images
 
 Load = Callable[[], RewardModel]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How images are fed to a reward model. None of it changes a reward by more than rounding.
-
-    Parameters
-    ----------
-    batch
-        Images of 224 x 224 in a forward pass. Larger ones go fewer at a time: what a pass costs
-        is its tokens, and those are pixels over the area of a patch. After the device runs out
-        of memory half as many, from then on.
-    workers
-        Threads that decode and preprocess; 0 for one a core.
-    shard
-        Images between two points where a run can be resumed.
-    trust_keys
-        True: an image key is one image. False: images are told apart by their bytes, by a pass
-        that reads them all and decodes none. None: True for Pick-a-Pic, whose keys are uids, and
-        for images that have to be fetched.
-    allow_download
-        Fetch images that the source only names by URL.
-    store
-        Where finished shards are kept meanwhile: a folder or URL that all workers reach. None:
-        beside the scores.
-    """
-
-    batch: int = Compute.batch
-    workers: int = Compute.workers
-    shard: int = 512
-    trust_keys: bool | None = None
-    allow_download: bool = False
-    store: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "shard"):
-            if getattr(self, name) < 1:
-                raise FifaError(f"{name} has to be at least 1")
 
 
 @dataclass(frozen=True)
@@ -110,14 +72,17 @@ class ScoreStep:
     ----------
     load
         Loads the model, when the first shard needs it.
-    options
-        How to feed it.
+    compute
+        Its ``batch`` (after the device runs out of memory half as many, from then on) and its
+        ``workers``.
+    allow_download
+        Fetch images that the source only names by URL.
     """
 
-    def __init__(self, load: Load, options: EngineOptions) -> None:
-        self._load, self._options = load, options
+    def __init__(self, load: Load, compute: Compute, allow_download: bool = False) -> None:
+        self._load, self._compute, self._download = load, compute, allow_download
         self._share = 1.0  # of a batch; halves when memory runs out
-        self._threads = ThreadPoolExecutor(options.workers or cores())
+        self._threads = ThreadPoolExecutor(compute.workers or cores())
 
     def begin(self, shard: Any) -> _Begun:
         """Start reading and decoding an `ImageShard`."""
@@ -125,10 +90,10 @@ class ScoreStep:
         if not isinstance(shard, ImageShard):
             return _Begun(shard, None, bad)
         decoded = decode_images(
-            read(shard.images, allow_download=self._options.allow_download),
+            read(shard.images, allow_download=self._download),
             lambda image, row: self._model.preprocess(refuse_slivers(image)),
             pool=self._threads,
-            most=2 * self._options.batch,
+            most=2 * self._compute.batch,
         )
         return _Begun(shard, Prefetch(batched(decoded, self._fits, bad), most=1), bad)
 
@@ -136,7 +101,7 @@ class ScoreStep:
         """The shard's `fifa.data.images.FACTS`, prompt features or `REWARDS`."""
         shard = begun.shard
         if isinstance(shard, Images):
-            return look(shard, sizes=False, allow_download=self._options.allow_download)
+            return look(shard, sizes=False, allow_download=self._download)
         if isinstance(shard, list):
             return features_table(self._prompt_features(shard))
         assert begun.batches is not None
@@ -157,7 +122,7 @@ class ScoreStep:
             return self._model.prompt_features([prompts[i] for i in order[part]])
 
         with torch.inference_mode():
-            found = self._in_parts(features, len(prompts), PROMPTS * self._options.batch).cpu()
+            found = self._in_parts(features, len(prompts), PROMPTS * self._compute.batch).cpu()
         # numpy has no bfloat16
         rows: np.ndarray = (found.float() if found.dtype is torch.bfloat16 else found).numpy()
         in_order: np.ndarray = np.empty_like(rows)
@@ -199,7 +164,7 @@ class ScoreStep:
 
     def _fits(self, height: int, width: int) -> int:
         """How many images of this size go into a batch."""
-        batch = self._options.batch
+        batch = self._compute.batch
         return max(1, min(batch, batch * SIDE * SIDE // (height * width)))
 
     def _in_parts(self, function: Callable[[slice], Any], n: int, most: int) -> Any:
