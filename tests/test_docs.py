@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_CODE = {
+    "extending.md": "its code is files of the project: test_extending.py",
     "report.md": "it describes a page that other pages' commands write",
     "rewards.md": "its models are gigabytes from the hub; tests/scoring/rewards runs small ones",
 }
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python\n(?!# (?:src|tests)/)(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 
 T = 1000
+LOSSES = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo")  # that are written down here
 
 
 @cache

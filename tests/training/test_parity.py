@@ -1,12 +1,11 @@
-"""Loss, gradients and weights against a plain transcription: every backbone, every loss."""
+"""Loss, gradients and weights against a plain transcription: every backbone, every loss of the
+script (`test_losses.py` has the formulas of all)."""
 
 import pytest
 import torch
-from plain import Plain
+from plain import LOSSES, Plain
 from tiny_diffusion import write_model, write_pairs
 from trainings import assemble, furthest, quick
-
-from fifa.training.losses import LOSSES
 
 BACKBONES = ("sd15", "sd2", "sdxl", "sd3", "flux-dev")
 LABELS = [0.9, 0.2, 1.0, 0.35]  # of image 0: the winner is what the label says

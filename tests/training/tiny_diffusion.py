@@ -168,7 +168,7 @@ def _sd3(folder, t5=True):
         "text_encoder_3": _t5(3 * TEXT) if t5 else None,
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-        "tokenizer_3": _t5_tokenizer() if t5 else None,
+        "tokenizer_3": make_t5_tokenizer() if t5 else None,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "image_encoder": None,
         "feature_extractor": None,
@@ -197,7 +197,7 @@ def _flux(folder, dev=True):
         "text_encoder": shake(CLIPTextModel(_clip(words))),
         "text_encoder_2": _t5(48),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "tokenizer_2": _t5_tokenizer(),
+        "tokenizer_2": make_t5_tokenizer(),
         "scheduler": FlowMatchEulerDiscreteScheduler(**dynamic),
         "image_encoder": None,
         "feature_extractor": None,
@@ -258,7 +258,7 @@ def _t5(width):
     return shake(T5EncoderModel(config))
 
 
-def _t5_tokenizer():
+def make_t5_tokenizer():
     letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!"]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     vocabulary += [("▁the", -3.0), ("▁cat", -3.5)]
