@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[1] / "src"
 
 # A package imports those to its left, at the top of a file or inside a function.
 ORDER = (
-    ("errors", "console"),
+    ("errors", "console", "formatting"),
     ("shards",),
     ("config",),
     ("data",),

@@ -164,7 +164,7 @@ def test_any_order_of_commands_ends_as_a_fresh_run(memory):
     run_state_machine_as_test(
         RunFolder,
         settings=settings(
-            max_examples=6,
+            max_examples=16,
             stateful_step_count=8,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

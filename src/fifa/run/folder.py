@@ -106,22 +106,29 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
             where=str(folder),
             do=f"choose another --out, or re-select from its scores with `fifa select {folder}`",
         )
-    return revised(Run(folder, recipe), recipe)
+    return revised(Run(folder, there), recipe)
 
 
 def revised(run: Run, recipe: Recipe) -> Run:
     """The run with another recipe, for good.
 
-    What the changed step and those after it wrote stays until they are run again. Raises
+    What the changed step and those after it wrote goes before the recipe is written: a command
+    that is killed then leaves no selection under a recipe that it does not follow. Raises
     `FifaError` for a recipe that reads other pairs.
     """
-    if recipe.read != run.recipe.read:
+    there = run.recipe
+    if recipe.read != there.read and (run.folder / FILES["table"]).exists():
         raise FifaError(
             "the run has read its pairs already",
             where=str(run.folder),
             do="leave out what says how to read them, or begin a new run with --out",
         )
-    write_text(begin(run.folder) / RECIPE_FILE, recipe.to_yaml())
+    begin(run.folder)
+    if recipe.score != there.score:
+        (run.folder / SCORES_INDEX).unlink(missing_ok=True)
+    if (recipe.score, recipe.select) != (there.score, there.select):
+        (run.folder / SELECTION_FILE).unlink(missing_ok=True)
+    write_text(run.folder / RECIPE_FILE, recipe.to_yaml())
     return Run(run.folder, recipe)
 
 
