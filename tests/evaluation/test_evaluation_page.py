@@ -16,11 +16,9 @@ from fifa.evaluation.results import load_results
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.results import vote_results
 from fifa.evaluation.win_rates import comparisons, diversity_levels, levels
-from fifa.reporting.evaluation import headline
+from fifa.reporting.evaluation import headline, symptoms
+from fifa.reporting.examples import EACH, EXACT, MODELS, side_by_side, thumbnail
 from fifa.reporting.page import write_report
-from fifa.reporting.reward_hacking import symptoms
-from fifa.reporting.side_by_side import EACH, EXACT, MODELS, side_by_side
-from fifa.reporting.thumbnails import thumbnail
 from fifa.shards.files import write_table
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e {}'

@@ -9,8 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from fifa.errors import FifaError
-from fifa.evaluation.images import each_image
-from fifa.evaluation.judges import Detector, Judge, as_judges, colours
+from fifa.evaluation.judges import Detector, Judge, as_judges, colours, each_image
 from fifa.models.runtime import Runtime
 
 

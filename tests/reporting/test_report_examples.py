@@ -9,10 +9,9 @@ from report_runs import make_run
 
 from fifa.data.decode import BadImage
 from fifa.data.table import load_pairs
-from fifa.reporting.examples import choose_rows, load_examples
+from fifa.reporting.examples import choose_rows, load_examples, thumbnail
 from fifa.reporting.numbers import columns_of
 from fifa.reporting.selection import load_selection
-from fifa.reporting.thumbnails import thumbnail
 
 
 def loaded(folder):

@@ -2,8 +2,7 @@ import pyarrow.parquet as pq
 from report_runs import make_run
 
 from fifa.data.table import load_pairs
-from fifa.reporting.label_noise import label_noise
-from fifa.reporting.numbers import columns_of
+from fifa.reporting.numbers import columns_of, label_noise
 from fifa.reporting.page import write_report
 from fifa.reporting.selection import load_selection
 
@@ -34,7 +33,7 @@ def test_the_pairs_that_all_scorers_contradict_are_those_a_loop_finds(tmp_path):
 
 def test_a_large_run_is_judged_on_a_sample_and_says_so(tmp_path, monkeypatch):
     make_run(tmp_path, pairs=200, scorers=2)
-    monkeypatch.setattr("fifa.reporting.label_noise.MOST", 50)
+    monkeypatch.setattr("fifa.reporting.numbers.MOST", 50)
     noise = label_noise(*loaded(tmp_path))
     assert noise.sampled == 50
     assert all(0 <= row < 200 for row in noise.rows)

@@ -59,8 +59,7 @@ def results_command(run: str, everybody: bool, as_json: bool) -> None:
     """
     import json
 
-    from fifa.evaluation.vote.results import vote_results
-    from fifa.evaluation.vote.text import results_text
+    from fifa.evaluation.vote.results import results_text, vote_results
 
     found = vote_results(run, everybody=everybody)
     click.echo(json.dumps(found.plain(), indent=2) if as_json else results_text(found))

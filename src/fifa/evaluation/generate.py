@@ -176,10 +176,10 @@ def read_index(folder: Path, index: str = INDEX) -> pa.Table:
     return table
 
 
-def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+def png(pixels: npt.NDArray[np.uint8], level: int = 6) -> bytes:
     """An image as a PNG file: the same pixels give the same bytes."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG", compress_level=6, optimize=False)
+    Image.fromarray(pixels).save(stream, "PNG", compress_level=level, optimize=False)
     return stream.getvalue()
 
 

@@ -19,8 +19,7 @@ from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
 from fifa.data.table import PROMPTS
 from fifa.errors import FifaError
-from fifa.evaluation.images import each_image, generated_images
-from fifa.evaluation.judges import COLOURS, Detector, Judge, colours
+from fifa.evaluation.judges import COLOURS, Detector, Judge, colours, each_image, generated_images
 from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.margin import image_rewards

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its training, and the run that selected the training's pairs.
+"""Where a checkpoint comes from and what it cost: its training, and the run behind its pairs.
 
 A reward model that picked the pairs is no evidence for the result: it praises its own taste.
 """
@@ -6,7 +6,7 @@ A reward model that picked the pairs is no evidence for the result: it praises i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
@@ -16,8 +16,13 @@ from fifa.config import RECIPE_FILE
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model
+from fifa.evaluation.stats import Number
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import read_json, read_json_lines, read_yaml
+
+# The run's steps by what they are: every other one is neither
+SELECTING = {"read": "reading", "margin": "scoring", "quality": "rating", "diversity": "embedding"}
+CHOOSING = ("select", "export")
 
 
 @dataclass(frozen=True)
@@ -130,3 +135,74 @@ def _margins(facts: Any) -> list[str]:
         found = [spec for spec in own if isinstance(spec, str)] if isinstance(own, list) else []
         return found + [s for key, part in facts.items() if key != "margin" for s in _margins(part)]
     return [spec for part in facts for spec in _margins(part)] if isinstance(facts, list) else []
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one checkpoint cost, in seconds unless another unit is named; NaN where unknown.
+
+    Parameters
+    ----------
+    model
+        Its name.
+    reading, scoring, rating, embedding, choosing
+        Of the run that selected its pairs.
+    training
+        Wall time.
+    hours
+        Accelerator hours of training: processes times wall time.
+    steps, pairs
+        Of training; pairs are counted each time they are seen.
+    tokens
+        Read and written by the rater.
+    """
+
+    model: str
+    reading: Number
+    scoring: Number
+    rating: Number
+    embedding: Number
+    choosing: Number
+    training: Number
+    hours: Number
+    steps: Number
+    pairs: Number
+    tokens: Number
+
+    @property
+    def selecting(self) -> float:
+        """Seconds from the source to the subset; 0 where no run selected the pairs."""
+        parts = (self.reading, self.scoring, self.rating, self.embedding, self.choosing)
+        return sum(part for part in parts if part == part)
+
+    @property
+    def rest(self) -> float:
+        """Seconds of selecting beside scoring and rating; NaN where nothing is known."""
+        parts = (self.reading, self.embedding, self.choosing)
+        found = [part for part in parts if part == part]
+        return sum(found) if found else float("nan")
+
+    @property
+    def total(self) -> float:
+        """Seconds from the source to the weights; NaN where the training's are not known."""
+        return self.selecting + self.training
+
+
+def cost_of(name: str, training: Training) -> Cost:
+    """What the checkpoint ``name`` cost."""
+    facts, log = training.facts, training.log
+
+    def seconds(steps: Iterable[str]) -> float:
+        found = [log[step]["seconds"] for step in steps if step in log]
+        return float(sum(found)) if found else float("nan")
+
+    return Cost(
+        model=name,
+        **{field: seconds([step]) for step, field in SELECTING.items()},
+        choosing=seconds(CHOOSING),
+        training=number(facts.get("seconds")),
+        hours=number(facts.get("accelerator_hours")),
+        steps=number(facts.get("steps")),
+        pairs=number(facts.get("pairs_seen")),
+        tokens=float(sum(entry["tokens"] for entry in log.values())),
+    )

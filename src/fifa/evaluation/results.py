@@ -15,14 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from fifa.config import Evaluate
 from fifa.errors import FifaError
-from fifa.evaluation.costs import Cost, cost_of
 from fifa.evaluation.curves import Curve, learning_curves
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import Measured, Scale
 from fifa.evaluation.models import Method, Model
 from fifa.evaluation.prompts import Prompts
-from fifa.evaluation.provenance import Training
+from fifa.evaluation.provenance import Cost, Training, cost_of
 from fifa.evaluation.sampling import Settings
 from fifa.evaluation.win_rates import (
     Comparison,

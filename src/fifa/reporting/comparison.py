@@ -7,8 +7,7 @@ from typing import Any
 
 from fifa.evaluation.compare import Compared
 from fifa.formatting import interval, number, percent, seconds, shorten
-from fifa.reporting.charts import draw_learning, draw_wins
-from fifa.reporting.figures import role
+from fifa.reporting.figures import draw_learning, draw_wins, role
 from fifa.reporting.page import render
 from fifa.shards.files import write_text
 

@@ -19,7 +19,7 @@ from fifa.errors import FifaError
 from fifa.formatting import shorten, shorten_lines
 from fifa.reporting import figures, numbers
 from fifa.reporting.examples import load_examples
-from fifa.reporting.label_noise import label_noise
+from fifa.reporting.numbers import label_noise
 from fifa.scoring.agreement import agreement, by_margin
 from fifa.scoring.margin import committee
 from fifa.scoring.specs import ENCODERS

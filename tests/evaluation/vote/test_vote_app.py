@@ -17,8 +17,7 @@ from vote_worlds import draw, make_run, read_index, write_index
 from fifa.config import Vote
 from fifa.errors import FifaError
 from fifa.evaluation.vote.app import create_app
-from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.pictures import anonymous_png, scrambled_png
+from fifa.evaluation.vote.ballot import Ballot, anonymous_png, scrambled_png
 from fifa.shards.files import write_bytes
 
 HERE = "http://127.0.0.1:8750"

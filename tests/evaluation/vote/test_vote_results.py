@@ -16,9 +16,8 @@ from vote_worlds import make_run
 
 from fifa.config import Vote
 from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.results import vote_results
-from fifa.evaluation.vote.text import results_text
-from fifa.evaluation.vote.trials import CHECK, Trial
+from fifa.evaluation.vote.comparisons import CHECK, Trial
+from fifa.evaluation.vote.results import results_text, vote_results
 
 Person = Callable[[Trial, np.random.Generator], int | None]
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from fifa.errors import FifaError
-from fifa.evaluation.vote.comparisons import Comparison
+from fifa.evaluation.vote.comparisons import COMPARE, Comparison, Trial
 from fifa.evaluation.vote.store import VoteStore
-from fifa.evaluation.vote.trials import COMPARE, Trial
 
 ONE = Comparison("k", "ours", "theirs", "p", "a fox", 3, None, "a.png", "b.png")
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fifa.evaluation.vote.trials import CHECK, COMPARE, GAP, REPEAT, draw_trials
+from fifa.evaluation.vote.comparisons import CHECK, COMPARE, GAP, REPEAT, draw_trials
 
 SHARES = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.5, 1.0])
 

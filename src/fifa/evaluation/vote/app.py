@@ -18,9 +18,8 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.guard import Guard, read_cookies, set_cookie
-from fifa.evaluation.vote.results import count_votes
+from fifa.evaluation.vote.results import count_votes, voter_name
 from fifa.evaluation.vote.store import ANSWERS
-from fifa.evaluation.vote.text import voter_name
 from fifa.formatting import page_templates
 
 HERE = Path(__file__).parent

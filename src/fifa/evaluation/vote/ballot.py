@@ -1,9 +1,13 @@
-"""What the page asks and what it knows of its voters; everything but HTTP."""
+"""What the page asks and what it knows of its voters; everything but HTTP.
+
+Voters get the pixels of an image, and nothing that says where it is from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,22 +18,28 @@ import xxhash
 
 from fifa.config import Vote
 from fifa.console import progress
+from fifa.data.decode import BadImage, open_image
 from fifa.data.images import file_images, look
 from fifa.errors import FifaError
-from fifa.evaluation.generate import FOLDER
+from fifa.evaluation.generate import FOLDER, png
 from fifa.evaluation.vote.comparisons import (
+    CHECK,
     Comparison,
+    Trial,
     draw_comparisons,
+    draw_trials,
     load_comparisons,
     read_file,
 )
-from fifa.evaluation.vote.pictures import anonymous_png, scrambled_png
 from fifa.evaluation.vote.store import FILE, Place, VoteStore
-from fifa.evaluation.vote.trials import CHECK, Trial, draw_trials
 from fifa.formatting import shorten
 
 LONGEST = 2000  # characters of a prompt
 KEPT_IMAGES = 64  # ready to be sent, in memory
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What a viewer needs; texts, EXIF and times stay out
+CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"IDAT", b"IEND"}
+TILES = 8  # a side
 
 
 @dataclass(frozen=True)
@@ -184,3 +194,50 @@ def _changed(names: Sequence[str], folder: Path) -> FifaError:
         where=str(folder),
         do=f"evaluate into another folder, or move {FILE} away to begin anew",
     )
+
+
+def anonymous_png(data: bytes) -> bytes:
+    """The image as PNG without metadata: a generator may write its model's name into it.
+
+    A PNG keeps its compressed pixels as they are; others are decoded. Raises `FifaError` where
+    the bytes are no image that `fifa.data.decode.open_image` lets in.
+    """
+    pixels = _pixels(data)
+    return _without_metadata(data) if data.startswith(SIGNATURE) else png(pixels, 1)
+
+
+def scrambled_png(data: bytes) -> bytes:
+    """The image with its tiles shuffled under heavy noise: nobody who looks prefers it.
+
+    The same bytes give the same image. PNG, of the same size. Raises as `anonymous_png` does.
+    """
+    pixels = _pixels(data)
+    rng = np.random.default_rng(xxhash.xxh3_64_intdigest(data))
+    high, wide = max(1, pixels.shape[0] // TILES), max(1, pixels.shape[1] // TILES)
+    down, across = pixels.shape[0] // high, pixels.shape[1] // wide
+    covered = pixels[: down * high, : across * wide]
+    tiles = covered.reshape(down, high, across, wide, 3).swapaxes(1, 2).reshape(-1, high, wide, 3)
+    mixed = rng.permutation(tiles).reshape(down, across, high, wide, 3).swapaxes(1, 2)
+    pixels[: down * high, : across * wide] = mixed.reshape(down * high, across * wide, 3)
+    noise = rng.integers(0, 256, pixels.shape, np.uint8)
+    return png(np.where(rng.random((*pixels.shape[:2], 1)) < 0.5, noise, pixels), 1)
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    try:
+        return np.array(open_image(data).convert("RGB"))
+    except BadImage as error:
+        raise FifaError(f"an image cannot be shown: {error}") from error
+
+
+def _without_metadata(data: bytes) -> bytes:
+    kept, at = [SIGNATURE], len(SIGNATURE)
+    while at + 12 <= len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        chunk, end = data[at + 4 : at + 8], at + 12 + size  # length, name, data, checksum
+        if chunk in CHUNKS:
+            kept.append(data[at:end])
+        at = end
+        if chunk == b"IEND":
+            break
+    return b"".join(kept)

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fifa.errors import FifaError
-from fifa.evaluation.vote.comparisons import Comparison
-from fifa.evaluation.vote.trials import Trial
+from fifa.evaluation.vote.comparisons import Comparison, Trial
 from fifa.shards.files import cannot_write
 
 FILE = "votes.sqlite"
