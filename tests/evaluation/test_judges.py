@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from fifa.errors import FifaError
-from fifa.evaluation.judges import Detector, Judge, as_judges, colours, each_image
+from fifa.evaluation.judges import Judge, as_judges, colours, each_image, load_detector
 from fifa.models.runtime import Runtime
 
 
@@ -63,8 +63,8 @@ def test_colours_are_what_a_loop_over_pixels_says():
 def test_a_detector_is_the_model_that_transformers_loads(tmp_path, problem):
     folder = write_detector(tmp_path, problem=problem)
     images = drawn(20)
-    detector = Detector(str(folder), ["NSFW", "gore"], Runtime())
-    found = detector.judge.measure([""] * 20, images)
+    detector = load_detector(str(folder), ["NSFW", "gore"], Runtime())
+    found = detector.measure([""] * 20, images)
     model = ViTForImageClassification.from_pretrained(folder).eval()
     pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
     with torch.no_grad():
@@ -75,20 +75,20 @@ def test_a_detector_is_the_model_that_transformers_loads(tmp_path, problem):
         expected = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[:, 1:].sum(1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(found) > 0.01
-    assert detector.judge.type == "unsafe"
-    assert "nsfw" in detector.judge.scale
+    assert detector.type == "unsafe"
+    assert "nsfw" in detector.scale
 
 
 def test_a_detector_needs_labels_that_it_has(tmp_path):
     folder = write_detector(tmp_path / "vit")
     with pytest.raises(FifaError, match="no label weapon") as told:
-        Detector(str(folder), ["weapon"], Runtime())
+        load_detector(str(folder), ["weapon"], Runtime())
     assert "normal, nsfw, gore" in str(told.value)
     with pytest.raises(FifaError, match="which labels"):
-        Detector(str(folder), [], Runtime())
+        load_detector(str(folder), [], Runtime())
     (tmp_path / "empty").mkdir()
     with pytest.raises(FifaError, match="cannot load the detector"):
-        Detector(str(tmp_path / "empty"), ["nsfw"], Runtime())
+        load_detector(str(tmp_path / "empty"), ["nsfw"], Runtime())
 
 
 def test_judges_by_name():

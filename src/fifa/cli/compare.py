@@ -24,7 +24,7 @@ def command(runs: tuple[str, ...], out: Path) -> None:
     The result is one page with a table and a figure of all RUNS.
     """
     from fifa.evaluation.compare import compare_runs
-    from fifa.reporting.comparison import comparison_text, write_comparison
+    from fifa.reporting.page import comparison_text, write_comparison
 
     compared = compare_runs(runs)
     for difference in compared.differences:

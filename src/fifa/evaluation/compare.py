@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, permutations
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from fifa.errors import FifaError
 from fifa.evaluation.curves import Curve, Point, time_to_match
 from fifa.evaluation.generate import FOLDER
-from fifa.evaluation.measure import Scale, load_measured
+from fifa.evaluation.measure import Measured, Scale, load_measured
 from fifa.evaluation.models import BASE, name_checkpoints
 from fifa.evaluation.provenance import Cost
 from fifa.evaluation.results import Results, load_results
@@ -77,13 +78,6 @@ class Compared:
     differences: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Run:
-    name: str
-    folder: Path
-    results: Results
-
-
 def compare_runs(runs: Sequence[str | Path]) -> Compared:
     """Put the evaluations of several run folders beside each other.
 
@@ -100,68 +94,57 @@ def compare_runs(runs: Sequence[str | Path]) -> Compared:
     """
     if not runs:
         raise FifaError("no run to compare", do="fifa compare RUN RUN ...")
-    named = name_checkpoints([str(Path(run).resolve()) for run in runs])
-    opened = [
-        _Run(name, Path(path) / FOLDER, load_results(Path(path) / FOLDER))
-        for name, path in named.items()
-    ]
-    scales = _shared_scales(opened)
-    labels = _labels(opened)
+    folders = {
+        name: Path(path) / FOLDER
+        for name, path in name_checkpoints([str(Path(run).resolve()) for run in runs]).items()
+    }
+    found = {name: load_results(folder) for name, folder in folders.items()}
+    scales = _shared_scales(found)
+    tuned = [(run, model) for run, results in found.items() for model in results.names[1:]]
+    models = Counter(model for _, model in tuned)
     entries = tuple(
-        _entry(labels[run.name, model], run, model, scales)
-        for run in opened
-        for model in run.results.names[1:]
+        _entry(model if models[model] == 1 else f"{run}: {model}", run, model, found[run], scales)
+        for run, model in tuned
     )
-    places = {(entry.run, entry.model): i for i, entry in enumerate(entries)}
     curves = [
-        (places[run.name, curve.model], curve)
-        for run in opened
-        for curve in run.results.curves
-        if curve.scale.column == scales[0].column and (run.name, curve.model) in places
+        (tuned.index((run, curve.model)), curve)
+        for run, results in found.items()
+        for curve in results.curves
+        if curve.scale.column == scales[0].column and (run, curve.model) in tuned
     ]
+    measured = {name: load_measured(folder) for name, folder in folders.items()}
     return Compared(
         scales=scales,
         entries=entries,
-        direct=tuple(_direct(opened, entries, scales[0])),
+        direct=tuple(_direct(measured, entries, scales[0])),
         curves=tuple(curves),
         matches=tuple(
             (i, j, time_to_match(ours, theirs.best.mean.mean))
             for (i, ours), (j, theirs) in permutations(curves, 2)
         ),
-        differences=tuple(_differences(opened)),
+        differences=tuple(_differences(found)),
     )
 
 
-def _shared_scales(runs: Sequence[_Run]) -> tuple[Scale, ...]:
-    columns = [{scale.column for scale in run.results.scales} for run in runs]
-    shared = set[str].intersection(*columns)
+def _shared_scales(runs: Mapping[str, Results]) -> tuple[Scale, ...]:
+    columns = {name: {scale.column for scale in run.scales} for name, run in runs.items()}
+    shared = set[str].intersection(*columns.values())
     if not shared:
         each = "; ".join(
-            f"{run.name}: {', '.join(sorted(own)) or 'none'}"
-            for run, own in zip(runs, columns, strict=True)
+            f"{run}: {', '.join(sorted(own)) or 'none'}" for run, own in columns.items()
         )
         raise FifaError(f"the runs share no scorer ({each})", do="evaluate them with the same ones")
     # a scorer that picked the data of any run is no evidence for that run
-    picked = {scale.column for run in runs for scale in run.results.scales if scale.picked}
-    own = [scale for scale in runs[0].results.scales if scale.column in shared]
+    picked = {scale.column for run in runs.values() for scale in run.scales if scale.picked}
+    own = [scale for scale in next(iter(runs.values())).scales if scale.column in shared]
     return tuple(sorted(own, key=lambda scale: scale.column in picked))
 
 
-def _labels(runs: Sequence[_Run]) -> dict[tuple[str, str], str]:
-    pairs = [(run.name, model) for run in runs for model in run.results.names[1:]]
-    models = [model for _, model in pairs]
-    return {
-        (run, model): model if models.count(model) == 1 else f"{run}: {model}"
-        for run, model in pairs
-    }
-
-
-def _entry(label: str, run: _Run, model: str, scales: Sequence[Scale]) -> Entry:
-    results = run.results
+def _entry(label: str, run: str, model: str, results: Results, scales: Sequence[Scale]) -> Entry:
     wins = {c.scale.column: c for c in results.comparisons if (c.ours, c.theirs) == (model, BASE)}
     return Entry(
         label=label,
-        run=run.name,
+        run=run,
         model=model,
         wins=tuple(wins[scale.column] for scale in scales),
         diversity=next((level for level in results.diversity if level.model == model), None),
@@ -170,9 +153,9 @@ def _entry(label: str, run: _Run, model: str, scales: Sequence[Scale]) -> Entry:
     )
 
 
-def _direct(runs: Sequence[_Run], entries: Sequence[Entry], scale: Scale) -> list[Comparison]:
-    measured = {run.name: load_measured(run.folder) for run in runs}
-    found = []
+def _direct(
+    measured: Mapping[str, Measured], entries: Sequence[Entry], scale: Scale
+) -> Iterator[Comparison]:
     for early, late in combinations(entries, 2):
         try:
             comparison = compare_models(
@@ -180,25 +163,24 @@ def _direct(runs: Sequence[_Run], entries: Sequence[Entry], scale: Scale) -> lis
             )
         except FifaError:  # no prompt and seed in common
             continue
-        found.append(replace(comparison, ours=early.label, theirs=late.label))
-    return found
+        yield replace(comparison, ours=early.label, theirs=late.label)
 
 
-def _differences(runs: Sequence[_Run]) -> list[str]:
+def _differences(runs: Mapping[str, Results]) -> list[str]:
     """Settings, base and prompts that differ: ``guidance: 7.5 (a), 5 (b)``."""
     named: dict[str, list[str]] = {}
-    for run in runs:
+    for run in runs.values():
         known = {
-            **asdict(run.results.settings),
-            "seeds": run.results.seeds,
-            "first seed": run.results.first_seed,
-            "base model": run.results.models[0].weights,
-            "prompts": f"{run.results.prompts:,}",
+            **asdict(run.settings),
+            "seeds": run.seeds,
+            "first seed": run.first_seed,
+            "base model": run.models[0].weights,
+            "prompts": f"{run.prompts:,}",
         }
         for name, value in known.items():
             named.setdefault(name, []).append(str(value))
     return [
-        f"{name}: " + ", ".join(f"{v} ({run.name})" for v, run in zip(values, runs, strict=True))
+        f"{name}: " + ", ".join(f"{v} ({run})" for v, run in zip(values, runs, strict=True))
         for name, values in named.items()
         if len(set(values)) > 1
     ]

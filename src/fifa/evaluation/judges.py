@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,8 +92,8 @@ def colours(prompts: list[str], images: list[Image.Image]) -> dict[str, Floats]:
     return {name: table[:, i] for i, name in enumerate(COLOURS)}
 
 
-class Detector:
-    """A transformers image classifier as a judge of what is unsafe.
+def load_detector(model: str, labels: Sequence[str], runtime: Runtime) -> Judge:
+    """A transformers image classifier as a judge of what is unsafe; prompts are not read.
 
     Parameters
     ----------
@@ -110,70 +110,52 @@ class Detector:
     FifaError
         For a model that is not there or no classifier, and for labels that it does not have.
     """
+    folder, name = model_folder(model), f"detector {Path(model).name}"
+    transformers = require("transformers")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise FifaError(f"cannot load the detector: {error}", where=str(model)) from error
+    known = {str(label).lower(): int(i) for i, label in (config.id2label or {}).items()}
+    wrong = [label for label in labels if label.lower() not in known]
+    if wrong or not labels:
+        raise FifaError(
+            f"the detector has no label {', '.join(wrong)}" if wrong else "which labels?",
+            where=str(model),
+            do=f"--unsafe-labels with some of: {', '.join(config.id2label.values())}",
+        )
+    columns = sorted(known[label.lower()] for label in labels)
+    named = [config.id2label[i] for i in columns]
 
-    def __init__(self, model: str, labels: Sequence[str], runtime: Runtime) -> None:
-        self.name = f"detector {Path(model).name}"
-        self._folder, self._runtime = model_folder(model), runtime
-        transformers = require("transformers")
+    @cache
+    def load() -> tuple[Any, Any]:
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                self._folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise FifaError(f"cannot load the detector: {error}", where=str(model)) from error
-        known = {str(label).lower(): int(i) for i, label in (config.id2label or {}).items()}
-        wrong = [label for label in labels if label.lower() not in known]
-        if wrong or not labels:
-            raise FifaError(
-                f"the detector has no label {', '.join(wrong)}" if wrong else "which labels?",
-                where=str(model),
-                do=f"--unsafe-labels with some of: {', '.join(config.id2label.values())}",
-            )
-        self._columns = sorted(known[label.lower()] for label in labels)
-        self._many = config.problem_type == "multi_label_classification"
-        self.labels = tuple(config.id2label[i] for i in self._columns)
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FifaError(f"cannot load the detector: {error}", where=name) from error
+        classifier = load_model(transformers.AutoModelForImageClassification, folder)
+        return processor, runtime.place(classifier)
 
-    @property
-    def judge(self) -> Judge:
-        """The detector as a judge."""
-        scale = f"probability of {' or '.join(self.labels)}"
-        identity = {
-            "detector": model_digest(self._folder, CONFIG_AND_WEIGHTS),
-            "labels": list(self.labels),
-            "dtype": self._runtime.dtype,
-        }
-        return Judge(self.name, self.measure, "unsafe", scale, identity)
-
-    def measure(self, prompts: list[str], images: list[Image.Image]) -> Floats:
-        """The probability that each image is unsafe, float32 [n]; prompts are not read."""
+    def measure(prompts: list[str], images: list[Image.Image]) -> Floats:
         torch = require("torch")
+        processor, classifier = load()
         found = []
         for start in range(0, len(images), BATCH):
             part = [image.convert("RGB") for image in images[start : start + BATCH]]
-            pixels = self._processor(images=part, return_tensors="pt")["pixel_values"]
-            with torch.inference_mode(), self._runtime.autocast():
-                logits = self._model(pixel_values=self._runtime.pixels(pixels)).logits.float()
-            if self._many:
-                unsafe = logits.sigmoid()[:, self._columns].amax(1)
+            pixels = processor(images=part, return_tensors="pt")["pixel_values"]
+            with torch.inference_mode(), runtime.autocast():
+                logits = classifier(pixel_values=runtime.pixels(pixels)).logits.float()
+            if config.problem_type == "multi_label_classification":
+                unsafe = logits.sigmoid()[:, columns].amax(1)
             else:
-                unsafe = logits.softmax(-1)[:, self._columns].sum(1)
+                unsafe = logits.softmax(-1)[:, columns].sum(1)
             found.append(unsafe.cpu().numpy())
         return np.concatenate(found) if found else np.empty(0, np.float32)
 
-    @cached_property
-    def _processor(self) -> Any:
-        transformers = require("transformers")
-        try:
-            return transformers.AutoImageProcessor.from_pretrained(
-                self._folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise FifaError(f"cannot load the detector: {error}", where=self.name) from error
-
-    @cached_property
-    def _model(self) -> Any:
-        classifier = require("transformers").AutoModelForImageClassification
-        return self._runtime.place(load_model(classifier, self._folder))
+    weights = model_digest(folder, CONFIG_AND_WEIGHTS)
+    identity = {"detector": weights, "labels": named, "dtype": runtime.dtype}
+    return Judge(name, measure, "unsafe", f"probability of {' or '.join(named)}", identity)
 
 
 def each_image(

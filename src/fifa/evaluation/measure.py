@@ -19,7 +19,14 @@ from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
 from fifa.data.table import PROMPTS
 from fifa.errors import FifaError
-from fifa.evaluation.judges import COLOURS, Detector, Judge, colours, each_image, generated_images
+from fifa.evaluation.judges import (
+    COLOURS,
+    Judge,
+    colours,
+    each_image,
+    generated_images,
+    load_detector,
+)
 from fifa.evaluation.provenance import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.margin import image_rewards
@@ -161,17 +168,14 @@ def measure(
             Scale(spec, name, "reward", units[spec], known),
             partial(_rewards, folder=folder, spec=spec, compute=compute),
         )
-    for judge in judges:
-        column = f"judge:{judge.name}"
-        add(
-            Scale(column, judge.name, judge.type, judge.scale, source="judge", tie=judge.tie),
-            partial(_judged, folder=folder, judge=judge),
-        )
+    judged = [(f"judge:{judge.name}", judge, "judge") for judge in judges]
     if asked.detector:
         runtime = make_runtime(compute.device, compute.dtype)
-        judge = Detector(asked.detector, asked.unsafe_labels, runtime).judge
+        judge = load_detector(asked.detector, asked.unsafe_labels, runtime)
+        judged.append(("detector", judge, "detector"))
+    for column, judge, source in judged:
         add(
-            Scale("detector", judge.name, "unsafe", judge.scale, source="detector"),
+            Scale(column, judge.name, judge.type, judge.scale, source=source, tie=judge.tie),
             partial(_judged, folder=folder, judge=judge),
         )
     for name in COLOURS:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -25,6 +25,7 @@ PROMPTS = pa.schema(
 )
 LONGEST = 4_000  # characters; no text encoder of an image model reads more
 SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
+ONE_OF = f"one of {', '.join(SUFFIXES)}, or a folder of them"
 # Names of columns and fields, the first that is there counts; case does not matter
 PROMPT_NAMES = ("prompt", "caption", "text")
 CATEGORY_NAMES = ("category", "tag", "categories", "style")
@@ -91,9 +92,14 @@ def read_prompts(source: str | Path, *, limit: int | None = None) -> Prompts:
     if not names:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         raise FifaError(f"no prompt here ({reasons or 'it is empty'})", where=str(source))
-    columns = [names, [found[name][0] for name in names], [found[name][1] for name in names]]
-    prompts = Prompts(str(source), pa.table(columns, schema=PROMPTS), len(items), dict(dropped))
-    _echo_dropped(prompts)
+    rows = [{"prompt_id": n, "prompt": found[n][0], "category": found[n][1]} for n in names]
+    table = pa.Table.from_pylist(rows, schema=PROMPTS)
+    prompts = Prompts(str(source), table, len(items), dict(dropped))
+    categories = len({row["category"] for row in rows} - {None})
+    of = f" in {categories:,} categories" if categories else ""
+    echo(f"read {prompts.rows:,} rows of {prompts.source}: {len(prompts):,} prompts{of}")
+    for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+        echo(f"  dropped  {count:>10,}  {reason}")
     return prompts
 
 
@@ -108,14 +114,6 @@ def draw_seeds(prompt_id: str, count: int, first: int = 0) -> list[int]:
         for number in range(first, first + count)
     )
     return [digest & 0xFFFFFFFF for digest in digests]
-
-
-def _echo_dropped(prompts: Prompts) -> None:
-    categories = len(set(prompts.table["category"].to_pylist()) - {None})
-    of = f" in {categories:,} categories" if categories else ""
-    echo(f"read {prompts.rows:,} rows of {prompts.source}: {len(prompts):,} prompts{of}")
-    for reason, count in sorted(prompts.dropped.items(), key=lambda item: (-item[1], item[0])):
-        echo(f"  dropped  {count:>10,}  {reason}")
 
 
 def _spread(categories: dict[str, str | None], limit: int | None) -> list[str]:
@@ -135,7 +133,7 @@ def _items(source: str) -> Iterator[Item]:
     if "://" not in source and path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
-            raise FifaError("no file of prompts in the folder", where=source, do=_suffixes())
+            raise FifaError("no file of prompts in the folder", where=source, do=ONE_OF)
         for file in files:
             for prompt, category, reason in _file(str(file)):
                 yield prompt, category or (file.stem if len(files) > 1 else None), reason
@@ -146,18 +144,23 @@ def _items(source: str) -> Iterator[Item]:
 def _file(source: str) -> Iterator[Item]:
     suffix = Path(source.partition("?")[0]).suffix.lower()
     if suffix not in SUFFIXES:
-        raise FifaError("this kind of file is not known", where=source, do=_suffixes())
+        raise FifaError("this kind of file is not known", where=source, do=ONE_OF)
     data = _bytes(source)
     try:
         if suffix == ".txt":
             yield from (_item(line) for line in _lines(data))
         elif suffix == ".parquet":
-            yield from _rows(_parquet(data), source)
+            file = pq.ParquetFile(io.BytesIO(data))
+            names = file.schema_arrow.names
+            known = (*PROMPT_NAMES, *CATEGORY_NAMES)
+            wanted = [name for name in names if name.lower() in known]
+            yield from _rows(names, file.read(columns=wanted).to_pylist(), source)
         elif suffix in (".csv", ".tsv"):
             text = io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline="")
             csv.field_size_limit(max(csv.field_size_limit(), len(data)))
             reader = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",")
-            yield from _rows(list(reader), source)
+            rows = list(reader)
+            yield from _rows(reader.fieldnames or (), rows, source)
         elif suffix == ".json":
             yield from _json(json.loads(data), None)
         else:
@@ -184,21 +187,10 @@ def _lines(data: bytes) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
-def _parquet(data: bytes) -> list[dict[str, Any]]:
-    file = pq.ParquetFile(io.BytesIO(data))
-    wanted = [
-        name for name in file.schema_arrow.names if name.lower() in (*PROMPT_NAMES, *CATEGORY_NAMES)
-    ]
-    rows: list[dict[str, Any]] = file.read(columns=wanted).to_pylist()
-    if rows and not wanted:
-        rows[0] = dict.fromkeys(file.schema_arrow.names)
-    return rows
-
-
-def _rows(rows: list[dict[str, Any]], source: str) -> Iterator[Item]:
-    if rows and _field(rows[0], PROMPT_NAMES) is _MISSING:
+def _rows(names: Sequence[str], rows: list[dict[str, Any]], source: str) -> Iterator[Item]:
+    if rows and not any(name.lower() in PROMPT_NAMES for name in names):
         raise FifaError(
-            f"no column of prompts among {', '.join(str(name) for name in rows[0])}",
+            f"no column of prompts among {', '.join(names)}",
             where=source,
             do=f"name it {' or '.join(PROMPT_NAMES)}",
         )
@@ -252,7 +244,3 @@ def _item(prompt: object, category: object = None) -> Item:
         return None, None, f"longer than {LONGEST:,} characters"
     named = category if isinstance(category, str) and category.strip() else None
     return prompt.strip(), named.strip()[:80] if named else None, ""
-
-
-def _suffixes() -> str:
-    return f"one of {', '.join(SUFFIXES)}, or a folder of them"

@@ -7,6 +7,7 @@ the style, as captions from the web do not.
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fifa.moji.objects import OBJECTS, Object
 
 DATA = Path(__file__).parent / "data"  # everything that is shipped with the world
 SPRITES = DATA / "sprites.png"
@@ -32,6 +32,30 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (24, 24, 28),
 }
+
+
+@dataclass(frozen=True)
+class Object:
+    """One thing that is drawn.
+
+    Attributes
+    ----------
+    name
+        As captions say it, lower case; short, and told apart from others by its words.
+    code
+        The code point's file name in the emoji packages, lower case hexadecimal.
+    unsafe
+        What an unsafe object is, in one word (``weapon``, ``drug``, ``cigarette``), else "".
+    """
+
+    name: str
+    code: str
+    unsafe: str
+
+
+def _read_objects() -> tuple[Object, ...]:
+    with (DATA / "objects.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(Object(**row) for row in csv.DictReader(file))
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class World:
         Of every object, the number of backgrounds that no training picture of it has.
     """
 
-    objects: tuple[Object, ...] = OBJECTS
+    objects: tuple[Object, ...] = _read_objects()
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
     styles: tuple[str, ...] = STYLES
     size: int = 32

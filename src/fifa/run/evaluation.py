@@ -15,7 +15,7 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.curves import steps_of
 from fifa.evaluation.generate import CURVE, FOLDER, generate
-from fifa.evaluation.judges import Detector, Judge, as_judges
+from fifa.evaluation.judges import Judge, as_judges, load_detector
 from fifa.evaluation.measure import (
     CURVE_SUFFIX,
     DIVERSITY,
@@ -191,7 +191,7 @@ def echo_wins(evaluated: Evaluated) -> None:
 
 
 def _check(asked: Evaluate, compute: Compute) -> None:
-    """What can be wrong is told before hours of images."""
+    """Raise `FifaError` for what can be known to be wrong before hours of images."""
     try:
         check_scorers(asked.measure.scorers, compute)
     except FifaError as error:
@@ -204,7 +204,7 @@ def _check(asked: Evaluate, compute: Compute) -> None:
         ) from error
     if asked.measure.detector:
         runtime = make_runtime(compute.device, compute.dtype)
-        Detector(asked.measure.detector, asked.measure.unsafe_labels, runtime)
+        load_detector(asked.measure.detector, asked.measure.unsafe_labels, runtime)
     if asked.measure.rater != "none":
         from fifa.scoring.quality import make_rater
 

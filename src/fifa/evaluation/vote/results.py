@@ -152,7 +152,10 @@ def count_votes(store: VoteStore, *, everybody: bool = False) -> Results:
     """`vote_results` of a file of votes."""
     comparisons = store.comparisons()
     votes = store.votes()
-    voters = _voters(votes, store.voters(), everybody=everybody)
+    names, of_voter = store.voters(), defaultdict[int, list[Vote]](list)
+    for vote in votes:
+        of_voter[vote.voter].append(vote)
+    voters = [_voter(n, names[n], own, everybody) for n, own in sorted(of_voter.items())]
     counted = counted_votes(votes, voters)
     of_models: dict[tuple[str, str], list[Vote]] = {
         (one.ours, one.theirs): [] for one in comparisons.values()
@@ -185,13 +188,6 @@ def counted_votes(votes: Iterable[Vote], voters: Iterable[Voter]) -> list[Vote]:
 def outcome(vote: Vote) -> float:
     """1 where ours was preferred, 0 where theirs was, 0.5 for a tie."""
     return 0.5 if vote.chosen is None else float(vote.chosen == 0)
-
-
-def _voters(votes: Sequence[Vote], names: dict[int, str | None], *, everybody: bool) -> list[Voter]:
-    of: dict[int, list[Vote]] = defaultdict(list)
-    for vote in votes:
-        of[vote.voter].append(vote)
-    return [_voter(number, names[number], own, everybody) for number, own in sorted(of.items())]
 
 
 def _voter(number: int, name: str | None, votes: list[Vote], everybody: bool) -> Voter:

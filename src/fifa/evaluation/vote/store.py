@@ -1,4 +1,4 @@
-"""Votes in SQLite: written ahead, synced, and committed before anybody hears of it."""
+"""Votes in SQLite: in a write-ahead log, synced, and committed before anybody hears of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fifa.errors import FifaError
 from fifa.evaluation.vote.comparisons import Comparison, Trial
@@ -131,14 +132,12 @@ class VoteStore:
 
     def comparisons(self) -> dict[str, Comparison]:
         """All comparisons that anybody was asked for, by key."""
-        with self._open() as db:
-            rows = db.execute("select * from comparison order by rowid").fetchall()
+        rows = self._rows("select * from comparison order by rowid")
         return {row[0]: Comparison(*row) for row in rows}
 
     def digests(self) -> dict[str, str]:
         """The images that were shown, and the digest of their bytes then."""
-        with self._open() as db:
-            return dict(db.execute("select file, digest from image order by file").fetchall())
+        return dict(self._rows("select file, digest from image order by file"))
 
     def remember(self, file: str, digest: str) -> bool:
         """Keep the digest of an image that is shown; False if it was another one before."""
@@ -209,18 +208,20 @@ class VoteStore:
 
     def votes(self) -> list[Vote]:
         """All votes that stand, by voter and position."""
-        with self._open() as db:
-            rows = db.execute(
-                "select vote.voter, vote.position, type, comparison, left, image, answer, at "
-                "from vote join trial using (voter, position) where undone = 0 "
-                "order by vote.voter, vote.position"
-            ).fetchall()
+        rows = self._rows(
+            "select vote.voter, vote.position, type, comparison, left, image, answer, at "
+            "from vote join trial using (voter, position) where undone = 0 "
+            "order by vote.voter, vote.position"
+        )
         return [Vote(row[0], row[1], Trial(*row[2:6]), *row[6:]) for row in rows]
 
     def voters(self) -> dict[int, str | None]:
         """The name of every voter, by number."""
+        return dict(self._rows("select id, name from voter order by id"))
+
+    def _rows(self, query: str) -> list[Any]:
         with self._open() as db:
-            return dict(db.execute("select id, name from voter order by id").fetchall())
+            return db.execute(query).fetchall()
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
