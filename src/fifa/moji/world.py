@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-
 DATA = Path(__file__).parent / "data"  # everything that is shipped with the world
 SPRITES = DATA / "sprites.png"
 
