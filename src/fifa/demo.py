@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 import fifa
 from fifa.config import Demo, Read, Recipe, Score, Select
 from fifa.console import echo
+from fifa.data.table import load_pairs
+from fifa.evaluation.win_rates import Comparison
 from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH
 from fifa.moji.judges import moji_judges
 from fifa.moji.world import Scene, asked, caption, render, scenes
+from fifa.run.folder import Run, start_run
+from fifa.run.steps import filter_pairs, load_scores
 from fifa.shards.files import atomic_path, write_text
-
-if TYPE_CHECKING:
-    from fifa.evaluation.win_rates import Comparison
-    from fifa.run.folder import Run
 
 NO_GATES: dict[str, Any] = {
     "unsafe_flags": (),
@@ -132,9 +132,6 @@ def recipe_of(knobs: Demo) -> Recipe:
 
 def filter_feedback(out: Path, knobs: Demo) -> Run:
     """Chapter 1: read, score, select, export."""
-    from fifa.run.folder import start_run
-    from fifa.run.steps import filter_pairs
-
     _print_chapter(1, "which of the annotators' choices are worth training on?")
     echo(
         "  margin     a proxy reward learns from the choices themselves, on the towers of\n"
@@ -154,9 +151,6 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
 
 def export_arm(run: Run, arm: str) -> Path:
     """The pairs of an arm, as trainers read them."""
-    from fifa.data.table import load_pairs
-    from fifa.run.steps import load_scores
-
     if arm == "fifa":
         return run.subset
     folder = run.folder / "arms" / arm

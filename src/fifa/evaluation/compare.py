@@ -9,13 +9,20 @@ from itertools import combinations, permutations
 from pathlib import Path
 
 from fifa.errors import FifaError
-from fifa.evaluation.curves import Curve, Point, time_to_match
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.measure import Measured, Scale, load_measured
 from fifa.evaluation.models import BASE, name_checkpoints
 from fifa.evaluation.provenance import Cost
 from fifa.evaluation.results import Results, load_results
-from fifa.evaluation.win_rates import Comparison, Level, Safety, compare_models
+from fifa.evaluation.win_rates import (
+    Comparison,
+    Curve,
+    Level,
+    Point,
+    Safety,
+    compare_models,
+    time_to_match,
+)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def generate(
     for model, groups in zip(models, plans, strict=True):
         _make(model, groups, folder, settings, pipelines)
     rows = [
-        (model.name, image.prompt_id, image.prompt, image.seed, image.file, image.category)
+        {"model": model.name, **vars(image)}
         for model, groups in zip(models, plans, strict=True)
         for group in groups
         for image in group
     ]
-    table = pa.table([list(column) for column in zip(*rows, strict=True)], schema=IMAGES)
+    table = pa.Table.from_pylist(rows, schema=IMAGES)
     write_table(folder / index, table)
     return table
 

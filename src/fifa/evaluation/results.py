@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from fifa.config import Evaluate
 from fifa.errors import FifaError
-from fifa.evaluation.curves import Curve, learning_curves
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import Measured, Scale
@@ -25,10 +24,12 @@ from fifa.evaluation.provenance import Cost, Training, cost_of
 from fifa.evaluation.sampling import Settings
 from fifa.evaluation.win_rates import (
     Comparison,
+    Curve,
     Level,
     Safety,
     comparisons,
     diversity_levels,
+    learning_curves,
     levels,
     rewards,
     safety,
@@ -135,7 +136,7 @@ def make_results(
     measured
         Every number of every image.
     on_the_way
-        The same of the checkpoints of `fifa.evaluation.curves.steps_of`; None for no curve.
+        The same of the checkpoints of `fifa.evaluation.win_rates.steps_of`; None for no curve.
     trainings
         By checkpoint's name.
     """

@@ -121,7 +121,7 @@ def win_rate(
     # (wins + ties / 2) / n
     share = (wins + ties / 2) / n if n else float("nan")
     low, high = _interval(known, groups, samples, seed)
-    if n and np.ptp(_means(known, groups)) == 0:
+    if n and np.ptp(np.bincount(groups, known) / np.bincount(groups)) == 0:
         low, high = _unanimous(share, prompts)
     p = sign_flip(known, groups)
     return WinRate(share, low, high, p, n, wins, ties, losses, prompts, missing)
@@ -297,10 +297,6 @@ def _by_prompt(values: npt.ArrayLike, prompt: Prompts) -> tuple[Floats, npt.NDAr
         raise FifaError(f"{len(ids):,} prompts for {all_values.size:,} comparisons")
     groups = np.unique(ids[known], return_inverse=True)[1].astype(np.int64)
     return all_values[known], groups, int((~known).sum())
-
-
-def _means(known: Floats, groups: npt.NDArray[np.int64]) -> Floats:
-    return np.asarray(np.bincount(groups, known) / np.bincount(groups), np.float64)
 
 
 def _interval(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +81,11 @@ class World:
     size: int = 32
     sprite: int = 26
     held_out: int = 2
-    index: dict[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        places = {each.name: i for i, each in enumerate(self.objects)}
-        object.__setattr__(self, "index", places)
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The place of every object, by its name."""
+        return {each.name: i for i, each in enumerate(self.objects)}
 
 
 WORLD = World()

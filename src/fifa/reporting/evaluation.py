@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fifa.errors import FifaError
-from fifa.evaluation.curves import time_to_match
 from fifa.evaluation.generate import FOLDER, read_index
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import load_measured
@@ -18,7 +17,7 @@ from fifa.evaluation.results import Results, load_results
 from fifa.evaluation.vote.results import Results as Votes
 from fifa.evaluation.vote.results import vote_results
 from fifa.evaluation.vote.store import FILE
-from fifa.evaluation.win_rates import Comparison, Level
+from fifa.evaluation.win_rates import Comparison, Level, time_to_match
 from fifa.formatting import number, percent, shorten, signed
 from fifa.reporting.examples import side_by_side
 from fifa.reporting.figures import draw_learning, draw_wins, role

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fifa.evaluation.curves import Curve
 from fifa.evaluation.stats import WinRate
+from fifa.evaluation.win_rates import Curve
 from fifa.formatting import shorten
 from fifa.reporting.numbers import Histogram, PromptMap
 from fifa.scoring.agreement import Agreement

@@ -13,7 +13,6 @@ import pyarrow as pa
 from fifa.config import Compute, Evaluate, changed
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.curves import steps_of
 from fifa.evaluation.generate import CURVE, FOLDER, generate
 from fifa.evaluation.judges import Judge, as_judges, load_detector
 from fifa.evaluation.measure import (
@@ -30,10 +29,12 @@ from fifa.evaluation.prompts import Prompts, read_prompts
 from fifa.evaluation.provenance import read_training, run_scorers
 from fifa.evaluation.results import RESULTS, Results, make_results, save_results
 from fifa.evaluation.sampling import Settings, settings_for
-from fifa.evaluation.win_rates import Comparison
+from fifa.evaluation.win_rates import Comparison, steps_of
 from fifa.models.runtime import make_runtime
 from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
+from fifa.scoring.quality import make_rater
+from fifa.scoring.rewards.features import make_image_encoder
 from fifa.shards.files import sweep, write_text
 
 KNOBS = "evaluation.yaml"
@@ -206,12 +207,8 @@ def _check(asked: Evaluate, compute: Compute) -> None:
         runtime = make_runtime(compute.device, compute.dtype)
         load_detector(asked.measure.detector, asked.measure.unsafe_labels, runtime)
     if asked.measure.rater != "none":
-        from fifa.scoring.quality import make_rater
-
         make_rater(asked.measure.rater)
     if asked.measure.encoder != "none":
-        from fifa.scoring.rewards.features import make_image_encoder
-
         make_image_encoder(asked.measure.encoder, make_runtime(compute.device))
 
 

@@ -31,7 +31,7 @@ from fifa.evaluation.vote.comparisons import (
     load_comparisons,
     read_file,
 )
-from fifa.evaluation.vote.store import FILE, Place, VoteStore
+from fifa.evaluation.vote.store import FILE, VoteStore
 from fifa.formatting import shorten
 
 LONGEST = 2000  # characters of a prompt
@@ -129,14 +129,9 @@ class Ballot:
         place = self.store.place(who)
         if place is None:
             return None
-        pairs = [self._pair(trial) for trial in place.trials]
-        return Showing(
-            place.position,
-            place.total,
-            self._prompt(place),
-            pairs[0] if pairs else (),
-            pairs[1] if len(pairs) > 1 else (),
-        )
+        prompt = self.comparisons[place.trials[0].comparison].prompt if place.trials else ""
+        now, upcoming = [*map(self._pair, place.trials), (), ()][:2]
+        return Showing(place.position, place.total, shorten(prompt, LONGEST), now, upcoming)
 
     def _image(self, image: str) -> bytes:
         """The PNG with this id; KeyError if there is none."""
@@ -157,11 +152,6 @@ class Ballot:
             intact, broken = self._id(file, False), self._id(file, True)
             return (intact, broken) if trial.left == 0 else (broken, intact)
         return self._id(files[trial.left], False), self._id(files[1 - trial.left], False)
-
-    def _prompt(self, place: Place) -> str:
-        if not place.trials:
-            return ""
-        return shorten(self.comparisons[place.trials[0].comparison].prompt, LONGEST)
 
     def _check_same(self, every: Sequence[Comparison]) -> None:
         """Votes belong to the pictures that they were cast for."""

@@ -131,10 +131,7 @@ def _comparison(theirs: dict[str, Any], ours: dict[str, Any]) -> Comparison:
         key=digest([ours["model"], theirs["model"], ours["prompt_id"], ours["seed"]]),
         ours=ours["model"],
         theirs=theirs["model"],
-        prompt_id=ours["prompt_id"],
-        prompt=ours["prompt"],
-        seed=ours["seed"],
-        category=ours["category"],
+        **{name: ours[name] for name in ("prompt_id", "prompt", "seed", "category")},
         file_0=ours["file"],
         file_1=theirs["file"],
     )
