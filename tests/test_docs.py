@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -43,3 +44,18 @@ def test_commands_of_the_readme_exist():
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
     used = set(re.findall(r"^\s*fifa ([a-z]+)", text, re.MULTILINE))
     assert used <= set(cli.commands), used - set(cli.commands)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_names_in_the_text_exist(page):
+    text = BLOCK.sub("", page.read_text("utf-8"))
+    for name in re.findall(r"`(fifa(?:\.\w+)+)", text):
+        resolve_name(name)  # raises for modules and attributes that are not there
+
+
+def test_files_in_the_text_exist():
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:src|tests|scripts|benchmarks)/[\w/.-]+)`", page.read_text("utf-8")
+        ):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
