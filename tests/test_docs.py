@@ -55,6 +55,8 @@ def test_names_in_the_text_exist(page):
 
 def test_files_in_the_text_exist():
     for page in PAGES:
+        if page.name == "extending.md":
+            continue  # which adds the files that it names
         for name in re.findall(
             r"`((?:src|tests|scripts|benchmarks)/[\w/.-]+)`", page.read_text("utf-8")
         ):
