@@ -25,6 +25,7 @@ from fifa.scoring.margin import committee
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import Scores, score_facts, score_path
 from fifa.selection.readable import UNREADABLE_FILE
+from fifa.selection.strategies import STRATEGIES
 from fifa.selection.table import SELECTION_FILE
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
@@ -128,7 +129,7 @@ def selection_context(
         "prompts_kept": len(np.unique(columns.prompt[columns.kept])),
         **_agreement(columns, rewards),
         "least": numbers.LEAST,
-        "by_labels": select.strategy == "consensus" or bool(select.min_agreement),
+        "by_labels": STRATEGIES[select.strategy].unanimous or bool(select.min_agreement),
         "distributions": _distributions(columns),
         "groups": groups,
         "noise": noise,
