@@ -530,7 +530,8 @@ class Reward(Knobs):
     def __post_init__(self) -> None:
         if self.warmup >= self.steps:
             raise FifaError(
-                f"{self.warmup} warm-up steps of {self.steps}", do="fewer of them, or more steps"
+                f"{self.warmup} warm-up steps, but only {self.steps} steps",
+                do="fewer warm-up steps, or more steps",
             )
 
     @property

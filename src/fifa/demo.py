@@ -68,7 +68,7 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
     began = time.monotonic()
     out, knobs = Path(out), knobs or Demo()
     echo(
-        "Moji is a text-to-image world small enough for a processor: emoji on plain backgrounds,\n"
+        "Moji is a text-to-image world small enough for a CPU: emoji on plain backgrounds,\n"
         "a real Stable Diffusion of 4 million weights, and simulated annotators who compared its\n"
         "pictures. Their choices are noisy, as people's are. Here the truth is known, so that\n"
         "what FiFA claims can be checked.\n"

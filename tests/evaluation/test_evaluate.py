@@ -97,7 +97,7 @@ def test_the_curve_of_a_training(base, training, prompts, tmp_path):
     assert set(curve.table["file"].to_pylist()) <= set(done.images["file"].to_pylist())
     assert "accelerator hours" in (tmp_path / "report.html").read_text("utf-8")
     fifa.evaluate(base, training, prompts, tmp_path, judges={"red": red}, **LIGHT)
-    with pytest.raises(FifaError, match="nothing is measured"):  # no curve was asked for
+    with pytest.raises(FifaError, match="nothing has been measured"):  # no curve was asked for
         load_measured(folder, CURVE_SUFFIX)
     assert load_results(folder).curves == ()
 
@@ -173,7 +173,7 @@ def test_default_scorers_that_are_not_here_are_told(base, lora, prompts, tmp_pat
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(FifaError, match="the default scorers are not here") as told:
+    with pytest.raises(FifaError, match="the default scorers are not available") as told:
         fifa.evaluate(base, lora, prompts, tmp_path / "run", **LIGHT)
     assert "--score none" in str(told.value)
     done = fifa.evaluate(base, lora, prompts, tmp_path / "run", scorers=["none"], **LIGHT)

@@ -234,14 +234,14 @@ def test_a_run_that_was_filtered_and_evaluated_has_both_on_one_page(tmp_path):
 def test_measures_of_other_images_are_refused(tmp_path):
     run = write_evaluation(tmp_path / "run", ["a"], [0.9])
     write_table(run / "evaluate" / "images.parquet", draw_index(["base", "b"]))
-    with pytest.raises(FifaError, match="other images were made"):
+    with pytest.raises(FifaError, match="the images have changed"):
         write_report(run)
 
 
 def test_an_evaluation_without_measures_says_what_to_do(tmp_path):
     run = write_evaluation(tmp_path / "run", ["a"], [0.9])
     (run / "evaluate" / "results.json").unlink()
-    with pytest.raises(FifaError, match="nothing is measured here yet"):
+    with pytest.raises(FifaError, match="nothing has been measured here yet"):
         write_report(run)
 
 

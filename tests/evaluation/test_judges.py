@@ -84,7 +84,7 @@ def test_a_detector_needs_labels_that_it_has(tmp_path):
     with pytest.raises(FifaError, match="no label weapon") as told:
         load_detector(str(folder), ["weapon"], Runtime())
     assert "normal, nsfw, gore" in str(told.value)
-    with pytest.raises(FifaError, match="which labels"):
+    with pytest.raises(FifaError, match="no unsafe labels"):
         load_detector(str(folder), [], Runtime())
     (tmp_path / "empty").mkdir()
     with pytest.raises(FifaError, match="cannot load the detector"):
@@ -120,7 +120,7 @@ def test_what_was_said_of_an_image_is_kept(tmp_path):
 
 def test_a_judge_has_to_say_one_number_an_image(tmp_path):
     index = draw_images(draw_index(["base"], prompts=2), tmp_path)
-    with pytest.raises(FifaError, match="one number an image"):
+    with pytest.raises(FifaError, match="one number per image"):
         each_image(index, tmp_path, tmp_path, "judge", "x", 1, lambda p, i: {"x": [1.0]})
 
 

@@ -65,7 +65,7 @@ def test_what_is_measured_is_kept_and_read_again(clip, tmp_path):
         assert other.table.equals(first.table)
         assert other.scales == first.scales
         assert other.diversity.equals(first.diversity)
-    with pytest.raises(FifaError, match="nothing is measured"):
+    with pytest.raises(FifaError, match="nothing has been measured"):
         load_measured(tmp_path, "-curve")
 
 

@@ -105,7 +105,7 @@ def test_parquet_and_csv(tmp_path):
         ("p.json", "[", "cannot read"),
         ("p.json", '{"a": 1}', "neither a list"),
         ("p.json", "[" * 100_000, "cannot read"),
-        ("p.docx", "a cat", "not known"),
+        ("p.docx", "a cat", "are not read"),
     ],
 )
 def test_files_without_prompts(tmp_path, name, text, told):

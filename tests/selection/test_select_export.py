@@ -288,7 +288,7 @@ def test_a_folder_with_other_things_in_it_is_not_touched(source, tmp_path):
 
 def test_a_selection_of_other_pairs_is_refused(source, tmp_path):
     pairs, selection, _ = run(source, tmp_path / "subset")
-    with pytest.raises(FifaError, match="of other pairs"):
+    with pytest.raises(FifaError, match="from other pairs"):
         export(pairs, selection[1:], Scores(), tmp_path / "other", recipe=Recipe())
 
 

@@ -234,7 +234,7 @@ def test_greedy_strategies_say_what_they_lack(strategy, monkeypatch):
     pairs = make_pairs()
     with pytest.raises(FifaError, match="name an encoder with --diversity"):
         select(pairs, Scores(), Select(strategy=strategy))
-    with pytest.raises(FifaError, match="one vector a prompt"):
+    with pytest.raises(FifaError, match="one vector per prompt"):
         select(pairs, Scores(), Select(strategy=strategy), embeddings=np.ones((3, 2)))
     monkeypatch.setattr(greedy, "MAX_PROMPTS", 5)
     with pytest.raises(FifaError, match="too many for a greedy strategy"):

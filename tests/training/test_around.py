@@ -297,7 +297,7 @@ def test_bfloat16_trains_float32_adapters_on_a_halved_base(world, tmp_path):
 
 def test_one_process_computes_in_one_precision(world):
     make_accelerator(quick(world))
-    with pytest.raises(FifaError, match="start a new one"):
+    with pytest.raises(FifaError, match="start a new process"):
         make_accelerator(quick(world, dtype="bfloat16"))
 
 

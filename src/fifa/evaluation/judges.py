@@ -121,7 +121,9 @@ def load_detector(model: str, labels: Sequence[str], runtime: Runtime) -> Judge:
     wrong = [label for label in labels if label.lower() not in known]
     if wrong or not labels:
         raise FifaError(
-            f"the detector has no label {', '.join(wrong)}" if wrong else "which labels?",
+            f"the detector has no label {', '.join(wrong)}"
+            if wrong
+            else "no unsafe labels are given",
             where=str(model),
             do=f"--unsafe-labels with some of: {', '.join(config.id2label.values())}",
         )
@@ -192,7 +194,7 @@ def each_image(
         columns = {key: np.asarray(value, np.float32) for key, value in found.items()}
         if any(column.shape != (count,) for column in columns.values()):
             shapes = {key: column.shape for key, column in columns.items()}
-            raise FifaError(f"{name} gave {shapes} for {count} images", do="one number an image")
+            raise FifaError(f"{name} gave {shapes} for {count} images", do="one number per image")
         return pa.table(columns)
 
     shards = [

@@ -196,7 +196,7 @@ def load_measured(folder: Path, suffix: str = "") -> Measured:
     path = folder / with_suffix(MEASURES, suffix)
     if not path.exists():
         raise FifaError(
-            "nothing is measured here yet",
+            "nothing has been measured here yet",
             where=str(folder),
             do="run the same `fifa evaluate` to its end",
         )

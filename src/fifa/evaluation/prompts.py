@@ -144,7 +144,7 @@ def _items(source: str) -> Iterator[Item]:
 def _file(source: str) -> Iterator[Item]:
     suffix = Path(source.partition("?")[0]).suffix.lower()
     if suffix not in SUFFIXES:
-        raise FifaError("this kind of file is not known", where=source, do=ONE_OF)
+        raise FifaError("files of this type are not read", where=source, do=ONE_OF)
     data = _bytes(source)
     try:
         if suffix == ".txt":
@@ -190,7 +190,7 @@ def _lines(data: bytes) -> list[str]:
 def _rows(names: Sequence[str], rows: list[dict[str, Any]], source: str) -> Iterator[Item]:
     if rows and not any(name.lower() in PROMPT_NAMES for name in names):
         raise FifaError(
-            f"no column of prompts among {', '.join(names)}",
+            f"no column of prompts; there are {', '.join(names)}",
             where=source,
             do=f"name it {' or '.join(PROMPT_NAMES)}",
         )

@@ -185,7 +185,7 @@ def load_results(folder: Path) -> Results:
     if not path.is_file():
         begun = folder.is_dir()
         raise FifaError(
-            "nothing is measured here yet" if begun else "no evaluation here",
+            "nothing has been measured here yet" if begun else "no evaluation here",
             where=str(folder),
             do="run the same `fifa evaluate` to its end"
             if begun
@@ -195,7 +195,7 @@ def load_results(folder: Path) -> Results:
         return _FILE.validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise FifaError(
-            "an evaluation of another version of fifa",
+            "the evaluation was made by another version of fifa",
             where=str(path),
             do="run the same `fifa evaluate` again",
         ) from error

@@ -160,7 +160,7 @@ class Pipelines:
             raise FifaError(
                 f"{sampler.__name__} does not sample this model, {usual} does",
                 where=str(self._folder),
-                do="choose a sampler of its family, or none",
+                do="choose a sampler of the same family, or leave out --sampler",
             )
         pipe.scheduler = sampler.from_config(mixed)
 

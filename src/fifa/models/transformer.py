@@ -245,7 +245,7 @@ def _sentence_settings(folder: Path, modules: list[dict[str, Any]]) -> dict[str,
             modes.append("weightedmean")
     if unsupported or len(modes) != 1 or modes[0] not in POOLINGS.values():
         raise FifaError(
-            "the encoder needs what is not supported: "
+            "the encoder has parts that are not supported: "
             + (", ".join(unsupported) or " + ".join(modes)),
             where=str(folder),
             do=f"a model of one transformer, pooled by one of {sorted(set(POOLINGS.values()))}",

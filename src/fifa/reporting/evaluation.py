@@ -38,7 +38,7 @@ def evaluation_context(run: Path) -> dict[str, Any]:
     images, measured = read_index(folder), load_measured(folder)
     if not images.select(["model", "file"]).equals(measured.table.select(["model", "file"])):
         raise FifaError(
-            "other images were made after these were measured",
+            "the images have changed since they were measured",
             where=str(folder),
             do="run the same `fifa evaluate` to its end",
         )

@@ -58,7 +58,7 @@ COMPONENTS = {
 
 
 def load_selection(folder: Path) -> pa.Table:
-    """The selection of the run in ``folder``; `FifaError` if nothing is selected yet."""
+    """The selection of the run in ``folder``; `FifaError` if nothing has been selected yet."""
     path = folder / SELECTION_FILE
     if not path.exists():
         raise FifaError(

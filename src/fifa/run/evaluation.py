@@ -199,9 +199,9 @@ def _check(asked: Evaluate, compute: Compute) -> None:
         if asked.measure.scorers != Evaluate().measure.scorers:
             raise
         raise FifaError(
-            f"the default scorers are not here: {error.what}",
+            f"the default scorers are not available: {error.what}",
             where=error.where,
-            do="get online, name others with --score NAME:FOLDER, or none with --score none",
+            do="connect to the network, or give --score NAME:FOLDER or --score none",
         ) from error
     if asked.measure.detector:
         runtime = make_runtime(compute.device, compute.dtype)

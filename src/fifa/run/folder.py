@@ -52,7 +52,7 @@ def check_run(folder: str | Path) -> None:
     ours = (folder / RECIPE_FILE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
     if ours and stamp.get("format") != FORMAT:
         raise FifaError(
-            "a run of another version of fifa",
+            "the run was made by another version of fifa",
             where=str(folder),
             do="run the command again, into another folder",
         )
@@ -121,7 +121,7 @@ def revised(run: Run, recipe: Recipe) -> Run:
         raise FifaError(
             "the run has read its pairs already",
             where=str(run.folder),
-            do="leave out what says how to read them, or begin a new run with --out",
+            do="leave out the options for reading, or start a new run with --out",
         )
     begin(run.folder)
     if recipe.score != there.score:

@@ -273,7 +273,7 @@ def export_step(
     path = run.folder / SELECTION_FILE
     if not path.exists():
         raise FifaError(
-            "nothing is selected yet", where=str(run.folder), do="run `fifa select` on it"
+            "nothing has been selected yet", where=str(run.folder), do="run `fifa select` on it"
         )
     folder = out or run.subset
     with log_step(run.folder, "export"):

@@ -123,7 +123,7 @@ class Endpoint(ABC):
             raise FifaError(
                 f"the endpoint needs a key and {self.key_variable} is not set",
                 where=self.public_url,
-                do=f"export {self.key_variable}=...; it is read from nowhere else and kept nowhere",
+                do=f"export {self.key_variable}=...; it is read only from there and never stored",
             )
         return key
 
@@ -253,7 +253,7 @@ class _Conversation:
             raise FifaError(
                 f"the endpoint keeps failing: {reason}, {self.failures} prompts in a row",
                 where=endpoint.public_url,
-                do="mend the server and run again: what was answered is kept",
+                do="repair the server and run again: the answers so far are kept",
             ) from None
         return reason
 
@@ -278,7 +278,7 @@ def endpoint_of(spec: Spec) -> tuple[str, str]:
     url = spec.at or os.environ.get("OPENAI_BASE_URL") or OPENAI
     if not spec.model or not urlsplit(url).hostname:
         raise FifaError(
-            f"the rater names no model or no URL: {public_url(spec.text)}",
+            f"the rater has no model or no URL: {public_url(spec.text)}",
             do="openai:MODEL@http://HOST:PORT/v1, or openai:MODEL",
         )
     return spec.model, url
@@ -308,7 +308,7 @@ async def _reach(url: str) -> None:
     raise FifaError(
         f"the endpoint is down or cannot be reached: {reason}",
         where=public_url(url),
-        do="start the server or correct the URL and run again: what was answered is kept",
+        do="start the server or correct the URL and run again: the answers so far are kept",
     )
 
 

@@ -308,7 +308,7 @@ def _columns(pairs: Pairs, spec: Spec) -> tuple[str, str, str | None]:
     columns = named.split(",")
     if len(columns) != 2:
         raise FifaError(
-            f"a margin takes two columns, one an image: {spec.text}",
+            f"a margin takes two columns, one per image: {spec.text}",
             do=f"column:NAME_0,NAME_1; {here}",
         )
     for column in columns:

@@ -99,7 +99,7 @@ def prompt_quality(
     if path is not None and path.exists():
         unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
         if unrated:  # the others' answers are kept, so only these are asked for
-            echo(f"asking again for {unrated:,} prompts that were given up on")
+            echo(f"asking again for {unrated:,} prompts that could not be rated before")
             path.unlink()
     facts = {"rater": rater.identity}
     return scored_once(path, lambda ledger: _rated(prompts, rater, folder, ledger), facts)

@@ -137,7 +137,7 @@ def _embeddings(embeddings: Embeddings | None, pairs: Pairs, knobs: Select) -> C
         if found.ndim != 2 or len(found) != pairs.prompts.num_rows:
             raise FifaError(
                 f"embeddings of shape {found.shape} for {pairs.prompts.num_rows:,} prompts",
-                do="give one vector a prompt, in the order of pairs.prompts",
+                do="give one vector per prompt, in the order of pairs.prompts",
             )
         return np.ascontiguousarray(found, np.float32)
 
@@ -149,5 +149,5 @@ def _nothing_eligible(codes: npt.NDArray[np.uint8]) -> FifaError:
     return FifaError(
         "no pair is eligible",
         where=counts,
-        do="open a gate (see docs/select.md), or look at the scores and labels",
+        do="relax a gate (docs/select.md), or check the scores and labels",
     )

@@ -105,7 +105,7 @@ def export(
     folder = Path(folder)
     _refuse_foreign(folder)
     if not selection["pair_id"].equals(pairs.table["pair_id"]):
-        raise FifaError("the selection is of other pairs", do="run `fifa select` again")
+        raise FifaError("the selection was made from other pairs", do="run `fifa select` again")
     rows = _by_rank(selection)
     if len(rows) == 0:
         raise FifaError("the selection keeps no pair: nothing to export")

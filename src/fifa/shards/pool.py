@@ -165,7 +165,7 @@ class LocalPool:
         raise FifaError(
             "worker processes keep dying before they finish a shard",
             do="most likely memory ran out: use fewer processes or a smaller batch; "
-            "the next run goes on from here",
+            "the next run continues from here",
         )
 
     def _processes(self, make: Make) -> ProcessPoolExecutor:

@@ -82,7 +82,7 @@ class RayPool:
             raise FifaError(
                 f"workers on the cluster keep dying: {str(error).splitlines()[0]}",
                 do="look at their logs (`ray logs`); most likely memory ran out. "
-                "The next run goes on from here",
+                "The next run continues from here",
             ) from error
 
     def close(self) -> None:

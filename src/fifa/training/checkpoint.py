@@ -185,7 +185,7 @@ class TrainState:
             raise FifaError(
                 f"the state cannot be read: {error}",
                 where=str(newest),
-                do="remove that folder to begin anew, or choose another --out",
+                do="remove that folder to start again, or choose another --out",
             ) from error
         if self.average is not None:
             self._put(average)
@@ -208,7 +208,8 @@ class TrainState:
         own = self.weights()
         if own.keys() != weights.keys():
             raise FifaError(
-                "the state is of other weights", do="remove OUT/state, or choose another --out"
+                "the saved state belongs to other weights",
+                do="remove OUT/state, or choose another --out",
             )
         for name, value in own.items():
             value.copy_(weights[name])

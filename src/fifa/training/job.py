@@ -109,7 +109,7 @@ def run_training(train: Train, out: str | Path) -> Path:
             f"out of memory: {str(error).splitlines()[0]}",
             where=str(accelerator.device),
             do="--micro-batch 1, --gradient-checkpointing or --dtype bfloat16; the same command "
-            "goes on from the newest state",
+            "continues from the newest state",
         ) from error
     state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
@@ -145,7 +145,7 @@ def make_accelerator(train: Train) -> Any:
     except ValueError as error:
         raise FifaError(
             f"accelerate refuses: {str(error).splitlines()[0]}",
-            do="a process trains in one precision: start a new one",
+            do="a process can train with one dtype only: start a new process",
         ) from error
 
 

@@ -222,10 +222,10 @@ def _winners(
         i = int(np.flatnonzero(wrong)[0])
         row, file = table["row"][i].as_py(), files[table["file"][i].as_py()]
         raise FifaError(
-            f"the labels are no probabilities of one winner: label_0 {first[i]:g}"
+            f"the labels are not probabilities: label_0 {first[i]:g}"
             + (f", label {soft[i]:g}" if np.isfinite(soft[i]) else ""),
             where=f"row {row} of {file}",
-            do="label_0 is 1 where image 0 won, 0 where image 1 did, 0.5 for a tie",
+            do="label_0 is 1 if image 0 won, 0 if image 1 won, 0.5 for a tie",
         )
     reasons = np.full(len(first), "", dtype="<U8")
     reasons[(first == 0.5) | (soft == 0.5)] = "tie"

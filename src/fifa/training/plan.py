@@ -49,8 +49,8 @@ class Memory:
         """Raise `FifaError` if even the weights do not fit on the device ``where``."""
         if free is not None and self.least > free:
             raise FifaError(
-                f"too little memory: weights, gradients and optimiser take "
-                f"{size(self.least)} at the least, {size(free)} are free",
+                f"too little memory: weights, gradients and optimiser need "
+                f"at least {size(self.least)}, {size(free)} are free",
                 where=where,
                 do="--method lora, --dtype bfloat16, --draws 8 (no frozen copy), --optimizer "
                 "adafactor, or shard over several devices (FSDP through accelerate)",
@@ -201,7 +201,7 @@ class Plan:
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       {size(self.cache)} on disk at most",
-            f"memory      {size(memory.least)} at the least, activations come on top (weights "
+            f"memory      {size(memory.least)} at least, activations come on top (weights "
             f"{size(memory.weights)}, gradients and optimiser {size(memory.training)}; "
             f"while encoding {size(memory.encoding)})",
             f"free        {'unknown' if self.free is None else size(self.free)}",

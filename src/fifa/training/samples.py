@@ -68,7 +68,7 @@ class Samples:
             return
         if str(self.accelerator.distributed_type).endswith("FSDP"):
             raise FifaError(
-                "no samples are drawn of a sharded model", do="--sample-every 0 with FSDP"
+                "a sharded model cannot make sample images", do="--sample-every 0 with FSDP"
             )
         if self.accelerator.is_main_process and not (self.folder / BASE).exists():
             pipeline = self._pipeline({})

@@ -71,6 +71,6 @@ class TensorShards:
                 raise FifaError(
                     f"a shard of the cache cannot be read: {error}",
                     where=str(self.path(shard)),
-                    do="remove the file, and it is made again",
+                    do="remove the file; it will be made again",
                 ) from error
         return self._open[shard]

@@ -132,7 +132,7 @@ def test_a_source_of_broken_images_is_refused(feedback, tmp_path):
     _, options = feedback
     names = {f"{p}-{i}-{s}.png" for p in range(8) for i in range(3) for s in (0, 1)}
     pairs = write_feedback(tmp_path / "some", broken=names)
-    with pytest.raises(FifaError, match="not one image could be read"):
+    with pytest.raises(FifaError, match="no image could be read"):
         train_reward(pairs, tmp_path / "reward", options)
     assert not (tmp_path / "reward").exists()
 
@@ -173,7 +173,7 @@ def test_what_is_no_reward_is_refused(tmp_path):
     with pytest.raises(FifaError):
         load_proxy(tmp_path)
     (tmp_path / "reward.json").write_text('{"format": 99}')
-    with pytest.raises(FifaError, match="no reward model that this version"):
+    with pytest.raises(FifaError, match="not a reward model of this version"):
         load_proxy(tmp_path)
     with pytest.raises(FifaError, match="no such image encoder"):
         make_image_encoder("efficientnet-b7", Runtime())

@@ -46,7 +46,7 @@ def test_images_shared_by_all_give_way_with_a_warning(capsys):
     prompt = np.arange(10)
     fold = prompt_folds(ids(10), prompt, np.zeros((10, 2), np.int64), folds=5)
     assert np.bincount(fold).tolist() == [2] * 5
-    assert "share too many images" in capsys.readouterr().err
+    assert "too many prompts share images" in capsys.readouterr().err
 
 
 def test_folds_follow_the_prompts_wherever_they_stand():

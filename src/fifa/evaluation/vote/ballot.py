@@ -162,7 +162,7 @@ class Ballot:
                 f"{len(gone):,} comparisons that people were asked for are not in the index "
                 "any more",
                 where=str(self.store.path),
-                do=f"evaluate into another folder, or move {FILE} away to begin anew",
+                do=f"evaluate into another folder, or move {FILE} away to start again",
             )
         changed_images(self.store, self.folder)
 
@@ -182,7 +182,7 @@ def _changed(names: Sequence[str], folder: Path) -> FifaError:
     return FifaError(
         f"{len(names):,} images have changed since they were voted on, the first: {names[0]}",
         where=str(folder),
-        do=f"evaluate into another folder, or move {FILE} away to begin anew",
+        do=f"evaluate into another folder, or move {FILE} away to start again",
     )
 
 

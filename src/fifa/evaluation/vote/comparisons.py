@@ -157,7 +157,7 @@ def _check_files(folder: Path, found: Sequence[Comparison]) -> None:
         raise FifaError(
             f"{len(missing):,} images are missing, the first: {missing[0]}",
             where=str(folder),
-            do="run `fifa evaluate` again: it makes what is not there",
+            do="run `fifa evaluate` again: it makes the missing ones",
         )
 
 

@@ -110,7 +110,9 @@ class VoteStore:
                 db.execute(f"pragma user_version = {FORMAT}")
                 version = FORMAT
         if version != FORMAT:
-            raise FifaError("not a file of votes that this version reads", where=str(path))
+            raise FifaError(
+                "not a file of votes that this version of fifa can read", where=str(path)
+            )
 
     def secret(self, name: str, *, renew: bool = False) -> str:
         """A random text of 128 bits that is kept under ``name``."""

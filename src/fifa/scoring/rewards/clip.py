@@ -212,7 +212,7 @@ def _check_processor(folder: Path, size: int) -> None:
     for name, (own, ours) in known.items():
         if not np.allclose(own, ours, atol=1e-6):
             raise FifaError(
-                f"the model wants {name} {own}, scorers of the CLIP family use {ours}",
+                f"the model needs {name} {own}, scorers of the CLIP family use {ours}",
                 where=str(path),
                 do="choose a CLIP with OpenAI's preprocessing",
             )

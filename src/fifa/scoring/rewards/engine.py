@@ -256,7 +256,7 @@ class Engine:
                     reasons[int(image[position])] = reason
             start = stop
         if start != len(rewards):
-            raise FifaError("finished shards are missing", do="run it again")
+            raise FifaError("files of finished shards are missing", do="run it again")
         bad = _unreadable(images, distinct, reasons)
         note(images=n, images_unreadable=bad.num_rows, rewards=len(image))
         lost = f"; {bad.num_rows:,} could not be read" if bad.num_rows else ""

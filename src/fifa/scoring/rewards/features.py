@@ -212,7 +212,7 @@ def _matrix(table: pa.Table, where: str) -> Floats:
     there = table["features"].is_valid().to_numpy()
     if not there.any():
         raise FifaError(
-            f"not one image could be read; the first: {table['reason'][0].as_py()}",
+            f"no image could be read; the first reason: {table['reason'][0].as_py()}",
             where=where,
             do="check the source, or --allow-download where it names images by URL",
         )

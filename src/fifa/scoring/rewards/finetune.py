@@ -266,7 +266,10 @@ def _optimise(clip: _Clip, data: Comparisons, held_out: Comparisons, options: Re
             parameter.copy_(values)
     model.eval()
     if not best_step:
-        echo("held-out prompts never gained: only the temperature differs from the base model")
+        echo(
+            "no step improved the result on held-out prompts: "
+            "only the temperature differs from the base model"
+        )
     note(reward_steps=step, reward_best_step=best_step)
     return best_step
 
@@ -325,7 +328,7 @@ def _pixels(
             advance(len(numbers))
     if len(bad) == n:
         raise FifaError(
-            f"not one image could be read; the first: {bad[0]}", where=pairs.origin.source
+            f"no image could be read; the first reason: {bad[0]}", where=pairs.origin.source
         )
     note(images_unreadable=len(bad))
     of_pair = distinct.of_image[of_slot].reshape(-1, 2)

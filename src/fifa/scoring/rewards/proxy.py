@@ -63,7 +63,7 @@ def load_proxy(place: Spec | str | Path, runtime: Runtime | None = None) -> Rewa
     settings = read_json(folder / SETTINGS, "the reward model")
     if settings.get("format") != FORMAT or settings.get("kind") not in ("head", "clip"):
         raise FifaError(
-            "no reward model that this version of fifa knows",
+            "not a reward model of this version of fifa",
             where=str(folder / SETTINGS),
             do="train one: fifa reward train SOURCE --out FOLDER",
         )

@@ -61,7 +61,7 @@ def prompt_folds(
     size = np.bincount(group, weights=pairs_of)
     several = len(np.unique(group[present])) < folds
     if several or size.max() > max(2 * len(prompt) / folds, pairs_of.max()):
-        echo("prompts share too many images to keep those together: folds are by prompt alone")
+        echo("too many prompts share images: folds keep prompts together, but not images")
         group = np.arange(len(prompt_ids))
     ids = prompt_ids.to_pylist()
     rank = {int(p): digest(seed, ids[p]) for p in present}

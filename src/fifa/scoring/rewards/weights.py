@@ -53,7 +53,9 @@ def find_weights(model: str, names: Sequence[str]) -> Path:
     found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
     if len(found) != 1:
         raise FifaError(
-            f"no weights called {' or '.join(names)}" if not found else "which of the weights?",
+            f"no weights called {' or '.join(names)}"
+            if not found
+            else "there are several files of weights",
             where=str(folder),
             do=f"name the file itself{': ' if found else ''}{', '.join(p.name for p in found)}",
         )

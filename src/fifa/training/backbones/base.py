@@ -96,7 +96,9 @@ class Backbone:
     def text(self) -> list[TextEncoder]:
         """The text encoders; `FifaError` once they are gone."""
         if not self._text:
-            raise FifaError("the text encoders have been let go of: encode before drop_encoders")
+            raise FifaError(
+                "the text encoders are no longer in memory: encode before drop_encoders"
+            )
         return self._text
 
     def drop_encoders(self) -> None:

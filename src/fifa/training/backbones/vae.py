@@ -64,7 +64,7 @@ class Vae:
             After `drop`, and where a moment is not finite.
         """
         if self._model is None:
-            raise FifaError("the VAE has been let go of: encode before drop_encoders")
+            raise FifaError("the VAE is no longer in memory: encode before drop_encoders")
         with torch.no_grad():
             encoded = self._model.encode(pixels.to(self._model.device, self._dtype))
         if self.tiny:
