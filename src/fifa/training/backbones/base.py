@@ -27,14 +27,12 @@ class Backbone:
 
     Everything but `denoiser` is frozen. The trainer encodes every image and prompt once, lets the
     encoders go (`drop_encoders`), and from then on calls `predict`, ``vae.latents`` and the
-    schedule only. A family's class defines ``__init__``, `encode_prompts` and `predict`.
+    schedule only. A family's class defines `load_text`, `encode_prompts` and `predict`.
 
     Parameters
     ----------
     folder
         The model's folder.
-    text
-        Its text encoders, in the family's order.
 
     Attributes
     ----------
@@ -54,17 +52,18 @@ class Backbone:
 
     patch = 1
 
-    def __init__(self, folder: ModelFolder, text: Sequence[TextEncoder]) -> None:
+    def __init__(self, folder: ModelFolder) -> None:
         self.family: Family = folder.family
         self.folder: Path = folder.path
         self.device: torch.device = folder.device
         part = self.family.part
+        # the largest part first: while it is loaded, memory holds its file as well
         self.denoiser: torch.nn.Module = folder.model(part, diffusers(self.family.denoiser))
         schedule = Flow if self.family.schedule == "flow" else Diffusion
         where = str(folder.path / "scheduler")
         self.schedule: Diffusion | Flow = schedule(folder.config("scheduler"), where)
+        self._text = self.load_text(folder)
         self.vae = Vae(folder)
-        self._text = list(text)
         self._origin = folder
         self._encoders: dict[str, Any] | None = None
 
@@ -118,6 +117,10 @@ class Backbone:
         """``tensors`` on the device, in the floating type of the denoiser's weights."""
         dtype = next(self.denoiser.parameters()).dtype
         return {name: value.to(self.device, dtype) for name, value in tensors.items()}
+
+    def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
+        """The text encoders, in the family's order."""
+        raise NotImplementedError
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device."""

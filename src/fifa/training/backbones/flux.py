@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
-from fifa.training.backbones.text import clip_text, t5_text
+from fifa.training.backbones.text import TextEncoder, clip_text, t5_text
 
 
 class Flux(Backbone):
@@ -23,9 +23,12 @@ class Flux(Backbone):
 
     def __init__(self, folder: ModelFolder) -> None:
         self.guided = bool(folder.config("transformer").get("guidance_embeds"))
-        # the pipeline takes 512 tokens, of which schnell was trained on 256
+        super().__init__(folder)
+
+    def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
+        """CLIP's, and T5's for the 512 tokens of the pipeline, of which schnell learned 256."""
         length = 512 if self.guided else 256
-        super().__init__(folder, [clip_text(folder), t5_text(folder, "_2", length)])
+        return [clip_text(folder), t5_text(folder, "_2", length)]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt``, T5's last layer, float32 ``[n, length, d]``, and ``pooled``, CLIP's."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
-from fifa.training.backbones.text import clip_text
+from fifa.training.backbones.text import TextEncoder, clip_text
 
 
 class StableDiffusion(Backbone):
@@ -18,8 +18,9 @@ class StableDiffusion(Backbone):
     configuration says which.
     """
 
-    def __init__(self, folder: ModelFolder) -> None:
-        super().__init__(folder, [clip_text(folder)])
+    def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
+        """CLIP's."""
+        return [clip_text(folder)]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt``: the last layer with its norm, float32 ``[n, length, d]``."""

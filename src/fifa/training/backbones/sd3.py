@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
-from fifa.training.backbones.text import clip_text, side_by_side, t5_text
+from fifa.training.backbones.text import TextEncoder, clip_text, side_by_side, t5_text
 
 T5_LENGTH = 256  # tokens, as in the pipeline
 
@@ -23,15 +23,19 @@ class StableDiffusion3(Backbone):
     """
 
     def __init__(self, folder: ModelFolder) -> None:
+        super().__init__(folder)
+        config: Any = self.denoiser.config
+        self.patch = int(config.patch_size)
+        self.text_width = int(config.joint_attention_dim)
+
+    def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
+        """Two CLIPs', and T5's if the folder has it."""
         first = clip_text(folder, projection=True)
         # both CLIPs are given prompts of the first one's length
         text = [first, clip_text(folder, "_2", projection=True, length=first.length)]
         if "text_encoder_3" in folder.parts:
             text.append(t5_text(folder, "_3", T5_LENGTH))
-        super().__init__(folder, text)
-        config: Any = self.denoiser.config
-        self.patch = int(config.patch_size)
-        self.text_width = int(config.joint_attention_dim)
+        return text
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``clip`` float32 ``[n, length, d1 + d2]``, ``pooled`` ``[n, d1 + d2]``, ``t5`` if any.

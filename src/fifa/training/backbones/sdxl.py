@@ -8,14 +8,15 @@ from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import ModelFolder
-from fifa.training.backbones.text import clip_text, side_by_side
+from fifa.training.backbones.text import TextEncoder, clip_text, side_by_side
 
 
 class StableDiffusionXL(Backbone):
     """A UNet that attends to two CLIPs and takes sizes and crop as inputs (arXiv:2307.01952)."""
 
-    def __init__(self, folder: ModelFolder) -> None:
-        super().__init__(folder, [clip_text(folder), clip_text(folder, "_2", projection=True)])
+    def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
+        """Two CLIPs', of which the second projects."""
+        return [clip_text(folder), clip_text(folder, "_2", projection=True)]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt`` float32 ``[n, length, d1 + d2]``, ``pooled`` ``[n, d2]``.
