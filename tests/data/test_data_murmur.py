@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from murmur_by_hand import murmur3_by_hand
 
-from fifa.data.murmur import NEAR, murmur3
+from fifa.data.ids import NEAR, murmur3
 
 KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

@@ -13,8 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from fifa.data.decode import BadImage, check_image, open_image
-from fifa.data.truncation import SCANS
+from fifa.data.decode import SCANS, BadImage, check_image, open_image
 
 PROMISE = "promises more pixels"
 

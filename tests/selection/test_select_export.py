@@ -15,9 +15,8 @@ from fifa.data import read_pairs
 from fifa.errors import FifaError
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
-from fifa.selection import subset as subset_module
-from fifa.selection.export import export, rebuild
-from fifa.selection.subset import COLUMNS, plan_shards
+from fifa.selection import export as subset_module
+from fifa.selection.export import COLUMNS, export, plan_shards, rebuild
 
 SPEC = "column:good_0,good_1"
 

@@ -6,8 +6,7 @@ from worlds import make_pairs, make_scores
 
 from fifa.config import Select
 from fifa.scoring.margin import committee
-from fifa.selection.components import gather_terms
-from fifa.selection.gates import reason_codes
+from fifa.selection.choose import gather_terms, reason_codes
 from fifa.selection.table import GATES, REASONS
 
 

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from fifa.config import Select
-from fifa.selection.importance import importance, normalized
+from fifa.selection.choose import importance, normalized
 
 HOW = ["none", "z", "rank", "robust"]
 values = arrays(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fifa.selection.order import ascending, draws, id_bytes, midranks, occurrence
+from fifa.selection.strategies import ascending, draws, id_bytes, midranks, occurrence
 
 ids = st.lists(st.text("0123456789abcdefé", min_size=1, max_size=12), unique=True, min_size=1)
 coarse = st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1.0, 3e38, 1e-40])

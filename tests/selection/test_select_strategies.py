@@ -11,7 +11,7 @@ from worlds import make_embeddings, make_pairs, make_scores, permuted
 from fifa.config import STRATEGIES, Select
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores
-from fifa.selection import greedy, strategies
+from fifa.selection import strategies
 from fifa.selection.choose import select
 from fifa.selection.table import REASONS, SELECTION, reason_counts
 
@@ -213,7 +213,7 @@ def test_a_keep_beyond_the_eligible_keeps_them_all_and_says_so(capsys):
 
 
 def test_facility_location_over_many_prompts_equals_the_naive_greedy():
-    from fifa.selection.greedy import facility_location
+    from fifa.selection.strategies import facility_location
 
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(700, 8)) + 2 * rng.normal(size=(7, 8))[rng.integers(0, 7, 700)]
@@ -222,7 +222,7 @@ def test_facility_location_over_many_prompts_equals_the_naive_greedy():
 
 
 def test_prompts_that_are_all_alike_are_still_all_ordered():
-    from fifa.selection.greedy import facility_location, farthest_point
+    from fifa.selection.strategies import facility_location, farthest_point
 
     alike = np.tile(np.float32([[1, 0]]), (9, 1))
     assert sorted(facility_location(alike, 9)) == list(range(9))
@@ -236,7 +236,7 @@ def test_greedy_strategies_say_what_they_lack(strategy, monkeypatch):
         select(pairs, Scores(), Select(strategy=strategy))
     with pytest.raises(FifaError, match="one vector per prompt"):
         select(pairs, Scores(), Select(strategy=strategy), embeddings=np.ones((3, 2)))
-    monkeypatch.setattr(greedy, "MAX_PROMPTS", 5)
+    monkeypatch.setattr(strategies, "MAX_PROMPTS", 5)
     with pytest.raises(FifaError, match="too many for a greedy strategy"):
         choose(pairs, Scores(), strategy=strategy)
 

@@ -8,7 +8,7 @@ leaves the knob as the class or the recipe has it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -18,9 +18,14 @@ import click
 from fifa.errors import FifaError
 
 if TYPE_CHECKING:
+    from click.decorators import FC
+
     from fifa.config import Knobs
 
     K = TypeVar("K", bound=Knobs)
+
+
+PATH: Any = click.Path(path_type=Path)
 
 
 def check_runs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -32,10 +37,12 @@ def check_runs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return value
 
 
+def out_option(text: str = "The run folder.", required: bool = True) -> Callable[[FC], FC]:
+    """The option ``--out``: where the command writes."""
+    return click.option("--out", required=required, type=PATH, help=text)
+
+
 run_argument = click.argument("run", callback=check_runs)
-out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The run folder."
-)
 
 
 class KnobCommand(click.Command):
@@ -71,7 +78,7 @@ class KnobCommand(click.Command):
         classes = [inner[name] for name in self._sections or inner]
         made = [one for part in (cls, *classes) for one in parameters(part)]
         text = "A YAML file of options; options given here win."
-        return [*made, click.Option(["--recipe"], type=click.Path(path_type=Path), help=text)]
+        return [*made, click.Option(["--recipe"], type=PATH, help=text)]
 
 
 def chosen(base: K, options: dict[str, Any], *, only: tuple[str, ...] = ()) -> K:

@@ -193,6 +193,11 @@ class RecordColumns:
 Columns: TypeAlias = "ParquetColumns | RecordColumns"
 
 
+def has(columns: Columns, name: str) -> bool:
+    """True if the column, or the struct that a dotted name goes into, is there."""
+    return name in columns.names or name.partition(".")[0] in columns.names
+
+
 def _is_number(kind: pa.DataType) -> bool:
     is_one = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return any(is_type(kind) for is_type in is_one)

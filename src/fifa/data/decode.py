@@ -1,12 +1,18 @@
-"""Decoding and header checks: images are hostile until they are decoded."""
+"""Decoding and header checks: images are hostile until they are decoded.
+
+A decoder that runs out of data may go on without a word: libjpeg fills the rest with mid-grey, and
+Pillow leaves the rest of a PNG as it was, that is 0. Both are cheap to suspect, by the last pixels.
+Only then is the file decoded once more, such that pixels without data must come out different.
+WEBP needs none of this: libwebp fails when it runs out.
+"""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageFile
+from PIL import Image, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
@@ -33,14 +39,12 @@ def open_image(data: bytes) -> Image.Image:
 
     JPEG, PNG and WEBP of at most `MAX_PIXELS` pixels and `MAX_BYTES` bytes. Refused as well:
     truncated files and headers that promise more pixels than there are data for
-    (`fifa.data.truncation`), animations (nobody knows which frame a person judged), 16-bit grey,
+    (`lacks_data`), animations (nobody knows which frame a person judged), 16-bit grey,
     and JPEGs that no browser shows (arithmetic coding). Rotation by EXIF and conversion to RGB are
     left to whoever looks at the image.
 
     Raises `BadImage`.
     """
-    from fifa.data.truncation import lacks_data
-
     try:
         image = _header(data)
         image.load()
@@ -69,10 +73,6 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def _header(data: bytes) -> ImageFile.ImageFile:
     """The image, opened and looked at, not decoded."""
-    from PIL import Image
-
-    from fifa.data.truncation import HUFFMAN, SCANS, frame, many_scans
-
     if len(data) > MAX_BYTES:
         raise BadImage(f"more than {MAX_BYTES:,} bytes")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -101,3 +101,136 @@ def _undecodable(error: Exception) -> BadImage:
 def check_image(data: bytes) -> None:
     """Decode an image completely and forget it; raises `BadImage`."""
     open_image(data).close()
+
+
+HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # JPEG's baseline, extended and progressive frames
+SCANS = 100  # in a JPEG; a progressive one has about ten, and each passes over all pixels
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length behind them
+_PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # no escaped ff, no restart
+_STRIP = 256  # rows compared at a time
+
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_BITS = [bytes((i * 101 + n * 61 + 181) % 255 for i in range(64)) for n in range(9)]
+
+
+def frame(data: bytes) -> int:
+    """How a JPEG is coded: the last byte of its frame's marker, 0xC0 to 0xCF; 0 without one."""
+    return next((kind for kind, *_ in _markers(data) if kind in _FRAMES), 0)
+
+
+def many_scans(data: bytes) -> bool:
+    """True if a JPEG has more than `SCANS` scans: a few bytes each, and hours to decode."""
+    components = b""
+    for kind, _, at in _markers(data):
+        if kind in _FRAMES and kind != _PROGRESSIVE:
+            components = data[at + 7 : at + 8]
+        elif kind == _SCAN and data[at + 2 : at + 3] == components:
+            return False  # all in one scan: no decoder reads another
+        elif kind == _SCAN:
+            break
+    found = data.count(bytes([0xFF, _SCAN]))  # some may be something else, none is missed
+    return found > SCANS and sum(kind == _SCAN for kind, *_ in _markers(data)) > SCANS
+
+
+def lacks_data(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """True if the decoder ran out of data before it had all pixels.
+
+    Parameters
+    ----------
+    image
+        A loaded JPEG, MPO or PNG.
+    data
+        The file that it was decoded from. A JPEG's frame must be one of `HUFFMAN`.
+
+    Not seen in a JPEG: a lack of less than one block, a lack in a scan of finer detail alone, and
+    any lack in a picture that is mid-grey all over.
+    """
+    if image.format == "PNG":
+        return _ends_empty(image) and _differ(image, _on_other_paper(image, data))
+    return _ends_flat(image) and _differ(image, _loaded(_with_more_data(data)))
+
+
+def _ends_empty(image: Image.Image) -> bool:
+    """True if the last row of a PNG may be as it was before decoding."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return "interlace" in image.info or not any(last.tobytes())
+
+
+def _on_other_paper(image: Image.Image, data: bytes) -> Image.Image:
+    """The PNG again, decoded over pixels that are not 0."""
+    again = Image.open(io.BytesIO(data), formats=["PNG"])
+    again.im = Image.new(image.mode, image.size, 1).im
+    again.load()
+    return again
+
+
+def _ends_flat(image: Image.Image) -> bool:
+    """True if the last block of a JPEG may be what libjpeg makes of no data.
+
+    All coefficients of such a block are 0, which is mid-grey; in a progressive JPEG the scan with
+    its mean may be there and the others not. Chroma may be blended with the neighbours', luma is
+    not. Bits that were left over may spoil the first block without data; it is the last one only
+    in images one unit wide or high.
+    """
+    width, height = image.size
+    if min(width, height) <= 32:  # four blocks, the largest unit
+        return True
+    block = image.crop(((width - 1) & -8, (height - 1) & -8, width, height))
+    channels = block.split() if image.mode == "CMYK" else [block.convert("L")]
+    for values in (channel.tobytes() for channel in channels):
+        low, high = min(values), max(values)
+        if high - low <= 4 and ("progressive" in image.info or 126 <= low <= high <= 130):
+            return True
+    return False
+
+
+def _with_more_data(data: bytes) -> bytes:
+    """The JPEG with more data at the end of every scan: one that has all it needs never looks.
+
+    There are bits to read at once, and behind the restart markers that would come next.
+    """
+    pieces, at, scan = [], 0, 0
+    for kind, start, after in _markers(data):
+        if scan:
+            restarts = len(_RESTART.findall(data, scan, start))
+            pieces += [data[at:start], _BITS[8]]
+            for n in range(8):
+                pieces += [bytes([0xFF, 0xD0 + (restarts + n) % 8]), _BITS[n]]
+            at = start
+        scan = after if kind == _SCAN else 0
+    return b"".join([*pieces, data[at:]])
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    image.load()
+    return image
+
+
+def _differ(a: Image.Image, b: Image.Image) -> bool:
+    for top in range(0, a.height, _STRIP):
+        box = (0, top, a.width, min(a.height, top + _STRIP))
+        if a.crop(box).tobytes() != b.crop(box).tobytes():
+            return True
+    return False
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The markers of a JPEG up to its end: the last byte, where it begins and what follows it."""
+    at = 2
+    while found := _MARKER.search(data, at):
+        kind, at = found[1][0], found.end()
+        yield kind, found.start(), at
+        if kind == _END:
+            return
+        if kind not in _ALONE:
+            at += int.from_bytes(data[at : at + 2])
+        if kind == _SCAN:
+            end = _AFTER_SCAN.search(data, at)
+            if end is None:
+                return
+            at = end.start()

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.data.columns import Text, encoded
-from fifa.data.ids import hex_strings, pair_hashes, prompt_hashes
-from fifa.data.murmur import murmur3
+from fifa.data.ids import hex_strings, murmur3, pair_hashes, prompt_hashes
 from fifa.data.table import PAIRS
 
 MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fifa.data.columns import Columns, text_array
-from fifa.data.layouts import has
+from fifa.data.columns import Columns, has, text_array
 from fifa.data.pairs import FilePairs, pair_columns
 
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people

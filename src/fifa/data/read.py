@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 from fifa.console import note, progress
 from fifa.data import formats
 from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
-from fifa.data.formats import PAIR_COLUMNS, own_layout
-from fifa.data.layouts import Layout
+from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import Ranked

@@ -1,35 +1,323 @@
-"""Which pairs are kept, and why each of the others is not."""
+"""Which pairs are kept, and why each of the others is not.
+
+Scores become terms pair by pair, gates stop pairs, importance weighs the rest, and a strategy
+takes the best.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fifa.config import Select
 from fifa.console import echo
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.scoring.margin import committee
 from fifa.scoring.table import Scores
-from fifa.selection.components import gather_terms
-from fifa.selection.gates import reason_codes
-from fifa.selection.importance import importance
-from fifa.selection.order import id_bytes, occurrence
-from fifa.selection.strategies import STRATEGIES, Candidates, soft_weights
+from fifa.selection.strategies import (
+    STRATEGIES,
+    Candidates,
+    id_bytes,
+    midranks,
+    occurrence,
+    soft_weights,
+)
 from fifa.selection.table import (
     BELOW_CUTOFF,
     PROMPT_CAP,
+    REASONS,
     SELECTED,
     code_counts,
     selection_table,
 )
 
 Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Scores by pair; None where there is no such score at all.
+
+    Parameters
+    ----------
+    margin, signed_margin, agreement
+        float32 [pairs], of the committee; NaN where a reward is missing or infinite.
+    quality, diversity
+        float32 [pairs], the prompt's rating and entropy term; NaN where missing.
+    unsafe, nonsense
+        bool [pairs]: the rater flagged the prompt with one of ``unsafe_flags``, or as nonsense.
+    unrated
+        bool [pairs]: the rater gave the prompt no flags, not even none.
+    """
+
+    margin: Floats | None = None
+    signed_margin: Floats | None = None
+    agreement: Floats | None = None
+    quality: Floats | None = None
+    diversity: Floats | None = None
+    unsafe: Mask | None = None
+    nonsense: Mask | None = None
+    unrated: Mask | None = None
+
+
+def gather_terms(pairs: Pairs, scores: Scores, knobs: Select) -> Terms:
+    """Bring pair and prompt scores together, a value a pair.
+
+    Tables whose ids are in another order, or cover more or fewer pairs, are aligned by id;
+    what they lack is NaN. Raises `FifaError` for a strategy or gate without the score it needs.
+    """
+    _check(scores, knobs)
+    found: dict[str, npt.NDArray[np.generic]] = {}
+    if scores.margins:
+        label = _floats(pairs.table["label"])
+        result = committee(_rewards(pairs, scores), label)
+        found["margin"] = _finite(result.margin)
+        found["signed_margin"] = _finite(result.signed_margin)
+        found["agreement"] = result.agreement
+    prompt = pairs.table["prompt_index"].to_numpy()
+    prompt_id = pairs.prompts["prompt_id"]
+    if scores.quality is not None:
+        columns = [name for name in ("rating", "flags") if name in scores.quality.column_names]
+        quality = _aligned(scores.quality, "prompt_id", prompt_id, columns)
+        found["quality"] = _finite(_floats(quality["rating"]))[prompt]
+        if "flags" in columns:
+            flags = quality["flags"]
+            found["unsafe"] = _flagged(flags, knobs.unsafe_flags)[prompt]
+            found["nonsense"] = _flagged(flags, ("nonsense",))[prompt]
+            found["unrated"] = flags.is_null().to_numpy()[prompt]
+    if scores.diversity is not None:
+        diversity = _aligned(scores.diversity, "prompt_id", prompt_id, ["entropy"])
+        found["diversity"] = _finite(_floats(diversity["entropy"]))[prompt]
+    return Terms(**found)  # type: ignore[arg-type]
+
+
+def _check(scores: Scores, knobs: Select) -> None:
+    if scores.margins:
+        return
+    weighed = (scores.quality is not None and knobs.alpha > 0) or (
+        scores.diversity is not None and knobs.gamma > 0
+    )
+    needs, of_strategy = None, STRATEGIES[knobs.strategy].needs
+    if of_strategy == "margin":
+        needs = f"the strategy {knobs.strategy!r}"
+    elif of_strategy == "importance" and not weighed:
+        needs = f"the strategy {knobs.strategy!r} without a weighed quality or diversity score"
+    elif knobs.min_agreement is not None:
+        needs = "min_agreement"
+    elif knobs.margin_window != (None, None) or knobs.margin_percentiles != (0.0, 100.0):
+        needs = "a margin window"
+    if needs:
+        raise FifaError(
+            f"no margin scorer, and {needs} needs one",
+            do="name one with --margin, for example --margin column:NAME_0,NAME_1",
+        )
+
+
+def _rewards(pairs: Pairs, scores: Scores) -> list[tuple[Floats, Floats]]:
+    ids, names = pairs.table["pair_id"], ["reward_0", "reward_1"]
+    tables = (_aligned(table, "pair_id", ids, names) for table in scores.margins.values())
+    return [(_floats(table["reward_0"]), _floats(table["reward_1"])) for table in tables]
+
+
+def _aligned(table: pa.Table, key: str, ids: pa.ChunkedArray, columns: list[str]) -> pa.Table:
+    wanted = table.select(columns)
+    if key not in table.column_names or table[key].equals(ids):
+        return wanted
+    return wanted.take(pc.index_in(ids, value_set=table[key].combine_chunks()))
+
+
+def _flagged(flags: pa.ChunkedArray, names: Collection[str]) -> Mask:
+    # few distinct sets of flags over many prompts: decide once for each
+    encoded = flags.combine_chunks().dictionary_encode()
+    hit = [bool(set(names) & set(text.split(","))) for text in encoded.dictionary.to_pylist()]
+    decided: Mask = np.array([*hit, False])[encoded.indices.fill_null(len(hit)).to_numpy()]
+    return decided
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    values: Floats = column.to_numpy().astype(np.float32, copy=False)  # nulls are NaN
+    return values
+
+
+def _finite(values: Floats) -> Floats:
+    wrong = ~np.isfinite(values)
+    return np.where(wrong, np.float32(np.nan), values) if wrong.any() else values
+
+
+def reason_codes(
+    table: pa.Table, terms: Terms, knobs: Select, unreadable: Collection[str]
+) -> npt.NDArray[np.uint8]:
+    """Ask every gate, in the order of `fifa.selection.table.GATES`.
+
+    Parameters
+    ----------
+    table
+        ``pair_id``, ``label`` and ``repeat`` of `Pairs.table`.
+    terms
+        The scores by pair.
+    knobs
+        Which gates are closed.
+    unreadable
+        Ids of the pairs with an image that cannot be decoded.
+
+    Returns
+    -------
+    uint8 [pairs], index into `REASONS`: the first gate that stops the pair, or ``below_cutoff``
+    for one that is eligible and so far not selected.
+    """
+    codes = np.full(table.num_rows, BELOW_CUTOFF, np.uint8)
+    for reason, stopped in _gates(table, terms, knobs, unreadable):
+        codes[stopped & (codes == BELOW_CUTOFF)] = REASONS.index(reason)
+    eligible = codes == BELOW_CUTOFF
+    if terms.margin is not None and knobs.margin_percentiles != (0.0, 100.0) and eligible.any():
+        ordered = np.sort(terms.margin[eligible]).astype(np.float64)
+        low, high = np.percentile(ordered, knobs.margin_percentiles)
+        outside = eligible & ((terms.margin < low) | (terms.margin > high))
+        codes[outside] = REASONS.index("outside_margin_window")
+    return codes
+
+
+def _gates(
+    table: pa.Table, terms: Terms, knobs: Select, unreadable: Collection[str]
+) -> Iterator[tuple[str, Mask]]:
+    """Every gate that is closed, and which pairs it stops."""
+    label = table["label"].to_numpy()
+    yield "tie", (label == 0.5) | np.isnan(label)  # no number names no winner either
+    if knobs.drop_duplicates:
+        yield "duplicate", _mask(table["repeat"])
+    if len(unreadable):
+        ids = pa.array(sorted(unreadable))
+        yield "unreadable_image", _mask(pc.is_in(table["pair_id"], value_set=ids))
+    if terms.unsafe is not None:
+        yield "unsafe_prompt", terms.unsafe
+    if terms.nonsense is not None and knobs.drop_nonsense:
+        yield "low_quality_prompt", terms.nonsense
+    if terms.quality is not None and knobs.min_quality is not None:
+        yield "low_quality_prompt", terms.quality < np.float32(knobs.min_quality)
+    yield "not_scored", _not_scored(terms, knobs, table.num_rows)
+    share = 1.0 if STRATEGIES[knobs.strategy].unanimous else knobs.min_agreement
+    if terms.agreement is not None and share is not None:
+        # in float32, as agreement is: 7 scorers of 10 are not below 0.7
+        yield "contradicts_label", terms.agreement < np.float32(share)
+    low, high = knobs.margin_window
+    if terms.margin is not None and low is not None:
+        yield "outside_margin_window", terms.margin < np.float32(low)
+    if terms.margin is not None and high is not None:
+        yield "outside_margin_window", terms.margin > np.float32(high)
+
+
+def _not_scored(terms: Terms, knobs: Select, n: int) -> Mask:
+    missing = np.zeros(n, bool)
+    if terms.margin is not None:
+        missing |= np.isnan(terms.margin)
+    if terms.quality is not None and (knobs.alpha > 0 or knobs.min_quality is not None):
+        missing |= np.isnan(terms.quality)
+    if terms.unrated is not None and (knobs.unsafe_flags or knobs.drop_nonsense):
+        missing |= terms.unrated  # a prompt that nobody rated is not known to be safe
+    if terms.diversity is not None and knobs.gamma > 0:
+        missing |= np.isnan(terms.diversity)
+    return missing
+
+
+def _mask(column: pa.ChunkedArray) -> Mask:
+    return np.asarray(column.to_numpy(), bool)
+
+
+BLOCK = 1 << 18  # pairs at a time: the temporaries stay in the processor's cache
+
+
+def importance(
+    margin: Floats | None, quality: Floats | None, diversity: Floats | None, knobs: Select, n: int
+) -> Floats:
+    """The importance of every eligible pair (arXiv 2410.10166).
+
+    Parameters
+    ----------
+    margin, quality, diversity
+        float32 [n], finite; None where there is no such score, which is then absent from the sum.
+    knobs
+        ``alpha``, ``gamma`` and ``normalize``.
+    n
+        How many pairs are eligible.
+
+    Returns
+    -------
+    float32 [n]; zeros where there is no score at all.
+    """
+    terms = [(1.0, margin), (knobs.alpha, quality), (knobs.gamma, diversity)]
+    result = np.zeros(n, np.float32)
+    scaled = [
+        (weight, *_scale(term, knobs.normalize))
+        for weight, term in terms
+        if term is not None and weight > 0
+    ]
+    for start in range(0, len(result), BLOCK):
+        part = slice(start, start + BLOCK)
+        # I_i = m^_i + alpha * q^_c + gamma * h^_c
+        total = np.zeros(len(result[part]), np.float64)
+        for weight, values, centre, unit in scaled:
+            total += weight * ((values[part].astype(np.float64) - centre) / unit)
+        result[part] = total
+    return result
+
+
+def normalized(values: Floats, how: str) -> npt.NDArray[np.float64]:
+    """One term on the common scale.
+
+    Parameters
+    ----------
+    values
+        float32 [eligible pairs], finite: a prompt's value counts once for each of its pairs.
+    how
+        ``none``, ``z``, ``rank`` or ``robust``; see the comments.
+
+    Returns
+    -------
+    float64 [eligible pairs]; zeros where the values are all equal and ``how`` is not ``none``.
+    The same value has the same result whatever the order of the pairs.
+    """
+    values, centre, unit = _scale(values, how)
+    return np.asarray((values.astype(np.float64) - centre) / unit)
+
+
+def _scale(values: Floats, how: str) -> tuple[npt.NDArray[np.floating[Any]], float, float]:
+    """``(values, centre, unit)``, so that ``(values - centre) / unit`` is the normalised term."""
+    if how == "none":
+        return values, 0.0, 1.0
+    ordered = np.sort(values)  # what is computed from it does not depend on the rows' order
+    if ordered[0] == ordered[-1]:
+        return values, float(ordered[0]), 1.0
+    if how == "rank":
+        # x^ = (midrank(x) - 1/2) / n, in (0, 1)
+        return midranks(values), 0.5, float(len(values))
+    if how == "robust":
+        # x^ = (x - median) / (IQR / 1.349): 1.349 is the IQR of a standard normal, so that the
+        # unit is a standard deviation again.
+        low, median, high = (_quantile(ordered, share) for share in (0.25, 0.5, 0.75))
+        if high > low:
+            return values, median, (high - low) / 1.349
+    # x^ = (x - mean) / standard deviation
+    mean = float(ordered.mean(dtype=np.float64))
+    deviation = float(np.sqrt(np.mean(np.subtract(ordered, mean, dtype=np.float64) ** 2)))
+    # Half the values equal can make the IQR 0: then the unit is the standard deviation.
+    return values, median if how == "robust" else mean, deviation
+
+
+def _quantile(ordered: Floats, share: float) -> float:
+    place, beyond = divmod(share * (len(ordered) - 1), 1)
+    first = float(ordered[int(place)])
+    return first + beyond * (float(ordered[min(int(place) + 1, len(ordered) - 1)]) - first)
+
+
 Embeddings: TypeAlias = Floats | Callable[[], Floats]
 
 

@@ -17,7 +17,7 @@ from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
 from fifa.errors import FifaError
-from fifa.selection.subset import IMAGES
+from fifa.selection.export import IMAGES
 from fifa.shards.files import digest
 
 NEEDED = (*IMAGES, "label_0", "caption")

@@ -1,0 +1,370 @@
+"""The commands: each parses its options, calls one function of the library and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fifa import __version__
+from fifa.cli.options import PATH, KnobCommand, check_runs, chosen, out_option, run_argument
+from fifa.errors import FifaError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fifa")
+def cli() -> None:
+    """Filter human feedback on generated images: keep the few pairs that are worth training on.
+
+    A SOURCE is a file, a folder, a glob, an hf://datasets/... id or any fsspec URL. A RUN is the
+    folder that `filter` or `evaluate` writes.
+    """
+
+
+@cli.command("filter", cls=KnobCommand, knobs="Recipe")
+@out_option()
+@click.option("--dry-run", is_flag=True, help="Print the recipe and what would be done, then stop.")
+def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
+    """Keep the pairs that are worth training on.
+
+    This is the main command: it reads SOURCE, scores every pair, keeps the best ones, and writes
+    the subset and a report.
+    """
+    from fifa.config import Recipe
+    from fifa.run.steps import filter_pairs, plan
+
+    recipe = chosen(Recipe(), options)
+    if dry_run:
+        click.echo(plan(recipe))
+        return
+    click.echo(filter_pairs(recipe, out).folder / "report.html")
+
+
+@cli.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
+@out_option()
+def read_command(out: Path, **options: Any) -> None:
+    """Read SOURCE into a table of pairs.
+
+    No image is opened.
+    """
+    from fifa.config import Recipe
+    from fifa.run.folder import start_run
+    from fifa.run.steps import echo_read, read_step
+
+    echo_read(read_step(start_run(out, chosen(Recipe(), options))))
+    click.echo(out / "pairs.parquet")
+
+
+@cli.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
+@out_option("The run folder of a new run.", required=False)
+def score_command(out: Path | None, **options: Any) -> None:
+    """Score every pair and every prompt.
+
+    SOURCE is a data set (then --out names a new run folder), or a RUN that was read before.
+    """
+    from fifa.config import Recipe
+    from fifa.run.folder import open_run, revised, start_run
+    from fifa.run.steps import read_step, score_step
+
+    if out is None:
+        run = open_run(options.pop("source") or "")
+        run = revised(run, chosen(run.recipe, options, only=("score", "compute")))
+    else:
+        run = start_run(out, chosen(Recipe(), options))
+    score_step(run, read_step(run))
+    click.echo(run.scores)
+
+
+@cli.command("select", cls=KnobCommand, knobs="Recipe", sections=("select",))
+@run_argument
+def select_command(run: str, **options: Any) -> None:
+    """Select again from the scores of a run.
+
+    Another number of pairs or other weights take seconds, because nothing is scored again.
+    """
+    from fifa.run.folder import open_run, revised
+    from fifa.run.steps import select_step
+
+    opened = open_run(run)
+    select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
+    click.echo(opened.folder / "selection.parquet")
+
+
+@cli.command("export")
+@run_argument
+@out_option("The folder of the subset.  [default: RUN/subset]", required=False)
+def export_command(run: str, out: Path | None) -> None:
+    """Write the selected pairs for a trainer.
+
+    The selected pairs of RUN become a data set that Diffusion-DPO trainers read.
+    """
+    from fifa.run.folder import open_run
+    from fifa.run.steps import export_step
+
+    click.echo(export_step(open_run(run), out))
+
+
+@cli.command("rebuild")
+@click.argument("subset_json", type=PATH)
+@click.option("--source", help="Where the source is now, if it has moved.")
+@click.option(
+    "--allow-download", is_flag=True, help="Fetch images that the source only names by a URL."
+)
+@out_option("The folder of the subset.")
+def rebuild_command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
+    """Rebuild a subset from its subset.json.
+
+    The source is read again; nothing is scored.
+    """
+    from fifa.selection.export import rebuild
+
+    rebuild(subset_json, out, source=source, allow_download=allow_download)
+    click.echo(out)
+
+
+@cli.command("report")
+@run_argument
+def report_command(run: str) -> None:
+    """Write the report of a run again.
+
+    This is RUN/report.html, made from the files in RUN.
+    """
+    from fifa.evaluation.results import is_evaluated
+    from fifa.reporting.page import write_report
+    from fifa.run.folder import open_run
+
+    click.echo(write_report(run if is_evaluated(run) else open_run(run).folder))
+
+
+@cli.command("train", cls=KnobCommand, knobs="Train")
+@out_option("The folder of the checkpoint.")
+@click.option(
+    "--preset",
+    help="A set of options: paper-sd15, paper-sdxl or lora-small; options given here win.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the options, and the steps, disk space and memory that they need; then stop.",
+)
+def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
+    """Train a diffusion model on the pairs.
+
+    SOURCE is a RUN, a subset, or Parquet files in diffusers' schema. On several devices, use
+    `accelerate launch -m fifa train ...`.
+    """
+    from fifa import config
+    from fifa.run.folder import check_run
+    from fifa.training.job import plan_training, run_training
+
+    if preset and options["recipe"]:
+        raise FifaError("a preset and a recipe at once", do="give one of --preset and --recipe")
+    train = chosen(config.preset(preset) if preset else config.Train(), options)
+    check_run(train.source)
+    if dry_run:
+        click.echo(train.to_yaml() + "\n" + str(plan_training(train, out)))
+        return
+    click.echo(run_training(train, out))
+
+
+@cli.group("reward")
+def reward_group() -> None:
+    """Train a reward model on the feedback."""
+
+
+@reward_group.command("train", cls=KnobCommand, knobs="Reward")
+@out_option("The folder of the reward model.")
+def reward_train(out: Path, **options: Any) -> None:
+    """Train a reward model on labelled pairs.
+
+    It learns from the labels of SOURCE; `--margin proxy:FOLDER` then scores with it. Without
+    --base it is a small head on frozen features, and only the options that begin with "Head"
+    apply; with --base MODEL a CLIP is fine-tuned, and those that begin with "CLIP" apply.
+    """
+    from fifa.config import Reward
+    from fifa.data.read import read_pairs
+    from fifa.scoring.rewards.fit import train_reward
+
+    reward = chosen(Reward(), options)
+    pairs = read_pairs(reward.read.source, reward.read.format, columns=reward.read.columns)
+    click.echo(train_reward(pairs, out, reward).folder)
+
+
+@cli.group("batch")
+def batch_group() -> None:
+    """Rate prompts through batch files.
+
+    These are the files of OpenAI's Batch API and of `vllm run-batch`.
+    """
+
+
+@batch_group.command("write")
+@run_argument
+@click.argument("file", type=PATH)
+def batch_write(run: str, file: Path) -> None:
+    """Write the requests of RUN to FILE.
+
+    There is one request for every prompt that the rater of RUN has not answered yet.
+    """
+    from fifa.run.folder import open_run
+    from fifa.run.steps import read_step
+    from fifa.scoring.raters.batch import write_batch
+
+    opened = open_run(run)
+    rater = opened.recipe.score.quality
+    count = write_batch(read_step(opened), rater, file, folder=opened.scores)
+    click.echo(f"{count:,} requests in {file}", err=True)
+    click.echo(file)
+
+
+@batch_group.command("read")
+@run_argument
+@click.argument("file", type=PATH)
+def batch_read(run: str, file: Path) -> None:
+    """Read the answers in FILE into RUN.
+
+    `fifa score RUN` then does not send these requests.
+    """
+    from fifa.run.folder import open_run
+    from fifa.run.steps import read_step
+    from fifa.scoring.raters.batch import read_batch
+
+    opened = open_run(run)
+    rater = opened.recipe.score.quality
+    click.echo(read_batch(read_step(opened), rater, file, folder=opened.scores), err=True)
+
+
+@cli.command("demo", cls=KnobCommand, knobs="Demo")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("demo-run"),
+    show_default=True,
+    help="The run folder.",
+)
+def demo_command(out: Path, **options: Any) -> None:
+    """The whole road in a small built-in world.
+
+    Filter, train, generate, judge and report. No GPU is needed.
+    """
+    from fifa.config import Demo
+    from fifa.demo import demo
+
+    click.echo(demo(out, chosen(Demo(), options)))
+
+
+@cli.command("evaluate", cls=KnobCommand, knobs="Evaluate")
+@out_option()
+def evaluate_command(out: Path, **options: Any) -> None:
+    """Compare checkpoints with their base model.
+
+    All of them make images for the same prompts and seeds; the images are scored, compared and
+    shown in a report.
+    """
+    from fifa.config import Evaluate
+    from fifa.evaluation.models import name_checkpoints
+    from fifa.reporting.page import write_report
+    from fifa.run.evaluation import echo_wins, run_evaluation
+
+    if options["tuned"]:
+        options["tuned"] = name_checkpoints(options["tuned"])
+    evaluated = run_evaluation(chosen(Evaluate(), options), out)
+    report = write_report(evaluated.folder)
+    echo_wins(evaluated)
+    click.echo(report)
+
+
+@cli.command("compare")
+@click.argument("runs", nargs=-1, required=True, callback=check_runs)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.html"),
+    show_default=True,
+    help="The page to write.",
+)
+def compare_command(runs: tuple[str, ...], out: Path) -> None:
+    """Compare several evaluated runs.
+
+    The result is one page with a table and a figure of all RUNS.
+    """
+    from fifa.evaluation.compare import compare_runs
+    from fifa.reporting.page import comparison_text, write_comparison
+
+    compared = compare_runs(runs)
+    for difference in compared.differences:
+        click.echo(f"not the same in all runs: {difference}", err=True)
+    click.echo(comparison_text(compared), err=True)
+    click.echo(write_comparison(compared, out))
+
+
+class _ServeByDefault(click.Group):
+    """A group where ``vote RUN`` is ``vote serve RUN``; a run named like a command is ./NAME."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
+@cli.group("vote", cls=_ServeByDefault)
+def vote_group() -> None:
+    """Let people vote on the images of a run.
+
+    They see two images for one prompt and choose the better one. `fifa vote RUN` is short for
+    `fifa vote serve RUN`.
+    """
+
+
+@vote_group.command("serve", cls=KnobCommand, knobs="Vote")
+@run_argument
+@click.option("--new-invitation", is_flag=True, help="Make earlier invitation links invalid.")
+def vote_serve(run: str, new_invitation: bool, **options: Any) -> None:
+    """Serve the page where people vote.
+
+    `fifa vote RUN` does the same.
+    """
+    from fifa.config import Vote
+    from fifa.evaluation.vote.serve import serve_votes
+
+    vote = chosen(Vote(), options)
+    serve_votes(run, vote, new_invitation=new_invitation, show_link=click.echo)
+
+
+everybody_option = click.option(
+    "--everybody", is_flag=True, help="Also count voters who failed their attention checks."
+)
+
+
+@vote_group.command("results")
+@run_argument
+@everybody_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def vote_results(run: str, everybody: bool, as_json: bool) -> None:
+    """Show win rates and agreement so far.
+
+    Win rates have intervals; agreement is that among the voters.
+    """
+    from fifa.evaluation.vote.results import results_text, vote_results
+
+    found = vote_results(run, everybody=everybody)
+    click.echo(json.dumps(found.plain(), indent=2) if as_json else results_text(found))
+
+
+@vote_group.command("export")
+@run_argument
+@out_option("The .parquet file to write.")
+@everybody_option
+def vote_export(run: str, out: Path, everybody: bool) -> None:
+    """Write the votes as a data set.
+
+    It is a preference data set that `fifa filter` reads.
+    """
+    from fifa.console import echo
+    from fifa.evaluation.vote.export import export_votes
+
+    done = export_votes(run, out, everybody=everybody)
+    echo(f"{done.pairs:,} pairs from {done.votes:,} votes; {done.left_out:,} votes left out")
+    click.echo(done.path)
