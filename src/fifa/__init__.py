@@ -7,7 +7,7 @@ Three lines do what a command does::
     selection = fifa.select(pairs, scores, keep=0.005)
 
 `export` then writes what trainers read, `filter_pairs` does all of it in a run folder, `train`
-aligns a model with what was kept, and `evaluate` compares it with what it came from.
+trains a model on the kept pairs, and `evaluate` compares it with its base model.
 """
 
 from __future__ import annotations
