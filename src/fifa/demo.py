@@ -70,12 +70,12 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
     echo(
         "Moji is a text-to-image world small enough for a CPU: emoji on plain backgrounds,\n"
         "a real Stable Diffusion of 4 million weights, and simulated annotators who compared its\n"
-        "pictures. Their choices are noisy, as people's are. Here the truth is known, so that\n"
-        "what FiFA claims can be checked.\n"
+        "images. Their choices are noisy, like those of people. Here the truth is known, so the\n"
+        "claims of FiFA can be checked.\n"
     )
     run = filter_feedback(out, knobs)
     subsets: dict[str, Path] = {arm: export_arm(run, arm) for arm in knobs.arms}
-    echo("\nThe hidden utility, which no arm sees, says how many of the choices were right:")
+    echo("\nThe share of choices that are right, by the hidden utility (no arm uses it):")
     _print_right("all", pq.read_table(out / "pairs.parquet"))
     for arm, folder in subsets.items():
         files = sorted(folder.glob("data/*.parquet"))
@@ -84,7 +84,7 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
     _print_chapter(2, f"the same training for {' and '.join(knobs.arms)}")
     echo(
         f"  Diffusion-DPO, {knobs.steps} steps of {knobs.batch} pairs. The arms differ in\n"
-        "  their pairs alone, so the reader sees what the selection buys, not the training"
+        "  their pairs only, so a difference in the results comes from the selection"
     )
     tuned = {arm: train_arm(out / "train" / arm, subset, knobs) for arm, subset in subsets.items()}
 
@@ -110,11 +110,11 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
     )
     write_sheet(out / "picture.png", evaluated.images, out / "evaluate")
 
-    _print_chapter(4, "the verdict, by the hidden utility that nobody selected or trained with")
+    _print_chapter(4, "the verdict, by the hidden utility (not used to select or train)")
     for line in verdict([c for c in evaluated.comparisons if c.scale.name == UTILITY]):
         echo(f"  {line}")
     report = out / "report.html"
-    echo(f"\nBase and arms side by side, prompts taken by number: {out / 'picture.png'}")
+    echo(f"\nBase and arms side by side, prompts chosen by number: {out / 'picture.png'}")
     echo(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
     return report
 
@@ -134,13 +134,13 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
     """Chapter 1: read, score, select, export."""
     _print_chapter(1, "which of the annotators' choices are worth training on?")
     echo(
-        "  margin     a proxy reward learns from the choices themselves, on the towers of\n"
-        "             moji-clip; no pair is scored by a model that saw its label\n"
-        "  quality    a small language model rates the prompts, a harm head beside it\n"
+        "  margin     a proxy reward model is trained on the choices themselves, on the towers\n"
+        "             of moji-clip; no model scores a pair whose label it has seen\n"
+        "  quality    a small language model and a harm head rate the prompts\n"
         "  diversity  how far a prompt is from its neighbours, in MiniLM's space"
     )
     if RATINGS.is_dir() and not knobs.fresh:
-        echo("  (ratings come with the package, made by the same code; --fresh makes them again)")
+        echo("  (the package has these ratings, made by the same code; --fresh makes them again)")
         scores = start_run(out, recipe_of(knobs)).scores
         scores.mkdir(exist_ok=True)
         for path in sorted(RATINGS.iterdir()):
