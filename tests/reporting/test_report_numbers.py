@@ -17,6 +17,7 @@ from fifa.reporting import numbers
 from fifa.reporting.page import read_log, write_report
 from fifa.reporting.selection import load_selection
 from fifa.scoring.agreement import agreement
+from fifa.shards.files import take_rows
 
 MARGINS = hnp.arrays(
     np.float32,
@@ -113,10 +114,10 @@ def test_rows_are_taken_in_the_order_asked_across_row_groups(rows):
     sink = io.BytesIO()
     table = pa.table({"n": np.arange(100), "word": words})
     pq.write_table(table, sink, row_group_size=7)
-    taken = numbers.take_rows(sink, rows)
+    taken = take_rows(sink, rows)
     assert taken["n"].to_pylist() == rows
     assert taken["word"].to_pylist() == [f"w{i}" for i in rows]
-    assert numbers.take_rows(sink, rows, ["n"]).column_names == ["n"]
+    assert take_rows(sink, rows, ["n"]).column_names == ["n"]
 
 
 def test_the_map_is_that_of_principal_components():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,17 +155,17 @@ def measure(
     table = images.select(KEYS).append_column(UNSAFE_PROMPT, unsafe)
     scales: list[Scale] = []
 
-    def add(scale: Scale, numbers: Callable[[pa.Table], Floats]) -> None:
+    def add(scale: Scale, numbers: Iterable[Floats]) -> None:  # an array a model
         nonlocal table
         scales.append(scale)
-        column = np.concatenate([numbers(own) for own in models])
+        column = np.concatenate([*numbers])
         table = table.append_column(scale.column, pa.array(column, pa.float32()))
 
     for spec in asked.scorers:
         name, known = scorer_name(spec, asked.scorers), is_picked(spec, picked)
         add(
             Scale(spec, name, "reward", units[spec], known),
-            partial(_rewards, folder=folder, spec=spec, compute=compute),
+            (_rewards(own, folder, spec, compute) for own in models),
         )
     judged = [(f"judge:{judge.name}", judge, "judge") for judge in judges]
     if asked.detector:
@@ -176,12 +175,12 @@ def measure(
     for column, judge, source in judged:
         add(
             Scale(column, judge.name, judge.type, judge.scale, source=source, tie=judge.tie),
-            partial(_judged, folder=folder, judge=judge),
+            (_judged(own, folder, judge) for own in models),
         )
     for name in COLOURS:
         add(
             Scale(name, name, "colour", "0 to 1", source="pixels"),
-            partial(_colours, folder=folder, name=name),
+            (_colours(own, folder, name) for own in models),
         )
     diversity = _diversity(models, folder, asked.encoder, compute)
     plain = json.dumps([asdict(scale) for scale in scales], sort_keys=True)
@@ -231,12 +230,12 @@ def pairwise_distance(vectors: npt.NDArray[Any]) -> float:
     return float(1 - (total @ total - (z * z).sum()) / (n * (n - 1)))
 
 
-def _rewards(own: pa.Table, *, folder: Path, spec: str, compute: Compute) -> Floats:
+def _rewards(own: pa.Table, folder: Path, spec: str, compute: Compute) -> Floats:
     images, prompts = generated_images(own, folder), own["prompt"].combine_chunks()
     return image_rewards(images, prompts, spec, folder / SCORES, compute)
 
 
-def _judged(own: pa.Table, *, folder: Path, judge: Judge) -> Floats:
+def _judged(own: pa.Table, folder: Path, judge: Judge) -> Floats:
     def value(prompts: list[str], pictures: list[Any]) -> dict[str, Any]:
         return {"value": judge.measure(prompts, pictures)}
 
@@ -246,7 +245,7 @@ def _judged(own: pa.Table, *, folder: Path, judge: Judge) -> Floats:
     return np.asarray(found["value"].to_numpy(), np.float32)
 
 
-def _colours(own: pa.Table, *, folder: Path, name: str) -> Floats:
+def _colours(own: pa.Table, folder: Path, name: str) -> Floats:
     found = each_image(own, folder, folder / SCORES, "looks", "pixels", "1", colours)
     return np.asarray(found[name].to_numpy(), np.float32)
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fifa.evaluation.measure import pairwise_distance
 from fifa.scoring.agreement import Agreement, agreement, agreement_by_margin, by_margin
@@ -157,22 +154,6 @@ def first_by(rows: Ints, key: Floats | Ints, prompt: Ints, n: int) -> list[int]:
         if len(found) == n:
             break
     return list(found.values())
-
-
-def take_rows(path: Path, rows: Sequence[int] | Ints, columns: list[str] | None = None) -> pa.Table:
-    """Rows of a Parquet file, in the order asked; only the row groups they are in are read."""
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    starts = np.cumsum([0, *sizes])
-    wanted, order = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
-    groups = np.searchsorted(starts, wanted, side="right") - 1
-    parts = [
-        file.read_row_group(int(group), columns).take(wanted[groups == group] - starts[group])
-        for group in np.unique(groups)
-    ]
-    if not parts:
-        return file.schema_arrow.empty_table().select(columns or file.schema_arrow.names)
-    return pa.concat_tables(parts).unify_dictionaries().take(order)
 
 
 @dataclass(frozen=True)

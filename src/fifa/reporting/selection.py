@@ -27,6 +27,7 @@ from fifa.scoring.table import Scores, score_facts, score_path
 from fifa.selection.readable import UNREADABLE_FILE
 from fifa.selection.strategies import STRATEGIES
 from fifa.selection.table import SELECTION_FILE
+from fifa.shards.files import take_rows
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
 LISTED = 100  # ids of likely mislabelled pairs
@@ -239,7 +240,7 @@ def _prompt_map(
         return None
 
     def vectors(rows: numbers.Ints) -> numbers.Floats:
-        column = numbers.take_rows(path, rows, ["embedding"])["embedding"].combine_chunks()
+        column = take_rows(path, rows, ["embedding"])["embedding"].combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
         found: numbers.Floats = flat.reshape(len(rows), -1)
         return found

@@ -35,7 +35,7 @@ from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_facts
 from fifa.selection.choose import select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
-from fifa.shards.files import read_json, write_json
+from fifa.shards.files import read_json, take_rows, write_json
 
 FETCHED = "fetched"  # a folder of the run
 Integers = npt.NDArray[np.integer[Any]]
@@ -342,19 +342,7 @@ def _columns(
     if pairs is not None:
         table = pairs.table.select(names)
         return table if rows is None else table.take(rows)
-    if rows is None:
-        return _read_columns(path, names)
-    parts, start = [], 0
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
-            if len(mine):
-                parts.append(file.read_row_group(group, names).take(mine - start))
-            start = end
-    if not parts:
-        return PAIRS.empty_table().select(names)
-    return pa.concat_tables(parts).unify_dictionaries()
+    return _read_columns(path, names) if rows is None else take_rows(path, rows, names)
 
 
 def _scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:

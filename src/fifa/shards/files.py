@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -176,6 +178,22 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> None:
         settings = {"compression": "zstd", "row_group_size": ROW_GROUP, **options}
         table = table.combine_chunks().cast(_as_read(table.schema))
         pq.write_table(table, temporary, **settings)
+
+
+def take_rows(path: Path, rows: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
+    """Rows of a Parquet file, in the order asked; only the row groups they are in are read."""
+    wanted, order = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        groups = np.searchsorted(starts, wanted, side="right") - 1
+        parts = [
+            file.read_row_group(int(group), columns).take(wanted[groups == group] - starts[group])
+            for group in np.unique(groups)
+        ]
+        names = columns or file.schema_arrow.names
+        empty = file.schema_arrow.empty_table().select(names)
+    return pa.concat_tables(parts or [empty]).unify_dictionaries().take(order)
 
 
 @contextmanager
