@@ -177,11 +177,10 @@ def measure(
             Scale(column, judge.name, judge.type, judge.scale, source=source, tie=judge.tie),
             (_judged(own, folder, judge) for own in models),
         )
+    seen = [each_image(own, folder, scores, "looks", "pixels", "1", colours) for own in models]
     for name in COLOURS:
-        add(
-            Scale(name, name, "colour", "0 to 1", source="pixels"),
-            (_colours(own, folder, name) for own in models),
-        )
+        scale = Scale(name, name, "colour", "0 to 1", source="pixels")
+        add(scale, (found[name].to_numpy() for found in seen))
     diversity = _diversity(models, folder, asked.encoder, compute)
     plain = json.dumps([asdict(scale) for scale in scales], sort_keys=True)
     table = table.replace_schema_metadata({"fifa.scales": plain})
@@ -243,11 +242,6 @@ def _judged(own: pa.Table, folder: Path, judge: Judge) -> Floats:
     scores = None if judge.identity is None else folder / SCORES
     found = each_image(own, folder, scores, "judge", judge.name, judge.identity, value)
     return np.asarray(found["value"].to_numpy(), np.float32)
-
-
-def _colours(own: pa.Table, folder: Path, name: str) -> Floats:
-    found = each_image(own, folder, folder / SCORES, "looks", "pixels", "1", colours)
-    return np.asarray(found[name].to_numpy(), np.float32)
 
 
 def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Compute) -> pa.Array:

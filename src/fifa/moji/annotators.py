@@ -92,7 +92,7 @@ def utility(
         else:
             at = places[scene]
             candidates = true[at : at + len(WORLD.styles)]
-        d = _distance(seen[i], candidates)
+        d = np.linalg.norm(candidates - seen[i], axis=1)
         # u = max over styles of -(1 - exp(-(d / reach)^2)) - taste of the style
         loss = 1 - np.exp(-((d / people.reach) ** 2))
         result[i] = np.max(-loss - np.tile(penalty, len(candidates) // len(penalty)))
@@ -112,11 +112,6 @@ def looks(pictures: np.ndarray) -> np.ndarray:
         y = x.reshape(n, size // blur, blur, size // blur, blur, 3).mean((2, 4)).reshape(n, -1)
         parts.append(y / np.sqrt(y.shape[1] * len(BLURS)))
     return np.concatenate(parts, 1)
-
-
-def _distance(one: np.ndarray, many: np.ndarray) -> np.ndarray:
-    distances: np.ndarray = np.linalg.norm(many - one, axis=1)
-    return distances
 
 
 @cache

@@ -102,23 +102,15 @@ def _rows(
         # label = (votes for ours + half of the ties) / votes
         share = sum(votes) / len(votes)
         sides = []
-        for name, model, label in (
-            (one.file_0, one.ours, share),
-            (one.file_1, one.theirs, 1 - share),
-        ):
+        ours, theirs = (one.file_0, one.ours, share), (one.file_1, one.theirs, 1 - share)
+        for name, model, label in (ours, theirs):
             data = read_file(folder, name)
             sides.append((xxhash.xxh3_128_hexdigest(data), model, label, data))
-        sides.sort(key=lambda side: side[:2])
-        yield {
-            "caption": one.prompt,
-            "has_label": True,
-            "label_votes": len(votes),
-            "category": one.category,
-            **{f"image_{i}_uid": side[0] for i, side in enumerate(sides)},
-            **{f"model_{i}": side[1] for i, side in enumerate(sides)},
-            **{f"label_{i}": side[2] for i, side in enumerate(sides)},
-            **{f"jpg_{i}": side[3] for i, side in enumerate(sides)},
-        }
+        row: dict[str, object] = {"caption": one.prompt, "has_label": True}
+        for i, (uid, model, label, data) in enumerate(sorted(sides, key=lambda side: side[:2])):
+            row |= {f"image_{i}_uid": uid, f"model_{i}": model}
+            row |= {f"label_{i}": label, f"jpg_{i}": data}
+        yield row | {"label_votes": len(votes), "category": one.category}
 
 
 def _groups(rows: Iterator[dict[str, object]]) -> Iterator[pa.Table]:
