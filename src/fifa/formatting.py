@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+import jinja2
 
 MOST = 300  # characters of a prompt or a reason
 DASH, MINUS = "\u2013", "\u2212"
@@ -85,10 +84,8 @@ def seconds(value: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def page_templates(folder: Path) -> Environment:
+def page_templates(folder: Path) -> jinja2.Environment:
     """The Jinja templates in ``folder``, escaped, with the functions of this module as filters."""
-    import jinja2
-
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,

@@ -12,8 +12,8 @@ from fifa.data.ids import prompt_id
 from fifa.evaluation.generate import IMAGES, png
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import DIVERSITY, MEASURES, Measured, Scale, load_measured
+from fifa.evaluation.models import Training
 from fifa.evaluation.prompts import Prompts, draw_seeds
-from fifa.evaluation.provenance import Training
 from fifa.evaluation.results import ModelFacts, make_results, save_results
 from fifa.evaluation.sampling import Settings
 from fifa.run.folder import begin

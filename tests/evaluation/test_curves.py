@@ -6,8 +6,7 @@ import pytest
 from drawn import draw_index, measured
 
 from fifa.config import Read, Recipe, Score
-from fifa.evaluation.models import Model, find_models
-from fifa.evaluation.provenance import cost_of, read_training, run_scorers
+from fifa.evaluation.models import Model, cost_of, find_models, read_training, run_scorers
 from fifa.evaluation.win_rates import learning_curves, steps_of, time_to_match
 
 STEPS = (10, 20, 30, 40)

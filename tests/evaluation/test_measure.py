@@ -16,7 +16,7 @@ from fifa.evaluation.measure import (
     pairwise_distance,
     scorer_name,
 )
-from fifa.evaluation.provenance import is_picked
+from fifa.evaluation.models import is_picked
 from fifa.evaluation.win_rates import comparisons
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards.features import make_image_encoder

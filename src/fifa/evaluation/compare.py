@@ -11,8 +11,7 @@ from pathlib import Path
 from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.measure import Measured, Scale, load_measured
-from fifa.evaluation.models import BASE, name_checkpoints
-from fifa.evaluation.provenance import Cost
+from fifa.evaluation.models import BASE, Cost, name_checkpoints
 from fifa.evaluation.results import Results, load_results
 from fifa.evaluation.win_rates import (
     Comparison,

@@ -25,7 +25,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.models import Model
 from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.sampling import Pipelines, Settings, make_images
-from fifa.shards.files import PREFIX, digest, sweep, write_bytes, write_table
+from fifa.shards.files import digest, sweep, write_bytes, write_table
 
 FOLDER = "evaluate"  # in the run folder
 INDEX = "images.parquet"
@@ -217,12 +217,9 @@ def _make(
 
 
 def _there(folder: Path, groups: Sequence[Sequence[Planned]]) -> set[str]:
-    """The files that are there, by one listing; what a killed write left is removed."""
+    """The files that are there; what a killed write left is removed."""
     place = Path(groups[0][0].file).parent if groups else Path()
     if not (folder / place).is_dir():
         return set()
-    names = [path.name for path in (folder / place).iterdir()]
-    for name in names:
-        if name.startswith(PREFIX):
-            (folder / place / name).unlink(missing_ok=True)
-    return {f"{place.as_posix()}/{name}" for name in names}
+    sweep(folder / place)
+    return {f"{place.as_posix()}/{path.name}" for path in (folder / place).iterdir()}

@@ -26,7 +26,7 @@ from fifa.evaluation.judges import (
     generated_images,
     load_detector,
 )
-from fifa.evaluation.provenance import is_picked
+from fifa.evaluation.models import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.margin import image_rewards
 from fifa.scoring.quality import prompt_quality

@@ -18,9 +18,8 @@ from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import Measured, Scale
-from fifa.evaluation.models import Method, Model
+from fifa.evaluation.models import Cost, Method, Model, Training, cost_of
 from fifa.evaluation.prompts import Prompts
-from fifa.evaluation.provenance import Cost, Training, cost_of
 from fifa.evaluation.sampling import Settings
 from fifa.evaluation.win_rates import (
     Comparison,

@@ -92,7 +92,7 @@ def settings_for(asked: Generate, base: Path) -> Settings:
 
 
 class Pipelines:
-    """Loads models one at a time; the base stays, and checkpoints go in and out of it.
+    """Loads pipelines one at a time; a checkpoint's weights go into the base and out again.
 
     Parameters
     ----------
@@ -107,26 +107,25 @@ class Pipelines:
     def __init__(self, base: Path, settings: Settings, device: str | None = None) -> None:
         self._folder, self._settings = base, settings
         self._device = make_runtime(device).device
-        self._base: Any = None
+        self._loaded: Path | None = None
+        self._pipe: Any = None
 
     @contextmanager
     def use(self, model: Model) -> Iterator[Any]:
         """The pipeline with the model's weights; the base is as it was when the block ends."""
         with quiet(*(require(name, "train") for name in ("diffusers", "transformers"))):
-            if model.method == "pipeline":
-                self._base = None  # not two whole models in memory
-                yield self._load(model.path)
-                return
-            if self._base is None:
-                self._base = self._load(self._folder)
+            if self._loaded != model.pipeline:
+                self._loaded = self._pipe = None  # not two models in memory
+                self._pipe = self._load(model.pipeline)
+                self._loaded = model.pipeline
             if model.method == "lora":
-                with _adapted(self._base, model.path):
-                    yield self._base
+                with _adapted(self._pipe, model.path):
+                    yield self._pipe
             elif model.method == "part":
-                with _exchanged(self._base, model.path, self._dtype, self._device):
-                    yield self._base
+                with _exchanged(self._pipe, model.path, self._dtype, self._device):
+                    yield self._pipe
             else:
-                yield self._base
+                yield self._pipe
 
     @property
     def _dtype(self) -> Any:

@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 from fifa.errors import FifaError
 from fifa.evaluation import stats
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
-from fifa.evaluation.models import BASE, Model, find_checkpoint
-from fifa.evaluation.provenance import Training
+from fifa.evaluation.models import BASE, Model, Training, find_checkpoint
 from fifa.evaluation.stats import Mean, Number, WinRate
 
 Values = dict[tuple[str, int], float]  # by prompt and seed

@@ -24,9 +24,8 @@ from fifa.evaluation.measure import (
     measure,
     with_suffix,
 )
-from fifa.evaluation.models import Model, find_models, name_checkpoints
+from fifa.evaluation.models import Model, find_models, name_checkpoints, read_training, run_scorers
 from fifa.evaluation.prompts import Prompts, read_prompts
-from fifa.evaluation.provenance import read_training, run_scorers
 from fifa.evaluation.results import RESULTS, Results, make_results, save_results
 from fifa.evaluation.sampling import Settings, settings_for
 from fifa.evaluation.win_rates import Comparison, steps_of
