@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fifa.data.table import Pairs as Pairs
     from fifa.run.evaluation import evaluate as evaluate
     from fifa.run.steps import filter_pairs as filter_pairs
-    from fifa.run.training import train as train
+    from fifa.run.steps import train as train
     from fifa.scoring import score as score
     from fifa.scoring.table import Scores as Scores
     from fifa.selection.choose import select as select
@@ -43,7 +43,7 @@ _HOMES = {
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",
     "select": "fifa.selection.choose",
-    "train": "fifa.run.training",
+    "train": "fifa.run.steps",
 }
 __all__ = ["FifaError", *_HOMES]
 

@@ -360,7 +360,14 @@ def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
         while left and left[0][0] < end:
             mine.append(left.popleft())
         try:
-            yield from _from_group(opened, group, start, mine, leaves)
+            groups = [group] if mine else []
+            for batch in opened.iter_batches(BATCH, row_groups=groups, columns=leaves):
+                while mine and mine[0][0] < start + batch.num_rows:
+                    row, i, column = mine.popleft()
+                    yield i, _cell_bytes(batch, column, row - start)
+                start += batch.num_rows
+                if not mine:
+                    break
         except (OSError, ValueError, IndexError) as error:
             yield from _lost(mine, error)
         start = end
@@ -370,21 +377,6 @@ def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
 def _lost(cells: deque[Cell], error: Exception) -> Iterator[Found]:
     reason = f"the file cannot be read: {str(error).partition(chr(10))[0][:100]}"
     yield from ((i, BadImage(reason)) for _, i, _ in cells)
-
-
-def _from_group(
-    opened: pq.ParquetFile, group: int, start: int, cells: deque[Cell], leaves: list[str]
-) -> Iterator[Found]:
-    """Cells of one row group; ``cells`` loses what has been yielded."""
-    if not cells:
-        return
-    for batch in opened.iter_batches(batch_size=BATCH, row_groups=[group], columns=leaves):
-        while cells and cells[0][0] < start + batch.num_rows:
-            row, i, column = cells.popleft()
-            yield i, _cell_bytes(batch, column, row - start)
-        start += batch.num_rows
-        if not cells:
-            return
 
 
 def _leaves(schema: pa.Schema, column: str) -> list[str]:

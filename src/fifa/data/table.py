@@ -112,11 +112,11 @@ def save_pairs(pairs: Pairs, folder: Path) -> None:
     write_table(folder / FILES["table"], pairs.table.replace_schema_metadata(metadata))
 
 
-def load_origin(folder: Path) -> Origin | None:
-    """The origin of the pairs in ``folder``; None if there are none yet."""
+def load_origin(folder: Path) -> Origin:
+    """The origin of the pairs in ``folder``; raises `FifaError` if there are none yet."""
     path = folder / FILES["table"]
     if not path.exists():
-        return None
+        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
     metadata = pq.read_schema(path).metadata or {}
     plain = json.loads(metadata.get(b"fifa.origin", b"null"))
     if plain is None:
@@ -129,8 +129,6 @@ def load_origin(folder: Path) -> Origin | None:
 def load_pairs(folder: Path, columns: list[str] | None = None) -> Pairs:
     """What `save_pairs` wrote; ``columns`` of the table only, if given."""
     origin = load_origin(folder)
-    if origin is None:
-        raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
     try:
         return Pairs(
             table=pq.read_table(folder / FILES["table"], columns=columns),

@@ -1,4 +1,4 @@
-"""What each command does to a run folder: read, score, select, export, report.
+"""What each command does to a run folder: read, score, select, export; and `fifa.train`.
 
 Within one command a step hands its result on in memory. What it writes is for the next command,
 and for a run that is stopped and goes on.
@@ -23,15 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.config import Recipe
+from fifa.config import Recipe, Train, changed
 from fifa.console import echo, note
 from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
 from fifa.data.read import read_pairs, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
-from fifa.run.folder import SCORES_INDEX, Run, log_step, start_run
+from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
 from fifa.scoring import score
-from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_facts
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_files
 from fifa.selection.choose import select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
@@ -80,6 +80,50 @@ def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
         echo(f"subset: {export_step(run, **results, door=door)}")
     echo(f"report: {write_report(run.folder, **results)}")
     return run
+
+
+def train(
+    source: str | Path,
+    model: str | Path,
+    out: str | Path,
+    knobs: Train | None = None,
+    **changes: Any,
+) -> Path:
+    """Train a diffusion model on preference pairs, with Diffusion-DPO.
+
+    Parameters
+    ----------
+    source
+        A run folder, a subset that `fifa.export` wrote, or Parquet files in the diffusers schema.
+    model
+        A model folder in diffusers layout, or a hub id.
+    out
+        The checkpoint's folder. A training that was stopped goes on where it was, and ends with
+        the weights of one that was not; a finished one is left alone.
+    knobs
+        `fifa.config.Train`, or a preset of `fifa.config.PRESETS`; None: the
+        default.
+    **changes
+        Knobs to change: ``loss="ipo"``, ``steps=200``, ``draws=8``.
+
+    Returns
+    -------
+    pathlib.Path
+        ``out``, which then holds ``pytorch_lora_weights.safetensors`` (for ``load_lora_weights``)
+        or ``unet`` / ``transformer`` (for ``from_pretrained``), the model card, ``train.json``,
+        ``train.yaml`` and ``stats.jsonl``.
+
+    Raises
+    ------
+    FifaError
+        For pairs, a model or knobs that do not fit together, too little memory, and a loss that
+        is not finite; what was done until then is kept.
+    """
+    from fifa.training.job import run_training
+
+    given = {**changes, "source": str(source), "model": str(model)}
+    check_run(source)
+    return run_training(changed(knobs or Train(), **given), out)
 
 
 def plan(recipe: Recipe) -> str:
@@ -166,15 +210,7 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
         step=partial(log_step, run.folder),
     )
 
-    def file(table: pa.Table | None) -> str | None:
-        return None if table is None else str(score_facts(table)["file"])
-
-    index = {
-        "margins": {name: file(table) for name, table in scores.margins.items()},
-        "quality": file(scores.quality),
-        "diversity": file(scores.diversity),
-    }
-    write_json(run.folder / SCORES_INDEX, index)
+    write_json(run.folder / SCORES_INDEX, score_files(scores))
     return scores
 
 
@@ -299,10 +335,6 @@ def _door(run: Run) -> Door:
 def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:
     """What choosing pairs reads of a run: ten million pairs are selected in seconds."""
     origin = load_origin(run.folder)
-    if origin is None:
-        raise FifaError(
-            "no pairs here", where=str(run.folder), do="run `fifa read SOURCE --out RUN`"
-        )
     with ThreadPoolExecutor() as pool:
         table = pool.submit(_read_columns, run.folder / FILES["table"], NEEDED)
         prompts = pool.submit(_read_columns, run.folder / FILES["prompts"], ["prompt_id"])

@@ -97,3 +97,16 @@ def score_facts(table: pa.Table) -> dict[str, Any]:
     """What `scored_once` knows of a table of scores; empty for a table it did not make."""
     facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"fifa.score", b"{}"))
     return facts
+
+
+def score_files(scores: Scores) -> dict[str, Any]:
+    """The files that hold the scores: ``margins`` by their specs, ``quality`` and ``diversity``."""
+
+    def name(table: pa.Table | None) -> str | None:
+        return None if table is None else score_facts(table).get("file")
+
+    return {
+        "margins": {spec: name(table) for spec, table in scores.margins.items()},
+        "quality": name(scores.quality),
+        "diversity": name(scores.diversity),
+    }

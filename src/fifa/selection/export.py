@@ -27,7 +27,7 @@ from fifa.data.read import read_pairs
 from fifa.data.records import tar_ref
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.table import Scores, score_facts
+from fifa.scoring.table import Scores, score_files
 from fifa.selection.card import dataset_card
 from fifa.selection.table import SELECTION, reason_counts
 from fifa.shards.files import (
@@ -40,6 +40,7 @@ from fifa.shards.files import (
 )
 
 Integers = npt.NDArray[np.int64]
+Contents = npt.NDArray[np.uint64]
 
 SHARD_BYTES = 256 << 20  # of images in a file
 GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
@@ -67,22 +68,6 @@ COLUMNS = pa.schema(
         *(SELECTION.field(name) for name in FROM_SELECTION),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Written:
-    """Shards that were written.
-
-    Parameters
-    ----------
-    files
-        ``name`` below the folder, ``bytes`` and ``xxh3_128`` of each.
-    content
-        uint64 [pairs]: XXH3-64 of what the source gave of every pair, its images included.
-    """
-
-    files: list[dict[str, Any]]
-    content: npt.NDArray[np.uint64]
 
 
 def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> pa.Table:
@@ -135,7 +120,7 @@ def write_shards(
     rows: Integers,
     table: pa.Table,
     door: Door | None,
-) -> Written:
+) -> tuple[list[dict[str, Any]], Contents]:
     """Write ``data/train-00000-of-0000N-<digest>.parquet`` and so on, in the order of ``rows``.
 
     The digest of its content is in a file's name, as `datasets` caches what it reads by name.
@@ -154,7 +139,10 @@ def write_shards(
 
     Returns
     -------
-    Written
+    files
+        ``name`` below the folder, ``bytes`` and ``xxh3_128`` of each.
+    content
+        uint64 [pairs]: XXH3-64 of what the source gave of every pair, its images included.
 
     Raises
     ------
@@ -184,7 +172,7 @@ def write_shards(
                         part = _with_images(part, cells)
                     writer.write_table(part, row_group_size=GROUP_ROWS)
             files.append(_file(folder, name))
-    return Written(files, content)
+    return files, content
 
 
 def plan_shards(sizes: Sequence[int] | Integers) -> list[list[tuple[int, int]]]:
@@ -355,7 +343,7 @@ def export(
     facts = {
         "recipe": plain,
         "source": {name: getattr(origin, name) for name in ("source", "format", "fingerprint")},
-        "scores": _score_files(scores),
+        "scores": score_files(scores),
         "reasons": reason_counts(selection),
     }
     images = allow_download or has_pixels(pairs.table, pairs.origin)
@@ -437,7 +425,7 @@ def _write(
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
     door: Door | None,
-    check: Callable[[Written], None] = lambda written: None,
+    check: Callable[[Contents], None] = lambda content: None,
 ) -> Exported:
     """The subset of some rows; without ``door`` it has references instead of images."""
     from fifa import __version__
@@ -445,23 +433,23 @@ def _write(
     table = subset_rows(pairs, rows, columns)
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
     with atomic_folder(folder) as made:
-        written = write_shards(made, pairs, rows, table, door)
-        check(written)
+        files, content = write_shards(made, pairs, rows, table, door)
+        check(content)
         subset = {
             "fifa_subset": FORMAT,
             "pairs": len(rows),
             "images": door is not None,
-            "digest": digest(written.files),
-            "files": written.files,
+            "digest": digest(files),
+            "files": files,
             "versions": {"fifa": __version__, "pyarrow": pa.__version__},
             **facts,
             "pair_id": table["pair_id"].to_pylist(),
-            "content": base64.b64encode(written.content.astype("<u8").tobytes()).decode(),
+            "content": base64.b64encode(content.astype("<u8").tobytes()).decode(),
             "columns": {name: _packed(columns[name]) for name in FROM_SELECTION},
         }
         write_text(made / "README.md", dataset_card(subset))
         write_json(made / SUBSET_FILE, subset)
-    size = sum(file["bytes"] for file in written.files)
+    size = sum(file["bytes"] for file in files)
     note(subset_pairs=len(rows), subset_bytes=size, subset_images=door is not None)
     if door is None:
         echo(
@@ -484,10 +472,10 @@ def _rows(pairs: Pairs, names: list[str]) -> Integers:
     return np.asarray(rows.to_numpy(), np.int64)
 
 
-def _refuse_changed(pairs: Pairs, known: dict[str, Any], written: Written) -> None:
+def _refuse_changed(pairs: Pairs, known: dict[str, Any], content: Contents) -> None:
     """Raises `FifaError` where a pair's content is not what it was."""
     then = np.frombuffer(base64.b64decode(known["content"]), "<u8")
-    changed = np.flatnonzero(then != written.content)
+    changed = np.flatnonzero(then != content)
     if len(changed):
         raise FifaError(
             f"{len(changed):,} of the subset's {len(then):,} pairs have changed in the source",
@@ -520,17 +508,6 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(known, dict) or known.get("fifa_subset") != FORMAT:
         raise FifaError("not a subset.json that this version of fifa reads", where=str(path))
     return known
-
-
-def _score_files(scores: Scores) -> dict[str, Any]:
-    def name(table: pa.Table | None) -> str | None:
-        return None if table is None else score_facts(table).get("file")
-
-    return {
-        "margins": {spec: name(table) for spec, table in scores.margins.items()},
-        "quality": name(scores.quality),
-        "diversity": name(scores.diversity),
-    }
 
 
 def _packed(column: pa.Array) -> str:
