@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +26,10 @@ import torch
 from fifa import train
 from fifa.config import Train
 from fifa.moji.family import FEEDBACK, SD
-from fifa.training.adapters import load_lora
 from fifa.training.backbones import load_backbone
 from fifa.training.batches import Source, predict
 from fifa.training.cache import encode
+from fifa.training.checkpoint import LORA_FILE
 from fifa.training.losses import LOSSES, logits
 from fifa.training.pairs import read_training_pairs
 
@@ -83,7 +84,8 @@ class Eye:
     def look(self, checkpoint: Path) -> tuple[float, float]:
         """The mean loss and the implicit accuracy of a checkpoint."""
         backbone = load_backbone(SD)
-        load_lora(backbone, checkpoint)
+        denoiser: Any = backbone.denoiser
+        denoiser.load_lora_adapter(checkpoint, weight_name=LORA_FILE, prefix="unet")
         policy = self.errors(backbone)
         one = torch.ones(len(policy))
         loss = LOSSES[KNOBS.loss](KNOBS, policy, self.reference, one, one)

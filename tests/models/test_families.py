@@ -7,14 +7,14 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from fifa.models.families import FAMILIES, PIPELINES, family_named, listed
+from fifa.models.families import FAMILIES, PIPELINES, listed
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_row_is_as_diffusers_has_it(family):
-    assert PIPELINES[family.pipeline] is family_named(family.name) is family
+    assert PIPELINES[family.pipeline] is family
     pipeline = getattr(diffusers, family.pipeline)
     parts = signature(pipeline.__init__).parameters
     assert set(family.parts) | set(family.optional) <= set(parts)
@@ -27,10 +27,10 @@ def test_a_row_is_as_diffusers_has_it(family):
 
 
 def test_a_distilled_model_is_sampled_in_few_steps_without_guidance():
-    flux = family_named("flux")
+    flux = PIPELINES["FluxPipeline"]
     assert flux.sampling({"guidance_embeds": True}) == (28, 3.5)
     assert flux.sampling({"guidance_embeds": False}) == flux.sampling({}) == (4, 0.0)
-    assert family_named("sd").sampling({}) == (50, 7.5)
+    assert PIPELINES["StableDiffusionPipeline"].sampling({}) == (50, 7.5)
 
 
 def test_the_guide_says_what_the_rows_say():

@@ -22,18 +22,18 @@ job, loop = import_module("fifa.training.job"), import_module("fifa.training.loo
 prepared, step = job.make_state, loop.Loop.step
 
 
-def make_state(one):
+def make_state(train, backbone, accelerator):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["BasicTransformerBlock", "ResnetBlock2D"],
         reshard_after_forward=True,
     )
-    one.accelerator.state.fsdp_plugin = plugin
+    accelerator.state.fsdp_plugin = plugin
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
     Accelerator.is_fsdp2 = property(lambda self: True)
-    state = prepared(one)
+    state = prepared(train, backbone, accelerator)
     sharded = [type(p).__name__ == "DTensor" for p in state.model.parameters()]
     assert all(sharded), "the weights are not sharded"
     return state

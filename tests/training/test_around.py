@@ -18,25 +18,19 @@ import fifa
 from fifa.cli import cli
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.models.families import family_named
-from fifa.training.adapters import add_lora
 from fifa.training.backbones import load_backbone
+from fifa.training.batches import adapters_off
+from fifa.training.checkpoint import add_lora, make_optimizer
 from fifa.training.job import make_accelerator, run_training
+from fifa.training.loop import GAP
 from fifa.training.metrics import read_stats
-from fifa.training.optim import make_optimizer
 from fifa.training.plan import (
-    count,
-    lora_numbers,
     memory_of,
-    memory_of_model,
     needs_copy,
-    numbers_in,
+    shapes_in,
 )
-from fifa.training.reference import AdaptersOff, Table
-from fifa.training.samples import GAP
 
 CPU = torch.device("cpu")
-SD = family_named("sd")
 
 
 def pixels(path):
@@ -71,7 +65,7 @@ def test_samples_stand_beside_the_bases(method, world, tmp_path):
 
 def test_prompts_to_draw_are_the_pairs_unless_given(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
-    from fifa.training.samples import Samples
+    from fifa.training.loop import Samples
 
     accelerator = loop.state.accelerator
     captions = ["a", "b", "a", "", "c", "d", "e"]
@@ -153,8 +147,7 @@ def test_optimisers_get_the_trainings_settings(monkeypatch):
 def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
     knobs = {"draws": 3, "prompt_dropout": 0.3, "flips": True, "steps": 4, "lr": 1e-3}
     loop = assemble(quick(world, **knobs), tmp_path / "table")
-    assert isinstance(loop.reference, Table)
-    online = AdaptersOff(loop.source.backbone, loop.state.accelerator.unwrap_model)
+    online = adapters_off(loop.source.backbone, loop.state.accelerator.unwrap_model)
     for step in range(3):
         for part, _ in loop.parts(step):
             batch = loop.source.batch(part)
@@ -167,7 +160,7 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
     other = assemble(quick(world, **knobs), tmp_path / "online")
     source, state = other.source, other.state
     object.__setattr__(
-        other, "reference", AdaptersOff(source.backbone, state.accelerator.unwrap_model)
+        other, "reference", adapters_off(source.backbone, state.accelerator.unwrap_model)
     )
     other.run()
     assert furthest(loop.state.weights(), other.state.weights()) < 1e-5
@@ -189,10 +182,10 @@ def test_training_on_a_pool_follows_the_online_curve():
 
 
 def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monkeypatch):
-    reference = sys.modules["fifa.training.reference"]
-    monkeypatch.setattr(reference, "SHARD", 1)
+    batches = sys.modules["fifa.training.batches"]
+    monkeypatch.setattr(batches, "SHARD", 1)
     calls = []
-    predict = reference.predict
+    predict = batches.predict
 
     def counted(backbone, batch):
         calls.append(len(batch.items))
@@ -200,7 +193,7 @@ def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monke
             raise KeyboardInterrupt
         return predict(backbone, batch)
 
-    monkeypatch.setattr(reference, "predict", counted)
+    monkeypatch.setattr(batches, "predict", counted)
     train = quick(world, draws=2, micro_batch=1)
     with pytest.raises(KeyboardInterrupt):
         assemble(train, tmp_path)
@@ -315,12 +308,12 @@ def test_margins_become_labels_where_the_source_has_them(world, tmp_path):
 
 
 def test_memory_is_counted_from_the_files_headers(world):
-    shapes = numbers_in(world / "sd15" / "unet")
+    shapes = shapes_in(world / "sd15" / "unet")
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(world / "sd15", subfolder="unet")
     whole = sum(p.numel() for p in unet.parameters())
-    assert count(shapes) == whole
+    assert sum(map(math.prod, shapes.values())) == whole
     train = quick(world, rank=3)
     from peft import LoraConfig
 
@@ -328,14 +321,13 @@ def test_memory_is_counted_from_the_files_headers(world):
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=3, target_modules=list(targets)))
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    assert lora_numbers(shapes, targets, 3) == trained
-    lora = memory_of(train, SD, "bfloat16", shapes, 10)
+    lora = memory_of(train, "bfloat16")
     assert lora.weights == 2 * whole + 4 * trained
     assert lora.training == trained * (4 + 8)
-    full = memory_of(replace(train, method="full", ema=0.9), SD, "float32", shapes, 10)
+    full = memory_of(replace(train, method="full", ema=0.9), "float32")
     assert full.weights == 2 * 4 * whole
     assert full.training == whole * (4 + 8 + 4)
-    table = memory_of(replace(train, method="full", draws=2), SD, "float32", shapes, 10)
+    table = memory_of(replace(train, method="full", draws=2), "float32")
     assert table.weights == 4 * whole
 
 
@@ -343,7 +335,7 @@ def test_memory_is_counted_from_the_files_headers(world):
 def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
     train = Train(model=str(write_model(tmp_path, kind)), rank=3)
     trained = sum(p.numel() for p in add_lora(load_backbone(train.model), train))
-    memory = memory_of_model(train, "float32")
+    memory = memory_of(train, "float32")
     assert memory.training == trained * (4 + 8)
 
 

@@ -11,7 +11,7 @@ from tiny_diffusion import images_of, picture, write_model, write_pairs
 
 from fifa.data.decode import open_image
 from fifa.errors import FifaError
-from fifa.training import encode as encoding
+from fifa.training import cache as encoding
 from fifa.training.backbones import load_backbone
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.pairs import read_training_pairs

@@ -14,7 +14,7 @@ def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
     """Encode, but die at the given call of an encoder."""
     import torch
 
-    from fifa.training import encode as encoding
+    from fifa.training import cache as encoding
     from fifa.training.backbones import load_backbone
     from fifa.training.cache import encode
     from fifa.training.pairs import read_training_pairs

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fifa.training.draws import Stream, draw_pair, micro_batches
+from fifa.training.batches import Stream, draw_pair, micro_batches
 
 SHAPE = (4, 3, 5)
 

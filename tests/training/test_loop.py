@@ -10,9 +10,10 @@ from trainings import LORA, assemble, furthest, quick, weights_of
 
 import fifa.training.job as job_module
 from fifa.errors import FifaError
+from fifa.training.checkpoint import Average
 from fifa.training.job import plan_training, run_training
+from fifa.training.loop import learning_rate
 from fifa.training.metrics import read_stats
-from fifa.training.optim import Average, learning_rate
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

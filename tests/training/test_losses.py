@@ -12,7 +12,6 @@ from fifa.errors import FifaError
 from fifa.training.losses import (
     LOSSES,
     beta_from_diffusers,
-    beta_from_salesforce,
     beta_from_simpletuner,
     beta_from_smpo,
     errors,
@@ -145,7 +144,7 @@ def simpletuner_sum(prediction, base, target, beta):
 @pytest.mark.parametrize(
     ("theirs", "beta", "ours"),
     [
-        (salesforce, 40.0, beta_from_salesforce(40.0)),
+        (salesforce, 40.0, 40.0),
         (salesforce, 40.0, beta_from_diffusers(40.0, "sdxl")),
         (diffusers_sd15, 20.0, beta_from_diffusers(20.0, "sd15")),
         (simpletuner_sum, 0.25, beta_from_simpletuner(0.25, (4, 8, 8))),

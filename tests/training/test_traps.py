@@ -14,7 +14,7 @@ from trainings import assemble, quick
 
 from fifa.config import Train
 from fifa.training.backbones import load_backbone
-from fifa.training.draws import Stream, draw_pair
+from fifa.training.batches import Stream, draw_pair
 from fifa.training.job import run_training
 from fifa.training.losses import LOSSES, beta_from_simpletuner, errors
 from fifa.training.metrics import read_stats, stats_line, sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from fifa.config import Train, changed
-from fifa.training.job import encode_job, make_accelerator, make_job, make_reference, make_state
-from fifa.training.loop import Loop
+from fifa.training.checkpoint import make_state
+from fifa.training.job import make_accelerator, make_job, make_reference, make_source
+from fifa.training.loop import Loop, Samples
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -49,11 +51,13 @@ def fresh_process():
 def assemble(train: Train, out: Path, step: int = 0) -> Loop:
     """A training's loop, ready to run, that writes nothing but states and statistics."""
     out.mkdir(parents=True, exist_ok=True)
-    job = encode_job(make_job(train, out, make_accelerator(train)))
-    reference = make_reference(job)
-    state = make_state(job)
-    nothing = {"checkpoint": lambda step: None, "sample": lambda step: None}
-    return Loop(train, job.plan.steps, out, job.source, reference, state, **nothing)
+    train = replace(train, checkpoint_every=0, sample_every=0)
+    job = make_job(train, out, make_accelerator(train))
+    source = make_source(job)
+    reference = make_reference(job, source)
+    state = make_state(train, job.backbone, job.accelerator)
+    samples = Samples(train, job.backbone, [], out, job.accelerator, job.plan.resolution)
+    return Loop(train, job.plan.steps, out, source, reference, state, samples)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

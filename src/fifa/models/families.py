@@ -166,11 +166,6 @@ FAMILIES = (
 PIPELINES = {family.pipeline: family for family in FAMILIES}
 
 
-def family_named(name: str) -> Family:
-    """The family whose short name this is; raises `KeyError` where there is none."""
-    return {family.name: family for family in FAMILIES}[name]
-
-
 def listed(field: Literal["steps", "guidance", "half"]) -> str:
     """What every family has in a field, for help texts: ``50 for SD and SDXL, 28 for ...``."""
     known = [(getattr(family, field), family.title) for family in FAMILIES]

@@ -98,13 +98,9 @@ class ModelEncoder:
 
     def _forward(self, model: Any, tokens: list[list[int]], filler: int, device: str) -> Vectors:
         torch = require("torch")
-        longest = max(map(len, tokens))
-        ids = torch.full((len(tokens), longest), filler, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, own in enumerate(tokens):
-            ids[row, : len(own)] = torch.tensor(own)
-            mask[row, : len(own)] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        padded, rows = torch.nn.utils.rnn.pad_sequence, [torch.tensor(ids) for ids in tokens]
+        ids = padded(rows, batch_first=True, padding_value=filler).to(device)
+        mask = padded([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         with torch.inference_mode():
             out = model(input_ids=ids, attention_mask=mask)
             if self.tower == "clip":

@@ -1,18 +1,176 @@
-"""From cached pairs and their draws to what the denoiser reads, and to its errors."""
+"""What a pair draws, in which order pairs come, and the errors of policy and reference on both.
+
+Everything random about a pair, and the order of pairs, are functions of the seed, nothing else.
+What is drawn for a pair in its d-th presentation depends on (seed, pair, d) only. So neither the
+number of processes, nor the size of a micro-batch, nor where a run was interrupted changes it.
+
+The reference's errors come without a second network in memory where that is possible. With
+adapters the reference is the same network with the adapters off; for full fine-tuning it is a
+frozen copy. And with a pool of draws (``draws`` > 0) it is a table: the noise and time of each
+(pair, draw) are known beforehand, so the reference's error on them is a number for winner and
+loser that is computed once, before training, and kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+import xxhash
+from torch import Generator, Tensor
 
 from fifa.config import Train
+from fifa.console import note, progress
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
+from fifa.shards.files import digest, write_table
+from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.draws import draw_pair
 from fifa.training.losses import errors, margin_labels
+
+SHARD = 16  # pairs between two points where an interrupted computation of the reference goes on
+
+Scalars = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one presentation of a pair draws; time and noise are the same for both images.
+
+    Parameters
+    ----------
+    no_prompt
+        Whether the empty prompt takes the place of the pair's.
+    flip
+        Whether both images are mirrored.
+    time
+        A scalar, as the ``draw_time`` of the backbone's schedule gives it.
+    noise
+        float32 ``[c, h, w]``.
+    posterior
+        float32 ``[2, c, h, w]``: the noise that samples the VAE's posterior of winner and loser.
+    """
+
+    no_prompt: bool
+    flip: bool
+    time: Tensor
+    noise: Tensor
+    posterior: Tensor
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed in [0, 2^63) that changes with every part."""
+    text = "\x1f".join(str(part) for part in parts)
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 1
+
+
+def draw_pair(
+    seed: int,
+    pair_id: str,
+    d: int,
+    draw_time: Callable[[Generator], Tensor],
+    shape: tuple[int, int, int],
+    dropout: float,
+    flips: bool = False,
+) -> Draw:
+    """The ``d``-th draw of a pair, on the CPU.
+
+    Parameters
+    ----------
+    seed
+        The training's.
+    pair_id
+        The pair's content key.
+    d
+        The epoch, or the epoch modulo the size of the pool.
+    draw_time
+        The schedule's.
+    shape
+        (c, h, w) of the latents.
+    dropout
+        The probability that the prompt is left out.
+    flips
+        Whether half of the draws are mirrored.
+    """
+    generator = torch.Generator().manual_seed(seed_of("draw", seed, pair_id, d))
+    # The order of these five lines is part of the format of the reference's scalars.
+    no_prompt = bool(torch.rand((), generator=generator) < dropout)
+    flip = bool(torch.rand((), generator=generator) < 0.5) and flips
+    time = draw_time(generator)
+    noise = torch.randn(shape, generator=generator)
+    posterior = torch.randn((2, *shape), generator=generator)
+    return Draw(no_prompt, flip, time, noise, posterior)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless order of pairs: each epoch every pair once, in an order of its own.
+
+    Parameters
+    ----------
+    pairs
+        How many there are.
+    batch
+        Pairs a step, over all processes.
+    seed
+        The training's.
+    pool
+        Draws a pair has; 0: a new one every epoch.
+    """
+
+    pairs: int
+    batch: int
+    seed: int
+    pool: int = 0
+
+    def order(self, epoch: int) -> list[int]:
+        """All pairs, in the epoch's order."""
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+        return torch.randperm(self.pairs, generator=generator).tolist()
+
+    def step(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
+        """``(pair, draw)`` of what process ``rank`` of ``world`` presents in ``step`` (from 0).
+
+        Positions ``[step * batch, (step + 1) * batch)`` of the stream, cut into ``world`` slices.
+        """
+        start = step * self.batch
+        first = start + rank * self.batch // world
+        last = start + (rank + 1) * self.batch // world
+        orders = {
+            epoch: self.order(epoch)
+            for epoch in range(first // self.pairs, (last - 1) // self.pairs + 1)
+        }
+        return [
+            (orders[epoch][row], epoch % self.pool if self.pool else epoch)
+            for epoch, row in (divmod(i, self.pairs) for i in range(first, last))
+        ]
+
+
+def micro_batches(
+    items: Sequence[tuple[int, int]], shape: Callable[[int], tuple[int, int]], size: int
+) -> list[list[tuple[int, int]]]:
+    """``items`` of `Stream.step` in parts of at most ``size`` pairs, of one latent shape each.
+
+    A part holds whole pairs, so winner and loser are never separated; parts come in the order
+    of their first pair.
+    """
+    open_parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    parts: list[list[tuple[int, int]]] = []
+    for item in items:
+        key = shape(item[0])
+        part = open_parts.get(key)
+        if part is None or len(part) == size:
+            part = open_parts[key] = []
+            parts.append(part)
+        part.append(item)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -71,9 +229,13 @@ class Source:
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of ``items``, all of one latent shape."""
-        train, backbone = self.train, self.backbone
-        pairs, encoded = self.pairs, self.encoded
+        train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
         rows = [pair for pair, _ in items]
+        label, weight = torch.from_numpy(pairs.label[rows]), torch.ones(len(rows))
+        if train.label == "margin":
+            label = margin_labels(torch.from_numpy(pairs.margin[rows]), train.label_scale)
+        if train.weights:
+            weight = torch.from_numpy(pairs.weight[rows])
         shape = (backbone.vae.channels, *encoded.shape(rows[0]))
         time_of, dropout = backbone.schedule.draw_time, train.prompt_dropout
         draws = [
@@ -92,12 +254,8 @@ class Source:
             time=time,
             prompts={name: self._both([one[name] for one in prompts]) for name in prompts[0]},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
-            label=self._put(self._labels(rows)),
-            weight=self._put(
-                torch.from_numpy(self.pairs.weight[rows])
-                if train.weights
-                else torch.ones(len(rows))
-            ),
+            label=self._put(label),
+            weight=self._put(weight),
         )
 
     def _sides(self, pairs: list[Tensor]) -> Tensor:
@@ -111,15 +269,124 @@ class Source:
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _labels(self, rows: list[int]) -> Tensor:
-        if self.train.label == "margin":
-            margins = torch.from_numpy(self.pairs.margin[rows])
-            return margin_labels(margins, self.train.label_scale)
-        return torch.from_numpy(self.pairs.label[rows])
-
 
 def predict(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """The denoiser's errors of (winner, loser), float32 ``[n, 2]``, and its prediction."""
     prediction = backbone.predict(batch.noisy, batch.time, batch.prompts, batch.frames)
     # [2n], winners first -> [n, 2]
     return errors(prediction, batch.target).view(2, -1).T, prediction
+
+
+# Knows the reference's errors of (winner, loser), float32 ``[n, 2]``, of a micro-batch, and its
+# prediction if there is one.
+Reference = Callable[[Batch], tuple[Tensor, Tensor | None]]
+
+
+def adapters_off(backbone: Backbone, unwrap: Callable[[Any], Any]) -> Reference:
+    """The network itself with its adapters off: no second network is needed.
+
+    Parameters
+    ----------
+    backbone
+        Its denoiser may be wrapped.
+    unwrap
+        From the wrapped denoiser to the one that has the adapters.
+    """
+
+    def reference(batch: Batch) -> tuple[Tensor, Tensor]:
+        denoiser = unwrap(backbone.denoiser)
+        denoiser.disable_adapters()
+        try:
+            with torch.no_grad():
+                return predict(backbone, batch)
+        finally:
+            denoiser.enable_adapters()
+
+    return reference
+
+
+def frozen_copy(backbone: Backbone, autocast: Any) -> Reference:
+    """A copy of the network as it is now; takes the memory of its weights."""
+    frozen = copy.deepcopy(backbone.denoiser).eval().requires_grad_(False)
+    base = backbone.with_denoiser(frozen)
+
+    def reference(batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), autocast():
+            return predict(base, batch)
+
+    return reference
+
+
+def table(scalars: Scalars, device: Any) -> Reference:
+    """Errors that were computed before training, float32 ``[pairs, draws, 2]``."""
+    known = torch.tensor(scalars)
+
+    def reference(batch: Batch) -> tuple[Tensor, None]:
+        pair, draw = zip(*batch.items, strict=True)
+        return known[list(pair), list(draw)].to(device, non_blocking=True), None
+
+    return reference
+
+
+def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Scalars:
+    """The reference's errors on all draws, float32 ``[pairs, draws, 2]``; computed once.
+
+    To be called while ``source.backbone.denoiser`` is the base. Every process computes its share
+    of the shards; one that is finished is not computed again.
+
+    Parameters
+    ----------
+    source
+        Of the micro-batches.
+    folder
+        The cache's, where the errors are kept: named by the base, the pairs and the draws.
+    dtype
+        What the denoiser computes in.
+    accelerator
+        Its processes and its precision.
+    """
+    train, backbone = source.train, source.backbone
+    parts = (backbone.family.part, "scheduler")
+    depends_on = {
+        "format": 2,
+        "base": [model_digest(backbone.folder / part, CONFIG_AND_WEIGHTS) for part in parts],
+        "encoded": source.encoded.digest,
+        "pairs": source.pairs.pair_id,
+        "seed": train.seed,
+        "draws": train.draws,
+        "dropout": train.prompt_dropout,
+        "flips": train.flips,
+        "dtype": dtype,
+    }
+    path = folder / f"reference-{digest(depends_on)}.parquet"
+    ledger = Ledger.beside(path)
+    starts = range(0, len(source.pairs), SHARD)
+    if not path.exists():
+        finished = ledger.keys()
+        mine = starts[accelerator.process_index :: accelerator.num_processes]
+        with progress("the reference's errors", len(mine) * SHARD) as advance:
+            for start in mine:
+                if str(start) not in finished:
+                    with torch.no_grad(), accelerator.autocast():
+                        ledger.write(str(start), _errors(source, start))
+                advance(SHARD)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_table(path, pa.concat_tables(ledger.read(str(start)) for start in starts))
+        note(reference_draws=len(source.pairs) * train.draws)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        ledger.forget()
+    scalars: Scalars = pq.read_table(path)["error"].to_numpy().reshape(-1, train.draws, 2)
+    return scalars
+
+
+def _errors(source: Source, start: int) -> pa.Table:
+    """The errors of a shard of pairs, winner and loser of every draw one after the other."""
+    pairs = range(start, min(start + SHARD, len(source.pairs)))
+    items = [(pair, d) for pair in pairs for d in range(source.train.draws)]
+    found: dict[tuple[int, int], Scalars] = {}
+    for part in micro_batches(items, source.encoded.shape, source.train.micro_batch):
+        measured, _ = predict(source.backbone, source.batch(part))
+        found |= zip(part, measured.cpu().numpy(), strict=True)
+    return pa.table({"error": np.concatenate([found[item] for item in items])})

@@ -1,14 +1,19 @@
 """Every image and prompt through VAE and text encoders once; what comes out stays on disk.
 
 Kept are the *moments* of the VAE's posterior, never one sample of it: a training that sees the
-same sample of an image at every presentation learns its noise.
+same sample of an image at every presentation learns its noise. They lie in shards of tensors:
+safetensors files, there whole or not at all, mapped when they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +23,76 @@ import torch
 from torch import Tensor
 
 from fifa.console import echo, note, progress
-from fifa.data.images import look
+from fifa.data.images import look, read
+from fifa.data.prefetch import batched, decode_images
 from fifa.errors import FifaError
+from fifa.models.optional import require
 from fifa.models.runtime import DTYPES
-from fifa.shards.files import digest, write_table
+from fifa.shards.files import atomic_path, digest, write_table
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.encode import Encoder, numbers_a_prompt, plan_images
 from fifa.training.pairs import TrainingPairs
-from fifa.training.resize import Resize
-from fifa.training.store import Place, TensorShards
+from fifa.training.resize import Frame, Resize, cut
+
+Ints = npt.NDArray[np.int32]
+Chunk = TypeVar("Chunk", bound=Sequence[Any])
+
+SHARD = 256  # images or prompts between two points where a run can be resumed, at most
+SHARD_BYTES = 64 << 20  # of a file, about, at most
+PROMPTS = 16  # through the text encoders at once
+
+
+class TensorShards:
+    """Some of the shards in a folder, numbered as they are added.
+
+    Parameters
+    ----------
+    folder
+        Where they are, ``<name>.safetensors`` each: tensors with the same number of rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+        self._open: dict[int, Any] = {}
+
+    def add(self, name: str) -> int:
+        """The number of the shard ``name``, which may be written later."""
+        self.names.append(name)
+        return len(self.names) - 1
+
+    def path(self, shard: int) -> Path:
+        """Where a shard is, or will be."""
+        return self.folder / f"{self.names[shard]}.safetensors"
+
+    def write(self, shard: int, tensors: Tensors) -> None:
+        """Write a shard, atomically: the same tensors give the same bytes."""
+        save = require("safetensors.torch", "train")
+        with atomic_path(self.path(shard)) as temporary:
+            save.save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+
+    def row(self, shard: int, row: int) -> Tensors:
+        """One row of every tensor in a shard, without the dimension of rows; a copy."""
+        file = self._file(shard)
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def check(self) -> int:
+        """Bytes of all files; raises `FifaError` if a shard is missing or damaged."""
+        for shard in range(len(self.names)):
+            self._file(shard)
+        return sum(self.path(shard).stat().st_size for shard in range(len(self.names)))
+
+    def _file(self, shard: int) -> Any:
+        if shard not in self._open:
+            safetensors = require("safetensors", "train")
+            try:
+                self._open[shard] = safetensors.safe_open(self.path(shard), framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise FifaError(
+                    f"a shard of the cache cannot be read: {error}",
+                    where=str(self.path(shard)),
+                    do="remove the file; it will be made again",
+                ) from error
+        return self._open[shard]
 
 
 @dataclass(frozen=True)
@@ -42,7 +108,7 @@ class Encoded:
     prompt_places
         int32 [n, 2].
     empty_place
-        Of the empty prompt.
+        Shard and row of the empty prompt.
     all_frames
         int64 [n, 2, 6]: `fifa.training.resize.Frame` of winner and loser.
     factor
@@ -54,25 +120,20 @@ class Encoded:
     """
 
     shards: TensorShards
-    moment_places: tuple[npt.NDArray[np.int32], ...]
-    prompt_places: npt.NDArray[np.int32]
-    empty_place: Place
+    moment_places: tuple[Ints, ...]
+    prompt_places: Ints
+    empty_place: tuple[int, int]
     all_frames: npt.NDArray[np.int64]
     factor: int
     bytes: int
     digest: str
-
-    def __len__(self) -> int:
-        return len(self.prompt_places)
 
     def moments(self, i: int, flip: bool = False) -> Tensor:
         """``[2, 2c, h, w]``, winner and loser of pair i, mirrored with ``flip``, as stored."""
         if flip and len(self.moment_places) < 2:
             raise FifaError("the cache has no mirrored images: encode with flips")
         places = self.moment_places[int(flip)][i].tolist()
-        both = [self.shards.row(shard, row)["moments"] for shard, row in places]
-        stacked: Tensor = torch.stack(both)
-        return stacked
+        return torch.stack([self.shards.row(shard, row)["moments"] for shard, row in places])
 
     def prompts(self, i: int) -> Tensors:
         """What `Backbone.encode_prompts` gave for pair i's prompt, without the batch dimension."""
@@ -86,8 +147,7 @@ class Encoded:
 
     def frames(self, i: int) -> Tensor:
         """int64 ``[2, 6]``."""
-        both: Tensor = torch.from_numpy(self.all_frames[i])
-        return both
+        return torch.from_numpy(self.all_frames[i])
 
     def shape(self, i: int) -> tuple[int, int]:
         """Height and width of the latents of pair i."""
@@ -143,14 +203,11 @@ def encode(
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
     folder = Path(folder)
     resize = Resize(resolution, backbone.pixels_per_latent, buckets)
-    known = _facts(pairs, folder)
-    sizes = np.stack([known[name].to_numpy() for name in ("height", "width")], axis=1)
-    sizes = sizes.astype(np.int64).reshape(-1, 2, 2)
-    plan = plan_images(known["content"].to_pylist(), sizes, resize, flips)
+    plan = plan_images(_facts(pairs, folder), resize)
     captions = list(dict.fromkeys(["", *pairs.caption]))
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
     prompts = encoder.prompts(captions)
-    images = encoder.images(plan)
+    images = encoder.images(plan, flips)
     wait()
     number = {caption: i for i, caption in enumerate(captions)}
     encoded = Encoded(
@@ -195,9 +252,189 @@ def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype
 
     With aspect-ratio buckets it is a little less.
     """
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
     prompt = numbers_a_prompt(backbone)
     # factor^2 pixels are one latent pixel of 2 c numbers
     sides = resolution // backbone.pixels_per_latent * backbone.patch
     image = 2 * backbone.vae.channels * sides**2
-    return int(size * ((1 + len(set(pairs.caption))) * prompt + 2 * len(pairs) * image))
+    size: int = getattr(torch, dtype).itemsize
+    return size * ((1 + len(set(pairs.caption))) * prompt + 2 * len(pairs) * image)
+
+
+def numbers_a_prompt(backbone: Backbone) -> int:
+    """How many numbers the denoiser needs of one prompt."""
+    return sum(value.numel() for value in backbone.encode_prompts([""]).values())
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Every different training image of the pairs, once.
+
+    Parameters
+    ----------
+    frames
+        int64 [n, 2, 6], of winner and loser.
+    slots
+        int32 [n, 2]: which of the images winner and loser are.
+    first
+        [images]: where each is met first, a row of `TrainingPairs.image_table`; images of one
+        size are neighbours, in the order of the pairs.
+    keys
+        [images]: what each is, its bytes' hash and its frame.
+    """
+
+    frames: npt.NDArray[np.int64]
+    slots: Ints
+    first: list[int]
+    keys: list[str]
+
+    def frame(self, image: int) -> Frame:
+        """The frame of one of the images."""
+        return Frame(*self.frames.reshape(-1, 6)[self.first[image]].tolist())
+
+    def chunks(self, most: int) -> Iterator[range]:
+        """The images in runs of one size, at most ``most`` in each."""
+        start = 0
+        shapes = [self.frame(i)[4:] for i in range(len(self.first))]
+        for i in range(1, len(shapes) + 1):
+            if i == len(shapes) or shapes[i] != shapes[start] or i - start == most:
+                yield range(start, i)
+                start = i
+
+
+def plan_images(facts: pa.Table, resize: Resize) -> ImagePlan:
+    """The plan for images of which `fifa.data.images.FACTS` are known, pair by pair."""
+    sizes = np.stack([facts["height"].to_numpy(), facts["width"].to_numpy()], axis=1)
+    pairs = [resize.frames(*map(tuple, both)) for both in sizes.reshape(-1, 2, 2).tolist()]
+    frames = np.array(pairs, np.int64)
+    flat = frames.reshape(-1, 6).tolist()
+    # an image recurs under one key only where its target is the same as well
+    contents = facts["content"].to_pylist()
+    keys = [f"{content}:{frame}" for content, frame in zip(contents, flat, strict=True)]
+    first: dict[str, int] = {}
+    for slot, key in enumerate(keys):
+        first.setdefault(key, slot)
+    ordered = sorted(first, key=lambda key: (flat[first[key]][4:], first[key]))
+    number = {key: i for i, key in enumerate(ordered)}
+    slots = np.array([number[key] for key in keys], np.int32).reshape(-1, 2)
+    return ImagePlan(frames, slots, [first[key] for key in ordered], ordered)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Fills shards with what a backbone makes of images and prompts.
+
+    Parameters
+    ----------
+    pairs, backbone
+        What is encoded, and with what.
+    shards
+        Where it is kept.
+    dtype
+        The floating type in the files: a torch dtype's name.
+    batch
+        Images through the VAE at once, if they are squares of the plan's resolution.
+    share
+        (rank, ranks): which shards are this process's to make.
+    """
+
+    pairs: TrainingPairs
+    backbone: Backbone
+    shards: TensorShards
+    dtype: str
+    batch: int
+    share: tuple[int, int]
+
+    def images(self, plan: ImagePlan, flips: bool) -> tuple[Ints, ...]:
+        """Where every image is: shard and row, int32 [images, 2]; with ``flips`` mirrored too."""
+        area = max(h * w for *_, h, w in plan.frames.reshape(-1, 6).tolist())
+        numbers = 2 * self.backbone.vae.channels * area // self.backbone.vae.factor**2
+        chunks = list(plan.chunks(self._rows(numbers)))
+        keys = [[plan.keys[i] for i in chunk] for chunk in chunks]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+            def encoded(flip: bool, chunk: range) -> Iterator[Tensors]:
+                frames = {plan.first[i]: plan.frame(i) for i in chunk}
+                decoded = decode_images(
+                    read(self.pairs.image_table, list(frames)),  # ascending: yielded in this order
+                    lambda image, row: cut(image, frames[row], flip),
+                    pool=pool,
+                    most=2 * self.batch,
+                )
+                bad: dict[int, str] = {}
+                for _, pixels in batched(decoded, lambda *_: self.batch, bad):
+                    unit = torch.from_numpy(pixels).float() / 127.5 - 1  # from bytes to [-1, 1]
+                    yield {"moments": self.backbone.vae.moments(unit)}
+                for row, reason in bad.items():
+                    raise self.pairs.unreadable(row, reason, len(bad))
+
+            return tuple(
+                self._fill("moments", chunks, keys, partial(encoded, flip), flip)
+                for flip in ((False, True) if flips else (False,))
+            )
+
+    def prompts(self, captions: Sequence[str]) -> Ints:
+        """Where every prompt is: shard and row, int32 [prompts, 2]."""
+        rows = self._rows(numbers_a_prompt(self.backbone))
+        chunks = [captions[start : start + rows] for start in range(0, len(captions), rows)]
+
+        def encoded(chunk: Sequence[str]) -> Iterator[Tensors]:
+            for start in range(0, len(chunk), PROMPTS):
+                yield self.backbone.encode_prompts(chunk[start : start + PROMPTS])
+
+        return self._fill("prompts", chunks, [list(chunk) for chunk in chunks], encoded)
+
+    def _rows(self, numbers: int) -> int:
+        """How many rows of so many numbers a shard has."""
+        size: int = getattr(torch, self.dtype).itemsize
+        return max(1, min(SHARD, SHARD_BYTES // (size * numbers)))
+
+    def _fill(
+        self,
+        what: str,
+        chunks: Sequence[Chunk],
+        keys: Sequence[list[str]],
+        encoded: Callable[[Chunk], Iterator[Tensors]],
+        *more: object,
+    ) -> Ints:
+        """Write the shards that are missing and this process's to make.
+
+        Parameters
+        ----------
+        what
+            ``moments`` or ``prompts``.
+        chunks, keys
+            What goes into each shard, and what names it there, with ``more``.
+        encoded
+            Encodes a chunk, batch by batch.
+
+        Returns
+        -------
+        numpy.ndarray
+            int32 [n, 2]: shard and row of everything in ``chunks``.
+        """
+        names = [digest(self.backbone.encoders, self.dtype, key, *more) for key in keys]
+        shards = [self.shards.add(f"{what}-{name}") for name in names]
+        rank, ranks = self.share
+        mine = list(zip(shards, chunks, strict=True))[rank::ranks]
+        mine = [(shard, chunk) for shard, chunk in mine if not self.shards.path(shard).is_file()]
+        with progress(f"encoding {what}", sum(len(chunk) for _, chunk in mine)) as advance:
+            for shard, chunk in mine:
+                batches: list[Tensors] = []
+                for batch in encoded(chunk):
+                    batches.append({name: self._kept(value) for name, value in batch.items()})
+                    advance(len(next(iter(batch.values()))))
+                joined = {name: torch.cat([one[name] for one in batches]) for name in batches[0]}
+                self.shards.write(shard, joined)
+        counts = list(map(len, chunks))
+        rows = np.concatenate([np.arange(count) for count in counts])
+        return np.stack([np.repeat(shards, counts), rows], axis=1).astype(np.int32)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """As it goes into the file; `FifaError` where that is not finite."""
+        kept = value.to("cpu", getattr(torch, self.dtype))
+        if not bool(torch.isfinite(kept).all()):
+            raise FifaError(
+                f"an encoder's numbers are not finite in {self.dtype}",
+                do="keep the cache in bfloat16 or float32",
+            )
+        return kept

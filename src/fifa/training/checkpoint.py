@@ -1,30 +1,122 @@
-"""The state a killed training goes on from, and the weights it writes.
+"""What is trained, what trains it, how it is written, and the state a killed training goes on from.
 
-A state is a folder of its own that is there whole or not at all; the older one goes only when
-the newer is there. Its tensors are what ``torch.load(weights_only=True)`` opens.
+A LoRA on the denoiser, or all of its weights. Weights are written as diffusers reads them: a LoRA
+that the stock pipeline's ``load_lora_weights`` takes, its rank and alpha in the file's metadata,
+or a folder for the denoiser's ``from_pretrained``. A state is a folder of its own that is there
+whole or not at all; the older one goes only when the newer is there. Its tensors are what
+``torch.load(weights_only=True)`` opens.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import atomic_folder, read_json, write_json
-from fifa.training.adapters import add_lora, save_full, save_lora
+from fifa.shards.files import atomic_folder, atomic_path, read_json, write_json
 from fifa.training.backbones.base import Backbone
-from fifa.training.optim import Average
 
 STATE = "state"
 CHECKPOINTS = "checkpoints"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+NAME = "default"  # of the adapter within the denoiser
+METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
+
+
+def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
+    """Put an adapter on the denoiser and return its parameters, float32, the only trainable ones.
+
+    The low-rank adapter of a weight W (arXiv:2106.09685) is ``W x + (alpha / rank) B A x``, with
+    ``rank`` rows in A and columns in B, and dropout of its input while training. A is drawn from a
+    normal distribution of deviation 1 / rank, B is zero: the denoiser predicts as before. The same
+    seed gives the same adapter.
+
+    Raises
+    ------
+    FifaError
+        If the denoiser has no module that ``train.targets`` names.
+    """
+    peft = require("peft", "train")
+    config = peft.LoraConfig(
+        r=train.rank,
+        lora_alpha=train.rank if train.alpha is None else train.alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=list(train.targets or backbone.family.targets),
+        init_lora_weights="gaussian",
+    )
+    denoiser: Any = backbone.denoiser
+    denoiser.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        try:
+            denoiser.add_adapter(config, adapter_name=NAME)
+        except ValueError as error:
+            raise FifaError(
+                f"no adapter fits: {str(error).splitlines()[0]}",
+                where=f"the {backbone.family.part}",
+                do=f"name other modules than {', '.join(config.target_modules)}",
+            ) from error
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in trained:  # in float32: an update of 1e-5 is lost in the rounding of a half
+        parameter.data = parameter.data.float()
+    return trained
+
+
+def train_all(backbone: Backbone) -> list[torch.nn.Parameter]:
+    """Make all the denoiser's parameters trainable, float32, and return them."""
+    backbone.denoiser.float().requires_grad_(True)
+    return list(backbone.denoiser.parameters())
+
+
+def save_lora(backbone: Backbone, folder: Path) -> Path:
+    """Write the adapter as ``pytorch_lora_weights.safetensors`` into ``folder``; its path.
+
+    The same weights give the same bytes.
+    """
+    peft = require("peft", "train")
+    denoiser: Any = backbone.denoiser
+    name = backbone.family.part
+    config = getattr(denoiser, "peft_config", {}).get(NAME)
+    if config is None:
+        raise FifaError("there is no adapter to save")
+    state = peft.utils.get_peft_model_state_dict(denoiser, adapter_name=NAME)
+    tensors = {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    # Without these a reader takes alpha for the rank. Only what every version of peft knows, and
+    # sorted: peft keeps the targets as a set, whose order changes from process to process.
+    settings = {
+        f"{name}.r": config.r,
+        f"{name}.lora_alpha": config.lora_alpha,
+        f"{name}.lora_dropout": config.lora_dropout,
+        f"{name}.target_modules": sorted(config.target_modules),
+    }
+    # One key: safetensors writes several in any order.
+    metadata = {METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    path = folder / LORA_FILE
+    with atomic_path(path) as temporary:
+        require("safetensors.torch", "train").save_file(tensors, temporary, metadata=metadata)
+    return path
+
+
+def save_full(backbone: Backbone, folder: Path) -> Path:
+    """Write the denoiser as ``unet`` or ``transformer`` into ``folder``; the path.
+
+    What ``from_pretrained`` of its class reads, weights in safetensors.
+    """
+    denoiser: Any = backbone.denoiser
+    path = folder / backbone.family.part
+    with atomic_folder(path) as made:
+        denoiser.save_pretrained(made)
+    return path
 
 
 @dataclass(frozen=True)
@@ -77,6 +169,78 @@ def latest_state(out: Path) -> Path | None:
     """The newest state in a checkpoint folder; None before the first."""
     found = sorted((out / STATE).glob("step-*/state.json"))
     return found[-1].parent if found else None
+
+
+class Average:
+    """The exponential moving average of weights.
+
+    Parameters
+    ----------
+    parameters
+        What is averaged; copied as they are now.
+    decay
+        The share of the old average, once the run is long enough for it: in its step t it is
+        ``min(decay, (1 + t) / (10 + t))``, so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def update(self, step: int) -> None:
+        """Take in the weights after step ``step``, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        # average <- average + (1 - decay) (weights - average)
+        with torch.no_grad():
+            now = [parameter.detach() for parameter in self.parameters]
+            torch._foreach_lerp_(self.values, now, 1.0 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in the place of the weights, while the block lasts."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.values, strict=True):
+                kept = parameter.detach().clone()
+                parameter.copy_(value)
+                value.copy_(kept)
+
+
+def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
+    """The optimiser that the training asks for.
+
+    AdamW is fused on CUDA. Adafactor is that of transformers with Salesforce's settings: the
+    learning rate is the training's, updates are clipped at a root mean square of 1.
+
+    Raises `FifaError` where bitsandbytes is not installed, for ``adamw8bit``.
+    """
+    if train.optimizer == "adafactor":
+        return require("transformers", "train").Adafactor(
+            parameters,
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            clip_threshold=1.0,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    settings: dict[str, Any] = {
+        "lr": train.lr,
+        "betas": (train.beta1, train.beta2),
+        "eps": train.epsilon,
+        "weight_decay": train.weight_decay,
+    }
+    if train.optimizer == "adamw8bit":
+        choose = "pip install bitsandbytes, or choose --optimizer adamw or adafactor"
+        bitsandbytes = require("bitsandbytes", what="8-bit AdamW", do=choose)
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -213,6 +377,24 @@ class TrainState:
             )
         for name, value in own.items():
             value.copy_(weights[name])
+
+
+def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState:
+    """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
+    learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
+    model: Any = backbone.denoiser
+    if train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if train.compile:
+        model.compile()
+    optimizer = make_optimizer(train, learned, accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    backbone.denoiser = model
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    average = Average(learned, train.ema) if train.ema else None
+    return TrainState(accelerator, model, optimizer, average)
 
 
 def _of_shards(function: str, *given: Any, **options: bool) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,28 @@ import torch
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.models.memory import free_bytes
 from fifa.models.optional import require
-from fifa.training.adapters import add_lora, train_all
+from fifa.models.runtime import free_bytes
+from fifa.shards.files import cannot_write, check_free, sweep, write_text
 from fifa.training.backbones import Backbone, load_backbone
-from fifa.training.batches import Source
+from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
-from fifa.training.card import write_card
-from fifa.training.checkpoint import CHECKPOINTS, TrainState, step_name
-from fifa.training.folder import check_folder, is_finished, start_folder
-from fifa.training.loop import Loop
+from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state, make_state
+from fifa.training.loop import Loop, Samples
 from fifa.training.losses import LOSSES
-from fifa.training.optim import Average, make_optimizer
+from fifa.training.metrics import FACTS_FILE, STATS, write_card
 from fifa.training.pairs import read_training_pairs
-from fifa.training.plan import Plan, memory_of_model
-from fifa.training.reference import AdaptersOff, FrozenCopy, Reference, Table, precompute
-from fifa.training.samples import Samples
+from fifa.training.plan import Plan, memory_of
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
 PRECISIONS = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TRAIN_FILE = "train.yaml"
+# What may differ when a training is taken up again: it changes no weight by more than rounding.
+FREE = frozenset(
+    {"device", "compile", "channels_last", "gradient_checkpointing", "micro_batch"}
+    | {"tracker", "log_every", "save_every"}
+)
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,22 @@ class Job:
 
     Parameters
     ----------
-    train, out
-        The training and its folder.
+    train
+        The training.
     accelerator
         accelerate's view of processes, devices and precision.
     pairs, backbone, plan
         What is trained on, what is trained, what it will take.
     cache
         The folder of latents, embeddings and the reference's scalars.
-    encoded
-        `fifa.training.cache.Encoded`, once there is one.
     """
 
     train: Train
-    out: Path
     accelerator: Any
     pairs: Any
     backbone: Backbone
     plan: Plan
     cache: Path
-    encoded: Any = None
-
-    @property
-    def source(self) -> Source:
-        """Where micro-batches come from."""
-        device = self.accelerator.device
-        return Source(self.train, self.backbone, self.pairs, self.encoded, device)
 
 
 def run_training(train: Train, out: str | Path) -> Path:
@@ -85,23 +78,13 @@ def run_training(train: Train, out: str | Path) -> Path:
         if accelerator.is_main_process:
             echo(f"this training is finished: {out}")
         return out
-    job = encode_job(make_job(train, out, accelerator))
+    job = make_job(train, out, accelerator)
+    source = make_source(job)
     samples = Samples(train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution)
     samples.base()
-    reference = make_reference(job)
-    state = make_state(job)
-    loop = Loop(
-        train=train,
-        steps=job.plan.steps,
-        out=out,
-        source=job.source,
-        reference=reference,
-        state=state,
-        checkpoint=lambda step: state.export(
-            train, job.backbone, out / CHECKPOINTS / step_name(step)
-        ),
-        sample=lambda step: samples.draw(step, state),
-    )
+    reference = make_reference(job, source)
+    state = make_state(train, job.backbone, accelerator)
+    loop = Loop(train, job.plan.steps, out, source, reference, state, samples)
     try:
         done = loop.run()
     except torch.cuda.OutOfMemoryError as error:
@@ -113,7 +96,7 @@ def run_training(train: Train, out: str | Path) -> Path:
         ) from error
     state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
-        write_card(train, job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
+        write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
         echo(f"trained {done.step:,} steps on {len(job.pairs):,} pairs; weights in {out}")
     accelerator.wait_for_everyone()
     return out
@@ -123,6 +106,46 @@ def plan_training(train: Train, out: str | Path) -> Plan:
     """What `run_training` would do: reads the pairs and loads the model, writes nothing."""
     check_folder(train, Path(out))
     return make_job(train, Path(out), make_accelerator(train), device="cpu").plan
+
+
+def is_finished(out: Path) -> bool:
+    """Whether the training in ``out`` has come to its end."""
+    return (out / FACTS_FILE).is_file()
+
+
+def check_folder(train: Train, out: Path) -> None:
+    """Raise `FifaError` unless ``out`` is free, or holds this very training.
+
+    Knobs in `FREE` may differ; until the first state, any may.
+    """
+    if not (out / TRAIN_FILE).is_file():
+        check_free(out, "training")
+    elif latest_state(out) is not None or is_finished(out):
+        differences = Train.from_yaml(out / TRAIN_FILE).differences(train, but=FREE)
+        if differences:
+            raise FifaError(
+                "the folder holds another training (there / asked): " + "; ".join(differences),
+                where=str(out),
+                do="choose another --out, or give the same options",
+            )
+
+
+def start_folder(train: Train, out: Path) -> None:
+    """Begin in ``out``, or get it ready to go on; raises as `check_folder`."""
+    check_folder(train, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    sweep(out)
+    for name in (STATE, CHECKPOINTS):
+        sweep(out / name)
+    if latest_state(out) is None and not is_finished(out):
+        # what was begun here got nowhere, and may have been begun with other options
+        (out / STATS).unlink(missing_ok=True)
+        for name in ("samples", "logs", CHECKPOINTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+    write_text(out / TRAIN_FILE, train.to_yaml())
 
 
 def make_accelerator(train: Train) -> Any:
@@ -157,11 +180,15 @@ def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> J
     # sharding wants weights of one type; otherwise what is frozen may be halved
     halved = train.method == "lora" and not str(accelerator.distributed_type).endswith("FSDP")
     weights = dtype if halved else "float32"
-    memory, free = memory_of_model(train, weights), free_bytes(accelerator.device)
+    memory, free = memory_of(train, weights), free_bytes(accelerator.device)
     if device is None:
         memory.check(free, str(accelerator.device))
     backbone = load_backbone(train.model, device=device or accelerator.device, dtype=weights)
-    resolution = train.resolution or native_resolution(backbone)
+    # what the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX
+    config: Any = backbone.denoiser.config
+    side = config.get("sample_size")
+    native = side * backbone.vae.factor if isinstance(side, int) else 1024
+    resolution = train.resolution or native
     plan = Plan(
         train,
         pairs=len(pairs),
@@ -175,7 +202,7 @@ def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> J
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
-    return Job(train, out, accelerator, pairs, backbone, plan, cache)
+    return Job(train, accelerator, pairs, backbone, plan, cache)
 
 
 def check_pairs(train: Train, pairs: Any, processes: int) -> None:
@@ -195,15 +222,8 @@ def check_pairs(train: Train, pairs: Any, processes: int) -> None:
             )
 
 
-def native_resolution(backbone: Backbone) -> int:
-    """Pixels a side that the model was made for: 512 for SD1.5, 1,024 for SDXL, SD3, FLUX."""
-    config: Any = backbone.denoiser.config
-    side = config.get("sample_size")
-    return side * backbone.vae.factor if isinstance(side, int) else 1024
-
-
-def encode_job(job: Job) -> Job:
-    """The job with its cache filled; every process encodes its share."""
+def make_source(job: Job) -> Source:
+    """Where micro-batches come from: fills the cache, of which every process encodes its share."""
     train, accelerator = job.train, job.accelerator
     if accelerator.is_main_process:
         echo(str(job.plan))
@@ -219,39 +239,20 @@ def encode_job(job: Job) -> Job:
         wait=accelerator.wait_for_everyone,
     )
     job.backbone.drop_encoders()
-    return replace(job, encoded=encoded)
+    return Source(train, job.backbone, job.pairs, encoded, accelerator.device)
 
 
-def make_reference(job: Job) -> Reference | None:
+def make_reference(job: Job, source: Source) -> Reference | None:
     """What knows the reference's errors; to be made while the denoiser is the base.
 
     None for a loss that needs none, unless a pool of draws was asked for.
     """
     train, accelerator = job.train, job.accelerator
     if train.draws:
-        scalars = precompute(job.source, job.cache, job.plan.dtype, accelerator)
-        return Table(scalars, accelerator.device)
+        scalars = precompute(source, job.cache, job.plan.dtype, accelerator)
+        return table(scalars, accelerator.device)
     if not LOSSES[train.loss].needs_reference:
         return None
     if train.method == "full":
-        return FrozenCopy(job.backbone, accelerator.autocast)
-    return AdaptersOff(job.backbone, accelerator.unwrap_model)
-
-
-def make_state(job: Job) -> TrainState:
-    """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
-    train, backbone, accelerator = job.train, job.backbone, job.accelerator
-    learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
-    model: Any = backbone.denoiser
-    if train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if train.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if train.compile:
-        model.compile()
-    optimizer = make_optimizer(train, learned, accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    backbone.denoiser = model
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average = Average(learned, train.ema) if train.ema else None
-    return TrainState(accelerator, model, optimizer, average)
+        return frozen_copy(job.backbone, accelerator.autocast)
+    return adapters_off(job.backbone, accelerator.unwrap_model)

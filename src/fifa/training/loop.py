@@ -1,7 +1,7 @@
-"""The training loop: what happens in a step, and between steps.
+"""The training loop: what happens in a step and between steps, and the samples drawn on the way.
 
 What makes it exact is elsewhere and small: which pairs a step takes and what is drawn for them
-are functions of the seed (`fifa.training.draws`), so a step needs to know nothing of those before
+are functions of the seed (`fifa.training.batches`), so a step needs to know nothing of those before
 it but the weights and the optimiser's state (`fifa.training.checkpoint`).
 """
 
@@ -9,26 +9,154 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fifa.config import Train
 from fifa.console import progress as progress_bar
 from fifa.errors import FifaError
-from fifa.models.memory import peak_bytes
-from fifa.training.batches import Source, predict
-from fifa.training.checkpoint import Progress, TrainState
-from fifa.training.draws import Stream, micro_batches, seed_of
+from fifa.models.optional import require
+from fifa.models.runtime import peak_bytes, release_memory
+from fifa.shards.files import atomic_path, read_json
+from fifa.training.backbones.base import Backbone
+from fifa.training.batches import Reference, Source, Stream, micro_batches, predict, seed_of
+from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import Stats, distance, stats_line, sums
-from fifa.training.optim import learning_rate
-from fifa.training.reference import Reference
+
+BASE = "samples/base.png"
+PROMPTS = 4
+GAP = 8  # pixels between two images
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Draws the sheets of one training.
+
+    Parameters
+    ----------
+    train
+        The training: prompts, steps, seed.
+    backbone
+        The base's folder, and the denoiser.
+    captions
+        Of the training pairs, of which the first few stand in for prompts not given.
+    out
+        The training's folder.
+    accelerator
+        Of all processes, only the main one draws.
+    resolution
+        Pixels a side.
+    """
+
+    train: Train
+    backbone: Backbone
+    captions: Sequence[str]
+    out: Path
+    accelerator: Any
+    resolution: int
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """What is drawn."""
+        distinct = [caption for caption in dict.fromkeys(self.captions) if caption]
+        return self.train.sample_prompts or tuple(distinct[:PROMPTS]) or ("",)
+
+    def base(self) -> None:
+        """Draw the base's images once, with its own stock pipeline; every process calls it.
+
+        Raises `FifaError` where the weights are sharded: the pipeline would need them whole.
+        """
+        if not self.train.sample_every:
+            return
+        if str(self.accelerator.distributed_type).endswith("FSDP"):
+            raise FifaError(
+                "a sharded model cannot make sample images", do="--sample-every 0 with FSDP"
+            )
+        if self.accelerator.is_main_process and not (self.out / BASE).exists():
+            _save(self._drawn({}), self.out / BASE)
+            release_memory()
+        self.accelerator.wait_for_everyone()
+
+    def draw(self, step: int, state: TrainState) -> None:
+        """Write ``samples/step-*.png``: a row a prompt, the base's image left, today's right."""
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(state.model)
+            model.eval()
+            average = state.average.in_place() if state.average else nullcontext()
+            with torch.no_grad(), self.accelerator.autocast(), average:
+                images = self._drawn({self.backbone.family.part: model})
+            model.train()
+            release_memory()
+            with Image.open(self.out / BASE) as base:
+                sheet = _joined([base, images], axis=1)
+            _save(sheet, (self.out / BASE).with_name(f"{step_name(step)}.png"))
+        self.accelerator.wait_for_everyone()
+
+    def _drawn(self, parts: dict[str, Any]) -> Image.Image:
+        """An image a prompt, one below the other, by the stock pipeline of the base's folder.
+
+        ``parts`` of it are in memory already.
+        """
+        diffusers = require("diffusers", "train")
+        index = read_json(self.backbone.folder / "model_index.json", "the pipeline's index")
+        if "safety_checker" in index:  # no part of what is trained, and often not downloaded
+            parts = {"safety_checker": None, "feature_extractor": None, **parts}
+            parts["requires_safety_checker"] = False
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            self.backbone.folder, dtype=torch.float32, local_files_only=True, **parts
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.accelerator.device)
+        images = []
+        for number, prompt in enumerate(self.prompts):
+            seed = seed_of("sample", self.train.seed, number)
+            made = pipeline(
+                prompt=prompt,
+                height=self.resolution,
+                width=self.resolution,
+                num_inference_steps=self.train.sample_steps,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            images.append(made.images[0])
+        return _joined(images, axis=0)
+
+
+def _joined(images: Sequence[Image.Image], axis: int) -> Image.Image:
+    """Images of one size below (axis 0) or beside (axis 1) each other, with white between them."""
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    gap = np.full_like(arrays[0].take(range(GAP), axis), 255)
+    parts = [part for array in arrays for part in (gap, array)][1:]
+    return Image.fromarray(np.concatenate(parts, axis))
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """The learning rate of ``step``, counted from 0.
+
+    It rises linearly to ``train.lr`` over the first ``train.warmup`` steps, of which none has
+    rate 0, then follows the schedule, which would reach 0 right after the last step.
+    """
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    done = (step - train.warmup) / max(1, steps - train.warmup)
+    if train.schedule == "linear":
+        return train.lr * max(0.0, 1.0 - done)
+    if train.schedule == "cosine":
+        return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return train.lr
 
 
 @dataclass(frozen=True)
@@ -49,8 +177,8 @@ class Loop:
         What knows the reference's errors; None for a loss that needs none.
     state
         The network, its optimiser, the average of its weights.
-    checkpoint, sample
-        Called with the number of steps done, when it is time; by every process.
+    samples
+        Draws sheets of samples when it is time.
     """
 
     train: Train
@@ -59,8 +187,7 @@ class Loop:
     source: Source
     reference: Reference | None
     state: TrainState
-    checkpoint: Callable[[int], None]
-    sample: Callable[[int], None]
+    samples: Samples
 
     def run(self) -> Progress:
         """Train from the newest state to the last step; returns how far it went.
@@ -185,9 +312,11 @@ class Loop:
         """Write what is due after a step; the state last, so that it vouches for the rest."""
         train = self.train
         if train.checkpoint_every and done.step % train.checkpoint_every == 0:
-            self.checkpoint(done.step)
+            self.state.export(
+                train, self.source.backbone, self.out / CHECKPOINTS / step_name(done.step)
+            )
         if train.sample_every and done.step % train.sample_every == 0:
-            self.sample(done.step)
+            self.samples.draw(done.step, self.state)
         if done.step % train.save_every == 0 or done.step == self.steps:
             self.state.save(self.out, done)
 

@@ -162,11 +162,6 @@ def margin_labels(margin: Tensor, scale: float) -> Tensor:
     return (scale * margin).sigmoid()
 
 
-def beta_from_salesforce(beta: float) -> float:
-    """Salesforce's ``--beta_dpo`` is ours: ``-log sigmoid(-(beta / 2) * ...)``, mean errors."""
-    return float(beta)
-
-
 def beta_from_diffusers(beta: float, script: Literal["sd15", "sdxl"]) -> float:
     """``--beta_dpo`` of diffusers' two scripts.
 

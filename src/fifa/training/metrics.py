@@ -1,24 +1,51 @@
-"""What is known of a training while it runs: ``stats.jsonl`` always, and a tracker beside it."""
+"""What is known of a training: ``stats.jsonl`` and a tracker while it runs, a card at its end.
+
+The card is ``train.json`` for programs and the model card, ``README.md``, for people.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fifa.config import Train
+from fifa.models.families import Family
 from fifa.models.optional import require
-from fifa.shards.files import cannot_write, digest, read_json_lines, write_text
+from fifa.shards.files import (
+    cannot_write,
+    digest,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
+from fifa.training.checkpoint import Progress
+from fifa.training.losses import LOSSES
+from fifa.training.pairs import TrainingPairs
+from fifa.training.plan import Plan
 
 STATS = "stats.jsonl"
+CARD = "README.md"
+FACTS_FILE = "train.json"
+SHOWN = {
+    "loss": "loss",
+    "winner_minus_reference": "winner's error minus the reference's",
+    "loser_minus_reference": "loser's error minus the reference's",
+    "implicit_accuracy": "implicit accuracy",
+}
 
 # What a micro-batch adds up, in this order.
-SUMS = ("loss", "winner", "loser", "winner_reference", "loser_reference", "correct", "kl", "bound")
+SUMS = (
+    *("loss", "winner_error", "loser_error", "winner_reference", "loser_reference"),
+    *("implicit_accuracy", "kl", "kl_bound"),
+)
 
 
 def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | None) -> Tensor:
@@ -42,8 +69,7 @@ def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | No
     bound = (policy.sqrt() - base.sqrt()).square().mean(1)
     nothing = torch.full_like(bound, torch.nan)
     rows = [loss.detach(), *policy.T, *base.T, correct, nothing if kl is None else kl, bound]
-    total: Tensor = torch.stack([row.float().sum() for row in rows])
-    return total
+    return torch.stack([row.float().sum() for row in rows])
 
 
 def distance(prediction: Tensor, reference: Tensor) -> Tensor:
@@ -62,34 +88,16 @@ def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
     ``winner_minus_reference`` and ``loser_minus_reference`` tell likelihood displacement: both
     may rise while the loss falls.
     """
-    mean = {name: value / pairs for name, value in zip(SUMS, total, strict=True)}
-    line = {
-        "loss": mean["loss"],
-        "winner_error": mean["winner"],
-        "loser_error": mean["loser"],
-        "winner_minus_reference": mean["winner"] - mean["winner_reference"],
-        "loser_minus_reference": mean["loser"] - mean["loser_reference"],
-        "implicit_accuracy": mean["correct"],
-        "kl": mean["kl"],
-        "kl_bound": mean["bound"],
-    }
+    line = {name: value / pairs for name, value in zip(SUMS, total, strict=True)}
+    for side in ("winner", "loser"):
+        reference = line.pop(f"{side}_reference")
+        line[f"{side}_minus_reference"] = line[f"{side}_error"] - reference
     # NaN marks what is not known; a loss or an error that is not finite has stopped the run before
     return {name: value if value == value else None for name, value in line.items()}
 
 
-class Tracker(NamedTuple):
-    """Anything that takes numbers by step.
-
-    Parameters
-    ----------
-    log
-        Called with a step and its numbers.
-    close
-        Called when the training is over, or interrupted.
-    """
-
-    log: Callable[[int, dict[str, float]], object]
-    close: Callable[[], object]
+# Takes a step and its numbers; and what is called when the training is over, or interrupted.
+Tracker = tuple[Callable[[int, dict[str, float]], object], Callable[[], object]]
 
 
 class Stats:
@@ -107,10 +115,10 @@ class Stats:
 
     def __init__(self, train: Train, out: Path, step: int) -> None:
         self.path = out / STATS
-        kept = [line for line in read_json_lines(self.path)[0] if line["step"] <= step]
+        kept = [line for line in read_stats(out) if line["step"] <= step]
         if self.path.exists():
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.tracker = make_tracker(train, out, step)
+        self.track, self.close = make_tracker(train, out, step)
 
     def log(self, step: int, line: dict[str, Any]) -> None:
         """Add one line."""
@@ -119,13 +127,7 @@ class Stats:
                 file.write(json.dumps({"step": step, **line}) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        if self.tracker is not None:
-            self.tracker.log(step, {k: v for k, v in line.items() if v is not None})
-
-    def close(self) -> None:
-        """End the tracker."""
-        if self.tracker is not None:
-            self.tracker.close()
+        self.track(step, {k: v for k, v in line.items() if v is not None})
 
 
 def read_stats(out: Path) -> list[dict[str, Any]]:
@@ -133,10 +135,10 @@ def read_stats(out: Path) -> list[dict[str, Any]]:
     return read_json_lines(Path(out) / STATS)[0]
 
 
-def make_tracker(train: Train, out: Path, step: int) -> Tracker | None:
+def make_tracker(train: Train, out: Path, step: int) -> Tracker:
     """The tracker that the training asks for; `FifaError` where it is not installed."""
     if train.tracker == "none":
-        return None
+        return lambda step, line: None, lambda: None
     choose = f"pip install {train.tracker}, or choose another --tracker (none: stats.jsonl only)"
     module = require(train.tracker, what=f"the tracker {train.tracker}", do=choose)
     if train.tracker == "tensorboard":
@@ -149,9 +151,166 @@ def make_tracker(train: Train, out: Path, step: int) -> Tracker | None:
             for name, value in line.items():
                 writer.add_scalar(name, value, step)
 
-        return Tracker(log, writer.close)
+        return log, writer.close
     # Weights & Biases, or trackio, which has the same three functions
     name = f"{out.name}-{digest(train.to_yaml())[:6]}"
     folder = {"dir": str(out), "id": name} if train.tracker == "wandb" else {}
     module.init(project="fifa", name=name, config=asdict(train), resume="allow", **folder)
-    return Tracker(lambda step, line: module.log(line, step=step), module.finish)
+    return lambda step, line: module.log(line, step=step), module.finish
+
+
+def write_card(
+    plan: Plan, family: Family, pairs: TrainingPairs, progress: Progress, device: Any, out: Path
+) -> None:
+    """Write the model card and, as the last of all files, ``train.json`` into ``out``.
+
+    Parameters
+    ----------
+    plan, family, pairs
+        The training and what it took, and what was trained on what.
+    progress
+        How far it went.
+    device
+        What it ran on.
+    out
+        The training's folder, with its ``stats.jsonl``.
+    """
+    from fifa import __version__
+
+    train = plan.train
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    metrics = read_stats(out)
+    facts = {
+        "fifa": __version__,
+        "base_model": train.model,
+        "family": family.name,
+        "method": train.method,
+        "steps": progress.step,
+        "pairs": len(pairs),
+        "pairs_seen": progress.pairs,
+        "dropped": pairs.dropped,
+        "seconds": round(progress.seconds, 3),
+        "processes": plan.processes,
+        "device": name,
+        "dtype": plan.dtype,
+        "accelerator_hours": progress.seconds * plan.processes / 3600,
+        "source": train.source,
+        "pairs_digest": pairs.digest,
+        "selection": selection_facts(pairs.folder),
+        "options": asdict(train),
+        "last": metrics[-1] if metrics else None,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")},
+    }
+    write_text(out / CARD, training_card(facts, family))
+    write_json(out / FACTS_FILE, facts)
+
+
+def selection_facts(folder: Path | None) -> dict[str, Any] | None:
+    """How the pairs were selected, from the subset's ``subset.json``; None where there is none."""
+    if folder is None:
+        return None
+    subset = read_json(folder / "subset.json", "the subset")
+    names = ("digest", "pairs", "recipe", "source", "scores", "reasons")
+    return {name: subset[name] for name in names if name in subset}
+
+
+def training_card(facts: dict[str, Any], family: Family) -> str:
+    """The model card, for what ``train.json`` holds."""
+    options, base, lora = facts["options"], facts["base_model"], facts["method"] == "lora"
+    hub = f"base_model: {base}\n" if _is_hub(base) else ""
+    loss = options["loss"]
+    if LOSSES[loss].needs_reference:
+        loss += f", beta {options['beta']:g}"
+    return f"""---
+{hub}library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusion-dpo, preference-optimization{", lora" if lora else ""}, fifa]
+---
+
+# {_public(base)}, aligned with {facts["pairs"]:,} preference pairs
+
+{"A LoRA" if lora else f"All weights of the {family.part}"}, trained with Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
+on pairs of images of which people preferred one.
+
+## Use
+
+```python
+{_use(facts, lora, family)}
+```
+
+## How it was trained
+
+| | |
+|---|---|
+| method | {f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"} |
+| loss | {loss} |
+| pairs | {facts["pairs"]:,}, presented {facts["pairs_seen"]:,} times in all |
+| steps | {facts["steps"]:,} of {options["batch"]:,} pairs |
+| learning rate | {options["lr"]:g}, {options["schedule"]}, {options["warmup"]} warm-up |
+| optimiser | {options["optimizer"]} |
+| prompt dropout | {options["prompt_dropout"]:g} |
+| precision | {facts["dtype"]} |
+| time | {facts["seconds"]:,.0f} s on {facts["processes"]} x {facts["device"]} |
+
+Beta is that of `-log sigmoid(-(beta / 2) * difference)` with errors that are means over a latent's
+numbers. `train.yaml` holds every option, `stats.jsonl` every step.
+{_last(facts)}
+{_data(facts)}
+## Where it ends
+
+It draws what the people behind these pairs preferred, with their habits and prejudices, and what
+the base model could draw before. Whether it is better than the base has to be measured
+(`fifa evaluate`), and not only by the reward model that picked its pairs. The base model's licence
+and the data's hold for these weights too.
+"""
+
+
+def _use(facts: dict[str, Any], lora: bool, family: Family) -> str:
+    base = facts["base_model"] if _is_hub(facts["base_model"]) else "the base model's folder"
+    if lora:
+        return (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
+            'pipeline.load_lora_weights("path/to/this/folder")'
+        )
+    part, model = family.part, family.denoiser
+    return (
+        f"from diffusers import DiffusionPipeline, {model}\n\n"
+        f'{part} = {model}.from_pretrained("path/to/this/folder", subfolder="{part}")\n'
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}", {part}={part})'
+    )
+
+
+def _last(facts: dict[str, Any]) -> str:
+    last = facts["last"]
+    if not last:
+        return ""
+    rows = [
+        f"| {label} | {last[name]:.4g} |\n"
+        for name, label in SHOWN.items()
+        if last[name] is not None
+    ]
+    return f"\nIn its last line, step {last['step']:,}:\n\n| | |\n|---|---|\n" + "".join(rows)
+
+
+def _data(facts: dict[str, Any]) -> str:
+    selection = facts["selection"]
+    if selection is None:
+        return f"The pairs came from `{_public(facts['source'])}`.\n"
+    select = selection["recipe"]["select"]
+    origin = _public(selection["source"]["source"])
+    return (
+        f"The pairs are a selection of FiFA's from `{origin}`: {selection['pairs']:,} pairs, "
+        f"strategy {select['strategy']}, alpha {select['alpha']:g}, gamma {select['gamma']:g} "
+        f"(subset {selection['digest']}; the whole recipe is in `train.json`).\n"
+    )
+
+
+def _is_hub(model: str) -> bool:
+    local = model.startswith((".", "~", "/")) or Path(model).exists()
+    return model.count("/") == 1 and not local
+
+
+def _public(name: str) -> str:
+    """A name without the folders of the machine it was on."""
+    return name if _is_hub(name) or "://" in name else Path(name).name

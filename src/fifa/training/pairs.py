@@ -107,8 +107,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     path = Path(source).expanduser()
     folder = _subset(path)
     files = _files(folder or path)
-    rows = [_rows(file, number) for number, file in enumerate(files)]
-    table = pa.concat_tables(rows)
+    table = pa.concat_tables(_rows(file, number) for number, file in enumerate(files))
     reasons, winner = _winners(table, files)
     kept = np.flatnonzero(reasons == "")
     dropped = {name: n for name, n in sorted(Counter(reasons.tolist()).items()) if name}
@@ -125,7 +124,9 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         np.repeat(table["row"].to_numpy(), 2),
         [IMAGES[side] for side in sides.tolist()],
     )
-    label = _labels(table, winner[kept])
+    soft = table["label"].to_numpy()
+    first = np.where(np.isfinite(soft), soft, table["label_0"].to_numpy())
+    label = np.where(winner[kept] == 0, first, 1 - first).astype(np.float32)
     weight = _weights(table, str(source))
     margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
@@ -235,17 +236,8 @@ def _winners(
     return reasons, (first < 0.5).astype(np.int64)
 
 
-def _labels(table: pa.Table, winner: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """The probability that people prefer the winner."""
-    soft = table["label"].to_numpy()
-    first = np.where(np.isfinite(soft), soft, table["label_0"].to_numpy())
-    label: npt.NDArray[np.float32] = np.where(winner == 0, first, 1 - first).astype(np.float32)
-    return label
-
-
 def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
-    weight: npt.NDArray[np.float32]
-    weight = table["weight"].fill_null(1.0).to_numpy().astype(np.float32)
+    weight: npt.NDArray[np.float32] = table["weight"].fill_null(1.0).to_numpy().astype(np.float32)
     bad = ~np.isfinite(weight) | (weight < 0)
     if bad.any():
         raise FifaError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.models.families import Family
+from fifa.models.optional import require
 from fifa.training.backbones.parts import open_folder
 from fifa.training.losses import LOSSES
 
@@ -57,83 +56,58 @@ class Memory:
             )
 
 
-def numbers_in(folder: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights in a folder's safetensors files, by name; reads headers only.
 
     Raises `FifaError` for a file that is damaged.
     """
+    safetensors = require("safetensors", "train")
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            shapes |= {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
-        except (OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
+            with safetensors.safe_open(path, framework="pt") as file:
+                shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 - no dict
+        except (OSError, safetensors.SafetensorError) as error:
             raise FifaError(f"not a safetensors file: {error}", where=str(path)) from error
     return shapes
 
 
-def count(shapes: dict[str, tuple[int, ...]]) -> int:
-    """How many numbers there are in these shapes."""
-    return sum(map(prod, shapes.values()))
+def memory_of(train: Train, dtype: str) -> Memory:
+    """The least memory that training the model takes; nothing is loaded.
 
-
-def lora_numbers(shapes: dict[str, tuple[int, ...]], targets: tuple[str, ...], rank: int) -> int:
-    """How many numbers adapters on the layers called ``targets`` have.
-
-    A layer ``[out, in, ...]`` gets ``[rank, in, ...]`` and ``[out, rank]``.
-    """
-    ends = tuple(f".{target}.weight" for target in targets)
-    return sum(
-        rank * (shape[0] + prod(shape[1:]))
-        for name, shape in shapes.items()
-        if name.endswith(ends) and len(shape) >= 2
-    )
-
-
-def memory_of(
-    train: Train,
-    family: Family,
-    dtype: str,
-    denoiser: dict[str, tuple[int, ...]],
-    encoders: int,
-) -> Memory:
-    """The least memory a training takes.
+    An adapter on a layer ``[out, in, ...]`` has ``[rank, in, ...]`` and ``[out, rank]``.
 
     Parameters
     ----------
-    train, family
-        The training, and the base's family.
+    train
+        The training.
     dtype
         What the base's weights are loaded in.
-    denoiser
-        Shapes of the UNet's or transformer's weights.
-    encoders
-        Numbers in VAE and text encoders.
+
+    Raises
+    ------
+    FifaError
+        Where there is no such model.
     """
-    numbers, size = count(denoiser), FLOAT if dtype == "float32" else HALF
+    folder = open_folder(train.model, torch.device("cpu"), getattr(torch, dtype))
+    shapes = {part: shapes_in(folder.path / part) for part in folder.parts}
+    counts = {part: sum(map(prod, found.values())) for part, found in shapes.items()}
+    part = folder.family.part
+    numbers, size = counts.get(part, 0), FLOAT if dtype == "float32" else HALF
     if train.method == "lora":
-        trained = lora_numbers(denoiser, train.targets or family.targets, train.rank)
+        ends = tuple(f".{target}.weight" for target in train.targets or folder.family.targets)
+        trained = sum(
+            train.rank * (shape[0] + prod(shape[1:]))
+            for name, shape in shapes.get(part, {}).items()
+            if name.endswith(ends) and len(shape) >= 2
+        )
         weights = numbers * size + trained * FLOAT
     else:
         trained = numbers
         weights = numbers * FLOAT * (2 if needs_copy(train) else 1)
     average = FLOAT if train.ema else 0
     training = trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average)
-    return Memory(weights, training, (numbers + encoders) * size)
-
-
-def memory_of_model(train: Train, dtype: str) -> Memory:
-    """The least memory that training the model takes; nothing is loaded.
-
-    Raises `FifaError` where there is no such model.
-    """
-    folder = open_folder(train.model, torch.device("cpu"), getattr(torch, dtype))
-    shapes = {part: numbers_in(folder.path / part) for part in folder.parts}
-    denoiser = shapes.pop(folder.family.part, {})
-    encoders = sum(map(count, shapes.values()))
-    return memory_of(train, folder.family, dtype, denoiser, encoders)
+    return Memory(weights, training, sum(counts.values()) * size)
 
 
 def needs_copy(train: Train) -> bool:
@@ -206,15 +180,13 @@ class Plan:
             f"while encoding {size(memory.encoding)})",
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
-        if self.scalars:
-            lines.insert(5, f"            {self.scalars:,} errors computed before training")
         return "\n".join(lines)
 
     @property
     def _reference(self) -> str:
         """How the reference's errors come about, for people."""
         if self.train.draws:
-            return f"precomputed scalars on {self.train.draws:,} draws a pair"
+            return f"{self.scalars:,} precomputed scalars on {self.train.draws:,} draws a pair"
         if not LOSSES[self.train.loss].needs_reference:
             return f"none: the loss {self.train.loss} needs none"
         if self.train.method == "lora":

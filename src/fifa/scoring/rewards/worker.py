@@ -17,9 +17,8 @@ from fifa.console import echo
 from fifa.data.images import Images, look, read
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.errors import FifaError
-from fifa.models.memory import release_memory
 from fifa.models.optional import require
-from fifa.models.runtime import out_of_memory
+from fifa.models.runtime import out_of_memory, release_memory
 from fifa.scoring.rewards.base import RewardModel
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.shards.pool import cores

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fifa.models.optional import require
+import torch
+
 from fifa.training.backbones.base import Backbone
-
-if TYPE_CHECKING:
-    import torch
+from fifa.training.backbones.parts import open_folder
 
 
 def load_backbone(
@@ -37,9 +35,6 @@ def load_backbone(
         For a folder that is no model, or lacks a part (it says which), a family that is not
         known, a model that predicts the image itself, and weights that are not safetensors.
     """
-    torch = require("torch", "train")
-    from fifa.training.backbones.parts import open_folder
-
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     folder = open_folder(model, torch.device(device), dtype)
     folder.check()

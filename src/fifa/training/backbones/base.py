@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,197 @@ from torch import Tensor
 from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.hub import model_digest
-from fifa.models.memory import release_memory
-from fifa.training.backbones.parts import ModelFolder, diffusers
-from fifa.training.backbones.schedule import Diffusion, Flow
-from fifa.training.backbones.text import TextEncoder
-from fifa.training.backbones.vae import Vae
+from fifa.models.runtime import release_memory
+from fifa.training.backbones.parts import ModelFolder, TextEncoder, diffusers
 
-Tensors = dict[str, "Tensor"]
+Tensors = dict[str, Tensor]
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+class Diffusion:
+    """The forward process of DDPM (arXiv:2006.11239) with the model's own betas.
+
+    Parameters
+    ----------
+    config
+        The model's ``scheduler_config.json``. Which solver it is for does not matter, only
+        ``num_train_timesteps``, the betas and ``prediction_type`` do.
+    where
+        The file, for messages.
+    """
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise FifaError(
+                f"a model that predicts {prediction!r} cannot be trained here",
+                where=where,
+                do="use a model with prediction_type epsilon or v_prediction",
+            )
+        self.prediction = prediction
+        if config.get("rescale_betas_zero_snr"):
+            raise FifaError(
+                "a schedule rescaled to zero terminal SNR is not supported",
+                where=where,
+                do="use a model whose scheduler has rescale_betas_zero_snr off",
+            )
+        try:
+            betas = {name: config[name] for name in BETAS if name in config}
+            known = diffusers("DDPMScheduler")(**betas)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise FifaError(
+                f"no such beta schedule: {config.get('beta_schedule')}",
+                where=where,
+                do="linear, scaled_linear, squaredcos_cap_v2 or trained_betas",
+            ) from error
+        # alpha_bar_t = prod_{s <= t} (1 - beta_s), float32 [T]
+        self.alphas: Tensor = known.alphas_cumprod
+        self.steps = len(self.alphas)
+
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """A timestep, uniform in [0, T), int64."""
+        return torch.randint(0, self.steps, (), generator=generator)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """``sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise``."""
+        signal, sigma = self._rates(latents, time)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noise, or ``v = sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * latents``."""
+        if self.prediction == "epsilon":
+            return noise
+        # arXiv:2202.00512, appendix D
+        signal, sigma = self._rates(latents, time)
+        return signal * noise - sigma * latents
+
+    def _rates(self, latents: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas.to(latents.device)[time].view(-1, *(1,) * (latents.ndim - 1))
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+class Flow:
+    """Rectified flow (arXiv:2403.03206): straight lines from image to noise.
+
+    Times are sigmas, logit-normal with mean 0 and deviation 1, then shifted as the model's
+    scheduler says. They are continuous: diffusers' scripts round them down to one of the
+    scheduler's 1,000 training sigmas, which moves a sigma by less than 0.003 and exists for
+    looking up timesteps in a table, which the formula here has no need of. Where the scheduler
+    shifts by resolution (``use_dynamic_shifting``, FLUX.1-dev), training does not shift, as in
+    diffusers' scripts: that is a knob of sampling.
+
+    Parameters
+    ----------
+    config
+        The model's ``scheduler_config.json``.
+    where
+        The file, for messages.
+    """
+
+    prediction = "flow"
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        shift = float(config.get("shift", 1.0))
+        if not shift > 0:
+            raise FifaError(f"the scheduler's shift is {shift}, not above 0", where=where)
+        self.shift = 1.0 if config.get("use_dynamic_shifting") else shift
+        self.steps = int(config.get("num_train_timesteps", 1000))
+
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """A sigma in (0, 1), float32."""
+        # s = sigmoid(N(0, 1)), then shift s / (1 + (shift - 1) s)
+        s = torch.sigmoid(torch.randn((), generator=generator))
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """``(1 - s) * latents + s * noise``."""
+        s = time.to(latents.dtype).view(-1, *(1,) * (latents.ndim - 1))
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """``noise - latents``."""
+        return noise - latents
+
+
+class Vae:
+    """The autoencoder of a latent diffusion model, encoder side.
+
+    Parameters
+    ----------
+    folder
+        The model's folder. ``AutoencoderKL`` and ``AutoencoderTiny`` are known; the latter has
+        no posterior: its standard deviation is 0.
+
+    Attributes
+    ----------
+    channels
+        c, of a latent.
+    factor
+        Pixels a side of a latent's pixel.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        config = folder.config("vae")
+        class_name = str(config.get("_class_name"))
+        if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise FifaError(
+                f"an autoencoder of class {class_name} is not known",
+                where=str(folder.path / "vae"),
+                do="AutoencoderKL or AutoencoderTiny",
+            )
+        self.tiny = class_name == "AutoencoderTiny"
+        # SDXL's overflows in fp16 and says so by force_upcast, which is also the class's default.
+        self.upcast = bool(config.get("force_upcast", not self.tiny))
+        self._dtype = torch.float32 if self.upcast else folder.dtype
+        self._model: Any = folder.model("vae", diffusers(class_name), self._dtype)
+        known = self._model.config
+        if getattr(known, "latents_mean", None) or getattr(known, "latents_std", None):
+            raise FifaError(
+                "a VAE that normalises its channels one by one is not supported",
+                where=str(folder.path / "vae"),
+            )
+        self.channels = int(known.latent_channels)
+        blocks = known.encoder_block_out_channels if self.tiny else known.block_out_channels
+        self.factor: int = 2 ** (len(blocks) - 1)
+        self.scale = float(known.scaling_factor)
+        # shift_factor is None in the SD and SDXL families
+        self.shift = float(known.shift_factor or 0.0)
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Mean and standard deviation, float32 ``[n, 2c, h, w]``, of ``[n, 3, H, W]`` in [-1, 1].
+
+        Raises
+        ------
+        FifaError
+            After `drop`, and where a moment is not finite.
+        """
+        if self._model is None:
+            raise FifaError("the VAE is no longer in memory: encode before drop_encoders")
+        with torch.no_grad():
+            encoded = self._model.encode(pixels.to(self._model.device, self._dtype))
+        if self.tiny:
+            moments = torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+        else:
+            # std = exp(logvar / 2), logvar clamped to [-30, 20]
+            posterior = encoded.latent_dist
+            moments = torch.cat([posterior.mean, posterior.std], dim=1)
+        if not bool(torch.isfinite(moments).all()):
+            raise FifaError(
+                f"the VAE gives infinite or NaN latents in {self._dtype}".replace("torch.", ""),
+                where="vae",
+                do="use float32 (SDXL's VAE overflows in float16), or the VAE sdxl-vae-fp16-fix",
+            )
+        return moments.float()
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """``scale * (mean + std * noise - shift)``, float32 ``[n, c, h, w]``."""
+        mean, std = moments.float().chunk(2, dim=1)
+        # z = (mean + std * e - shift) * scale
+        return (mean + std * noise.float() - self.shift) * self.scale
+
+    def drop(self) -> None:
+        """Let go of the network; `latents` keeps working."""
+        self._model = None
 
 
 class Backbone:
@@ -65,23 +250,20 @@ class Backbone:
         self._text = self.load_text(folder)
         self.vae = Vae(folder)
         self._origin = folder
-        self._encoders: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def encoders(self) -> dict[str, Any]:
         """JSON that changes whenever a cached moment or embedding could.
 
         Digests of VAE, text encoders and tokenizers, and their floating type.
         """
-        if self._encoders is None:
-            trained = (self.family.part, "scheduler")
-            parts = [part for part in self._origin.parts if part not in trained]
-            self._encoders = {
-                "family": self.family.name,
-                "dtype": str(self._origin.dtype).removeprefix("torch."),
-                **{part: model_digest(self.folder / part, nested=True) for part in parts},
-            }
-        return self._encoders
+        trained = (self.family.part, "scheduler")
+        parts = [part for part in self._origin.parts if part not in trained]
+        return {
+            "family": self.family.name,
+            "dtype": str(self._origin.dtype).removeprefix("torch."),
+            **{part: model_digest(self.folder / part, nested=True) for part in parts},
+        }
 
     @property
     def pixels_per_latent(self) -> int:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder
-from fifa.training.backbones.text import TextEncoder, clip_text, t5_text
+from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_text, t5_text
 
 
 class Flux(Backbone):
