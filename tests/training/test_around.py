@@ -210,10 +210,10 @@ def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monke
 
 def test_full_fine_tuning_has_a_frozen_copy_or_a_table(world, tmp_path):
     online = assemble(quick(world, method="full", lr=1e-4), tmp_path / "a")
-    frozen = online.reference.backbone.denoiser
-    before = [parameter.clone() for parameter in frozen.parameters()]
+    batch = online.source.batch([(pair, 0) for pair in range(4)])
+    before = online.reference(batch)
     online.run()
-    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, online.reference(batch), strict=True))
     line = read_stats(tmp_path / "a")[-1]
     assert line["kl"] > 0
     table = run_training(quick(world, method="full", lr=1e-4, draws=3), tmp_path / "b")
