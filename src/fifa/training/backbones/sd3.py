@@ -51,16 +51,20 @@ class StableDiffusion3(Backbone):
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The transformer's flow, float32 ``[n, c, h, w]``; ``frames`` do not matter."""
         x = self.inputs({"noisy": noisy, **prompts})
-        # CLIP's tokens, widened by zeros, then T5's: [n, length + 256, d]
-        wide = torch.nn.functional.pad(x["clip"], (0, self.text_width - x["clip"].shape[-1]))
-        t5 = x.get("t5")
-        if t5 is None:
-            t5 = wide.new_zeros(len(wide), T5_LENGTH, self.text_width)
         predicted: Tensor = self.denoiser(
             hidden_states=x["noisy"],
             timestep=time.to(self.device) * self.schedule.steps,
-            encoder_hidden_states=torch.cat([wide, t5], dim=1),
+            encoder_hidden_states=self._joined(x),
             pooled_projections=x["pooled"],
             return_dict=False,
         )[0]
         return predicted.float()
+
+    def _joined(self, x: Tensors) -> Tensor:
+        """CLIP's tokens, widened by zeros, then T5's: ``[n, length + 256, d]``."""
+        clip = x["clip"]
+        wide = torch.nn.functional.pad(clip, (0, self.text_width - clip.shape[-1]))
+        t5 = x.get("t5")
+        if t5 is None:
+            t5 = clip.new_zeros(len(clip), T5_LENGTH, self.text_width)
+        return torch.cat([wide, t5], dim=1)
