@@ -24,7 +24,7 @@ from fifa.console import note, progress
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model
 from fifa.evaluation.prompts import Prompts, draw_seeds
-from fifa.evaluation.sampling import Pipelines, Settings, make_images
+from fifa.evaluation.sampling import PipelineLoader, Settings, make_images
 from fifa.shards.files import digest, sweep, write_bytes, write_table
 
 FOLDER = "evaluate"  # in the run folder
@@ -95,12 +95,12 @@ def generate(
         what was made until then is kept.
     """
     sweep(folder)  # a write of the index that was killed
-    pipelines = Pipelines(models[0].base, settings, asked.generate.device)
+    loader = PipelineLoader(models[0].base, settings, asked.generate.device)
     plans = [plan(model, prompts, settings, asked) for model in models]
     if most is not None:
         plans = [_spread(groups, most * asked.seeds) for groups in plans]
     for model, groups in zip(models, plans, strict=True):
-        _make(model, groups, folder, settings, pipelines)
+        _make(model, groups, folder, settings, loader)
     rows = [
         {"model": model.name, **vars(image)}
         for model, groups in zip(models, plans, strict=True)
@@ -194,7 +194,7 @@ def _make(
     groups: Sequence[Sequence[Planned]],
     folder: Path,
     settings: Settings,
-    pipelines: Pipelines,
+    loader: PipelineLoader,
 ) -> None:
     """Make the groups of which an image is missing."""
     there = _there(folder, groups)
@@ -203,7 +203,7 @@ def _make(
     if not missing:
         return
     with (
-        pipelines.use(model) as pipe,
+        loader.use(model) as pipe,
         progress(f"images of {model.name}", sum(map(len, groups))) as advance,
     ):
         advance(done)

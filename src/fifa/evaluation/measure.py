@@ -101,7 +101,7 @@ class Measured:
 
 
 def check_scorers(scorers: Sequence[str], compute: Compute) -> dict[str, str]:
-    """The scale of every scorer, so that a wrong name or missing weights are told at once.
+    """The scale of every scorer, so that a wrong name or missing weights are reported at once.
 
     Raises `FifaError` for a spec that names no reward model that looks at images.
     """

@@ -91,7 +91,7 @@ def settings_for(asked: Generate, base: Path) -> Settings:
     )
 
 
-class Pipelines:
+class PipelineLoader:
     """Loads pipelines one at a time; a checkpoint's weights go into the base and out again.
 
     Parameters

@@ -13,7 +13,7 @@ import pyarrow as pa
 from fifa import __version__
 from fifa.config import RECIPE_FILE, Recipe
 from fifa.console import LOG_FILE
-from fifa.data.table import Origin, Pairs, load_pairs
+from fifa.data.table import Pairs, load_pairs
 from fifa.evaluation.compare import Compared
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.results import RESULTS, is_evaluated
@@ -69,7 +69,8 @@ def write_report(
         selection = load_selection(folder) if selection is None else selection
         if scores is None:
             scores = load_scores(folder / "scores", selection, recipe)
-        context["title"] = _title(recipe, pairs.origin)
+        parts = [part for part in (recipe.read.source or pairs.origin.source).split("/") if part]
+        context["title"] = shorten("/".join(parts[-2:]) or "pairs in memory", 80)
         context |= selection_context(folder, recipe, pairs, scores, selection)
     if evaluated and (not selected or (folder / FOLDER / RESULTS).is_file()):
         context["evaluation"] = evaluation_context(folder)
@@ -99,11 +100,6 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     timed = [entry for entry in entries if isinstance(entry.get("seconds"), int | float)]
     steps = [entry for entry in timed if entry.get("step") != "report"]
     return steps, broken + len(entries) - len(timed)
-
-
-def _title(recipe: Recipe, origin: Origin) -> str:
-    parts = [part for part in (recipe.read.source or origin.source).split("/") if part]
-    return shorten("/".join(parts[-2:]) or "pairs in memory", 80)
 
 
 def _log(path: Path) -> dict[str, Any]:
@@ -142,8 +138,24 @@ def _fact(value: object) -> str:
 
 def write_comparison(compared: Compared, path: str | Path) -> Path:
     """Write a page with one table and one figure of several runs; the same runs, the same bytes."""
+    entries = compared.entries
+    wins = []
+    for i, scale in enumerate(compared.scales):
+        picked = any(entry.wins[i].scale.picked for entry in entries)
+        rates = [(place, entry.wins[i].wins) for place, entry in enumerate(entries, 1)]
+        wins.append((f"{scale.name}{' *' if picked else ''}", rates))
+    curves = [(place + 1, curve) for place, curve in compared.curves]
+    judged = [entry for entry in entries if entry.wins[0].wins.n]
+    context = {
+        "title": shorten(", ".join(dict.fromkeys(entry.run for entry in entries)), 80),
+        "compared": compared,
+        "colours": {entry.label: role(place) for place, entry in enumerate(entries, 1)},
+        "best": max(judged, key=lambda entry: entry.wins[0].wins.share, default=None),
+        "wins_figure": draw_wins(wins, "wins"),
+        "figures": draw_learning(curves, compared.scales[0].name),
+    }
     path = Path(path)
-    write_text(path, render("compare.html.j2", _context(compared)))
+    write_text(path, render("compare.html.j2", context))
     return path
 
 
@@ -160,22 +172,3 @@ def comparison_text(compared: Compared) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _context(compared: Compared) -> dict[str, Any]:
-    entries = compared.entries
-    wins = []
-    for i, scale in enumerate(compared.scales):
-        picked = any(entry.wins[i].scale.picked for entry in entries)
-        rates = [(place, entry.wins[i].wins) for place, entry in enumerate(entries, 1)]
-        wins.append((f"{scale.name}{' *' if picked else ''}", rates))
-    curves = [(place + 1, curve) for place, curve in compared.curves]
-    judged = [entry for entry in entries if entry.wins[0].wins.n]
-    return {
-        "title": shorten(", ".join(dict.fromkeys(entry.run for entry in entries)), 80),
-        "compared": compared,
-        "colours": {entry.label: role(place) for place, entry in enumerate(entries, 1)},
-        "best": max(judged, key=lambda entry: entry.wins[0].wins.share, default=None),
-        "wins_figure": draw_wins(wins, "wins"),
-        "figures": draw_learning(curves, compared.scales[0].name),
-    }
