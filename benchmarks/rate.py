@@ -24,7 +24,7 @@ from typing import Any
 
 from common import peak_mb, report
 from fifa.scoring.raters.endpoint import EndpointRater
-from fifa.scoring.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.raters.logits import load_reader, precision, smollm_path
 from fifa.scoring.rubric import QUALITIES, load_rubric
 
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"

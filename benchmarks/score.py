@@ -32,8 +32,8 @@ from common import peak_mb, report
 from fifa.config import Compute
 from fifa.data import read_pairs
 from fifa.data.decode import open_image
+from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.engine import score_pairs
-from fifa.scoring.rewards.load import load_reward
 from fifa.scoring.rewards.pixels import convert_crop
 
 SIDE = 512

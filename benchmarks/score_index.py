@@ -15,7 +15,7 @@ import pyarrow as pa
 from common import peak_mb, report
 from fifa.data.images import unique_images
 from fifa.data.table import PROMPTS, Origin, Pairs
-from fifa.scoring.rewards.dedup import tell_apart
+from fifa.scoring.rewards.engine import tell_apart
 
 PAIRS_A_PROMPT = 14
 IMAGES_A_PROMPT = 8

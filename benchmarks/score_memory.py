@@ -36,7 +36,7 @@ from pathlib import Path
 from fifa.data import read_pairs
 from fifa.config import Compute
 from fifa.scoring.rewards.engine import score_pairs
-from fifa.scoring.rewards.load import load_reward
+from fifa.scoring.rewards import load_reward
 model = load_reward("pickscore:" + sys.argv[1], device="cpu")
 folder, compute = Path(sys.argv[3]), Compute(batch=256)
 score_pairs(read_pairs(sys.argv[2]), model, folder=folder, compute=compute, shard=2048)

@@ -14,8 +14,8 @@ import argparse
 import numpy as np
 
 from fifa.data import read_pairs
-from fifa.scoring.agreement import agreement_by_margin
 from fifa.scoring.margin import CommitteeMargin, committee, margin_scores
+from fifa.scoring.rewards.metrics import agreement_by_margin
 
 SCORERS = {
     "PickScore": "column:pickscore_prob_0,pickscore_prob_1",

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import fifa
-from fifa.scoring.agreement import agreement
+from fifa.scoring.rewards.metrics import agreement
 
 SCORERS = {
     "PickScore": "column:pickscore_prob_0,pickscore_prob_1",

@@ -19,8 +19,8 @@ import numpy as np
 from fifa.config import Reward
 from fifa.data import read_pairs
 from fifa.data.table import Pairs
-from fifa.scoring.rewards.calibrate import Metrics, measure
-from fifa.scoring.rewards.crossfit import crossfit_folds
+from fifa.scoring.rewards.fit import crossfit_folds
+from fifa.scoring.rewards.metrics import Metrics, measure
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.local import default_ratings, harm_line, load_heads, logit_ratings
-from fifa.scoring.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.raters.logits import load_reader, precision, smollm_path
 from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
 
 Array = npt.NDArray[np.float64]

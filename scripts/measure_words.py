@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from fifa.scoring.raters.wordlist import word_flags
+from fifa.scoring.raters.local import word_flags
 
 BANDS = ((0.0, 0.1), (0.1, 0.3), (0.3, 0.5), (0.5, 1.01))
 

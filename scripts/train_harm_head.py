@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.local import nonsense_features
-from fifa.scoring.raters.models import load_reader, precision, smollm_path
+from fifa.scoring.raters.logits import load_reader, precision, smollm_path
 from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
 
 OUT = Path(__file__).parents[1] / "src/fifa/score/harm_head.json"

@@ -19,8 +19,8 @@ from fifa.evaluation.measure import (
 from fifa.evaluation.models import is_picked
 from fifa.evaluation.win_rates import comparisons
 from fifa.models.runtime import Runtime
-from fifa.scoring.rewards.features import make_image_encoder
-from fifa.scoring.rewards.load import load_reward, score
+from fifa.scoring.rewards import load_reward, score
+from fifa.scoring.rewards.image_encoders import make_image_encoder
 
 HERE = Compute(device="cpu")
 

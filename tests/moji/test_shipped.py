@@ -75,7 +75,7 @@ def test_the_judges_know_clean_renderings_and_worn_ones(judges):
 
 
 def test_the_clip_prefers_the_right_caption():
-    from fifa.scoring.rewards.load import load_reward, score
+    from fifa.scoring.rewards import load_reward, score
 
     reward = load_reward(f"clipscore:{CLIP}", device="cpu")
     images = [Image.fromarray(render(s, 0)) for s in SOME]

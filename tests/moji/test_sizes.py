@@ -59,7 +59,7 @@ def test_the_same_seed_makes_the_same_tiny_models(tiny, tmp_path):
 def test_a_tiny_clip_is_a_clip_to_the_scorers(tiny):
     from PIL import Image
 
-    from fifa.scoring.rewards.load import load_reward
+    from fifa.scoring.rewards import load_reward
 
     reward = load_reward(f"pickscore:{tiny[1]}", device="cpu")
     image = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))

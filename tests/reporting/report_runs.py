@@ -13,7 +13,7 @@ from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs, save_pairs
 from fifa.run.folder import FORMAT, STAMP
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, scored_once
 from fifa.selection.table import REASONS, selection_table, write_selection
-from fifa.shards.files import write_json, write_table
+from fifa.shards.files import write_json
 
 HOSTILE = '<script>alert("x")</script> & \u202ereversed'
 
@@ -80,11 +80,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         scored_once(scores / name, lambda _, scored=scored: scored)
     vectors = rng.normal(size=(prompts, 8)) + np.eye(8)[np.arange(prompts) % 3] * 4
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    lists = pa.FixedSizeListArray.from_arrays(vectors.astype(np.float16).reshape(-1), 8)
-    write_table(
-        scores / "embeddings-minilm-0.parquet",
-        pa.table({"prompt_id": prompt_ids, "embedding": lists}),
-    )
+    np.save(scores / "embeddings-minilm-0.npy", vectors.astype(np.float16))
 
     mean = sum(d) / max(scorers, 1)
     importance = np.abs(mean) + 0.2 * rating[prompt_index] + entropy[prompt_index]

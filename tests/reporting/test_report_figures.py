@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fifa.reporting import figures, numbers
-from fifa.scoring.agreement import agreement
+from fifa.scoring.rewards.metrics import agreement
 
 
 def margins(*shares):

@@ -16,7 +16,7 @@ from fifa.errors import FifaError
 from fifa.reporting import numbers
 from fifa.reporting.page import read_log, write_report
 from fifa.reporting.selection import load_selection
-from fifa.scoring.agreement import agreement
+from fifa.scoring.rewards.metrics import agreement
 from fifa.shards.files import take_rows
 
 MARGINS = hnp.arrays(

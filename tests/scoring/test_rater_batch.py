@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.errors import FifaError
 from fifa.scoring.quality import quality_scores
-from fifa.scoring.raters.batch import read_batch, write_batch
+from fifa.scoring.raters.endpoint import read_batch, write_batch
 
 SPEC = "openai:gpt-x@http://127.0.0.1:9/v1"  # nothing listens there: all comes from the files
 GOOD = {"clarity": 5, "specificity": 2, "harmlessness": 5, "flags": []}

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.errors import FifaError
-from fifa.scoring.quality import quality_scores
-from fifa.scoring.raters.column import column_ratings
+from fifa.scoring.quality import column_ratings, quality_scores
 from fifa.scoring.table import QUALITY
 
 numbers = st.none() | st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])

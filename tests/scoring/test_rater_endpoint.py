@@ -27,8 +27,7 @@ from fifa.data.table import PAIRS, Pairs
 from fifa.data.table import PROMPTS as PROMPTS_SCHEMA
 from fifa.errors import FifaError
 from fifa.scoring import endpoint
-from fifa.scoring.answers import Answers
-from fifa.scoring.endpoint import public_url
+from fifa.scoring.endpoint import Answers, public_url
 from fifa.scoring.quality import make_rater, quality_scores
 from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.rubric import Answer, load_rubric, parse_answer, response_format

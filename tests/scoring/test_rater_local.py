@@ -16,10 +16,8 @@ from tiny_lm import byte_tokenizer, tiny_llama
 
 from fifa.errors import FifaError
 from fifa.scoring.raters import local, logits
-from fifa.scoring.raters.gguf import load_gguf
 from fifa.scoring.raters.local import DefaultRater
-from fifa.scoring.raters.logits import LogitReader
-from fifa.scoring.raters.models import smollm_path
+from fifa.scoring.raters.logits import LogitReader, load_gguf, smollm_path
 from fifa.scoring.rubric import QUALITIES, RATINGS, load_rubric
 
 PROMPTS_HERE = ["a cat", "two dogs on a beach, oil painting", "ü 日本", "x", "A" * 300, "<s>x</s>"]

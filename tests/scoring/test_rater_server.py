@@ -11,7 +11,7 @@ import pytest
 
 from fifa.console import collect_facts
 from fifa.scoring.raters.endpoint import EndpointRater
-from fifa.scoring.raters.models import smollm_path
+from fifa.scoring.raters.logits import smollm_path
 from fifa.scoring.rubric import FLAGS, QUALITIES
 
 SERVE = """

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fifa.config import UNSAFE_FLAGS
-from fifa.scoring.raters.wordlist import add_word_flags, word_flags
+from fifa.scoring.raters.local import add_word_flags, word_flags
 
 
 @pytest.mark.parametrize(

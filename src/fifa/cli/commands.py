@@ -210,7 +210,7 @@ def batch_write(run: str, file: Path) -> None:
     """
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
-    from fifa.scoring.raters.batch import write_batch
+    from fifa.scoring.raters.endpoint import write_batch
 
     opened = open_run(run)
     rater = opened.recipe.score.quality
@@ -229,7 +229,7 @@ def batch_read(run: str, file: Path) -> None:
     """
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
-    from fifa.scoring.raters.batch import read_batch
+    from fifa.scoring.raters.endpoint import read_batch
 
     opened = open_run(run)
     rater = opened.recipe.score.quality

@@ -30,8 +30,9 @@ from fifa.evaluation.models import is_picked
 from fifa.models.runtime import make_runtime
 from fifa.scoring.margin import image_rewards
 from fifa.scoring.quality import prompt_quality
-from fifa.scoring.rewards.features import image_features, make_image_encoder
-from fifa.scoring.rewards.load import load_reward
+from fifa.scoring.rewards import load_reward
+from fifa.scoring.rewards.features import image_features
+from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import write_table
 

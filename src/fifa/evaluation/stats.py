@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BeforeValidator
 
 from fifa.errors import FifaError
-from fifa.scoring.agreement import wilson
+from fifa.scoring.rewards.metrics import wilson
 
 Floats = npt.NDArray[np.float64]
 Prompts = Sequence[Any] | npt.NDArray[Any] | None  # of each comparison; None: a prompt each

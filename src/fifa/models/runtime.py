@@ -12,7 +12,9 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
+else:
+    Tensor = Any  # a name for annotations: torch is optional
 
 DTYPES = ("float32", "bfloat16", "float16")
 

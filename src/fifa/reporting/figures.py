@@ -24,7 +24,7 @@ from fifa.evaluation.stats import WinRate
 from fifa.evaluation.win_rates import Curve
 from fifa.formatting import shorten
 from fifa.reporting.numbers import Histogram, PromptMap
-from fifa.scoring.agreement import Agreement
+from fifa.scoring.rewards.metrics import Agreement
 
 # What stands for each of the style sheet's variables while matplotlib draws
 COLOURS = {
@@ -85,8 +85,8 @@ def draw_agreement(curves: Sequence[pa.Table], cut: tuple[float, Agreement] | No
     Parameters
     ----------
     curves
-        Tables of `fifa.scoring.agreement.agreement_by_margin`; at most `SCORERS` of the others
-        are drawn.
+        Tables of `fifa.scoring.rewards.metrics.agreement_by_margin`; of the others at most
+        `SCORERS` are drawn.
     cut
         The share of the labelled pairs that was kept, and the agreement among them.
     """

@@ -12,8 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.evaluation.measure import pairwise_distance
-from fifa.scoring.agreement import Agreement, agreement, agreement_by_margin, by_margin
-from fifa.scoring.rewards.committee import committee_report, dissent, likely_mislabelled
+from fifa.scoring.rewards.metrics import (
+    Agreement,
+    agreement,
+    agreement_by_margin,
+    by_margin,
+    committee_report,
+    dissent,
+    likely_mislabelled,
+)
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -223,9 +230,9 @@ class LabelNoise:
     Parameters
     ----------
     members
-        Rows of `fifa.scoring.rewards.committee.MEMBERS`.
+        Rows of `fifa.scoring.rewards.metrics.MEMBERS`.
     dissent
-        Rows of `fifa.scoring.rewards.committee.DISSENT`.
+        Rows of `fifa.scoring.rewards.metrics.DISSENT`.
     rows
         Rows of the pairs that all members contradict, the most doubtful first.
     sampled

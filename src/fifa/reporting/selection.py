@@ -20,14 +20,13 @@ from fifa.formatting import shorten, shorten_lines
 from fifa.reporting import figures, numbers
 from fifa.reporting.examples import load_examples
 from fifa.reporting.numbers import label_noise
-from fifa.scoring.agreement import agreement, by_margin
 from fifa.scoring.margin import committee
+from fifa.scoring.rewards.metrics import agreement, by_margin
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import Scores, score_facts, score_path
 from fifa.selection.readable import UNREADABLE_FILE
 from fifa.selection.strategies import STRATEGIES
 from fifa.selection.table import SELECTION_FILE
-from fifa.shards.files import take_rows
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
 LISTED = 100  # ids of likely mislabelled pairs
@@ -235,20 +234,13 @@ def _prompt_map(
 ) -> dict[str, Any] | None:
     """The map of the prompt embeddings that the diversity step left; None if it left none."""
     total = pairs.prompts.num_rows
-    path = _embeddings(scores, recipe.score.diversity, total)
-    if path is None:
+    vectors = _embeddings(scores, recipe.score.diversity, total)
+    if vectors is None:
         return None
-
-    def vectors(rows: numbers.Ints) -> numbers.Floats:
-        column = take_rows(path, rows, ["embedding"])["embedding"].combine_chunks()
-        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        found: numbers.Floats = flat.reshape(len(rows), -1)
-        return found
-
     kept = np.unique(columns.prompt[columns.kept])
     found = numbers.prompt_map(
-        vectors(numbers.draw_rows(total, MAP_ROWS)),
-        vectors(kept[numbers.draw_rows(len(kept), MAP_ROWS)]),
+        vectors[numbers.draw_rows(total, MAP_ROWS)].astype(np.float32),
+        vectors[kept[numbers.draw_rows(len(kept), MAP_ROWS)]].astype(np.float32),
     )
     if found is None:
         return None
@@ -256,17 +248,18 @@ def _prompt_map(
     return {"numbers": found, "figure": figures.draw_map(found), "sampled": sampled}
 
 
-def _embeddings(scores: Path, spec: str, prompts: int) -> Path | None:
-    """The file of this encoder's embeddings of these prompts, if there is one."""
+def _embeddings(scores: Path, spec: str, prompts: int) -> numbers.Floats | None:
+    """This encoder's embeddings of these prompts, mapped from their file, if there is one."""
     if spec == "none" or (parsed := ENCODERS.parse(spec)).is_column:
         return None
     name = f"{parsed.name}-{Path(parsed.model).name}" if parsed.model else parsed.name
     # score_path with an empty identity gives the part of the name before the fingerprint
     start = score_path(scores, "embeddings", name).stem.rpartition("-")[0]
-    for path in sorted(scores.glob("embeddings-*.parquet")):
-        same_encoder = path.stem.rpartition("-")[0] == start
-        if same_encoder and pq.ParquetFile(path).metadata.num_rows == prompts:
-            return path
+    for path in sorted(scores.glob("embeddings-*.npy")):
+        if path.stem.rpartition("-")[0] == start:
+            vectors: numbers.Floats = np.load(path, mmap_mode="r", allow_pickle=False)
+            if len(vectors) == prompts:
+                return vectors
     return None
 
 

@@ -33,7 +33,7 @@ from fifa.models.runtime import make_runtime
 from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
-from fifa.scoring.rewards.features import make_image_encoder
+from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.shards.files import sweep, write_text
 
 KNOBS = "evaluation.yaml"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fifa.console import note
 from fifa.data.table import Pairs
@@ -19,8 +18,14 @@ from fifa.models.optional import wheel_path
 from fifa.models.runtime import DTYPES
 from fifa.models.transformer import ModelEncoder, Vectors, normalised
 from fifa.scoring.specs import ENCODERS, Spec
-from fifa.scoring.table import score_path, source_columns
-from fifa.shards.files import column_digest, write_table
+from fifa.scoring.table import (
+    array_once,
+    features_table,
+    score_path,
+    source_columns,
+    table_features,
+)
+from fifa.shards.files import column_digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
@@ -87,7 +92,7 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
     """The vectors of ``pairs.prompts``, float32 [prompts, d], L2-normalised.
 
     They pass through float16, in which they are kept in ``folder`` as
-    ``embeddings-<encoder>-<fingerprint>.parquet`` (2 bytes a number): embedded once, read by
+    ``embeddings-<encoder>-<fingerprint>.npy`` (2 bytes a number): embedded once, read by
     every step that asks for the same encoder. An interrupted embedding goes on where it was.
 
     Parameters
@@ -108,26 +113,24 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
 
 def embed_prompts(prompts: pa.Table, encoder: Encoder, folder: Path | None = None) -> Vectors:
     """`prompt_embeddings` of a table of `fifa.data.table.PROMPTS`."""
-    path = embeddings_path(prompts, encoder, folder)
-    if path is not None and path.exists():
-        return _read(path)
-    if prompts.num_rows == 0:
+    n = prompts.num_rows
+    if n == 0:
         return np.empty((0, 1), np.float32)
 
     def embed(start: int) -> pa.Table:
-        part = prompts.slice(start, SHARD)
-        return _table(part, encoder.embed(part["prompt"].to_pylist()))
+        vectors = encoder.embed(prompts["prompt"].slice(start, SHARD).to_pylist())
+        return features_table(vectors.astype(np.float16))
 
-    # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
-    ledger, n = Ledger.beside(path), prompts.num_rows
-    shards = [Shard(f"from-{i}", min(SHARD, n - i), i) for i in range(0, n, SHARD)]
-    table = map_shards(f"embedding prompts ({encoder.name})", embed, shards, ledger)
-    note(prompts_embedded=n)
-    if path is not None:
-        _write(path, table)
-    ledger.forget()
-    column = table["embedding"]
-    return _vectors(column.chunks, len(column), column.type.list_size)
+    def make(ledger: Ledger) -> Iterator[np.ndarray]:
+        # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
+        shards = [Shard(f"from-{i}", min(SHARD, n - i), i) for i in range(0, n, SHARD)]
+        yield table_features(
+            map_shards(f"embedding prompts ({encoder.name})", embed, shards, ledger)
+        )
+        note(prompts_embedded=n)
+
+    half = array_once(embeddings_path(prompts, encoder, folder), make, n)
+    return normalised(half.astype(np.float32))
 
 
 def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Path) -> None:
@@ -142,9 +145,9 @@ def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Pa
     folder
         Where scores are kept.
     """
-    path = embeddings_path(pairs.prompts, encoder, folder)
-    if path is not None and not path.exists() and len(vectors):
-        _write(path, _table(pairs.prompts, vectors))
+    if len(vectors):
+        path = embeddings_path(pairs.prompts, encoder, folder)
+        array_once(path, lambda ledger: [vectors.astype(np.float16)], len(vectors))
 
 
 def prompts_identity(prompts: pa.Table) -> tuple[str, str]:
@@ -155,7 +158,8 @@ def prompts_identity(prompts: pa.Table) -> tuple[str, str]:
 def embeddings_path(prompts: pa.Table, encoder: Encoder, folder: Path | None) -> Path | None:
     """Where `prompt_embeddings` keeps the vectors; None without a folder."""
     identity = (encoder.identity, *prompts_identity(prompts))
-    return folder and score_path(folder, "embeddings", encoder.name, *identity)
+    path = folder and score_path(folder, "embeddings", encoder.name, *identity)
+    return path and path.with_suffix(".npy")
 
 
 def column_embeddings(pairs: Pairs, name: str) -> Vectors:
@@ -184,34 +188,4 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
     if not width or not np.isfinite(flat).all():
         raise FifaError("the vectors are not all finite and of one length", where=f"column {name}")
     vectors: Vectors = flat.reshape(-1, width)
-    return normalised(vectors)
-
-
-def _table(prompts: pa.Table, vectors: Vectors) -> pa.Table:
-    flat = pa.array(vectors.astype(np.float16).reshape(-1), pa.float16())
-    lists = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    return pa.table({"prompt_id": prompts["prompt_id"].combine_chunks(), "embedding": lists})
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    # zstd saves 8 % of such numbers and takes four times as long to read
-    write_table(path, table, use_dictionary=False, compression="none")
-
-
-def _read(path: Path) -> Vectors:
-    # A thousand rows at a time: a whole column's levels and numbers are fresh memory, which costs
-    # four times as much as decoding them.
-    with pq.ParquetFile(path) as file:
-        width = file.schema_arrow.field("embedding").type.list_size
-        batches = file.iter_batches(1024, columns=["embedding"])
-        return _vectors((b["embedding"] for b in batches), file.metadata.num_rows, width)
-
-
-def _vectors(lists: Iterable[pa.FixedSizeListArray], rows: int, width: int) -> Vectors:
-    vectors = np.empty((rows, width), np.float32)
-    start = 0
-    for part in lists:
-        flat = part.flatten().to_numpy(zero_copy_only=False)
-        vectors[start : start + len(part)] = flat.reshape(-1, width)
-        start += len(part)
     return normalised(vectors)

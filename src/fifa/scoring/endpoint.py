@@ -8,12 +8,14 @@ moment it arrives.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,14 +28,65 @@ from fifa.config import Compute
 from fifa.console import echo, note, progress
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.scoring.answers import Answers
 from fifa.scoring.specs import Spec
 
+ANSWERS = "ratings.sqlite"
 OPENAI = "https://api.openai.com/v1"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 DEAD = 3  # failures in a row, before any answer, after which the endpoint counts as down
 REFUSALS = {401: "refuses the key", 403: "refuses the key", 404: "does not know the model"}
 RETRY_TEMPERATURE = 0.7  # of later attempts, which need some chance of a better answer
+
+
+class Answers:
+    """What was asked and answered, as JSON.
+
+    Parameters
+    ----------
+    folder
+        Where ``ratings.sqlite`` is kept; None keeps answers in memory.
+
+    Raises `FifaError`, here and in `put`, where the file is damaged or there is no room for it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = folder / ANSWERS if folder else None
+        with self._failing("cannot open the cache of ratings", "delete the file if it is damaged"):
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            # One thread at a time uses it, but not always the one that opened it (a notebook).
+            self.base = sqlite3.connect(
+                self.path or ":memory:", isolation_level=None, timeout=60, check_same_thread=False
+            )
+            # WAL: a kill loses at most the answer being written, and readers never wait.
+            self.base.execute("PRAGMA journal_mode = WAL")
+            self.base.execute("PRAGMA synchronous = NORMAL")
+            self.base.execute(
+                "CREATE TABLE IF NOT EXISTS answers"
+                " (key TEXT PRIMARY KEY, model TEXT, answer TEXT) WITHOUT ROWID"
+            )
+
+    def get(self, keys: Sequence[str]) -> dict[str, str]:
+        """The answers known for ``keys``."""
+        query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
+        return dict(self.base.execute(query, [json.dumps(list(keys))]).fetchall())
+
+    def put(self, key: str, model: str, answer: str) -> None:
+        """Keep an answer."""
+        with self._failing("cannot keep a rating", "free space; what was answered before is kept"):
+            row = (key, model, answer)
+            self.base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.base.close()
+
+    @contextmanager
+    def _failing(self, what: str, do: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise FifaError(f"{what}: {error}", where=str(self.path), do=do) from error
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,14 @@ from fifa.console import echo, note
 from fifa.data.images import Images, has_pixels
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.scoring.encoders import keep_embeddings
+from fifa.scoring.rewards import load_reward
+from fifa.scoring.rewards.engine import Engine
+from fifa.scoring.rewards.fit import crossfit_rewards
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.scoring.table import MARGIN, NUMERIC, score_path, scored_once, source_columns
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
-
-if TYPE_CHECKING:
-    from fifa.scoring.rewards.engine import Engine
 
 Numbers = npt.NDArray[np.float32]
 
@@ -111,22 +112,11 @@ def margin_scores(
         )
     compute = compute or Compute()
     if parsed.trained_here:
-        from fifa.scoring.rewards.crossfit import crossfit_rewards
-
         train = Reward(read=Read(allow_download=allow_download), device=compute.device)
         if image := parsed.at:
             text = image if image.startswith("clip:") else train.text
             train = replace(train, image=image, text=text)
         return crossfit_rewards(pairs, folder=folder, options=train)
-    return _model_rewards(pairs, spec, folder, compute, allow_download)
-
-
-def _model_rewards(
-    pairs: Pairs, spec: str, folder: Path | None, compute: Compute, allow_download: bool
-) -> pa.Table:
-    """The rewards of a model that looks at images."""
-    from fifa.scoring.encoders import keep_embeddings
-
     with _engine(spec, folder, compute, allow_download) as engine:
         table = engine.score_pairs(pairs)
         encoder = getattr(engine.model, "encoder", None)
@@ -157,10 +147,7 @@ def image_rewards(
 def _engine(
     spec: str, folder: Path | None, compute: Compute, allow_download: bool = False
 ) -> Iterator[Engine]:
-    """The engine of a reward model, run as ``compute`` says."""
-    from fifa.scoring.rewards.engine import Engine
-    from fifa.scoring.rewards.load import load_reward
-
+    """The engine of a reward model, run as ``compute`` says: here, by N processes or on Ray."""
     load = partial(
         load_reward,
         spec,
@@ -169,52 +156,47 @@ def _engine(
         compile=compute.compile,
         channels_last=compute.channels_last,
     )
-    executor = make_executor(compute)
+    name, _, processes = compute.executor.partition(":")
+    if name == "local":
+        executor: Executor = LocalPool(int(processes or 0))
+    else:
+        from fifa.shards.ray import RayPool
+
+        address = compute.executor if processes else None
+        executor = RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
     try:
         yield Engine(load(), folder, compute, executor, load, allow_download=allow_download)
     finally:
         executor.close()
 
 
-def make_executor(compute: Compute) -> Executor:
-    """Who runs the shards: this process, N processes, or actors on a Ray cluster."""
-    name, _, processes = compute.executor.partition(":")
-    if name == "local":
-        return LocalPool(int(processes or 0))
-    from fifa.shards.ray import RayPool
-
-    address = compute.executor if processes else None
-    return RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
-
-
 def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
-    first, second, forced = _columns(pairs, spec)
-    source_0, source_1 = _numbers(pairs, first), _numbers(pairs, second)
-    reading = forced or ("logodds" if _are_probabilities(source_0, source_1) else "raw")
-    if reading == "logodds":
-        for source in (source_0, source_1):
-            wrong = source[np.isfinite(source) & ((source < 0) | (source > 1))]
-            if len(wrong):
-                raise FifaError(
-                    f"not probabilities: there is a {wrong[0]:g}",
-                    where=spec.text,
-                    do="column:raw:NAME_0,NAME_1",
-                )
-    content = xxhash.xxh3_128(source_0.tobytes())
-    content.update(source_1.tobytes())
+    """The rewards that two columns of the source hold."""
+    forced, sources = _columns(pairs, spec)
+    reading = forced or ("logodds" if _are_probabilities(*sources) else "raw")
+    outside = [s[np.isfinite(s) & ((s < 0) | (s > 1))] for s in sources]
+    if reading == "logodds" and (wrong := np.concatenate(outside)).size:
+        raise FifaError(
+            f"not probabilities: there is a {wrong[0]:g}",
+            where=spec.text,
+            do="column:raw:NAME_0,NAME_1",
+        )
+    content = xxhash.xxh3_128(sources[0].tobytes())
+    content.update(sources[1].tobytes())
     identity = (reading, pairs.pairs_digest, content.hexdigest())
     path = folder and score_path(folder, "margin", spec.text, *identity)
 
     def make(ledger: Ledger) -> pa.Table:
-        rewards = [_reward(source, reading) for source in (source_0, source_1)]
+        with np.errstate(over="ignore"):
+            # r = log p, so that r_0 - r_1 = log(p_0 / p_1); NaN and infinity pass through
+            logs = (np.log(np.maximum(s, SMALLEST)) if reading == "logodds" else s for s in sources)
+            rewards = [source.astype(np.float32) for source in logs]
         lost = int((~np.isfinite(rewards[0]) | ~np.isfinite(rewards[1])).sum())
         meaning = "log-odds of probabilities" if reading == "logodds" else "rewards as they stand"
         echo(f"margin {spec.text}: {meaning}" + (f"; {lost:,} pairs not finite" if lost else ""))
         note(margin_pairs=len(pairs), margin_not_finite=lost)
-        return pa.table(
-            [pairs.table["pair_id"].combine_chunks(), *(pa.array(r) for r in rewards)],
-            schema=MARGIN,
-        )
+        ids = pairs.table["pair_id"].combine_chunks()
+        return pa.table([ids, *(pa.array(r) for r in rewards)], schema=MARGIN)
 
     return scored_once(path, make, {"scorer": spec.text, "reading": reading})
 
@@ -284,9 +266,8 @@ def _spread(reward_0: Numbers, reward_1: Numbers) -> float:
     with np.errstate(invalid="ignore", over="ignore"):
         for part in _parts(len(reward_0)):
             d = np.subtract(reward_0[part], reward_1[part], dtype=np.float32)
-            squares = float(
-                np.sum(d * d)
-            )  # pairwise, so float32 is enough and threads play no part
+            # pairwise, so float32 is enough and threads play no part
+            squares = float(np.sum(d * d))
             if not np.isfinite(squares):
                 d = d[np.isfinite(d)]
                 squares = float(np.sum(np.square(d, dtype=np.float64)))
@@ -299,12 +280,13 @@ def _parts(n: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
-def _columns(pairs: Pairs, spec: Spec) -> tuple[str, str, str | None]:
-    """The two columns that ``spec`` names and the reading it forces."""
+def _columns(pairs: Pairs, spec: Spec) -> tuple[str, list[npt.NDArray[np.float64]]]:
+    """The reading that ``spec`` forces ("" for none) and its two columns, null as NaN."""
     known = source_columns(pairs, *NUMERIC, pa.types.is_boolean)
     here = f"score columns here: {', '.join(known) or 'none'}"
     forced, _, named = spec.model.partition(":")
-    reading, named = (forced, named) if forced in READINGS else (None, spec.model)
+    if forced not in READINGS:
+        forced, named = "", spec.model
     columns = named.split(",")
     if len(columns) != 2:
         raise FifaError(
@@ -314,13 +296,8 @@ def _columns(pairs: Pairs, spec: Spec) -> tuple[str, str, str | None]:
     for column in columns:
         if column not in known:
             raise FifaError(f"the source has no score column {column!r}", where=spec.text, do=here)
-    return columns[0], columns[1], reading
-
-
-def _numbers(pairs: Pairs, column: str) -> npt.NDArray[np.float64]:
-    """A column as float64 [pairs], null as NaN."""
-    values = pairs.table[column].cast(pa.float64()).to_numpy()
-    return np.ascontiguousarray(values, np.float64)
+    values = (pairs.table[column].cast(pa.float64()).to_numpy() for column in columns)
+    return forced, [np.ascontiguousarray(column, np.float64) for column in values]
 
 
 def _are_probabilities(p_0: npt.NDArray[np.float64], p_1: npt.NDArray[np.float64]) -> bool:
@@ -328,11 +305,3 @@ def _are_probabilities(p_0: npt.NDArray[np.float64], p_1: npt.NDArray[np.float64
     p_0, p_1 = p_0[finite], p_1[finite]
     within = (p_0 >= 0) & (p_0 <= 1) & (p_1 >= 0) & (p_1 <= 1) & (np.abs(p_0 + p_1 - 1) <= 1e-3)
     return bool(len(p_0) and within.all())
-
-
-def _reward(source: npt.NDArray[np.float64], reading: str) -> Numbers:
-    with np.errstate(over="ignore"):
-        if reading == "raw":
-            return source.astype(np.float32)
-        # r = log p, so that r_0 - r_1 = log(p_0 / p_1); NaN and infinity pass through
-        return np.log(np.maximum(source, SMALLEST)).astype(np.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,19 +13,34 @@ import pyarrow.parquet as pq
 from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.models.transformer import Vectors
 from fifa.scoring.encoders import embed_prompts, make_encoder, prompts_identity
-from fifa.scoring.raters import Rater
-from fifa.scoring.raters.column import column_ratings
 from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
 from fifa.scoring.specs import RATERS
-from fifa.scoring.table import QUALITY, score_path, scored_once
+from fifa.scoring.table import NUMERIC, QUALITY, score_path, scored_once, source_columns
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
+
+
+class Rater(Protocol):
+    """Anything that grades prompts."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people and file names."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """JSON that changes whenever the ratings could: part of every fingerprint."""
+
+    def rate(self, prompts: Sequence[str]) -> pa.Table:
+        """`RATINGS`, row by row with ``prompts``."""
 
 
 def make_rater(
@@ -89,6 +106,35 @@ def quality_scores(
     return prompt_quality(pairs.prompts, spec, folder=folder, in_flight=in_flight)
 
 
+def column_ratings(pairs: Pairs, name: str) -> pa.Table:
+    """`QUALITY` from a numeric column of ``pairs.table``, on that column's own scale.
+
+    A prompt's rating is the mean over those of its pairs that have a finite number; a prompt
+    without any has NaN and null flags, the others have no flags.
+
+    Raises `FifaError` for a column that is missing or not numeric.
+    """
+    table = pairs.table
+    numeric = source_columns(pairs, *NUMERIC)
+    if name not in numeric:
+        raise FifaError(
+            f"the pairs have no numeric column {name!r} to rate prompts by",
+            do=f"one of: {', '.join(numeric) or 'none here, choose another rater'}",
+        )
+    values = table[name].cast(pa.float64(), safe=False).to_numpy()
+    rows = table["prompt_index"].to_numpy()
+    finite = np.isfinite(values)
+    n = pairs.prompts.num_rows
+    count = np.bincount(rows[finite], minlength=n)
+    # q_c = mean of the column over the pairs of prompt c
+    total = np.bincount(rows[finite], weights=values[finite], minlength=n)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rating = (total / count).astype(np.float32)
+    flags = pa.array(["" if some else None for some in count], pa.string())
+    ids = pairs.prompts["prompt_id"].combine_chunks()
+    return pa.table([ids, pa.array(rating), flags], schema=QUALITY)
+
+
 def prompt_quality(
     prompts: pa.Table, spec: str, *, folder: Path | None, in_flight: int
 ) -> pa.Table:
@@ -107,31 +153,26 @@ def prompt_quality(
 
 def _rated(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
     prompts: list[str] = table["prompt"].to_pylist()
+    vectors: Vectors | None = None
+    if prompts and isinstance(rater, DefaultRater):
+        # Of the same encoder as the diversity step's default: embedded once for both.
+        vectors = embed_prompts(table, make_encoder("minilm"), folder)
+
+    def rate(part: slice) -> pa.Table:
+        if isinstance(rater, DefaultRater) and vectors is not None:
+            return rater.rate(prompts[part], vectors[part])
+        return rater.rate(prompts[part])
+
     if not prompts:
         ratings = RATINGS.empty_table()
     elif isinstance(rater, EndpointRater):
         ratings = rater.rate(prompts)
-    else:
-        ratings = _rated_here(table, rater, folder, ledger)
+    else:  # a shard's batches are its own, so resuming changes no byte
+        parts = [slice(i, min(i + SHARD, len(prompts))) for i in range(0, len(prompts), SHARD)]
+        shards = [
+            Shard(digest(rater.identity, prompts[part]), part.stop - part.start, part)
+            for part in parts
+        ]
+        ratings = map_shards(f"rating prompts ({rater.name})", rate, shards, ledger)
     ids = table["prompt_id"].combine_chunks()
     return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
-
-
-def _rated_here(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
-    """Shard by shard: a shard's batches are its own, so resuming changes no byte."""
-    prompts: list[str] = table["prompt"].to_pylist()
-    vectors = None
-    if isinstance(rater, DefaultRater):
-        # Of the same encoder as the diversity step's default: embedded once for both.
-        vectors = embed_prompts(table, make_encoder("minilm"), folder)
-
-    def rate(shard: slice) -> pa.Table:
-        if isinstance(rater, DefaultRater) and vectors is not None:
-            return rater.rate(prompts[shard], vectors[shard])
-        return rater.rate(prompts[shard])
-
-    parts = [slice(i, i + SHARD) for i in range(0, len(prompts), SHARD)]
-    shards = [
-        Shard(digest(rater.identity, prompts[part]), len(prompts[part]), part) for part in parts
-    ]
-    return map_shards(f"rating prompts ({rater.name})", rate, shards, ledger)

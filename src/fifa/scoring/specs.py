@@ -144,6 +144,7 @@ class Registry:
 
 
 _CLIP, _HPS = "rewards.clip:ClipReward", "rewards.hps:HPSReward"
+_AESTHETIC = "rewards.clip:AestheticReward"
 _COSINE = "cos(prompt, image)"
 _TORCHMETRICS = f"max(100 * {_COSINE}, 0), as in torchmetrics"
 _HESSEL = "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021"
@@ -162,12 +163,7 @@ REWARDS = Registry(
     Entry("imagereward", "rewards.imagereward:ImageReward", "THUDM/ImageReward", _STANDARD),
     Entry("clipscore", _CLIP, "openai/clip-vit-large-patch14", _TORCHMETRICS, family="clip"),
     Entry("clipscore-b32", _CLIP, "openai/clip-vit-base-patch32", _HESSEL, family="clip"),
-    Entry(
-        "aesthetic",
-        "rewards.aesthetic:AestheticReward",
-        "trl-lib/ddpo-aesthetic-predictor",
-        _POINTS,
-    ),
+    Entry("aesthetic", _AESTHETIC, "trl-lib/ddpo-aesthetic-predictor", _POINTS),
     Entry("proxy", takes=""),
     Entry("proxy", takes="@ENCODER"),
     Entry("proxy", "rewards.proxy:load_proxy", scale=_LOGODDS, takes=":FOLDER"),
@@ -187,7 +183,7 @@ ENCODERS = Registry(
 )
 IMAGE_ENCODERS = Registry(
     "image encoder",
-    Entry("efficientnet-lite0", "rewards.efficientnet:make_efficientnet", takes="[:SIDE]"),
-    Entry("clip", "rewards.features:ClipImages", takes=":MODEL"),
-    Entry("image", "rewards.features:VisionModel", takes=":MODEL"),
+    Entry("efficientnet-lite0", "rewards.image_encoders:make_efficientnet", takes="[:SIDE]"),
+    Entry("clip", "rewards.image_encoders:ClipImages", takes=":MODEL"),
+    Entry("image", "rewards.image_encoders:VisionModel", takes=":MODEL"),
 )

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fifa.config import Score
 from fifa.data.table import PAIRS, Pairs
-from fifa.shards.files import digest, write_table
+from fifa.shards.files import atomic_path, digest, write_table
 from fifa.shards.ledger import Ledger
 
 NUMERIC = (pa.types.is_floating, pa.types.is_integer)
@@ -110,3 +112,54 @@ def score_files(scores: Scores) -> dict[str, Any]:
         "quality": name(scores.quality),
         "diversity": name(scores.diversity),
     }
+
+
+def array_once(
+    path: Path | None,
+    make: Callable[[Ledger], Iterable[npt.NDArray[Any]]],
+    rows: int,
+    store: str | None = None,
+) -> npt.NDArray[Any]:
+    """The array in the file ``path`` (``.npy``), or what ``make(ledger)`` gives written there.
+
+    The parts that ``make`` gives stand one below the other, ``rows`` in all; one at a time is in
+    memory. The array is mapped, not loaded, so that memory stays flat; ``path`` None keeps
+    nothing. The ledger is that of `scored_once`.
+    """
+    ledger = Ledger.beside(path, store)
+    if path is None:
+        return np.concatenate(list(make(ledger)))
+    if not path.exists():
+        _write_array(path, rows, iter(make(ledger)))
+    ledger.forget()
+    mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+def features_table(features: np.ndarray) -> pa.Table:
+    """Features ``[n, ...]`` as a table with a row each; `table_features` gives them back."""
+    rows = np.ascontiguousarray(features).reshape(len(features), -1)
+    cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    form = {"fifa.features": json.dumps([features.dtype.str, features.shape[1:]])}
+    return pa.table({"features": cells}).replace_schema_metadata(form)
+
+
+def table_features(table: pa.Table) -> np.ndarray:
+    """What `features_table` was given."""
+    dtype, shape = json.loads(table.schema.metadata[b"fifa.features"])
+    flat = table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(flat, np.dtype(dtype)).reshape(table.num_rows, *shape)
+
+
+def _write_array(path: Path, n: int, parts: Iterator[np.ndarray]) -> None:
+    """Write arrays one below the other as an ``.npy`` file of n rows, one in memory at a time.
+
+    Not through a memory map: where the disk is full that ends in a signal, not in an error.
+    """
+    first = np.ascontiguousarray(next(parts))
+    header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (n, *first.shape[1:])}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(first.tobytes())
+        for part in parts:
+            file.write(part.tobytes())

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny_models import head_state, images, write_clip
 
 from fifa.errors import FifaError
-from fifa.scoring.rewards.load import load_reward, score
+from fifa.scoring.rewards import load_reward, score
 from fifa.scoring.rewards.pixels import crop_convert, standardise
 
 

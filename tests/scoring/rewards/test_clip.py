@@ -10,8 +10,8 @@ from fifa.data import read_pairs
 from fifa.errors import FifaError
 from fifa.models.transformer import ModelEncoder
 from fifa.scoring.encoders import keep_embeddings, make_encoder, prompt_embeddings
+from fifa.scoring.rewards import load_reward, score
 from fifa.scoring.rewards.clip import clean
-from fifa.scoring.rewards.load import load_reward, score
 
 
 @pytest.fixture(scope="module")

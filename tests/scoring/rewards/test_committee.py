@@ -1,10 +1,11 @@
 import itertools
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from fifa.scoring.rewards import committee
-from fifa.scoring.rewards.calibrate import measure
+from fifa.scoring.rewards import metrics
+from fifa.scoring.rewards.metrics import measure
 
 
 def drawn(n=400, members=3, seed=0):
@@ -22,11 +23,11 @@ def drawn(n=400, members=3, seed=0):
 def test_each_member_is_measured_against_the_people():
     rewards, label, prompt = drawn()
     rewards["member 1"][0][5] = np.nan
-    report = committee.committee_report(rewards, label, prompt).to_pylist()
+    report = metrics.committee_report(rewards, label, prompt).to_pylist()
     assert [row["scorer"] for row in report] == list(rewards)
     for row, (first, _) in zip(report, rewards.values(), strict=True):
         alone = measure(first / row["temperature"], label, prompt)
-        assert {name: row[name] for name in alone.as_dict()} == alone.as_dict()
+        assert {name: row[name] for name in asdict(alone)} == asdict(alone)
     assert [row["pairs"] for row in report] == [400, 399, 400]
     # a scale of its own is no fault
     assert max(row["ece"] for row in report) < 0.08
@@ -35,7 +36,7 @@ def test_each_member_is_measured_against_the_people():
 
 def test_dissent_is_counted_as_by_hand():
     rewards, label, _ = drawn()
-    table = committee.dissent(rewards, label).to_pydict()
+    table = metrics.dissent(rewards, label).to_pydict()
     signs = [np.sign(first - second) for first, second in rewards.values()]
     counts, wrong, n = [0, 0, 0, 0], [0, 0, 0], 0
     for i, y in enumerate(label):
@@ -57,7 +58,7 @@ def test_dissent_is_counted_as_by_hand():
 
 def test_pairs_that_all_contradict_are_the_mislabelled_ones():
     rewards, label, _ = drawn()
-    table = committee.likely_mislabelled(rewards, label).to_pydict()
+    table = metrics.likely_mislabelled(rewards, label).to_pydict()
     signs = np.array([np.sign(first - second) for first, second in rewards.values()])
     person = np.sign(label - 0.5)
     expected = {i for i in range(len(label)) if person[i] and (signs[:, i] == -person[i]).all()}
@@ -75,7 +76,7 @@ def test_most_of_the_likely_mislabelled_are():
     flipped = draw.random(2000) < 0.05
     label = (np.where(flipped, -truth, truth) > 0).astype(float)
     rewards = {str(m): (truth + draw.normal(0, 0.7, 2000), np.zeros(2000)) for m in range(3)}
-    rows = committee.likely_mislabelled(rewards, label)["row"].to_numpy()
+    rows = metrics.likely_mislabelled(rewards, label)["row"].to_numpy()
     assert flipped[rows].mean() > 0.7
     assert flipped[rows[:40]].all()
 
@@ -83,13 +84,13 @@ def test_most_of_the_likely_mislabelled_are():
 def test_what_cannot_be_judged_is_left_out():
     rewards = {"a": (np.array([1, np.nan, 0, 1, 1.0]), np.zeros(5))}
     label = np.array([0, 0, 0, 0.5, 1.0])
-    assert committee.dissent(rewards, label)["pairs"].to_pylist() == [1, 1]
-    assert committee.likely_mislabelled(rewards, label)["row"].to_pylist() == [0]
+    assert metrics.dissent(rewards, label)["pairs"].to_pylist() == [1, 1]
+    assert metrics.likely_mislabelled(rewards, label)["row"].to_pylist() == [0]
 
 
 def test_no_pairs_and_no_members_give_empty_tables():
     none = np.empty(0)
-    assert committee.likely_mislabelled({"a": (none, none)}, none).num_rows == 0
-    assert committee.likely_mislabelled({}, np.ones(3)).num_rows == 0
-    assert committee.dissent({"a": (none, none)}, none)["pairs"].to_pylist() == [0, 0]
-    assert committee.committee_report({}, np.ones(3), np.arange(3)).num_rows == 0
+    assert metrics.likely_mislabelled({"a": (none, none)}, none).num_rows == 0
+    assert metrics.likely_mislabelled({}, np.ones(3)).num_rows == 0
+    assert metrics.dissent({"a": (none, none)}, none)["pairs"].to_pylist() == [0, 0]
+    assert metrics.committee_report({}, np.ones(3), np.arange(3)).num_rows == 0

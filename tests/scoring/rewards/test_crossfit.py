@@ -8,10 +8,10 @@ from tiny_models import write_clip
 from fifa.config import Reward
 from fifa.data import read_pairs
 from fifa.models.optional import wheel_path
-from fifa.scoring.rewards import crossfit
-from fifa.scoring.rewards.calibrate import measure
-from fifa.scoring.rewards.crossfit import crossfit_folds, crossfit_rewards
-from fifa.scoring.rewards.efficientnet import WEIGHTS
+from fifa.scoring.rewards import fit
+from fifa.scoring.rewards.fit import crossfit_folds, crossfit_rewards
+from fifa.scoring.rewards.image_encoders import WEIGHTS
+from fifa.scoring.rewards.metrics import measure
 from fifa.scoring.table import MARGIN
 
 
@@ -55,15 +55,15 @@ def test_no_pair_is_scored_by_a_model_that_saw_its_label(feedback):
 def test_a_killed_run_goes_on_with_the_fold_it_was_at(feedback, tmp_path, monkeypatch):
     pairs, options = feedback
     whole = crossfit_rewards(pairs, folds=5, folder=tmp_path / "whole", options=options)
-    fit, calls = crossfit.fit_head, []
+    real, calls = fit.fit_head, []
 
     def dies(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return fit(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(crossfit, "fit_head", dies)
+    monkeypatch.setattr(fit, "fit_head", dies)
     with pytest.raises(KeyboardInterrupt):
         crossfit_rewards(pairs, folds=5, folder=tmp_path / "killed", options=options)
     resumed = crossfit_rewards(pairs, folds=5, folder=tmp_path / "killed", options=options)

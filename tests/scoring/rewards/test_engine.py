@@ -25,8 +25,7 @@ from fifa.scoring.rewards.engine import (
     score_pairs,
     unreadable_path,
 )
-from fifa.scoring.rewards.worker import features_table, table_features
-from fifa.scoring.table import MARGIN
+from fifa.scoring.table import MARGIN, features_table, table_features
 from fifa.shards import files as atomic
 
 SMALL = {"compute": Compute(batch=4, workers=2), "shard": 7}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fifa.data.images import unique_images
 from fifa.data.table import PROMPTS, Pairs
-from fifa.scoring.rewards.dedup import tell_apart
+from fifa.scoring.rewards.engine import tell_apart
 
 ROWS = st.lists(st.tuples(*[st.sampled_from("abcdef")] * 2, st.integers(0, 3)), max_size=25)
 

@@ -10,12 +10,10 @@ from tiny_models import write_clip
 
 from fifa.config import Reward
 from fifa.errors import FifaError
-from fifa.scoring.rewards import finetune
-from fifa.scoring.rewards.crossfit import crossfit_rewards
+from fifa.scoring.rewards import finetune, load_reward
 from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.finetune import preference_loss, schedule
-from fifa.scoring.rewards.fit import train_reward
-from fifa.scoring.rewards.load import load_reward
+from fifa.scoring.rewards.fit import crossfit_rewards, train_reward
 
 SHORT = Reward(
     lr=3e-3, weight_decay=0.0, warmup=2, steps=8, batch=12, held_out=0.25, evaluate_every=4

@@ -13,8 +13,9 @@ from fifa.errors import FifaError
 from fifa.models.runtime import Runtime
 from fifa.scoring.rewards import fit
 from fifa.scoring.rewards.engine import score_pairs
-from fifa.scoring.rewards.features import frozen_features, make_image_encoder
+from fifa.scoring.rewards.features import frozen_features
 from fifa.scoring.rewards.fit import comparisons, fit_head, train_reward
+from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.rewards.proxy import load_proxy
 
 
@@ -28,8 +29,7 @@ def feedback(tmp_path_factory):
 
 
 def features_of(pairs, options, folder=None):
-    encoder = make_image_encoder(options.image, Runtime())
-    return frozen_features(pairs, encoder, options.text, folder=folder)
+    return frozen_features(pairs, options, folder)[0]
 
 
 def test_a_head_learns_the_taste_and_says_how_well(feedback, tmp_path):

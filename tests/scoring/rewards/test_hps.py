@@ -10,9 +10,9 @@ from tiny_models import PROMPTS, images, open_clip_state, write_clip_tokenizer
 from transformers import CLIPTokenizer
 
 from fifa.errors import FifaError
+from fifa.scoring.rewards import load_reward, score
 from fifa.scoring.rewards.clip import clean
 from fifa.scoring.rewards.hps import convert_open_clip
-from fifa.scoring.rewards.load import load_reward, score
 from fifa.scoring.rewards.pixels import pad, standardise
 
 

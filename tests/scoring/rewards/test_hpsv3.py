@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from fifa.data.decode import BadImage
 from fifa.errors import FifaError
-from fifa.scoring.rewards.load import load_reward, score
+from fifa.scoring.rewards import load_reward, score
 
 RUBRIC = (
     "\nHow good is this image?\nTextual prompt - {text_prompt}\n\n\n\nMark: <|Reward|>\n\nEND\n"

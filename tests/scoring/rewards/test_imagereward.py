@@ -7,7 +7,7 @@ from tiny_models import PROMPTS, blip_state, images, write_bert_vocabulary
 from transformers import BertTokenizer
 
 from fifa.errors import FifaError
-from fifa.scoring.rewards.load import load_reward, score
+from fifa.scoring.rewards import load_reward, score
 from fifa.scoring.rewards.pixels import crop_convert, standardise
 
 

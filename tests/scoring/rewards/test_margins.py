@@ -14,8 +14,8 @@ from fifa.config import Read, Recipe, Score, Select
 from fifa.errors import FifaError
 from fifa.models.transformer import ModelEncoder
 from fifa.run.steps import filter_pairs
-from fifa.scoring.rewards.load import load_reward
-from fifa.scoring.rewards.load import score as score_in_memory
+from fifa.scoring.rewards import load_reward
+from fifa.scoring.rewards import score as score_in_memory
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fifa.errors import FifaError
-from fifa.scoring.rewards.split import prompt_folds
+from fifa.scoring.rewards.head import prompt_folds
 
 
 def ids(n):

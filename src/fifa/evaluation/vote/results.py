@@ -20,7 +20,7 @@ from fifa.evaluation.stats import WinRate, alpha, by_category, win_rate
 from fifa.evaluation.vote.comparisons import CHECK, COMPARE, REPEAT, Comparison
 from fifa.evaluation.vote.store import FILE, Vote, VoteStore
 from fifa.formatting import number, percent, shorten
-from fifa.scoring.agreement import wilson
+from fifa.scoring.rewards.metrics import wilson
 
 PASS = 0.75  # the share of attention checks that a voter has to pass to be counted
 

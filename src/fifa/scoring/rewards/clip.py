@@ -1,4 +1,4 @@
-"""The CLIP family: two towers and a cosine. PickScore, CLIPScore, and the image half of others."""
+"""The CLIP family: two towers and a cosine (PickScore, CLIPScore), or a head on the image tower."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
-from fifa.models.hub import model_digest
+from fifa.models.hub import model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime
+from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import ModelEncoder, load_model
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.rewards.base import PublishedReward
+from fifa.scoring.rewards import PublishedReward
 from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
-from fifa.shards.files import read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fifa.scoring.specs import Spec
+from fifa.scoring.rewards.weights import find_weights, linear_head, read_weights
+from fifa.scoring.specs import Spec
+from fifa.shards.files import files_digest, read_json
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,15 @@ FORMULAS = {
     "hpsv2": ClipFormula(1.0, clean=True, preprocessing="pad"),
     "hpsv2.1": ClipFormula(1.0, clean=True, preprocessing="pad"),
 }
+
+
+AESTHETIC_FILES = (
+    "sac+logos+ava1-l14-linearMSE.safetensors",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "aesthetic-model.pth",
+)
+AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
+AESTHETIC_LINEAR = (0, 2, 4, 6, 7)  # where the original has linear layers: dropout between
 
 
 class ImageTower:
@@ -122,7 +128,7 @@ class ImageTower:
 
 
 class ClipReward(PublishedReward):
-    """A reward that is a cosine of two towers: a `fifa.scoring.rewards.base.RewardModel`.
+    """A reward that is a cosine of two towers: a `fifa.scoring.rewards.RewardModel`.
 
     The text tower stays in float32: prompts are few, and their vectors are then those of the
     encoder ``clip:MODEL``.
@@ -188,6 +194,64 @@ class ClipReward(PublishedReward):
                 if "logit_scale" in tensors.keys():  # noqa: SIM118 - it is no dict
                     return float(tensors.get_tensor("logit_scale").float().exp())
         raise FifaError("the weights lack logit_scale", where=str(self._text.folder))
+
+
+class AestheticReward(PublishedReward):
+    """LAION's aesthetic predictor v2: a linear stack on CLIP ViT-L/14, blind to the prompt.
+
+    A `fifa.scoring.rewards.RewardModel`.
+
+    Parameters
+    ----------
+    spec
+        The head's weights: a file, a folder with them, or a hub id. CLIP ViT-L/14 lies in the
+        folder ``clip`` beside them or comes from the hub.
+    runtime
+        Where and how it computes; the head always in float32.
+    """
+
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self._weights = find_weights(self.model, AESTHETIC_FILES)
+        beside = self._weights.parent / "clip"
+        folder = beside if beside.is_dir() else model_folder(AESTHETIC_CLIP)
+        # simple_inference.py of christophschuhmann/improved-aesthetic-predictor uses OpenAI's
+        # own preprocessing
+        self._images = ImageTower(folder, "crop-convert", runtime)
+        self.preprocessing = self._images.description
+
+    @property
+    def weights_digest(self) -> list[str]:
+        """Of the head and of the CLIP."""
+        return [files_digest({"head": self._weights}), self._images.digest]
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels, uint8 ``[3, size, size]``, of an image of any mode."""
+        return self._images.preprocess(image)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The points, float32 ``[b, 1]``."""
+        torch = require("torch")
+        embeddings = self._images.embed(pixels)
+        with torch.inference_mode():
+            points: Tensor = self._head(embeddings)
+        return points
+
+    def prompt_features(self, prompts: Sequence[str]) -> Tensor:
+        """Zeros, ``[n, 1]``: nothing is read in them."""
+        torch = require("torch")
+        nothing: Tensor = torch.zeros(len(prompts), 1, device=self.runtime.device)
+        return nothing
+
+    def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
+        """float32 ``[n]``: the points."""
+        return images[:, 0]
+
+    @cached_property
+    def _head(self) -> Any:
+        tensors = {k.removeprefix("layers."): t for k, t in read_weights(self._weights).items()}
+        head = linear_head(tensors, AESTHETIC_LINEAR, self._weights)
+        return head.eval().requires_grad_(False).to(self.runtime.device)
 
 
 def clean(prompt: str) -> str:

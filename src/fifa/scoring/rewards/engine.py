@@ -3,6 +3,11 @@
 Three passes over shards, each kept as it is done, so that a run may be killed at any moment:
 the bytes of every image (to tell images apart), the features of every prompt, and, image by
 image, the rewards of every prompt that it is asked for.
+
+The same image goes by several keys where a source names images by row or path, so images are told
+apart by their bytes: a pass that reads every image and decodes none (`fifa.data.images.look`).
+Where the key is an id of the image (Pick-a-Pic's uids) or reading is a download, the key is taken
+at its word.
 """
 
 from __future__ import annotations
@@ -18,22 +23,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fifa.config import Compute
 from fifa.console import echo, note
 from fifa.data.images import FACTS, Images, Integers, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.rewards.base import RewardModel
-from fifa.scoring.rewards.dedup import Distinct, tell_apart
-from fifa.scoring.rewards.worker import (
-    ImageShard,
-    Load,
-    ScoreStep,
-    table_features,
-)
-from fifa.scoring.table import MARGIN, score_path, scored_once
-from fifa.shards.files import atomic_path, column_digest, digest, write_table
+from fifa.scoring.rewards import RewardModel
+from fifa.scoring.rewards.worker import ImageShard, Load, ScoreStep
+from fifa.scoring.table import MARGIN, array_once, score_path, scored_once, table_features
+from fifa.shards.files import column_digest, digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool, Shard, run_shards
 
@@ -53,6 +53,34 @@ UNREADABLE = pa.schema(
 REWARD = pa.schema([("reward", pa.float32())])
 PROMPT_SHARD = 4096  # prompts
 DIGEST_SHARD = 16_384  # images
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Every different image among some images.
+
+    Parameters
+    ----------
+    contents
+        What tells each apart (digest of its bytes, or its key), in order of first appearance,
+        strings [distinct].
+    first
+        The row of the images where each appears first, int64 [distinct].
+    of_image
+        The different image behind every row of the images, int64 [images].
+    """
+
+    contents: pa.Array
+    first: Integers
+    of_image: Integers
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    @property
+    def identity(self) -> str:
+        """Names the images and their order."""
+        return column_digest(pa.chunked_array([self.contents]))
 
 
 @dataclass(frozen=True)
@@ -149,7 +177,7 @@ class Engine:
             not fit into memory, and where workers keep dying.
         """
         with self._kept() as engine:
-            model, n = engine._model, max(1, len(prompts))
+            model, n = _same(engine.model), max(1, len(prompts))
             distinct = engine.distinct(images)
             facts = {"scorer": model.name, "scale": model.scale, "identity": model.identity}
             # prompt_id folds case and white space, a model may not: the spelling counts as well.
@@ -189,17 +217,23 @@ class Engine:
             table = scored_once(path, make, store=engine.compute.store)
         return tell_apart(images, table["content"].combine_chunks())
 
+    def distinct_of(self, pairs: Pairs) -> tuple[Images, Integers]:
+        """The different images of ``pairs``, and which of them stand in each, int64 [pairs, 2]."""
+        images, of_slot = unique_images(pairs)
+        distinct = self.distinct(images)
+        return images.take(distinct.first), distinct.of_image[of_slot].reshape(-1, 2)
+
     def prompt_features(self, prompts: pa.ChunkedArray) -> np.ndarray:
         """The model's features of prompts, ``[prompts, ...]``, each made once.
 
         They lie in the folder, which has to be one, as ``prompts-<model>-<fingerprint>.npy`` and
         are mapped from there, not loaded: other steps may read them, and memory stays flat.
         """
-        model = self._model
+        model = _same(self.model)
         identity = (model.identity, column_digest(prompts))
         path = self._path("prompts", model.name, *identity).with_suffix(".npy")
-        ledger = Ledger.beside(path, self.compute.store)
-        if not path.exists():
+
+        def make(ledger: Ledger) -> Iterator[np.ndarray]:
             parts = [prompts.slice(i, PROMPT_SHARD) for i in range(0, len(prompts), PROMPT_SHARD)]
             shards = [
                 Shard(digest(model.identity, i, column_digest(part)), len(part), part)
@@ -208,10 +242,9 @@ class Engine:
             what = f"prompts through {model.name}"
             tables = self._run(what, ledger, shards, lambda part: part.to_pylist())
             note(prompts_embedded=len(prompts))
-            _write_array(path, len(prompts), map(table_features, tables))
-        ledger.forget()
-        mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return mapped
+            return map(table_features, tables)
+
+        return array_once(path, make, len(prompts), self.compute.store)
 
     def _rewards(
         self,
@@ -223,7 +256,7 @@ class Engine:
         ledger: Ledger,
     ) -> tuple[Rewards, pa.Table]:
         """The rewards of different images for prompts, sorted by image; and `UNREADABLE`."""
-        model, n = self._model, len(distinct)
+        model, n = _same(self.model), len(distinct)
         features = self.prompt_features(prompts) if n else np.empty((0, 1), np.float32)
 
         def of_part(part: range) -> slice:
@@ -275,10 +308,6 @@ class Engine:
         load = partial(_same, self.model) if self.load is None or here else self.load
         return partial(ScoreStep, load, self.compute, self.allow_download)
 
-    @property
-    def _model(self) -> RewardModel:
-        return _same(self.model)
-
     def _path(self, kind: str, name: str, *identity: object) -> Path:
         assert self.folder is not None
         return score_path(self.folder, kind, name, *identity)
@@ -298,6 +327,21 @@ def score_pairs(pairs: Pairs, model: RewardModel, **how: Any) -> pa.Table:
     return Engine(model, **how).score_pairs(pairs)
 
 
+def tell_apart(images: Images, contents: pa.Array | None) -> Distinct:
+    """The different ones among images: by ``contents`` (strings [images]), or by their keys.
+
+    A null in ``contents`` (an image that could not be read) is an image of its own.
+    """
+    names = images.table["key"].combine_chunks()
+    if contents is not None:
+        names = pc.coalesce(contents.cast(pa.large_string()), names)
+    encoded = names.dictionary_encode()
+    of_image = encoded.indices.to_numpy().astype(np.int64)
+    first = np.empty(len(encoded.dictionary), np.int64)
+    first[of_image[::-1]] = np.arange(len(images))[::-1]  # written backwards: the earliest stays
+    return Distinct(encoded.dictionary, first, of_image)
+
+
 def unreadable_path(margin_path: Path) -> Path:
     """Where the images are listed that a file of rewards has none for: `UNREADABLE`."""
     return margin_path.with_name(f"unreadable-{margin_path.name.partition('-')[2]}")
@@ -312,31 +356,9 @@ def _parts(n: int, size: int) -> list[range]:
     return [range(start, min(n, start + size)) for start in range(0, n, size)]
 
 
-def _write_array(path: Path, n: int, parts: Iterator[np.ndarray]) -> None:
-    """Write arrays one below the other as an ``.npy`` file of n rows, one in memory at a time.
-
-    Not through a memory map: where the disk is full that ends in a signal, not in an error.
-    """
-    first = next(parts)
-    header = {
-        "descr": np.lib.format.dtype_to_descr(first.dtype),
-        "fortran_order": False,
-        "shape": (n, *first.shape[1:]),
-    }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(first.tobytes())
-        for part in parts:
-            file.write(part.tobytes())
-
-
 def _unreadable(images: Images, distinct: Distinct, reasons: dict[int, str]) -> pa.Table:
     """`UNREADABLE`: every key whose image failed, where it stands first, and why."""
     failed = np.flatnonzero(np.isin(distinct.of_image, list(reasons)))
-    rows = images.take(failed).table
+    rows = images.take(failed).table.select(["key", "file", "row", "column"])
     why = [reasons[image] for image in distinct.of_image[failed].tolist()]
-    columns = [rows[name].cast(pa.string()) for name in ("key", "file")]
-    return pa.table(
-        [*columns, rows["row"], rows["column"].cast(pa.string()), pa.array(why, pa.string())],
-        schema=UNREADABLE,
-    )
+    return rows.append_column("reason", [why]).rename_columns(UNREADABLE.names).cast(UNREADABLE)

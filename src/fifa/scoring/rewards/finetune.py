@@ -7,34 +7,28 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fifa.config import Reward
 from fifa.console import echo, note, progress
-from fifa.data.images import unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime, make_runtime
+from fifa.models.runtime import Runtime, Tensor, make_runtime
 from fifa.models.transformer import load_model
-from fifa.scoring.rewards.calibrate import accuracy, fit_temperature, nll
-from fifa.scoring.rewards.card import reward_facts
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.features import image_batches
-from fifa.scoring.rewards.head import Comparisons, prompt_weights
+from fifa.scoring.rewards.head import Comparisons, prompt_folds, prompt_weights
+from fifa.scoring.rewards.metrics import accuracy, fit_temperature, nll
 from fifa.scoring.rewards.pixels import standardise
-from fifa.scoring.rewards.proxy import MODEL, save_settings
-from fifa.scoring.rewards.split import prompt_folds
+from fifa.scoring.rewards.proxy import MODEL, reward_facts, save_settings
 from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
 from fifa.shards.files import atomic_folder, reserve
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EVALUATE = 64  # images or prompts in a forward pass without gradients
 
@@ -74,7 +68,7 @@ class _Tower:
     Parameters
     ----------
     pool
-        From what it is fed to pooled states.
+        From what it is fed to pooled states, [n, d].
     projection
         From pooled states to the common space.
     inputs
@@ -87,25 +81,23 @@ class _Tower:
     projection: Any
     inputs: npt.NDArray[Any]
     runtime: Runtime
-    frozen: bool = False
 
     def vectors(self, rows: Integers) -> Tensor:
         """Unit vectors of some rows, [n, d]."""
-        pooled = self._inputs(rows) if self.frozen else self.pooled(rows)
-        vectors = self.projection(pooled)
+        vectors = self.projection(self.pooled(rows))
         # x / |x|
         unit: Tensor = vectors / vectors.norm(dim=-1, keepdim=True)
         return unit
 
-    def pooled(self, rows: Integers) -> Tensor:
+    def pooled(self, rows: Integers) -> Any:
         """Pooled states of some rows, before the projection."""
-        states: Tensor = self.pool(self._inputs(rows)).pooler_output
-        return states
+        inputs = require("torch").from_numpy(np.ascontiguousarray(self.inputs[rows]))
+        return self.pool(inputs.to(self.runtime.device))
 
     def freeze(self) -> None:
         """Keep the pooled states of all rows; from here on only the projection computes."""
         pooled = self.in_parts(self.pooled, np.arange(len(self.inputs)))
-        self.inputs, self.frozen = pooled.astype(np.float32), True
+        self.inputs, self.pool = pooled.astype(np.float32), lambda states: states
 
     def in_parts(
         self, function: Callable[[Integers], Tensor], rows: Integers
@@ -117,10 +109,6 @@ class _Tower:
                 for i in range(0, len(rows), EVALUATE)
             ]
         return np.concatenate(parts).astype(np.float64)
-
-    def _inputs(self, rows: Integers) -> Any:
-        torch = require("torch")
-        return torch.from_numpy(np.ascontiguousarray(self.inputs[rows])).to(self.runtime.device)
 
 
 class _Clip:
@@ -141,10 +129,10 @@ class _Clip:
     def __init__(self, model: Any, tokens: Integers, pixels: Any, runtime: Runtime) -> None:
         def read(tokens: Any) -> Any:
             ids, mask = tokens.unbind(1)
-            return model.text_model(input_ids=ids, attention_mask=mask)
+            return model.text_model(input_ids=ids, attention_mask=mask).pooler_output
 
         def see(pixels: Any) -> Any:
-            return model.vision_model(pixel_values=standardise(pixels))
+            return model.vision_model(pixel_values=standardise(pixels)).pooler_output
 
         self.model, self.runtime = model, runtime
         self._prompts = _Tower(read, model.text_projection, tokens, runtime)
@@ -313,17 +301,15 @@ def _pixels(
 ) -> tuple[Any, Integers, npt.NDArray[np.bool_]]:
     """Every unique image decoded once, into a file; the images of each pair; the unreadable."""
     download = options.read.allow_download
-    images, of_slot = unique_images(pairs)
-    distinct = Engine(allow_download=download).distinct(images)
-    n = len(distinct)
+    images, of_pair = Engine(allow_download=download).distinct_of(pairs)
+    n = len(images)
     path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     reserve(path)
     bad: dict[int, str] = {}
     with progress("reading images", n) as advance:
-        for numbers, part in image_batches(
-            images.take(distinct.first), tower.preprocess, bad, allow_download=download
-        ):
+        batches = image_batches(images, tower.preprocess, bad, allow_download=download)
+        for numbers, part in batches:
             pixels[numbers] = part
             advance(len(numbers))
     if len(bad) == n:
@@ -331,5 +317,4 @@ def _pixels(
             f"no image could be read; the first reason: {bad[0]}", where=pairs.origin.source
         )
     note(images_unreadable=len(bad))
-    of_pair = distinct.of_image[of_slot].reshape(-1, 2)
     return pixels, of_pair, np.isin(np.arange(n), list(bad))

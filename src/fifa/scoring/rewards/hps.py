@@ -7,66 +7,49 @@ read like any CLIP. The mapping of names is that of open_clip's ``CLIP`` and ``V
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime
+from fifa.scoring.rewards import weights
 from fifa.scoring.rewards.clip import ClipReward
-from fifa.scoring.rewards.weights import (
-    TOKENIZER_FILES,
-    below,
-    cache_folder,
-    companion_folder,
-    find_weights,
-    read_weights,
-    tower_shape,
-)
+from fifa.scoring.specs import Spec
 from fifa.shards.files import atomic_folder, files_digest, read_json, write_json
-
-if TYPE_CHECKING:
-    from fifa.scoring.specs import Spec
 
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # open_clip's H, g and bigG; 64 for all others
 
-# the pieces of a transformer block: open_clip's name and transformers'
-BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-OUTSIDE = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    # transformers spells it so
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-# open_clip multiplies from the left (x @ proj), a linear layer holds the transpose
-TRANSPOSED = {
-    "text_projection": "text_projection.weight",
-    "visual.proj": "visual_projection.weight",
-}
 TOWERS = {
     "visual.transformer.resblocks.": "vision_model.encoder.layers.",
     "transformer.resblocks.": "text_model.encoder.layers.",
 }
+# patterns of open_clip's whole names (layers are below their towers), and transformers' names
+NAMES = {
+    r"logit_scale": "logit_scale",
+    r"text_projection": "text_projection.weight",
+    r"token_embedding\.weight": "text_model.embeddings.token_embedding.weight",
+    r"positional_embedding": "text_model.embeddings.position_embedding.weight",
+    r"ln_final\.(weight|bias)": r"text_model.final_layer_norm.\1",
+    r"visual\.proj": "visual_projection.weight",
+    r"visual\.class_embedding": "vision_model.embeddings.class_embedding",
+    r"visual\.conv1\.weight": "vision_model.embeddings.patch_embedding.weight",
+    r"visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    r"visual\.ln_pre\.(weight|bias)": r"vision_model.pre_layrnorm.\1",  # transformers spells it so
+    r"visual\.ln_post\.(weight|bias)": r"vision_model.post_layernorm.\1",
+    r"(\w+\.encoder\.layers\.\d+)\.ln_([12])\.(\w+)": r"\1.layer_norm\2.\3",
+    r"(\w+\.encoder\.layers\.\d+)\.attn\.out_proj\.(\w+)": r"\1.self_attn.out_proj.\2",
+    r"(\w+\.encoder\.layers\.\d+)\.mlp\.c_fc\.(\w+)": r"\1.mlp.fc1.\2",
+    r"(\w+\.encoder\.layers\.\d+)\.mlp\.c_proj\.(\w+)": r"\1.mlp.fc2.\2",
+}
+# open_clip multiplies from the left (x @ proj), a linear layer holds the transpose
+TRANSPOSED = ("text_projection", "visual.proj")
 
 
 class HPSReward(ClipReward):
@@ -93,12 +76,12 @@ def hps_folder(name: str, model: str) -> Path:
     if (Path(model).expanduser() / "config.json").is_file():
         return Path(model).expanduser()
     stem = FILES[name]
-    checkpoint = find_weights(model, (stem, stem.replace(".pt", ".safetensors")))
-    tokenizer = companion_folder(
-        checkpoint, ("tokenizer.json", "vocab.json"), TOKENIZER_HUB, TOKENIZER_FILES
+    checkpoint = weights.find_weights(model, (stem, stem.replace(".pt", ".safetensors")))
+    tokenizer = weights.companion_folder(
+        checkpoint, ("tokenizer.json", "vocab.json"), TOKENIZER_HUB, weights.TOKENIZER_FILES
     )
     settings = checkpoint.with_name("open_clip_config.json")
-    files = {p.name: p for p in (tokenizer / n for n in TOKENIZER_FILES) if p.is_file()}
+    files = {p.name: p for p in (tokenizer / n for n in weights.TOKENIZER_FILES) if p.is_file()}
     if not files:
         raise FifaError(
             "no tokenizer beside the checkpoint",
@@ -106,12 +89,12 @@ def hps_folder(name: str, model: str) -> Path:
             do=f"put tokenizer.json of {TOKENIZER_HUB} there",
         )
     known = {"checkpoint": checkpoint, **files, **({"cfg": settings} if settings.exists() else {})}
-    folder = cache_folder() / f"{name}-{files_digest(known)}"
+    folder = weights.cache_folder() / f"{name}-{files_digest(known)}"
     if not (folder / "model.safetensors").exists():
         echo(f"{name}: converting {checkpoint.name} once, into {folder}")
         own = read_json(settings, "the model's settings", missing={}).get("model_cfg", {})
         config, tensors = convert_open_clip(
-            read_weights(checkpoint),
+            weights.read_weights(checkpoint),
             head_width=own.get("vision_cfg", {}).get("head_width"),
             text_heads=own.get("text_cfg", {}).get("heads"),
             quick_gelu=bool(own.get("quick_gelu")),
@@ -162,12 +145,12 @@ def convert_open_clip(
             "projection_dim": tensors["text_projection"].shape[1],
         }
         side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-        images, texts = below(out, "vision_model.", "text_model.")
+        images, texts = weights.below(out, "vision_model.", "text_model.")
         head_width = head_width or HEAD_WIDTHS.get(width, 64)
-        vision = tower_shape(images, ".mlp.fc1.weight", head_width) | common
+        vision = weights.tower_shape(images, ".mlp.fc1.weight", head_width) | common
         vision |= {"patch_size": patch, "image_size": patch * side}
         text_head = text_width // text_heads if text_heads else 64
-        text = tower_shape(texts, ".mlp.fc1.weight", text_head) | common
+        text = weights.tower_shape(texts, ".mlp.fc1.weight", text_head) | common
         text |= {
             "max_position_embeddings": context,
             "vocab_size": len(tensors["token_embedding.weight"]),
@@ -188,19 +171,14 @@ def convert_open_clip(
 
 def _renamed(key: str, tensor: Any) -> list[tuple[str, Any]]:
     """What one tensor of open_clip is called in transformers; q, k and v are three there."""
-    if key in OUTSIDE:
-        return [(OUTSIDE[key], tensor)]
-    if key in TRANSPOSED:
-        return [(TRANSPOSED[key], tensor.T)]
+    name = key
     for prefix, target in TOWERS.items():
         if key.startswith(prefix):
-            number, _, rest = key.removeprefix(prefix).partition(".")
-            block = f"{target}{number}"
-            if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                ending = rest.rpartition("_")[2]
-                parts = zip("qkv", tensor.chunk(3), strict=True)
-                return [(f"{block}.self_attn.{p}_proj.{ending}", part) for p, part in parts]
-            piece, _, ending = rest.rpartition(".")
-            if piece in BLOCK:
-                return [(f"{block}.{BLOCK[piece]}.{ending}", tensor)]
+            name = key.replace(prefix, target, 1)
+    if joint := re.fullmatch(r"(\w+\.encoder\.layers\.\d+)\.attn\.in_proj_(weight|bias)", name):
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return [(f"{joint[1]}.self_attn.{p}_proj.{joint[2]}", part) for p, part in parts]
+    for pattern, target in NAMES.items():
+        if found := re.fullmatch(pattern, name):
+            return [(found.expand(target), tensor.T if key in TRANSPOSED else tensor)]
     raise FifaError(f"not the weights of an open_clip ViT: {key} is unknown")

@@ -12,7 +12,7 @@ import ast
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,26 +20,12 @@ from PIL import Image
 from fifa.console import note
 from fifa.errors import FifaError
 from fifa.models.optional import require, wheel_path
-from fifa.models.runtime import Runtime
+from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import CHARACTERS_PER_TOKEN
-from fifa.scoring.rewards.base import PublishedReward
+from fifa.scoring.rewards import PublishedReward, weights
 from fifa.scoring.rewards.pixels import MEAN, STD, fit_area, standardise
-from fifa.scoring.rewards.weights import (
-    TOKENIZER_FILES,
-    below,
-    companion_folder,
-    fill,
-    find_weights,
-    linear_head,
-    load_tokenizer,
-    read_weights,
-)
+from fifa.scoring.specs import Spec
 from fifa.shards.files import digest, files_digest, read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fifa.scoring.specs import Spec
 
 FILES = ("HPSv3.safetensors",)
 BASE_HUB = "Qwen/Qwen2-VL-7B-Instruct"
@@ -53,11 +39,13 @@ CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
 )
+# of the template; none of them is left in a prompt
+MARKS = (REWARD_TOKEN, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 RUBRIC = "rubric.txt"
 
 
 class HPSv3(PublishedReward):
-    """A reward by a vision-language model: a `fifa.scoring.rewards.base.RewardModel`.
+    """A reward by a vision-language model: a `fifa.scoring.rewards.RewardModel`.
 
     Image features are the vision tower's tokens in their grid, ``[b, h / 28, w / 28, d]``, so
     only images of one shape make a batch; prompt features are token ids.
@@ -73,9 +61,9 @@ class HPSv3(PublishedReward):
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
-        self._weights = find_weights(self.model, FILES)
-        self._base = companion_folder(
-            self._weights, ("config.json",), BASE_HUB, ("config.json", *TOKENIZER_FILES)
+        self._weights = weights.find_weights(self.model, FILES)
+        self._base = weights.companion_folder(
+            self._weights, ("config.json",), BASE_HUB, ("config.json", *weights.TOKENIZER_FILES)
         )
         self.preprocessing = (
             f"area {AREA}, factor {self._factor}, mean {MEAN}, std {STD}; {TOKENS} tokens"
@@ -84,7 +72,7 @@ class HPSv3(PublishedReward):
     @property
     def weights_digest(self) -> str:
         """Of weights, config and tokenizer."""
-        names = ("config.json", *TOKENIZER_FILES)
+        names = ("config.json", *weights.TOKENIZER_FILES)
         base = {n: self._base / n for n in names if (self._base / n).is_file()}
         return files_digest({"model": self._weights, **base})
 
@@ -120,8 +108,10 @@ class HPSv3(PublishedReward):
         tail = len(self._tokenizer(after)["input_ids"])
         cut = 0
         for row, prompt in enumerate(prompts):
-            text = CHAT + before + _plain(prompt[: TOKENS * CHARACTERS_PER_TOKEN]) + after
-            own = self._tokenizer(text)["input_ids"]
+            plain = prompt[: TOKENS * CHARACTERS_PER_TOKEN]
+            for mark in MARKS:
+                plain = plain.replace(mark, "")
+            own = self._tokenizer(CHAT + before + plain + after)["input_ids"]
             if len(own) > TOKENS:
                 own = own[: TOKENS - tail] + own[-tail:]
                 cut += 1
@@ -136,7 +126,8 @@ class HPSv3(PublishedReward):
         b, h, w, d = images.shape
         lengths = (prompts >= 0).sum(1)
         ids = prompts[:, : int(lengths.max())].long().clamp(min=0)
-        place = int((ids[0] == self._image_token).nonzero()[0, 0])
+        image_token = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        place = int((ids[0] == image_token).nonzero()[0, 0])
         with torch.inference_mode():
             embedded = self._model["embedding"](ids)
             tokens = images.reshape(b, h * w, d).to(embedded.dtype)
@@ -179,13 +170,9 @@ class HPSv3(PublishedReward):
     def _dtype(self) -> Any:
         return getattr(require("torch"), self.runtime.dtype)
 
-    @property
-    def _image_token(self) -> int:
-        return int(self._tokenizer.convert_tokens_to_ids("<|image_pad|>"))
-
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self._base)
+        tokenizer = weights.load_tokenizer(self._base)
         tokenizer.add_special_tokens({"extra_special_tokens": [REWARD_TOKEN]})
         return tokenizer
 
@@ -201,7 +188,7 @@ class HPSv3(PublishedReward):
 
     @cached_property
     def _model(self) -> dict[str, Any]:
-        qwen, head = build(read_weights(self._weights), self._config, self._weights)
+        qwen, head = build(weights.read_weights(self._weights), self._config, self._weights)
         qwen = qwen.to(self._dtype)
         plain = Runtime(self.runtime.device)
         return {
@@ -219,7 +206,7 @@ def build(tensors: dict[str, Any], settings: dict[str, Any], where: Path) -> tup
     ``rm_head``. Raises `FifaError` for weights that are not HPSv3's.
     """
     torch, transformers = require("torch"), require("transformers")
-    vision, language, head = below(tensors, "visual.", "model.", "rm_head.")
+    vision, language, head = weights.below(tensors, "visual.", "model.", "rm_head.")
     embedding = language.get("embed_tokens.weight")
     if embedding is None or not all(f"{place}.weight" in head for place in LINEAR):
         raise FifaError("not the weights of HPSv3", where=str(where))
@@ -230,9 +217,9 @@ def build(tensors: dict[str, Any], settings: dict[str, Any], where: Path) -> tup
         qwen = transformers.Qwen2VLModel(config)
     named = {f"visual.{key}": tensor for key, tensor in vision.items()}
     named |= {f"language_model.{key}": tensor for key, tensor in language.items()}
-    fill(qwen, named, where)
+    weights.fill(qwen, named, where)
     _restore_buffers(qwen, config)
-    return qwen, linear_head(head, LINEAR, where, relu=True)
+    return qwen, weights.linear_head(head, LINEAR, where, relu=True)
 
 
 def _restore_buffers(qwen: Any, config: Any) -> None:
@@ -271,22 +258,12 @@ def _rubric_text(path: Path) -> str:
             where=str(path),
             do="pip install --no-deps hpsv3==1.0.0 (only its text is read), or write that file",
         )
-    found = {
-        node.targets[0].id: node.value.value
-        for node in ast.parse(source.read_text("utf-8")).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    }
+    found = {}
+    for node in ast.parse(source.read_text("utf-8")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
+                found[name] = text
     try:
         return found["INSTRUCTION"] + found["prompt_with_special_token"]
     except KeyError as error:
         raise FifaError(f"no {error} in this hpsv3", where=str(source)) from error
-
-
-def _plain(prompt: str) -> str:
-    """The prompt without the marks that the template is made of."""
-    for mark in (REWARD_TOKEN, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"):
-        prompt = prompt.replace(mark, "")
-    return prompt

@@ -10,34 +10,19 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime
-from fifa.scoring.rewards.aesthetic import LINEAR
-from fifa.scoring.rewards.base import PublishedReward
+from fifa.models.runtime import Runtime, Tensor
+from fifa.scoring.rewards import PublishedReward, weights
+from fifa.scoring.rewards.clip import AESTHETIC_LINEAR
 from fifa.scoring.rewards.pixels import MEAN, STD, crop_convert, standardise
-from fifa.scoring.rewards.weights import (
-    TOKENIZER_FILES,
-    below,
-    companion_folder,
-    fill,
-    find_weights,
-    linear_head,
-    load_tokenizer,
-    read_weights,
-    tower_shape,
-)
+from fifa.scoring.specs import Spec
 from fifa.shards.files import files_digest
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fifa.scoring.specs import Spec
 
 FILES = ("ImageReward.safetensors", "ImageReward.pt")
 TOKENIZER_HUB = "google-bert/bert-base-uncased"
@@ -58,7 +43,7 @@ VISUAL = {
 
 
 class ImageReward(PublishedReward):
-    """A reward from cross attention: a `fifa.scoring.rewards.base.RewardModel`.
+    """A reward from cross attention: a `fifa.scoring.rewards.RewardModel`.
 
     Image features are the image half's states, prompt features token ids; the text half runs in
     `rewards`.
@@ -76,9 +61,9 @@ class ImageReward(PublishedReward):
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
-        self._weights = find_weights(self.model, FILES)
-        self._tokenizer_folder = companion_folder(
-            self._weights, ("vocab.txt",), TOKENIZER_HUB, TOKENIZER_FILES
+        self._weights = weights.find_weights(self.model, FILES)
+        self._tokenizer_folder = weights.companion_folder(
+            self._weights, ("vocab.txt",), TOKENIZER_HUB, weights.TOKENIZER_FILES
         )
 
     @property
@@ -132,14 +117,14 @@ class ImageReward(PublishedReward):
     @cached_property
     def _tokenizer(self) -> Any:
         """BERT's, with the two marks that BLIP added to it."""
-        tokenizer = load_tokenizer(self._tokenizer_folder, "BertTokenizer")
+        tokenizer = weights.load_tokenizer(self._tokenizer_folder, "BertTokenizer")
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
         return tokenizer
 
     @cached_property
     def _model(self) -> dict[str, Any]:
-        tensors = read_weights(self._weights)
+        tensors = weights.read_weights(self._weights)
         image, text, head = build(tensors, self._weights)
         place = self.runtime.place
         plain = Runtime(self.runtime.device)
@@ -152,7 +137,7 @@ def build(tensors: dict[str, Any], where: Path) -> tuple[Any, Any, Any]:
     Raises `FifaError` for weights that are not ImageReward's.
     """
     torch, transformers = require("torch"), require("transformers")
-    blocks, text_tensors, head = below(
+    blocks, text_tensors, head = weights.below(
         tensors, "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
     )
     image_tensors = {_visual(key): tensor for key, tensor in blocks.items()}
@@ -168,12 +153,12 @@ def build(tensors: dict[str, Any], where: Path) -> tuple[Any, Any, Any]:
         text = transformers.models.blip.modeling_blip_text.BlipTextModel(
             transformers.BlipTextConfig(**text_config), add_pooling_layer=False
         )
-    fill(image, image_tensors, where)
-    fill(text, text_tensors, where)
+    weights.fill(image, image_tensors, where)
+    weights.fill(text, text_tensors, where)
     # a buffer that no checkpoint holds does not survive the meta device
     length = text_config["max_position_embeddings"]
     text.embeddings.position_ids = torch.arange(length).expand(1, -1)
-    return image.float(), text.float(), linear_head(head, LINEAR, where)
+    return image.float(), text.float(), weights.linear_head(head, AESTHETIC_LINEAR, where)
 
 
 def _visual(key: str) -> str:
@@ -188,7 +173,7 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
     positions = image["embeddings.position_embedding"].shape[1]
     embedding = text["embeddings.word_embeddings.weight"]
     vision = {
-        **tower_shape(image, ".mlp.fc1.weight", HEAD_WIDTH),
+        **weights.tower_shape(image, ".mlp.fc1.weight", HEAD_WIDTH),
         "image_size": patch.shape[-1] * round((positions - 1) ** 0.5),
         "patch_size": patch.shape[-1],
         "layer_norm_eps": 1e-6,
@@ -197,7 +182,7 @@ def _configs(image: dict[str, Any], text: dict[str, Any]) -> tuple[dict[str, Any
     language = {
         "vocab_size": embedding.shape[0],
         "encoder_hidden_size": patch.shape[0],
-        **tower_shape(text, ".intermediate.dense.weight", HEAD_WIDTH),
+        **weights.tower_shape(text, ".intermediate.dense.weight", HEAD_WIDTH),
         "max_position_embeddings": text["embeddings.position_embeddings.weight"].shape[0],
         "layer_norm_eps": 1e-12,
         "hidden_act": "gelu",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,7 @@ from PIL import Image
 
 from fifa.data.decode import BadImage
 from fifa.models.optional import require
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fifa.models.runtime import Tensor
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
@@ -46,6 +43,12 @@ def crop_convert(image: Image.Image, size: int) -> Pixels:
     """
     resized, left, top = _shortest_side(image, size, lambda space: round(space / 2.0))
     return _uint8(resized.crop((left, top, left + size, top + size)).convert("RGB"))
+
+
+def square(image: Image.Image, size: int) -> Pixels:
+    """RGB, the whole picture squeezed to ``size`` x ``size``, uint8."""
+    squeezed = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return _uint8(squeezed)
 
 
 def refuse_slivers(image: Image.Image) -> Image.Image:

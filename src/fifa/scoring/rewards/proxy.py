@@ -8,39 +8,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from fifa.config import Reward
+from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import MODEL_FILES
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime
+from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.encoders import Encoder, make_encoder
-from fifa.scoring.rewards.base import RewardModel
-from fifa.scoring.rewards.card import model_card
+from fifa.scoring.rewards import RewardModel
 from fifa.scoring.rewards.clip import ClipReward
-from fifa.scoring.rewards.features import ImageEncoder, make_image_encoder
-from fifa.scoring.rewards.head import Head
+from fifa.scoring.rewards.head import Comparisons, Head
+from fifa.scoring.rewards.image_encoders import ImageEncoder, make_image_encoder
+from fifa.scoring.rewards.metrics import measure
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.shards.files import files_digest, read_json, write_bytes, write_json, write_text
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 FORMAT = 1
 SCALE = REWARDS.parse("proxy:FOLDER").entry.scale
-HEAD, SETTINGS, CARD, MODEL, ENCODERS = (
-    "head.safetensors",
-    "reward.json",
-    "README.md",
-    "model",
-    "encoders",
-)
+HEAD, SETTINGS, CARD = "head.safetensors", "reward.json", "README.md"
+MODEL, ENCODERS = "model", "encoders"
 
 
 def load_proxy(place: Spec | str | Path, runtime: Runtime | None = None) -> RewardModel:
@@ -73,7 +69,7 @@ def load_proxy(place: Spec | str | Path, runtime: Runtime | None = None) -> Rewa
 
 
 class HeadReward:
-    """A head on frozen encoders: a `fifa.scoring.rewards.base.RewardModel`.
+    """A head on frozen encoders: a `fifa.scoring.rewards.RewardModel`.
 
     Parameters
     ----------
@@ -159,6 +155,49 @@ class ClipProxy(ClipReward):
         self.name, self.scale = "proxy", f"{self.scale}: {SCALE}"
 
 
+def reward_facts(
+    pairs: Pairs,
+    readable: npt.NDArray[np.bool_],
+    data: Comparisons,
+    held_out: Comparisons,
+    logits: npt.NDArray[np.float64],
+    temperature: float,
+    options: Reward,
+) -> dict[str, Any]:
+    """What ``reward.json`` and the card say of a training, whatever was trained.
+
+    Parameters
+    ----------
+    pairs, readable
+        The source, and which of its pairs have both images.
+    data, held_out
+        What was trained on, and what it is judged on.
+    logits
+        reward_0 - reward_1 of the pairs held out, before calibration.
+    temperature
+        What they are divided by.
+    options
+        How it was trained.
+    """
+    before, after = (
+        measure(logits / t, held_out.label, held_out.prompt, seed=options.seed)
+        for t in (1.0, temperature)
+    )
+    return {
+        "options": options.settings(),
+        "training": {
+            "source": Path(pairs.origin.source).name or "memory",
+            "fingerprint": pairs.origin.fingerprint,
+            "pairs": len(data.label),
+            "of them ties": int((data.label == 0.5).sum()),
+            "prompts": len(np.unique(data.prompt)),
+            "pairs without both images": int((~readable).sum()),
+        },
+        "temperature": temperature,
+        "metrics": {"before": asdict(before), "after": asdict(after)},
+    }
+
+
 def save_head(folder: Path, head: Head, settings: dict[str, Any]) -> None:
     """Write a head's folder.
 
@@ -179,6 +218,72 @@ def save_settings(folder: Path, family: str, settings: dict[str, Any]) -> None:
     settings = {"format": FORMAT, "kind": family, **settings}
     write_text(folder / CARD, model_card(settings))
     write_json(folder / SETTINGS, settings)
+
+
+def model_card(settings: dict[str, Any]) -> str:
+    """README.md of a reward's folder.
+
+    Parameters
+    ----------
+    settings
+        What goes into ``reward.json``: ``options``, ``training``, ``metrics`` with ``before`` and
+        ``after`` (`fifa.scoring.rewards.metrics.Metrics` as dicts), ``temperature``.
+    """
+    before, after = settings["metrics"]["before"], settings["metrics"]["after"]
+    training = settings["training"]
+    facts = "\n".join(f"| {name} | {_plain(value)} |" for name, value in training.items())
+    options = "\n".join(f"| {name} | {_plain(v)} |" for name, v in settings["options"].items())
+    low, high = after["low"], after["high"]
+    return f"""---
+library_name: fifa-align
+pipeline_tag: image-classification
+tags: [reward-model, human-preference, text-to-image]
+---
+
+# A proxy of people's preference
+
+{settings["what"]}
+
+A reward is the log-odds that people prefer the image: `sigmoid(reward_0 - reward_1)` is the
+probability that they prefer image 0. Rewards compare within one prompt only.
+
+## How good it is
+
+On {after["pairs"]:,} pairs of {after["prompts"]:,} prompts, {settings["judged"]}:
+
+| | |
+|---|---|
+| accuracy against the majority | {after["accuracy"]:.3f} |
+| 95 % interval (bootstrap of prompts) | {low:.3f} to {high:.3f} |
+| cross-entropy, nats | {before["nll"]:.3f} before calibration, {after["nll"]:.3f} after |
+| expected calibration error | {before["ece"]:.3f} before calibration, {after["ece"]:.3f} after |
+| temperature | {settings["temperature"]:.3f} |
+
+The temperature was fitted on the same held-out pairs, one number for all of them.
+
+## What it was trained on
+
+| | |
+|---|---|
+{facts}
+
+| option | |
+|---|---|
+{options}
+
+## Where it ends
+
+{settings["limits"]}
+It says what the people in its training data preferred, with their habits and prejudices. Do not
+score the pairs it was trained on with it: it has seen their labels. `--margin proxy` scores them
+by cross-fitting instead.
+
+## Use
+
+```bash
+fifa score SOURCE --margin proxy:FOLDER
+```
+"""
 
 
 def _carried(folder: Path, spec: str) -> str:
@@ -214,3 +319,9 @@ def _check_same(trained: dict[str, Any], here: dict[str, Any], folder: Path) -> 
             where=str(folder / SETTINGS),
             do="install that one, or train the reward again",
         )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -8,14 +8,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_folder
 from fifa.models.optional import require
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fifa.models.runtime import Tensor
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -84,13 +82,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             mappable = zipfile.is_zipfile(path)  # torch's format before 2020 is not
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        damaged = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
+        if not isinstance(error, damaged) and type(error).__name__ != "SafetensorError":
+            raise
         brief = str(error).partition("\n")[0]
         raise FifaError(f"cannot read the weights: {brief}", where=str(path)) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise FifaError(f"cannot read the weights: {error}", where=str(path)) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +18,11 @@ from fifa.data.images import Images, look, read
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import out_of_memory, release_memory
-from fifa.scoring.rewards.base import RewardModel
+from fifa.models.runtime import Tensor, out_of_memory, release_memory
+from fifa.scoring.rewards import RewardModel
 from fifa.scoring.rewards.pixels import refuse_slivers
+from fifa.scoring.table import features_table
 from fifa.shards.pool import cores
-
-if TYPE_CHECKING:
-    import torch
 
 REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
 SIDE = 224  # pixels; what `Compute.batch` counts in
@@ -54,13 +52,6 @@ class ImageShard:
     prompt: np.ndarray
 
 
-@dataclass
-class _Begun:
-    shard: Any
-    batches: Prefetch[Batch] | None
-    bad: dict[int, str]
-
-
 class ScoreStep:
     """A `fifa.shards.pool.Step` over three types of shards.
 
@@ -83,31 +74,25 @@ class ScoreStep:
         self._share = 1.0  # of a batch; halves when memory runs out
         self._threads = ThreadPoolExecutor(compute.workers or cores())
 
-    def begin(self, shard: Any) -> _Begun:
-        """Start reading and decoding an `ImageShard`."""
+    def begin(self, shard: Any) -> Callable[[], pa.Table]:
+        """Start reading and decoding an `ImageShard`; returns what is left to do."""
+        if isinstance(shard, Images):
+            return partial(look, shard, sizes=False, allow_download=self._download)
+        if isinstance(shard, list):
+            return lambda: features_table(self._prompt_features(shard))
         bad: dict[int, str] = {}
-        if not isinstance(shard, ImageShard):
-            return _Begun(shard, None, bad)
         decoded = decode_images(
             read(shard.images, allow_download=self._download),
             lambda image, row: self._model.preprocess(refuse_slivers(image)),
             pool=self._threads,
             most=2 * self._compute.batch,
         )
-        return _Begun(shard, Prefetch(batched(decoded, self._fits, bad), most=1), bad)
+        batches = Prefetch(batched(decoded, self._fits, bad), most=1)
+        return partial(self._rewards, shard, batches, bad)
 
-    def finish(self, begun: _Begun) -> pa.Table:
+    def finish(self, begun: Callable[[], pa.Table]) -> pa.Table:
         """The shard's `fifa.data.images.FACTS`, prompt features or `REWARDS`."""
-        shard = begun.shard
-        if isinstance(shard, Images):
-            return look(shard, sizes=False, allow_download=self._download)
-        if isinstance(shard, list):
-            return features_table(self._prompt_features(shard))
-        assert begun.batches is not None
-        try:
-            return self._rewards(shard, begun.batches, begun.bad)
-        finally:
-            begun.batches.close()
+        return begun()
 
     @cached_property
     def _model(self) -> RewardModel:
@@ -134,31 +119,26 @@ class ScoreStep:
         torch = require("torch")
         rewards = np.full(len(shard.image), np.nan, np.float32)
         prompts = torch.tensor(shard.features)  # a copy: what comes through Ray is read-only
-        for numbers, pixels in batches:
-            asks, row = _asks(shard.image, np.asarray(numbers))
-            with torch.inference_mode():
-                of_asks = prompts[torch.from_numpy(shard.prompt[asks])]
-                found = self._batch(torch.from_numpy(pixels), of_asks, torch.from_numpy(row))
-                rewards[asks] = found.float().cpu().numpy()
+        with closing(batches):
+            for numbers, pixels in batches:
+                asks, row = _asks(shard.image, np.asarray(numbers))
+                with torch.inference_mode():
+                    of_asks = prompts[torch.from_numpy(shard.prompt[asks])]
+                    found = self._batch(torch.from_numpy(pixels), of_asks, torch.from_numpy(row))
+                    rewards[asks] = found.float().cpu().numpy()
         reasons = pa.array([bad.get(image) for image in shard.image.tolist()], pa.string())
         return pa.table({"reward": pa.array(rewards), "reason": reasons}, schema=REWARDS)
 
-    def _batch(
-        self, pixels: torch.Tensor, prompts: torch.Tensor, row: torch.Tensor
-    ) -> torch.Tensor:
+    def _batch(self, pixels: Tensor, prompts: Tensor, row: Tensor) -> Tensor:
         """The reward of prompt i for image ``row[i]``; every image goes through its tower once."""
         most = self._fits(pixels.shape[-2], pixels.shape[-1])
 
-        def features(part: slice) -> torch.Tensor:
-            return self._model.image_features(pixels[part])
-
-        images = self._in_parts(features, len(pixels), most)
+        model = self._model
+        images = self._in_parts(lambda part: model.image_features(pixels[part]), len(pixels), most)
         prompts, row = prompts.to(images.device), row.to(images.device)
-
-        def rewards(part: slice) -> torch.Tensor:
-            return self._model.rewards(prompts[part], images[row[part]])
-
-        joined: torch.Tensor = self._in_parts(rewards, len(row), most)
+        joined: Tensor = self._in_parts(
+            lambda part: model.rewards(prompts[part], images[row[part]]), len(row), most
+        )
         return joined
 
     def _fits(self, height: int, width: int) -> int:
@@ -191,21 +171,6 @@ class ScoreStep:
             release_memory()
             echo(f"out of memory: batches of {max(1, int(most * self._share))} from here on")
         return torch.cat(parts)
-
-
-def features_table(features: np.ndarray) -> pa.Table:
-    """Features ``[n, ...]`` as a table with a row each; `table_features` gives them back."""
-    rows = np.ascontiguousarray(features).reshape(len(features), -1)
-    cells = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
-    form = {"fifa.features": json.dumps([features.dtype.str, features.shape[1:]])}
-    return pa.table({"features": cells}).replace_schema_metadata(form)
-
-
-def table_features(table: pa.Table) -> np.ndarray:
-    """What `features_table` was given."""
-    dtype, shape = json.loads(table.schema.metadata[b"fifa.features"])
-    flat = table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(flat, np.dtype(dtype)).reshape(table.num_rows, *shape)
 
 
 def _asks(image: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

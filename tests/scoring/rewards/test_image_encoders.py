@@ -7,7 +7,7 @@ from torch import nn
 from fifa.errors import FifaError
 from fifa.models.optional import wheel_path
 from fifa.models.runtime import Runtime
-from fifa.scoring.rewards.efficientnet import STAGES, TAPPED, WEIGHTS, EfficientNetLite0
+from fifa.scoring.rewards.image_encoders import STAGES, TAPPED, WEIGHTS, EfficientNetLite0
 
 WIDTHS = (16, 24, 40, 80, 112, 192)
 

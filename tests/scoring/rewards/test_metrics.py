@@ -1,11 +1,12 @@
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fifa.scoring.rewards import calibrate
+from fifa.scoring.rewards import metrics
 
 finite = st.floats(-20, 20)
 pairs = st.lists(st.tuples(finite, st.floats(0, 1)), min_size=1, max_size=60)
@@ -39,14 +40,14 @@ def naive_ece(logits, label, bins=10):
 @given(pairs)
 def test_losses_are_those_of_a_naive_loop(drawn):
     logits, label = (np.array(values) for values in zip(*drawn, strict=True))
-    assert calibrate.nll(logits, label) == pytest.approx(naive_nll(logits, label), abs=1e-6)
+    assert metrics.nll(logits, label) == pytest.approx(naive_nll(logits, label), abs=1e-6)
 
 
 def test_calibration_error_is_that_of_a_naive_loop():
     draw = np.random.default_rng(0)
     for _ in range(20):
         logits, label = draw.normal(0, 3, 200), draw.integers(0, 11, 200) / 10
-        ours = calibrate.calibration_error(logits, label)
+        ours = metrics.calibration_error(logits, label)
         assert ours == pytest.approx(naive_ece(logits, label), abs=1e-12)
 
 
@@ -56,23 +57,23 @@ def test_it_does_not_matter_which_image_is_image_0(drawn):
     logits, label = (np.array(values) for values in zip(*drawn, strict=True))
     logits = np.where(logits == 0, 1e-3, logits)  # at 0 the reward prefers neither side
     prompt = np.arange(len(logits)) % 3
-    ours = calibrate.measure(logits, label, prompt)
-    theirs = calibrate.measure(-logits, 1 - label, prompt)
-    assert ours.as_dict() == pytest.approx(theirs.as_dict(), abs=1e-9, nan_ok=True)
+    ours = metrics.measure(logits, label, prompt)
+    theirs = metrics.measure(-logits, 1 - label, prompt)
+    assert asdict(ours) == pytest.approx(asdict(theirs), abs=1e-9, nan_ok=True)
 
 
 @given(pairs)
 def test_no_temperature_is_better_than_the_fitted_one(drawn):
     logits, label = (np.array(values) for values in zip(*drawn, strict=True))
-    target = calibrate.smoothed(label)
-    fitted = calibrate.nll(logits / calibrate.fit_temperature(logits, label), target)
+    target = metrics.smoothed(label)
+    fitted = metrics.nll(logits / metrics.fit_temperature(logits, label), target)
     for other in (0.01, 0.3, 1.0, 1.7, 50.0):
-        assert fitted <= calibrate.nll(logits / other, target) + 1e-9
+        assert fitted <= metrics.nll(logits / other, target) + 1e-9
 
 
 def test_a_few_pairs_that_are_all_right_make_nobody_certain():
     logits, label = np.array([0.5, -0.2, 3.0, -1.0]), np.array([1, 0, 1, 0.0])
-    calibrated = logits / calibrate.fit_temperature(logits, label)
+    calibrated = logits / metrics.fit_temperature(logits, label)
     certainty = 1 / (1 + np.exp(-np.abs(calibrated)))
     assert 0.6 < certainty.mean() < 0.95
 
@@ -81,30 +82,30 @@ def test_the_temperature_of_overconfident_rewards_is_found():
     draw = np.random.default_rng(0)
     logits = draw.normal(0, 2, 200_000)
     label = (draw.random(len(logits)) < 1 / (1 + np.exp(-logits))).astype(float)
-    assert calibrate.fit_temperature(logits * 4, label) == pytest.approx(4, rel=0.03)
-    assert calibrate.calibration_error(logits, label) < 0.01 < 0.1
-    assert calibrate.calibration_error(logits * 4, label) > 0.1
+    assert metrics.fit_temperature(logits * 4, label) == pytest.approx(4, rel=0.03)
+    assert metrics.calibration_error(logits, label) < 0.01 < 0.1
+    assert metrics.calibration_error(logits * 4, label) > 0.1
 
 
 def test_temperature_is_1_where_nothing_can_be_learned():
-    assert calibrate.fit_temperature(np.zeros(3), np.array([0, 1, 0.5])) == 1
-    assert calibrate.fit_temperature(np.array([np.nan]), np.array([1.0])) == 1
+    assert metrics.fit_temperature(np.zeros(3), np.array([0, 1, 0.5])) == 1
+    assert metrics.fit_temperature(np.array([np.nan]), np.array([1.0])) == 1
 
 
 def test_accuracy_leaves_ties_of_people_out_and_counts_ties_of_the_model_half():
     logits, label = np.array([1.0, -1, 2, 0, 5]), np.array([1, 1, 0.5, 1, 0.7])
-    assert calibrate.accuracy(logits, label) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert metrics.accuracy(logits, label) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
 
 
 def test_the_interval_is_over_prompts_not_pairs():
     # Two prompts, one all right, one all wrong: however many pairs, we know very little.
     label, prompt = np.ones(2000), np.repeat([0, 1], 1000)
     logits = np.where(prompt == 0, 1.0, -1.0)
-    assert calibrate.prompt_bootstrap(logits, label, prompt) == (0.0, 1.0)
-    of_its_own = calibrate.prompt_bootstrap(logits, label, np.arange(2000))
+    assert metrics.prompt_bootstrap(logits, label, prompt) == (0.0, 1.0)
+    of_its_own = metrics.prompt_bootstrap(logits, label, np.arange(2000))
     assert 0.47 < of_its_own[0] < 0.5 < of_its_own[1] < 0.53
 
 
 def test_pairs_without_scores_are_left_out():
-    found = calibrate.measure(np.array([1, np.nan, np.inf]), np.ones(3), np.arange(3))
+    found = metrics.measure(np.array([1, np.nan, np.inf]), np.ones(3), np.arange(3))
     assert (found.pairs, found.accuracy) == (1, 1.0)
