@@ -247,3 +247,8 @@ def test_no_pairs_at_all_are_scored_too(tmp_path):
     pairs, _ = recurring(tmp_path, pairs=2)
     empty = type(pairs)(pairs.table[:0], pairs.prompts[:0], pairs.rejected, pairs.origin)
     assert score_pairs(empty, Tiny()).num_rows == 0
+
+
+def test_a_shard_without_images_is_refused():
+    with pytest.raises(FifaError, match="at least 1"):
+        Engine(shard=0)

@@ -123,6 +123,10 @@ class Engine:
     trust_keys: bool | None = None
     allow_download: bool = False
 
+    def __post_init__(self) -> None:
+        if self.shard < 1:
+            raise FifaError("shard has to be at least 1 image")
+
     def score_pairs(self, pairs: Pairs) -> pa.Table:
         """What the model gives both images of every pair; raises as `score` does.
 
