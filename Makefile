@@ -22,9 +22,9 @@ demo: setup
 	$(VENV)/bin/fifa demo
 
 # A process a core, up to four (each holds models of its own in memory), and one thread in each:
-# threads that share a core wait for one another.
+# threads that share a core wait for one another. The slow files begin first (tests/conftest.py).
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
 
+SLOW = ("train_kill", "docs", "cli", "processes", "evaluate", "demo", "extending", "kill", "around")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first: one that begins last keeps a single process busy at the end."""
+    items.sort(key=lambda item: not item.path.stem.endswith(SLOW))
+
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
