@@ -156,7 +156,7 @@ def load_detector(model: str, labels: Sequence[str], runtime: Runtime) -> Judge:
         return np.concatenate(found) if found else np.empty(0, np.float32)
 
     weights = model_digest(folder, CONFIG_AND_WEIGHTS)
-    identity = {"detector": weights, "labels": named, "dtype": runtime.dtype}
+    identity = {"detector": weights, "labels": named, "dtype": runtime.precision}
     return Judge(name, measure, "unsafe", f"probability of {' or '.join(named)}", identity)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
 
@@ -17,11 +19,16 @@ else:
     Tensor = Any  # a name for annotations: torch is optional
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Of a device's free memory, what a batch that is looked for may take. The rest is for what grows
+# later: the allocator's gaps, other shapes, a second process's context.
+SHARE = 0.8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How to compute. Only ``dtype`` changes a reward by more than rounding.
+    """How to compute. Only ``precision`` changes a reward by more than rounding.
 
     Parameters
     ----------
@@ -59,15 +66,40 @@ class Runtime:
             there = there.contiguous(memory_format=torch.channels_last)
         return there
 
+    @property
+    def precision(self) -> str:
+        """What names the arithmetic in a fingerprint: ``dtype``, or ``tf32`` (see `tf32`)."""
+        cuda = self.device.partition(":")[0] == "cuda"
+        return "tf32" if cuda and self.dtype == "float32" else self.dtype
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the model runs; none for ``float32``."""
+        """The context in which the model runs: in ``float32`` only `tf32` on CUDA."""
         torch = require("torch")
+        if self.dtype == "float32":
+            return tf32(self.device)
         context: AbstractContextManager[Any] = torch.autocast(
-            torch.device(self.device).type,
-            dtype=getattr(torch, self.dtype),
-            enabled=self.dtype != "float32",
+            torch.device(self.device).type, dtype=getattr(torch, self.dtype)
         )
         return context
+
+
+@contextmanager
+def tf32(device: Any) -> Iterator[None]:
+    """Matrix products of float32 in TF32 on CUDA, while the block lasts; elsewhere nothing.
+
+    TF32 has float32's range and 10 bits of mantissa, and is several times as fast. Convolutions
+    are allowed to use it by torch's own default.
+    """
+    torch = require("torch")
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def make_runtime(
@@ -76,7 +108,7 @@ def make_runtime(
     compile: bool | str = False,
     channels_last: bool = False,
 ) -> Runtime:
-    """A `Runtime`: by default (or for ``auto``) on the fastest device, in ``float32``.
+    """A `Runtime`: by default (or for ``auto``) on the fastest device, in its `best_dtype`.
 
     Raises
     ------
@@ -91,7 +123,7 @@ def make_runtime(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise FifaError(f"no such device here: {device}", do="cpu, cuda, cuda:N or mps") from error
-    return Runtime(device, dtype or "float32", compile, channels_last)
+    return Runtime(device, dtype or best_dtype(device), compile, channels_last)
 
 
 def best_device() -> str:
@@ -100,6 +132,16 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: Any) -> str:
+    """The fastest precision that models bear: ``bfloat16`` where CUDA has it, else ``float32``."""
+    torch = require("torch")
+    if torch.device(device).type != "cuda":
+        return "float32"
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -121,10 +163,17 @@ def peak_bytes(device: Any) -> int:
 
 
 def free_bytes(device: Any) -> int | None:
-    """The memory that is free on a device; None where that is not known."""
+    """The memory that this process may still take on a device; None where that is not known.
+
+    On CUDA what torch keeps for later counts as free, and a fraction that the process was limited
+    to (``torch.cuda.set_per_process_memory_fraction``) is respected.
+    """
     if device.type == "cuda":
-        free, _ = require("torch").cuda.mem_get_info(device)
-        return int(free)
+        cuda = require("torch").cuda
+        free, total = cuda.mem_get_info(device)
+        reserved, allocated = cuda.memory_reserved(device), cuda.memory_allocated(device)
+        allowed = cuda.get_per_process_memory_fraction(device) * total - reserved
+        return int(max(0, min(free, allowed)) + reserved - allocated)
     try:
         import psutil
     except ImportError:
@@ -138,3 +187,106 @@ def release_memory() -> None:
     torch = require("torch")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Parts:
+    """Runs functions over rows, some at a time; fewer from then on once memory has run out.
+
+    Parameters
+    ----------
+    what
+        What a row is, for messages: ``image``, ``prompt``.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._share = 1.0  # of a part; halves when memory runs out
+
+    def run(self, function: Callable[[slice], T], n: int, most: int) -> Iterator[T]:
+        """What ``function`` makes of rows 0 to ``n``, at most ``most`` of them at a time.
+
+        Raises `FifaError` where memory does not suffice for a single row.
+        """
+        start = 0
+        while start < n:
+            stop = min(n, start + self.size(most))
+            try:
+                found = function(slice(start, stop))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if stop - start == 1:
+                    raise FifaError(
+                        f"out of memory with a single {self.what}",
+                        do="a device with more memory, or --dtype bfloat16",
+                    ) from error
+                self._share = (stop - start) // 2 / most
+            else:
+                start = stop
+                yield found
+                continue
+            # only now: the error kept what the attempt had allocated
+            release_memory()
+            echo(f"out of memory: {self.size(most):,} {self.what}s at a time from here on")
+
+    def size(self, most: int) -> int:
+        """How many rows go together now, where ``most`` did at first."""
+        return max(1, int(most * self._share))
+
+
+def largest_batch(
+    attempt: Callable[[int], object], most: int, device: Any, share: float = SHARE
+) -> int:
+    """The largest batch, up to ``most``, that fits into ``share`` of the device's free memory.
+
+    Found by trying: 1, 2, 4, ... as long as the next is expected to fit, as two sizes tell what a
+    row takes; then the largest that should fit is tried itself. 0 where not even 1 fits.
+
+    Parameters
+    ----------
+    attempt
+        Computes with a batch of that size, and keeps nothing of it.
+    most
+        The largest that is of use.
+    device
+        A CUDA device.
+    """
+    cuda = require("torch").cuda
+    release_memory()
+    held = cuda.memory_allocated(device)
+    budget = share * (free_bytes(device) or 0)
+
+    def taken(size: int) -> float:
+        """Bytes at the peak beyond what was held before; infinite where memory ran out."""
+        cuda.reset_peak_memory_stats(device)
+        fits = True
+        try:
+            attempt(size)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        # only now: the error kept what the attempt had allocated
+        release_memory()
+        return float(cuda.max_memory_allocated(device) - held) if fits else float("inf")
+
+    size, bytes_of = 1, taken(1)
+    if bytes_of > budget:
+        return 0
+    a_row = bytes_of  # at most: some of it does not grow with the batch
+    while size < most:
+        wanted = min(most, 2 * size, size + int((budget - bytes_of) // a_row))
+        if wanted <= size:
+            break
+        larger = taken(wanted)
+        if larger > budget:
+            break
+        a_row = max(1.0, (larger - bytes_of) / (wanted - size))
+        size, bytes_of = wanted, larger
+    return size
+
+
+def even_batch(whole: int, largest: int) -> int:
+    """The size of equal parts of ``whole``, of at most ``largest`` each: as few as possible."""
+    # 32 of at most 20 are 2 parts of 16, not 20 and 12
+    return -(-whole // -(-whole // largest))

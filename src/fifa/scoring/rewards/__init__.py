@@ -106,7 +106,7 @@ class PublishedReward:
             "weights": self.weights_digest,
             "preprocessing": self.preprocessing,
             "scale": self.scale,
-            "dtype": self.runtime.dtype,
+            "dtype": self.runtime.precision,
         }
 
 

@@ -177,7 +177,7 @@ class EfficientNetLite0:
             "weights": files_digest({"weights": self.weights}),
             "preprocessing": f"convert, bicubic {self.side} x {self.side}, (x - {MEAN}) / {STD}",
             "stages": list(TAPPED),
-            "dtype": self.runtime.dtype,
+            "dtype": self.runtime.precision,
         }
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
@@ -272,7 +272,7 @@ class ClipImages(ImageTower):
             "encoder": self.name,
             "weights": model_digest(self.folder, CONFIG_AND_WEIGHTS),
             "preprocessing": self.description,
-            "dtype": self.runtime.dtype,
+            "dtype": self.runtime.precision,
         }
 
 
@@ -298,7 +298,7 @@ class VisionModel:
             "weights": model_digest(self._folder, CONFIG_AND_WEIGHTS),
             "preprocessing": f"convert, bicubic {self._side} x {self._side}",
             "normalisation": [self._mean, self._std],
-            "dtype": self._runtime.dtype,
+            "dtype": self._runtime.precision,
         }
 
     def preprocess(self, image: Image.Image) -> np.ndarray:

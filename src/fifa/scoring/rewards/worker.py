@@ -13,12 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from fifa.config import Compute
-from fifa.console import echo
 from fifa.data.images import Images, look, read
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
-from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import Tensor, out_of_memory, release_memory
+from fifa.models.runtime import Parts, Tensor
 from fifa.scoring.rewards import RewardModel
 from fifa.scoring.rewards.pixels import refuse_slivers
 from fifa.scoring.table import features_table
@@ -71,7 +69,7 @@ class ScoreStep:
 
     def __init__(self, load: Load, compute: Compute, allow_download: bool = False) -> None:
         self._load, self._compute, self._download = load, compute, allow_download
-        self._share = 1.0  # of a batch; halves when memory runs out
+        self._parts = Parts("image or prompt")
         self._threads = ThreadPoolExecutor(compute.workers or cores())
 
     def begin(self, shard: Any) -> Callable[[], pa.Table]:
@@ -106,7 +104,8 @@ class ScoreStep:
             return self._model.prompt_features([prompts[i] for i in order[part]])
 
         with torch.inference_mode():
-            found = self._in_parts(features, len(prompts), PROMPTS * self._compute.batch).cpu()
+            most = PROMPTS * self._compute.batch
+            found = torch.cat(list(self._parts.run(features, len(prompts), most))).cpu()
         # numpy has no bfloat16
         rows: np.ndarray = (found.float() if found.dtype is torch.bfloat16 else found).numpy()
         in_order: np.ndarray = np.empty_like(rows)
@@ -134,43 +133,19 @@ class ScoreStep:
         most = self._fits(pixels.shape[-2], pixels.shape[-1])
 
         model = self._model
-        images = self._in_parts(lambda part: model.image_features(pixels[part]), len(pixels), most)
+
+        def in_parts(function: Callable[[slice], Tensor], n: int) -> Tensor:
+            joined: Tensor = require("torch").cat(list(self._parts.run(function, n, most)))
+            return joined
+
+        images = in_parts(lambda part: model.image_features(pixels[part]), len(pixels))
         prompts, row = prompts.to(images.device), row.to(images.device)
-        joined: Tensor = self._in_parts(
-            lambda part: model.rewards(prompts[part], images[row[part]]), len(row), most
-        )
-        return joined
+        return in_parts(lambda part: model.rewards(prompts[part], images[row[part]]), len(row))
 
     def _fits(self, height: int, width: int) -> int:
         """How many images of this size go into a batch."""
         batch = self._compute.batch
         return max(1, min(batch, batch * SIDE * SIDE // (height * width)))
-
-    def _in_parts(self, function: Callable[[slice], Any], n: int, most: int) -> Any:
-        """``function`` of rows 0 to n, ``most`` at a time, fewer once memory has run out."""
-        torch = require("torch")
-        parts: list[Any] = []
-        start = 0
-        while start < n:
-            stop = min(n, start + max(1, int(most * self._share)))
-            try:
-                parts.append(function(slice(start, stop)))
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if stop - start == 1:
-                    raise FifaError(
-                        "out of memory with a single image or prompt",
-                        do="a device with more memory, or dtype bfloat16",
-                    ) from error
-                self._share = (stop - start) // 2 / most
-            else:
-                start = stop
-                continue
-            # only now: the error kept what the attempt had allocated
-            release_memory()
-            echo(f"out of memory: batches of {max(1, int(most * self._share))} from here on")
-        return torch.cat(parts)
 
 
 def _asks(image: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
