@@ -355,7 +355,7 @@ class Train(Knobs):
     batch
         Pairs per step, over all processes and micro-batches.
     micro_batch
-        Pairs per forward pass.
+        Pairs per forward and backward pass; if not given, as many as the device has memory for.
     steps
         Training steps; by default from --epochs.
     epochs
@@ -387,13 +387,15 @@ class Train(Knobs):
         Only ``cpu`` can be chosen here; if not given, accelerate chooses the device.
     dtype
         Precision of the training: ``float32``, or ``bfloat16`` or ``float16`` under autocast; if
-        not given, what accelerate is configured for (``float32`` by default).
+        not given, what accelerate is configured for, else ``bfloat16`` on a CUDA device that has
+        it and ``float32`` elsewhere.
     compile
         Compile the denoiser with ``torch.compile``.
     channels_last
         Use the channels-last memory format for convolutions.
     gradient_checkpointing
-        Save memory: compute activations a second time in the backward pass.
+        Save memory: compute activations a second time in the backward pass; if not given, only
+        where not even one pair fits otherwise.
     tracker
         Where metrics are sent, besides ``stats.jsonl``.
     log_every
@@ -432,7 +434,7 @@ class Train(Knobs):
     label_scale: Positive = 1.0
     draws: CountOrZero = 0
     batch: Count = 32
-    micro_batch: Count = 1
+    micro_batch: Count | None = None
     steps: Count | None = None
     epochs: Positive = 10.0
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
@@ -450,7 +452,7 @@ class Train(Knobs):
     dtype: Dtype | None = None
     compile: bool = False
     channels_last: Annotated[bool, Option("--channels-last/--channels-first")] = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     log_every: Count = 1
     save_every: Count = 100

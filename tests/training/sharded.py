@@ -39,10 +39,10 @@ def make_state(train, backbone, accelerator):
     return state
 
 
-def stopped(self, number, rate):
+def stopped(self, number, *more):
     if len(sys.argv) > 3 and number == int(sys.argv[3]):
         sys.exit(3)
-    return step(self, number, rate)
+    return step(self, number, *more)
 
 
 job.make_state, loop.Loop.step = make_state, stopped

@@ -22,13 +22,13 @@ from fifa.training.backbones import load_backbone
 from fifa.training.batches import adapters_off
 from fifa.training.checkpoint import add_lora, make_optimizer
 from fifa.training.job import make_accelerator, run_training
-from fifa.training.loop import GAP
 from fifa.training.metrics import read_stats
 from fifa.training.plan import (
     memory_of,
     needs_copy,
     shapes_in,
 )
+from fifa.training.samples import GAP
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_samples_stand_beside_the_bases(method, world, tmp_path):
 
 def test_prompts_to_draw_are_the_pairs_unless_given(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
-    from fifa.training.loop import Samples
+    from fifa.training.samples import Samples
 
     accelerator = loop.state.accelerator
     captions = ["a", "b", "a", "", "c", "d", "e"]
@@ -149,7 +149,7 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
     loop = assemble(quick(world, **knobs), tmp_path / "table")
     online = adapters_off(loop.source.backbone, loop.state.accelerator.unwrap_model)
     for step in range(3):
-        for part, _ in loop.parts(step):
+        for part, _ in loop.parts(step, loop.train.micro_batch):
             batch = loop.source.batch(part)
             known, nothing = loop.reference(batch)
             found, prediction = online(batch)
@@ -229,8 +229,12 @@ def test_pairs_of_several_shapes_share_a_step(tmp_path):
     knobs = {"buckets": True, "flips": True, "prompt_dropout": 0.5, "epsilon": 1e-4}
     train = quick(tmp_path, batch=5, lr=1e-4, **knobs)
     loop = assemble(train, tmp_path / "a")
-    sizes = [len(part) for part, _ in loop.parts(0)]
-    shapes = [{loop.source.encoded.shape(i) for i, _ in part} for part, _ in loop.parts(0)]
+    parts = [part for part, _ in loop.parts(0, train.micro_batch)]
+    sizes = [len(part) for part in parts]
+    shapes = [
+        {loop.source.encoded.shape(i) for i, _ in part}
+        for part, _ in loop.parts(0, loop.train.micro_batch)
+    ]
     assert sorted(sizes) == [1, 2, 2]
     assert all(len(one) == 1 for one in shapes)
     assert len(set.union(*shapes)) == 2

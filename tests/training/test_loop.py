@@ -48,7 +48,7 @@ def test_statistics_tell_winner_and_loser_apart(world, tmp_path):
         assert set(line) == {
             *("step", "loss", "winner_error", "loser_error"),
             *("winner_minus_reference", "loser_minus_reference", "implicit_accuracy"),
-            *("kl", "kl_bound", "gradient_norm", "lr", "pairs", "seconds"),
+            *("kl", "kl_bound", "gradient_norm", "lr", "pairs", "skipped", "seconds"),
             *("pairs_per_second", "peak_bytes"),
         }
         assert 0 < line["kl_bound"] <= line["kl"]
@@ -134,10 +134,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     parts = assemble(train, tmp_path / "parts")
     step = type(parts).step
 
-    def stopped(self, number, rate):
+    def stopped(self, number, *more):
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number, rate)
+        return step(self, number, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(parts), "step", stopped)
@@ -156,8 +156,8 @@ def test_the_average_is_what_is_written(world, tmp_path):
     expected = [value.clone() for value in loop.state.average.values]
     step, passed = type(loop).step, []
 
-    def watched(self, number, rate):
-        told = step(self, number, rate)
+    def watched(self, number, *more):
+        told = step(self, number, *more)
         decay = min(0.99, (2 + number) / (11 + number))
         for value, parameter in zip(expected, self.state.average.parameters, strict=True):
             value.mul_(decay).add_(parameter.detach(), alpha=1 - decay)

@@ -44,7 +44,7 @@ def pair_of(zoo, tmp_path, kind, **knobs):
 
 def of_step(loop, step):
     """The pairs' ids, and the labels of those of a step."""
-    [(part, _)] = loop.parts(step)
+    [(part, _)] = loop.parts(step, loop.train.micro_batch)
     labels = [max(LABELS[i], 1 - LABELS[i]) for i, _ in part]
     return loop.source.pairs.pair_id, torch.tensor(labels)
 
@@ -64,8 +64,8 @@ def test_loss_and_gradients_are_the_formulas(kind, zoo, tmp_path):
             settings = {"loss": name, "sft": sft}
             for one in (loop, plain):
                 object.__setattr__(one, "train", replace_in(loop.train, **settings))
-            [(part, _)] = loop.parts(0)
-            ours, _ = loop.forward(part)
+            [(part, _)] = loop.parts(0, loop.train.micro_batch)
+            ours, _ = loop.forward(loop.source.batch(part))
             found = torch.autograd.grad(ours.sum() / loop.train.batch, learned(loop))
             loss = plain.loss(0, ids, labels)
             expected = torch.autograd.grad(loss, list(plain.learned().values()))

@@ -49,5 +49,5 @@ def test_steps_follow_from_epochs_unless_given():
 
 def test_differences_name_the_knobs():
     one, other = Train(), Train(beta=1.0, micro_batch=4)
-    assert one.differences(other) == ["beta: 5000.0 / 1.0", "micro_batch: 1 / 4"]
+    assert one.differences(other) == ["beta: 5000.0 / 1.0", "micro_batch: None / 4"]
     assert one.differences(other, but=frozenset({"micro_batch"})) == ["beta: 5000.0 / 1.0"]

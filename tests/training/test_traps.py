@@ -16,6 +16,7 @@ from fifa.config import Train
 from fifa.training.backbones import load_backbone
 from fifa.training.batches import Stream, draw_pair
 from fifa.training.job import run_training
+from fifa.training.loop import Feed
 from fifa.training.losses import LOSSES, beta_from_simpletuner, errors
 from fifa.training.metrics import read_stats, stats_line, sums
 from fifa.training.pairs import read_training_pairs
@@ -60,14 +61,14 @@ def test_trap_3_the_batch_mean_is_outside_the_logarithm(world, tmp_path):
     with torch.no_grad():
         for weight in loop.state.weights().values():
             weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    [(part, _)] = loop.parts(0)
-    loss, _ = loop.forward(part)
+    [(part, _)] = loop.parts(0, loop.train.micro_batch)
+    loss, _ = loop.forward(loop.source.batch(part))
     assert loss.shape == (4,)
-    alone = [loop.forward([item])[0].item() for item in part]
+    alone = [loop.forward(loop.source.batch([item]))[0].item() for item in part]
     assert loss.tolist() == pytest.approx(alone, rel=1e-3)
     inside = -torch.log(torch.expm1(loss.detach().double()))  # z of each pair, as l = log(1 + e^-z)
     wrong = float(-F.logsigmoid(inside.mean()))
-    totals, _ = loop.step(0, 1e-3)
+    totals = loop.step(0, 1e-3, Feed(loop, 4))()
     assert totals[0] / 4 == pytest.approx(sum(alone) / 4, rel=1e-3)
     assert abs(totals[0] / 4 - wrong) > 1e-3
 
@@ -103,7 +104,7 @@ def test_trap_5_both_images_are_changed_alike_and_keep_their_shape(world, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(encoded), "moments", watched)
         for step in range(8):
-            for part, _ in loop.parts(step):
+            for part, _ in loop.parts(step, loop.train.micro_batch):
                 loop.source.batch(part)
     # asked for once a pair, both images with it; about half of the time mirrored
     assert len(asked) == 8 * 4
@@ -120,7 +121,7 @@ def test_trap_6_sdxl_is_told_each_images_own_size_and_crop(tmp_path):
         lambda module, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]),
         with_kwargs=True,
     )
-    loop.step(0, 1e-4)
+    loop.step(0, 1e-4, Feed(loop, 2))
     rows = {tuple(row) for ids in told for row in ids.tolist()}
     # height and width as they were, then what the centre crop to 64 x 64 cut off above and left
     assert rows == {
@@ -209,7 +210,7 @@ def test_trap_11_both_errors_may_rise_while_the_loss_falls():
 def test_trap_12_winner_and_loser_share_a_micro_batch_a_time_and_a_noise(world, tmp_path):
     loop = assemble(quick(world, micro_batch=1, batch=3), tmp_path)
     backbone = loop.source.backbone
-    for part, _ in loop.parts(0):
+    for part, _ in loop.parts(0, loop.train.micro_batch):
         assert len(part) == 1
         batch = loop.source.batch(part)
         assert len(batch.noisy) == 2

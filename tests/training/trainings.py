@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from fifa.config import Train, changed
 from fifa.training.checkpoint import make_state
 from fifa.training.job import make_accelerator, make_job, make_reference, make_source
-from fifa.training.loop import Loop, Samples
+from fifa.training.loop import Loop
+from fifa.training.samples import Samples
 
 LORA = "pytorch_lora_weights.safetensors"
 

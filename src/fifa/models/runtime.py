@@ -235,9 +235,9 @@ class Parts:
 
 
 def largest_batch(
-    attempt: Callable[[int], object], most: int, device: Any, share: float = SHARE
+    attempt: Callable[[int], object], most: int, device: Any, *, reserved: int = 0
 ) -> int:
-    """The largest batch, up to ``most``, that fits into ``share`` of the device's free memory.
+    """The largest batch, up to ``most``, that fits into `SHARE` of the device's free memory.
 
     Found by trying: 1, 2, 4, ... as long as the next is expected to fit, as two sizes tell what a
     row takes; then the largest that should fit is tried itself. 0 where not even 1 fits.
@@ -250,11 +250,13 @@ def largest_batch(
         The largest that is of use.
     device
         A CUDA device.
+    reserved
+        Bytes that are to stay free beside it.
     """
     cuda = require("torch").cuda
     release_memory()
     held = cuda.memory_allocated(device)
-    budget = share * (free_bytes(device) or 0)
+    budget = SHARE * (free_bytes(device) or 0) - reserved
 
     def taken(size: int) -> float:
         """Bytes at the peak beyond what was held before; infinite where memory ran out."""

@@ -14,8 +14,9 @@ loser that is computed once, before training, and kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,16 @@ from torch import Generator, Tensor
 
 from fifa.config import Train
 from fifa.console import note, progress
+from fifa.data.prefetch import Prefetch
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
+from fifa.models.runtime import Parts
 from fifa.shards.files import digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.losses import errors, margin_labels
 
+LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
+REFERENCE = 32 * LATENTS  # the same on CUDA where no gradients are kept
 SHARD = 16  # pairs between two points where an interrupted computation of the reference goes on
 
 Scalars = npt.NDArray[np.float32]
@@ -130,10 +135,9 @@ class Stream:
     seed: int
     pool: int = 0
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> Sequence[int]:
         """All pairs, in the epoch's order."""
-        generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-        return torch.randperm(self.pairs, generator=generator).tolist()
+        return _order(self.pairs, self.seed, epoch)
 
     def step(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
         """``(pair, draw)`` of what process ``rank`` of ``world`` presents in ``step`` (from 0).
@@ -151,6 +155,13 @@ class Stream:
             (orders[epoch][row], epoch % self.pool if self.pool else epoch)
             for epoch, row in (divmod(i, self.pairs) for i in range(first, last))
         ]
+
+
+@lru_cache(maxsize=2)  # a step takes from one epoch, or from two
+def _order(pairs: int, seed: int, epoch: int) -> Sequence[int]:
+    generator = torch.Generator().manual_seed(seed_of("order", seed, epoch))
+    order: list[int] = torch.randperm(pairs, generator=generator).tolist()
+    return order
 
 
 def micro_batches(
@@ -202,6 +213,43 @@ class Batch:
     label: Tensor
     weight: Tensor
 
+    def pairs(self, part: slice) -> Batch:
+        """Some of the pairs."""
+        if len(self.items[part]) == len(self.items):
+            return self
+
+        def both(tensor: Tensor) -> Tensor:
+            return tensor.view(2, len(self.items), *tensor.shape[1:])[:, part].flatten(0, 1)
+
+        return Batch(
+            items=self.items[part],
+            noisy=both(self.noisy),
+            target=both(self.target),
+            time=both(self.time),
+            prompts={name: both(value) for name, value in self.prompts.items()},
+            frames=both(self.frames),
+            label=self.label[part],
+            weight=self.weight[part],
+        )
+
+    def on(self, device: Any) -> Batch:
+        """The same on a device; to CUDA from pinned memory, which nobody waits for."""
+
+        def put(tensor: Tensor) -> Tensor:
+            there = tensor.pin_memory() if device.type == "cuda" else tensor
+            return there.to(device, non_blocking=True)
+
+        return Batch(
+            items=self.items,
+            noisy=put(self.noisy),
+            target=put(self.target),
+            time=put(self.time),
+            prompts={name: put(value) for name, value in self.prompts.items()},
+            frames=put(self.frames),
+            label=put(self.label),
+            weight=put(self.weight),
+        )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -218,7 +266,7 @@ class Source:
     encoded
         Their `fifa.training.cache.Encoded`, pair by pair.
     device
-        Where batches go.
+        Where batches go to be computed with.
     """
 
     train: Train
@@ -228,7 +276,14 @@ class Source:
     device: Any
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
-        """The micro-batch of ``items``, all of one latent shape."""
+        """The micro-batch of ``items``, all of one latent shape; on the CPU, in float32.
+
+        Whatever autocast it is called under: its numbers are no products of a network.
+        """
+        with torch.autocast("cpu", enabled=False):
+            return self._batch(items)
+
+    def _batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
         rows = [pair for pair, _ in items]
         label, weight = torch.from_numpy(pairs.label[rows]), torch.ones(len(rows))
@@ -254,20 +309,17 @@ class Source:
             time=time,
             prompts={name: self._both([one[name] for one in prompts]) for name in prompts[0]},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
-            label=self._put(label),
-            weight=self._put(weight),
+            label=label,
+            weight=weight,
         )
 
     def _sides(self, pairs: list[Tensor]) -> Tensor:
         """From ``[2, ...]`` of each pair to ``[2n, ...]``, winners first."""
-        return self._put(torch.stack(pairs, dim=1).flatten(0, 1))
+        return torch.stack(pairs, dim=1).flatten(0, 1)
 
     def _both(self, values: list[Tensor]) -> Tensor:
         """From ``[...]`` of each pair to ``[2n, ...]``, the same for both images."""
-        return self._put(torch.cat([torch.stack(values)] * 2))
-
-    def _put(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return torch.cat([torch.stack(values)] * 2)
 
 
 def predict(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -364,11 +416,11 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
     if not path.exists():
         finished = ledger.keys()
         mine = starts[accelerator.process_index :: accelerator.num_processes]
+        missing = [start for start in mine if str(start) not in finished]
         with progress("the reference's errors", len(mine) * SHARD) as advance:
-            for start in mine:
-                if str(start) not in finished:
-                    with torch.no_grad(), accelerator.autocast():
-                        ledger.write(str(start), _errors(source, start))
+            advance((len(mine) - len(missing)) * SHARD)
+            for start, errors_of in _errors(source, missing, accelerator.autocast):
+                ledger.write(str(start), errors_of)
                 advance(SHARD)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -381,12 +433,34 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
     return scalars
 
 
-def _errors(source: Source, start: int) -> pa.Table:
-    """The errors of a shard of pairs, winner and loser of every draw one after the other."""
-    pairs = range(start, min(start + SHARD, len(source.pairs)))
-    items = [(pair, d) for pair in pairs for d in range(source.train.draws)]
-    found: dict[tuple[int, int], Scalars] = {}
-    for part in micro_batches(items, source.encoded.shape, source.train.micro_batch):
-        measured, _ = predict(source.backbone, source.batch(part))
-        found |= zip(part, measured.cpu().numpy(), strict=True)
-    return pa.table({"error": np.concatenate([found[item] for item in items])})
+def _errors(
+    source: Source, starts: Iterable[int], autocast: Callable[[], Any]
+) -> Iterator[tuple[int, pa.Table]]:
+    """The errors of shards of pairs, winner and loser of every draw one after the other."""
+    cuda = source.device.type == "cuda"
+    through = Parts("pair")
+
+    def batches() -> Iterator[tuple[int, list[tuple[int, int]], list[Batch]]]:
+        for start in starts:
+            pairs = range(start, min(start + SHARD, len(source.pairs)))
+            items = [(pair, d) for pair in pairs for d in range(source.train.draws)]
+            shape = source.encoded.shape
+            largest = max(h * w for h, w in map(shape, pairs))
+            size = (REFERENCE if cuda else LATENTS) // largest
+            parts = micro_batches(items, shape, source.train.micro_batch or max(1, size))
+            yield start, items, [source.batch(part) for part in parts]
+
+    for start, items, made in Prefetch(batches(), 1) if cuda else batches():
+        found: dict[tuple[int, int], Tensor] = {}
+        for batch in made:
+            there, n = batch.on(source.device), len(batch.items)
+
+            def measured(part: slice, batch: Batch = there) -> Tensor:
+                return predict(source.backbone, batch.pairs(part))[0]
+
+            with torch.no_grad(), autocast():
+                rows = torch.cat(list(through.run(measured, n, n)))
+            found |= zip(batch.items, rows, strict=True)
+        # once a shard: until here nothing has been waited for
+        in_order = torch.cat([found[item] for item in items])
+        yield start, pa.table({"error": in_order.cpu().numpy()})

@@ -128,9 +128,11 @@ class Progress:
     step
         Steps done.
     pairs
-        Pairs presented.
+        Pairs trained on; those of skipped steps do not count.
     seconds
         Time spent in the loop, over all its interruptions.
+    skipped
+        Steps that changed no weight, as float16's gradients overflowed.
     window, since, sums
         Since the last line of metrics: pairs, the time at that line, and what
         `fifa.training.metrics.sums` has added up.
@@ -139,18 +141,22 @@ class Progress:
     step: int = 0
     pairs: int = 0
     seconds: float = 0.0
+    skipped: int = 0
     window: int = 0
     since: float = 0.0
     sums: tuple[float, ...] = ()
 
-    def after_step(self, sums: Sequence[float], pairs: int, seconds: float) -> Progress:
+    def after_step(
+        self, sums: Sequence[float], pairs: int, seconds: float, *, skipped: bool = False
+    ) -> Progress:
         """After one more step of so many pairs, at that time."""
         known = self.sums or (0.0,) * len(sums)
         return replace(
             self,
             step=self.step + 1,
-            pairs=self.pairs + pairs,
+            pairs=self.pairs + (0 if skipped else pairs),
             seconds=seconds,
+            skipped=self.skipped + skipped,
             window=self.window + pairs,
             sums=tuple(a + b for a, b in zip(known, sums, strict=True)),
         )
@@ -269,6 +275,18 @@ class TrainState:
         """Whether a process holds only its shard of the weights (FSDP)."""
         return str(self.accelerator.distributed_type).endswith("FSDP")
 
+    def compile(self) -> None:
+        """Compile the denoiser; after what fits is known, as every size tried is compiled anew."""
+        self.accelerator.unwrap_model(self.model).compile()
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Whether activations are computed a second time in the backward pass."""
+        plain = self.accelerator.unwrap_model(self.model)
+        if on:
+            plain.enable_gradient_checkpointing()
+        elif plain.is_gradient_checkpointing:
+            plain.disable_gradient_checkpointing()
+
     def weights(self) -> dict[str, Any]:
         """The trained weights by name, whole; under FSDP on the main process only.
 
@@ -380,15 +398,13 @@ class TrainState:
 
 
 def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState:
-    """The denoiser as it is trained: adapters in, laid out, compiled, wrapped by accelerate."""
+    """The denoiser as it is trained: adapters in, laid out, wrapped by accelerate."""
     learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
     model: Any = backbone.denoiser
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if train.channels_last:
         model.to(memory_format=torch.channels_last)
-    if train.compile:
-        model.compile()
     optimizer = make_optimizer(train, learned, accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     backbone.denoiser = model

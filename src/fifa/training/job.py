@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,21 +17,22 @@ from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import free_bytes
+from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import cannot_write, check_free, sweep, write_text
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state, make_state
-from fifa.training.loop import Loop, Samples
+from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, write_card
 from fifa.training.pairs import read_training_pairs
 from fifa.training.plan import Plan, memory_of
+from fifa.training.samples import Samples
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
-PRECISIONS = {None: None, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 TRAIN_FILE = "train.yaml"
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
@@ -78,28 +82,49 @@ def run_training(train: Train, out: str | Path) -> Path:
         if accelerator.is_main_process:
             echo(f"this training is finished: {out}")
         return out
-    job = make_job(train, out, accelerator)
-    source = make_source(job)
-    samples = Samples(train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution)
-    samples.base()
-    reference = make_reference(job, source)
-    state = make_state(train, job.backbone, accelerator)
-    loop = Loop(train, job.plan.steps, out, source, reference, state, samples)
-    try:
+    with on_device(accelerator.device):
+        job = make_job(train, out, accelerator)
+        source = make_source(job)
+        samples = Samples(
+            train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution
+        )
+        samples.base()
+        reference = make_reference(job, source)
+        state = make_state(train, job.backbone, accelerator)
+        loop = Loop(train, job.plan.steps, out, source, reference, state, samples)
         done = loop.run()
-    except torch.cuda.OutOfMemoryError as error:
-        raise FifaError(
-            f"out of memory: {str(error).splitlines()[0]}",
-            where=str(accelerator.device),
-            do="--micro-batch 1, --gradient-checkpointing or --dtype bfloat16; the same command "
-            "continues from the newest state",
-        ) from error
-    state.export(train, job.backbone, out)
+        state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
         write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
-        echo(f"trained {done.step:,} steps on {len(job.pairs):,} pairs; weights in {out}")
+        skipped = f", {done.skipped:,} of them skipped" if done.skipped else ""
+        echo(f"trained {done.step:,} steps{skipped} on {len(job.pairs):,} pairs; weights in {out}")
     accelerator.wait_for_everyone()
     return out
+
+
+@contextmanager
+def on_device(device: Any) -> Iterator[None]:
+    """How a training computes while the block lasts; memory that runs out becomes a `FifaError`."""
+    attention: Any = torch.backends.cuda
+    before = attention.cudnn_sdp_enabled()
+    # cuDNN's attention gives NaN gradients in bfloat16 (FLUX cannot be trained with it), and torch
+    # 2.11 prefers it on Hopper: pytorch/pytorch#196678, NVIDIA/cudnn-frontend#160, and for DPO
+    # huggingface/trl#7181. Flash and memory-efficient attention take its place.
+    attention.enable_cudnn_sdp(False)
+    try:
+        with tf32(device):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise FifaError(
+            f"out of memory: {str(error).splitlines()[0]}",
+            where=str(device),
+            do="a smaller --micro-batch, --gradient-checkpointing, --dtype bfloat16 or --method "
+            "lora; the same command continues from the newest state",
+        ) from error
+    finally:
+        attention.enable_cudnn_sdp(before)
 
 
 def plan_training(train: Train, out: str | Path) -> Plan:
@@ -151,6 +176,8 @@ def start_folder(train: Train, out: Path) -> None:
 def make_accelerator(train: Train) -> Any:
     """accelerate's view of processes and devices, in the precision asked for.
 
+    If none is: in the one that accelerate is configured for, or in the fastest one of the device.
+
     Raises `FifaError` where this process has computed in another precision before.
     """
     accelerate: Any = require("accelerate", "train")
@@ -159,9 +186,14 @@ def make_accelerator(train: Train) -> Any:
         # a joint attention's last block has weights whose output nobody reads
         accelerate.DistributedDataParallelKwargs(find_unused_parameters=True),
     ]
+    processor = train.device == "cpu" or not torch.cuda.is_available()
+    # `accelerate launch` says "no" where nobody has chosen
+    configured = DTYPES.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "float32")
+    best = best_dtype("cpu" if processor else "cuda")
+    dtype = train.dtype or (best if configured == "float32" else configured)
     try:
         return accelerate.Accelerator(
-            mixed_precision=PRECISIONS[train.dtype],
+            mixed_precision=PRECISIONS[dtype],
             cpu=train.device == "cpu",
             kwargs_handlers=handlers,
         )

@@ -1,146 +1,45 @@
-"""The training loop: what happens in a step and between steps, and the samples drawn on the way.
+"""The training loop: what happens in a step and between steps.
 
 What makes it exact is elsewhere and small: which pairs a step takes and what is drawn for them
 are functions of the seed (`fifa.training.batches`), so a step needs to know nothing of those before
 it but the weights and the optimiser's state (`fifa.training.checkpoint`).
+
+What keeps a CUDA device busy: micro-batches are made in a thread ahead of it, and the numbers of
+a step are read when the next one is queued already. So a loss that is not finite is noticed one
+step late, when it has reached the weights in memory, but before anything of it is written: states,
+checkpoints and samples wait for the numbers of all their steps.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fifa.config import Train
+from fifa.console import echo
 from fifa.console import progress as progress_bar
+from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
-from fifa.models.optional import require
-from fifa.models.runtime import peak_bytes, release_memory
-from fifa.shards.files import atomic_path, read_json
-from fifa.training.backbones.base import Backbone
-from fifa.training.batches import Reference, Source, Stream, micro_batches, predict, seed_of
+from fifa.models.runtime import out_of_memory, peak_bytes, release_memory
+from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
 from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
+from fifa.training.fit import find_fit
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import Stats, distance, stats_line, sums
+from fifa.training.samples import Samples
 
-BASE = "samples/base.png"
-PROMPTS = 4
-GAP = 8  # pixels between two images
+AHEAD = 2  # micro-batches that wait for the device
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Draws the sheets of one training.
-
-    Parameters
-    ----------
-    train
-        The training: prompts, steps, seed.
-    backbone
-        The base's folder, and the denoiser.
-    captions
-        Of the training pairs, of which the first few stand in for prompts not given.
-    out
-        The training's folder.
-    accelerator
-        Of all processes, only the main one draws.
-    resolution
-        Pixels a side.
-    """
-
-    train: Train
-    backbone: Backbone
-    captions: Sequence[str]
-    out: Path
-    accelerator: Any
-    resolution: int
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """What is drawn."""
-        distinct = [caption for caption in dict.fromkeys(self.captions) if caption]
-        return self.train.sample_prompts or tuple(distinct[:PROMPTS]) or ("",)
-
-    def base(self) -> None:
-        """Draw the base's images once, with its own stock pipeline; every process calls it.
-
-        Raises `FifaError` where the weights are sharded: the pipeline would need them whole.
-        """
-        if not self.train.sample_every:
-            return
-        if str(self.accelerator.distributed_type).endswith("FSDP"):
-            raise FifaError(
-                "a sharded model cannot make sample images", do="--sample-every 0 with FSDP"
-            )
-        if self.accelerator.is_main_process and not (self.out / BASE).exists():
-            _save(self._drawn({}), self.out / BASE)
-            release_memory()
-        self.accelerator.wait_for_everyone()
-
-    def draw(self, step: int, state: TrainState) -> None:
-        """Write ``samples/step-*.png``: a row a prompt, the base's image left, today's right."""
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(state.model)
-            model.eval()
-            average = state.average.in_place() if state.average else nullcontext()
-            with torch.no_grad(), self.accelerator.autocast(), average:
-                images = self._drawn({self.backbone.family.part: model})
-            model.train()
-            release_memory()
-            with Image.open(self.out / BASE) as base:
-                sheet = _joined([base, images], axis=1)
-            _save(sheet, (self.out / BASE).with_name(f"{step_name(step)}.png"))
-        self.accelerator.wait_for_everyone()
-
-    def _drawn(self, parts: dict[str, Any]) -> Image.Image:
-        """An image a prompt, one below the other, by the stock pipeline of the base's folder.
-
-        ``parts`` of it are in memory already.
-        """
-        diffusers = require("diffusers", "train")
-        index = read_json(self.backbone.folder / "model_index.json", "the pipeline's index")
-        if "safety_checker" in index:  # no part of what is trained, and often not downloaded
-            parts = {"safety_checker": None, "feature_extractor": None, **parts}
-            parts["requires_safety_checker"] = False
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            self.backbone.folder, dtype=torch.float32, local_files_only=True, **parts
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(self.accelerator.device)
-        images = []
-        for number, prompt in enumerate(self.prompts):
-            seed = seed_of("sample", self.train.seed, number)
-            made = pipeline(
-                prompt=prompt,
-                height=self.resolution,
-                width=self.resolution,
-                num_inference_steps=self.train.sample_steps,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            images.append(made.images[0])
-        return _joined(images, axis=0)
-
-
-def _joined(images: Sequence[Image.Image], axis: int) -> Image.Image:
-    """Images of one size below (axis 0) or beside (axis 1) each other, with white between them."""
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
-    gap = np.full_like(arrays[0].take(range(GAP), axis), 255)
-    parts = [part for array in arrays for part in (gap, array)][1:]
-    return Image.fromarray(np.concatenate(parts, axis))
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary, "PNG")
+# A micro-batch, whether it counts, and whether it is the last of its step.
+Item = tuple[Batch, bool, bool]
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
@@ -200,23 +99,40 @@ class Loop:
         """
         train, state = self.train, self.state
         done = state.load(self.out)
-        main = state.accelerator.is_main_process
-        stats = Stats(train, self.out, done.step) if main else None
         state.model.train()
+        fit = find_fit(train, self.source, state, self.forward, self.out)
+        feed = Feed(self, fit.micro_batch)
+        if train.compile:
+            state.compile()
+        stats = Stats(train, self.out, done.step) if state.accelerator.is_main_process else None
         begun = time.perf_counter() - done.seconds
         try:
-            with progress_bar("training", self.steps) as advance:
+            with closing(feed), progress_bar("training", self.steps) as advance:
                 advance(done.step)
+
+                def take(step: int, rate: float, read: Read) -> Progress:
+                    """Take in the numbers of a step, which may have to be waited for."""
+                    *totals, norm, skipped = read()
+                    self._must_be_finite(step, totals[0], norm)
+                    now = time.perf_counter() - begun
+                    taken = done.after_step(totals, train.batch, now, skipped=bool(skipped))
+                    if taken.step % train.log_every == 0 or taken.step == self.steps:
+                        if stats:
+                            stats.log(taken.step, self.metrics(taken, rate, norm))
+                        taken = taken.after_metrics()
+                    advance(1)
+                    return taken
+
+                queued: tuple[int, float, Read] | None = None
                 for step in range(done.step, self.steps):
                     rate = learning_rate(train, step, self.steps)
-                    totals, norm = self.step(step, rate)
-                    done = done.after_step(totals, train.batch, time.perf_counter() - begun)
-                    if done.step % train.log_every == 0 or done.step == self.steps:
-                        if stats:
-                            stats.log(done.step, self.metrics(done, rate, norm))
-                        done = done.after_metrics()
-                    self.save(done)
-                    advance(1)
+                    read = self.step(step, rate, feed)
+                    if queued:
+                        done = take(*queued)
+                    queued = (step, rate, read)
+                    if self.writes_after(step + 1):
+                        done, queued = take(*queued), None
+                        self.save(done)
         finally:
             if stats:
                 stats.close()
@@ -229,12 +145,13 @@ class Loop:
             "gradient_norm": norm,
             "lr": rate,
             "pairs": done.pairs,
+            "skipped": done.skipped,
             "seconds": round(done.seconds, 3),
             "pairs_per_second": done.window / (done.seconds - done.since),
             "peak_bytes": peak_bytes(self.source.device),
         }
 
-    def step(self, step: int, rate: float) -> tuple[list[float], float]:
+    def step(self, step: int, rate: float, feed: Feed) -> Read:
         """One step: every micro-batch forward and backward, then the optimiser.
 
         Parameters
@@ -243,55 +160,78 @@ class Loop:
             Counted from 0.
         rate
             The learning rate.
+        feed
+            Has its micro-batches; smaller ones once memory has run out.
 
         Returns
         -------
-        tuple
-            What `fifa.training.metrics.sums` adds up, over all processes; the gradient's norm
-            before it was clipped.
+        Read
+            What `fifa.training.metrics.sums` adds up, over all processes; then the gradient's norm
+            before it was clipped; then 1 if the step was skipped, as float16's gradients
+            overflowed, else 0.
         """
         train, state = self.train, self.state
-        accelerator, model, optimizer = state.accelerator, state.model, state.optimizer
+        accelerator, optimizer = state.accelerator, state.optimizer
+        total: Tensor | None = None
+        while total is None:
+            try:
+                total = self.gradients(step, feed)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or not self._may_halve(feed.size):
+                    raise
+            if total is None:  # only now: the error kept what the attempt had allocated
+                optimizer.zero_grad()
+                release_memory()
+                feed.size //= 2
+                echo(f"out of memory: {feed.size:,} pairs a micro-batch from here on")
+        total = accelerator.reduce(total, reduction="sum")
+        clip = train.clip if train.clip and train.optimizer != "adafactor" else math.inf
+        norm = accelerator.clip_grad_norm_(state.model.parameters(), clip)
+        if hasattr(norm, "full_tensor"):  # of shards: each process knows its own part
+            norm = norm.full_tensor()
+        numbers = torch.cat([total, norm.detach().float().reshape(1)])
+        read = read_later(numbers)
+        if numbers.device.type != "cuda":  # nothing to wait for: before it reaches the weights
+            *totals, known = read()
+            self._must_be_finite(step, totals[0], known)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        skipped = bool(optimizer.step_was_skipped)
+        optimizer.zero_grad()
+        if state.average is not None and not skipped:
+            state.average.update(step + 1)
+        return lambda: [*read(), float(skipped)]
+
+    def gradients(self, step: int, feed: Feed) -> Tensor:
+        """Add a step's gradients up; what `sums` adds up on this process, not yet on the host."""
+        train, state = self.train, self.state
+        accelerator = state.accelerator
         # adapters' dropout is all that is random from here on: a function of step and process
         torch.manual_seed(seed_of("step", train.seed, step, accelerator.process_index))
-        parts = self.parts(step)
         total: Any = 0.0
-        for number, (part, counts) in enumerate(parts):
+        for batch, counts, last in feed.items(step):
             # gradients travel between processes with the last micro-batch only
-            last = number == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                loss, sums_of_part = self.forward(part)
+            with nullcontext() if last else accelerator.no_sync(state.model):
+                loss, sums_of_part = self.forward(batch)
                 # the mean over the batch, not over a process's share: processes are averaged
                 scale = accelerator.num_processes / train.batch if counts else 0.0
                 accelerator.backward(loss.sum() * scale)
             total = total + sums_of_part if counts else total
-        totals: list[float] = accelerator.reduce(total, reduction="sum").tolist()
-        clip = train.clip if train.clip and train.optimizer != "adafactor" else math.inf
-        total_norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-        if hasattr(total_norm, "full_tensor"):  # of shards: each process knows its own part
-            total_norm = total_norm.full_tensor()
-        norm = float(total_norm)
-        self._must_be_finite(step, totals, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        if state.average is not None:
-            state.average.update(step + 1)
-        return totals, norm
+        found: Tensor = total
+        return found
 
-    def forward(self, part: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The weighted loss of each pair of a micro-batch, and the sums of its metrics."""
         train, backbone = self.train, self.source.backbone
-        batch = self.source.batch(part)
         base, base_prediction = self.reference(batch) if self.reference else (None, None)
         policy, prediction = predict(backbone, batch)
         loss = LOSSES[train.loss](train, policy, base, batch.label, batch.weight)
         kl = None if base_prediction is None else distance(prediction, base_prediction)
         return loss, sums(loss, policy, base, kl)
 
-    def parts(self, step: int) -> list[tuple[list[tuple[int, int]], bool]]:
-        """This process's micro-batches of a step, and whether each counts.
+    def parts(self, step: int, size: int) -> list[tuple[list[tuple[int, int]], bool]]:
+        """This process's micro-batches of a step, ``size`` pairs each, and whether each counts.
 
         Sharded processes meet in every forward pass, so the ones with fewer micro-batches repeat
         their last one, for nothing.
@@ -302,11 +242,17 @@ class Loop:
 
         def share(rank: int) -> list[list[tuple[int, int]]]:
             items = stream.step(step, rank, world)
-            return micro_batches(items, self.source.encoded.shape, train.micro_batch)
+            return micro_batches(items, self.source.encoded.shape, size)
 
         mine = share(accelerator.process_index)
         most = max(len(share(rank)) for rank in range(world)) if world > 1 else len(mine)
         return [(part, True) for part in mine] + [(mine[-1], False)] * (most - len(mine))
+
+    def writes_after(self, done: int) -> bool:
+        """Whether anything is written after so many steps."""
+        train = self.train
+        due = (train.checkpoint_every, train.sample_every, train.save_every)
+        return done == self.steps or any(every and done % every == 0 for every in due)
 
     def save(self, done: Progress) -> None:
         """Write what is due after a step; the state last, so that it vouches for the rest."""
@@ -320,16 +266,88 @@ class Loop:
         if done.step % train.save_every == 0 or done.step == self.steps:
             self.state.save(self.out, done)
 
-    def _must_be_finite(self, step: int, totals: list[float], norm: float) -> None:
-        loss = totals[0]
+    def _may_halve(self, size: int) -> bool:
+        """Whether smaller micro-batches help: several processes would have to agree on them."""
+        return size > 1 and self.state.accelerator.num_processes == 1
+
+    def _must_be_finite(self, step: int, loss: float, norm: float) -> None:
         # with float16, gradients overflow now and then: their scale is lowered, the step skipped
         scaled = self.state.accelerator.scaler is not None
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
         raise FifaError(
-            f"the {what} is not finite in step {step + 1}: stopped before it reached the weights",
+            f"the {what} is not finite in step {step + 1}: stopped before anything of it was "
+            "written",
             where=str(self.out),
             do="the newest state and checkpoints are as they were; lower --lr or --beta, or "
             "compute in bfloat16 or float32",
         )
+
+
+class Feed:
+    """The micro-batches of a training, made in a thread that runs ahead of a CUDA device.
+
+    Parameters
+    ----------
+    loop
+        Whose they are.
+    size
+        Pairs in each, at most; may be changed between two steps.
+    ahead
+        Whether a thread makes them; default: for a CUDA device, which would wait otherwise.
+    """
+
+    def __init__(self, loop: Loop, size: int, ahead: bool | None = None) -> None:
+        self.size, self._loop = size, loop
+        self._ahead = loop.source.device.type == "cuda" if ahead is None else ahead
+        self._made: Iterator[Item] = iter(())
+        self._thread: Prefetch[Item] | None = None
+        self._from: tuple[int, int] | None = None  # the step, and the size, that come next
+
+    def items(self, step: int) -> Iterator[Item]:
+        """The micro-batches of one step, on the device."""
+        if self._from != (step, self.size):  # the first step, or one that is taken up again
+            self.close()
+            self._made = self._make(step, self.size)
+            if self._ahead:
+                self._thread = Prefetch(self._made, AHEAD)
+                self._made = iter(self._thread)
+        self._from = None
+        for batch, counts, last in self._made:
+            yield batch.on(self._loop.source.device), counts, last
+            if last:
+                break
+        self._from = (step + 1, self.size)
+
+    def close(self) -> None:
+        """Let the thread stop."""
+        if self._thread is not None:
+            self._thread.close()
+
+    def _make(self, first: int, size: int) -> Iterator[Item]:
+        for step in range(first, self._loop.steps):
+            parts = self._loop.parts(step, size)
+            for number, (part, counts) in enumerate(parts, 1):
+                yield self._loop.source.batch(part), counts, number == len(parts)
+
+
+# Waits for numbers that are on their way to the host.
+Read = Callable[[], list[float]]
+
+
+def read_later(numbers: Tensor) -> Read:
+    """Send numbers ``[n]`` to the host; what is returned waits for them, and for nothing later."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record()
+
+    def read() -> list[float]:
+        there.synchronize()
+        found: list[float] = host.tolist()
+        return found
+
+    return read

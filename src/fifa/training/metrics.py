@@ -188,6 +188,7 @@ def write_card(
         "steps": progress.step,
         "pairs": len(pairs),
         "pairs_seen": progress.pairs,
+        "skipped_steps": progress.skipped,
         "dropped": pairs.dropped,
         "seconds": round(progress.seconds, 3),
         "processes": plan.processes,

@@ -165,12 +165,11 @@ class Plan:
         """A line a fact."""
         train, memory = self.train, self.memory
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
-        each = ceil(train.batch / self.processes / train.micro_batch)
         presented = self.steps * train.batch
         lines = [
             f"pairs       {self.pairs:,}" + (f" (left out: {dropped})" if dropped else ""),
             f"steps       {self.steps:,} of {train.batch:,} pairs: {self.processes:,} process(es), "
-            f"{each:,} micro-batch(es) of up to {train.micro_batch:,} each",
+            f"{self._micro_batches}",
             f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)",
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
             f"reference   {self._reference}",
@@ -181,6 +180,15 @@ class Plan:
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
         return "\n".join(lines)
+
+    @property
+    def _micro_batches(self) -> str:
+        """How a batch is cut, for people."""
+        size = self.train.micro_batch
+        if size is None:
+            return "in micro-batches as large as fit"
+        each = ceil(self.train.batch / self.processes / size)
+        return f"{each:,} micro-batch(es) of up to {size:,} each"
 
     @property
     def _reference(self) -> str:

@@ -1,0 +1,140 @@
+"""How many pairs go through the network at once: as many as the device has memory for.
+
+What is drawn for a pair does not depend on it, only rounding does. So it is found anew on another
+device, and remembered beside the training for the next start on the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fifa.config import Train
+from fifa.console import echo
+from fifa.errors import FifaError
+from fifa.models.runtime import even_batch, largest_batch, release_memory
+from fifa.shards.files import digest, read_json, write_json
+from fifa.training.batches import LATENTS, Batch, Source
+from fifa.training.checkpoint import TrainState
+from fifa.training.plan import OPTIMIZER_BYTES
+
+FIT = "device.json"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What suits a device.
+
+    Parameters
+    ----------
+    micro_batch
+        Pairs a forward and backward pass.
+    gradient_checkpointing
+        Whether activations are computed twice.
+    """
+
+    micro_batch: int
+    gradient_checkpointing: bool
+
+
+def find_fit(
+    train: Train,
+    source: Source,
+    state: TrainState,
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    out: Path,
+) -> Fit:
+    """What the training asks for, and for what it leaves open what its device has memory for.
+
+    On CUDA found by trying: a forward and a backward pass at the real size, with room for the
+    optimiser's state. Where not even one pair fits, activations are computed twice. On a processor
+    (and with sharded weights, whose processes would have to meet in every try) it follows from the
+    size of the latents alone.
+
+    Parameters
+    ----------
+    train
+        The training.
+    source, state, forward
+        Its micro-batches, what is trained, and the loss of a micro-batch.
+    out
+        Its folder, where what was found by trying is remembered.
+
+    Raises
+    ------
+    FifaError
+        Where not even one pair fits.
+    """
+    twice = train.gradient_checkpointing
+    if train.micro_batch is not None and twice is not None:
+        return Fit(train.micro_batch, twice)
+    share = -(-train.batch // state.accelerator.num_processes)
+    device = source.device
+    if device.type != "cuda" or state.sharded:
+        area = max(h * w for h, w in map(source.encoded.shape, range(len(source.pairs))))
+        size = 1 if state.sharded else max(1, LATENTS // area)
+        return Fit(train.micro_batch or even_batch(share, size), bool(twice))
+    path = out / FIT
+    key = digest(torch.cuda.get_device_name(device), train.to_yaml(), share)
+    known = read_json(path, "what fits the device", missing={})
+    if known.get("key") == key:
+        fit = Fit(known["micro_batch"], known["gradient_checkpointing"])
+        state.checkpoint_gradients(fit.gradient_checkpointing)
+    else:
+        fit = _tried(train, source, state, forward, share)
+        if state.accelerator.is_main_process:
+            write_json(path, {"key": key, **asdict(fit)})
+    again = ", activations computed twice" if fit.gradient_checkpointing else ""
+    echo(f"micro-batches of {fit.micro_batch:,} pairs{again}")
+    return fit
+
+
+def _tried(
+    train: Train,
+    source: Source,
+    state: TrainState,
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    share: int,
+) -> Fit:
+    """The `Fit` of a CUDA device for a process's ``share`` of a batch, found by trying."""
+    accelerator, optimizer, device = state.accelerator, state.optimizer, source.device
+    shapes = [source.encoded.shape(pair) for pair in range(len(source.pairs))]
+    largest = max(range(len(shapes)), key=lambda pair: shapes[pair][0] * shapes[pair][1])
+
+    def attempt(pairs: int) -> None:
+        batch = source.batch([(largest, 0)] * pairs).on(device)
+        with accelerator.no_sync(state.model):
+            loss, _ = forward(batch)
+            accelerator.backward(loss.sum())
+
+    trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # held from the second micro-batch of a step on
+        parameter.grad = torch.zeros_like(parameter)
+    numbers = sum(parameter.numel() for parameter in trained)
+    # of the optimiser, which makes it in its first step
+    to_come = 0 if optimizer.state else OPTIMIZER_BYTES[train.optimizer] * numbers
+    tries = [train.gradient_checkpointing] if train.gradient_checkpointing is not None else [0, 1]
+    size = 0
+    for twice in map(bool, tries):
+        state.checkpoint_gradients(twice)
+        size = largest_batch(attempt, train.micro_batch or share, device, reserved=to_come)
+        # all processes take what the smallest of them bears
+        sizes: Any = accelerator.gather(torch.tensor([size], device=device))
+        size = int(sizes.min())
+        if size >= (train.micro_batch or 1):
+            break
+    optimizer.zero_grad()
+    release_memory()
+    if not size:
+        raise FifaError(
+            "out of memory with a single pair",
+            where=str(device),
+            do="a smaller --resolution, --method lora, --optimizer adafactor, --draws 8 (no frozen "
+            "copy), or a device with more memory",
+        )
+    return Fit(train.micro_batch or even_batch(share, size), twice)

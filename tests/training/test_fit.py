@@ -1,0 +1,187 @@
+"""How many pairs go through the network at once, and what happens when memory runs out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from trainings import assemble, fresh_process, furthest, quick, weights_of
+
+import fifa.training.fit as fit_module
+from fifa.config import changed
+from fifa.errors import FifaError
+from fifa.training.fit import FIT, Fit, find_fit
+from fifa.training.job import run_training
+from fifa.training.loop import Feed
+from fifa.training.metrics import read_stats
+
+
+def open_quick(world, **knobs):
+    return replace(quick(world, **knobs), micro_batch=None)
+
+
+def fit_of(loop):
+    return find_fit(loop.train, loop.source, loop.state, loop.forward, loop.out)
+
+
+def pretend(loop, monkeypatch, fits):
+    """A CUDA device for `find_fit` alone, which bears what ``fits`` says of (on, wanted)."""
+    tried = []
+
+    def largest(attempt, most, device, *, reserved):
+        attempt(1)
+        twice = loop.state.model.is_gradient_checkpointing
+        tried.append((twice, most, reserved))
+        return fits(twice, most)
+
+    class Device(str):
+        type = "cuda"
+
+    monkeypatch.setattr(fit_module, "largest_batch", largest)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(fit_module.Batch, "on", lambda self, device: self)
+    monkeypatch.setattr(torch, "tensor", lambda values, **where: torch.as_tensor(values))
+    object.__setattr__(loop.source, "device", Device("cpu"))
+    return tried
+
+
+def test_on_a_processor_the_size_of_the_latents_decides(world, tmp_path):
+    # 64 pixels a side are 32 x 32 latents here: four pairs make 4,096 of them
+    loop = assemble(open_quick(world, batch=6), tmp_path)
+    height, width = loop.source.encoded.shape(0)
+    assert fit_of(loop) == Fit(-(-6 // -(-6 // (4096 // (height * width)))), False)
+    assert not (tmp_path / FIT).exists()
+
+
+def test_a_device_is_tried_once_and_remembered(world, tmp_path, monkeypatch):
+    loop = assemble(open_quick(world, batch=8), tmp_path)
+    tried = pretend(loop, monkeypatch, lambda twice, most: 5)
+    trained = [p for p in loop.state.model.parameters() if p.requires_grad]
+    numbers = sum(parameter.numel() for parameter in trained)
+    assert fit_of(loop) == Fit(4, False)  # 8 of at most 5 are two of 4
+    assert tried == [(False, 8, 8 * numbers)]  # AdamW's two float32 are still to come
+    assert all(parameter.grad is None for parameter in trained)
+    assert json.loads((tmp_path / FIT).read_text())["micro_batch"] == 4
+    assert fit_of(loop) == Fit(4, False)
+    assert len(tried) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
+    fit_of(loop)
+    assert len(tried) == 2
+
+
+def test_activations_are_computed_twice_only_where_one_pair_does_not_fit(
+    world, tmp_path, monkeypatch
+):
+    loop = assemble(open_quick(world, batch=8), tmp_path)
+    tried = pretend(loop, monkeypatch, lambda twice, most: 3 if twice else 0)
+    assert fit_of(loop) == Fit(3, True)
+    assert [twice for twice, *_ in tried] == [False, True]
+    assert loop.state.model.is_gradient_checkpointing
+    loop.state.checkpoint_gradients(False)
+    assert fit_of(loop) == Fit(3, True)  # as remembered
+    assert loop.state.model.is_gradient_checkpointing
+
+
+def test_what_is_asked_for_is_not_looked_for(world, tmp_path, monkeypatch):
+    train = changed(quick(world, batch=8), micro_batch=2, gradient_checkpointing=False)
+    loop = assemble(train, tmp_path)
+    tried = pretend(loop, monkeypatch, lambda twice, most: 8)
+    assert fit_of(loop) == Fit(2, False)
+    assert not tried
+
+
+def test_not_even_one_pair(world, tmp_path, monkeypatch):
+    loop = assemble(open_quick(world), tmp_path)
+    pretend(loop, monkeypatch, lambda twice, most: 0)
+    with pytest.raises(FifaError, match="out of memory with a single pair"):
+        fit_of(loop)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_smaller_micro_batches(
+    world, tmp_path, monkeypatch, capsys
+):
+    train = quick(world, batch=8, micro_batch=8, lr=1e-4)
+    calm = assemble(train, tmp_path / "calm")
+    calm.run()
+    loop = assemble(train, tmp_path / "short")
+    forward, sizes = type(loop).forward, []
+
+    def short(self, batch):
+        sizes.append(len(batch.items))
+        if len(batch.items) > 2 and len(sizes) > 1:  # memory runs out in the second step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(type(loop), "forward", short)
+    loop.run()
+    assert sizes == [8, 8, 4, *[2] * 8]
+    assert capsys.readouterr().err.count("pairs a micro-batch from here on") == 2
+    assert furthest(calm.state.weights(), loop.state.weights()) < 1e-5
+    lines = [[line["loss"] for line in read_stats(tmp_path / name)] for name in ("calm", "short")]
+    assert lines[0] == pytest.approx(lines[1], abs=1e-4)
+
+
+def test_memory_that_a_single_pair_exhausts_is_told(world, tmp_path, monkeypatch):
+    import fifa.training.loop as loop_module
+
+    def short(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loop_module.Loop, "forward", short)
+    with pytest.raises(FifaError, match="out of memory: CUDA out of memory"):
+        run_training(quick(world, micro_batch=1), tmp_path / "out")
+
+
+def test_micro_batches_made_in_a_thread_are_the_same_ones(world, tmp_path):
+    loop = assemble(quick(world, steps=5), tmp_path)
+    here, ahead = Feed(loop, 2, ahead=False), Feed(loop, 2, ahead=True)
+    for step in (0, 1, 3, 4):  # a jump: as where a training is taken up again
+        one, other = list(here.items(step)), list(ahead.items(step))
+        assert [(b.items, *more) for b, *more in one] == [(b.items, *more) for b, *more in other]
+        for (mine, *_), (theirs, *_) in zip(one, other, strict=True):
+            assert torch.equal(mine.noisy, theirs.noisy)
+    ahead.size = 1
+    assert [len(batch.items) for batch, *_ in ahead.items(4)] == [1, 1, 1, 1]
+    ahead.close()
+
+
+def test_cudnns_attention_is_off_in_training_and_as_it_was_after(world, tmp_path, monkeypatch):
+    import fifa.training.loop as loop_module
+
+    forward, seen = loop_module.Loop.forward, set()
+
+    def watched(self, batch):
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(self, batch)
+
+    monkeypatch.setattr(loop_module.Loop, "forward", watched)
+    for before in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        run_training(quick(world, steps=1), tmp_path / str(before))
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert seen == {False}
+
+
+@pytest.mark.parametrize("draws", [0, 2])
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_precision_trains_on_a_processor(dtype, cache_dtype, draws, world, tmp_path):
+    train = quick(world, dtype=dtype, cache_dtype=cache_dtype, draws=draws, steps=1)
+    with fresh_process():
+        out = run_training(train, tmp_path / "out")
+    assert all(torch.isfinite(value).all() for value in weights_of(out).values())
+
+
+def test_skipped_steps_are_no_trained_ones(world, tmp_path, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    skips = iter([True, False, False])
+    overflow = property(lambda self: next(skips))
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", overflow)
+    out = run_training(quick(world, steps=3), tmp_path / "out")
+    lines = read_stats(out)
+    assert [line["skipped"] for line in lines] == [1, 1, 1]
+    assert [line["pairs"] for line in lines] == [0, 4, 8]
+    facts = json.loads((out / "train.json").read_text())
+    assert (facts["steps"], facts["skipped_steps"], facts["pairs_seen"]) == (3, 1, 8)
