@@ -20,14 +20,9 @@ import pyarrow.parquet as pq
 from fifa.data.ids import prompt_id
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.models.transformer import normalised
-from fifa.scoring.diversity import (
-    FLOOR,
-    approximate_search,
-    exact_search,
-    kth_distances,
-    sampled_recall,
-)
+from fifa.scoring.diversity import FLOOR, kth_distances
 from fifa.scoring.encoders import make_encoder, prompt_embeddings
+from fifa.scoring.neighbours import approximate_search, exact_search, sampled_recall
 
 KS = (1, 2, 3, 5, 10, 20, 50)
 

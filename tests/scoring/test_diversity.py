@@ -16,14 +16,9 @@ from scipy.special import digamma
 from fifa.console import collect_facts
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.errors import FifaError
+from fifa.models.runtime import Runtime
 from fifa.scoring import diversity
-from fifa.scoring.diversity import (
-    FLOOR,
-    approximate_search,
-    diversity_scores,
-    entropy_estimate,
-    sampled_recall,
-)
+from fifa.scoring.diversity import FLOOR, diversity_scores, entropy_estimate
 from fifa.scoring.table import DIVERSITY, score_facts
 
 
@@ -137,25 +132,6 @@ def test_the_approximate_index_finds_nearly_all_and_says_so(
     assert approx.equals(diversity_scores(pairs, "column:z", k=5, knn="approx"))
 
 
-def test_recall_is_counted_as_a_loop_counts_it() -> None:
-    vectors = clustered(500, 8)
-
-    def poor(queries: np.ndarray, k: int) -> np.ndarray:
-        itself = np.argmax(queries @ vectors.T, axis=1)
-        return (itself[:, None] + np.arange(k)) % len(vectors)
-
-    squares = ((vectors[:, None] - vectors[None]) ** 2).sum(-1)
-    truth = np.argsort(squares, axis=1)[:, :6]
-    hits = [len(set(t[1:]) & set((i + np.arange(1, 6)) % 500)) for i, t in enumerate(truth)]
-    assert sampled_recall(vectors, poor, 5) == pytest.approx(np.mean(hits) / 5, abs=0.01)
-
-
-def test_a_query_with_too_few_candidates_is_searched_exactly() -> None:
-    vectors = clustered(1200, 8)
-    found = approximate_search(vectors)(vectors[:50], 1200)
-    assert (np.sort(found, axis=1) == np.arange(1200)).all()
-
-
 @pytest.mark.parametrize("n", [2, 17, 999])
 def test_an_approximate_search_of_few_prompts_is_exact(n: int) -> None:
     pairs = pairs_of(clustered(n, 6))
@@ -169,6 +145,35 @@ def test_auto_is_exact_until_there_are_too_many(monkeypatch: pytest.MonkeyPatch)
     assert score_facts(diversity_scores(pairs, "column:z"))["knn"] == "exact"
     monkeypatch.setattr(diversity, "EXACT_UP_TO", 199)
     assert score_facts(diversity_scores(pairs, "column:z"))["knn"] == "approx"
+
+
+def test_many_prompts_are_searched_exactly_where_there_is_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pairs_of(clustered(300, 8))
+    here = diversity_scores(pairs, "column:z", folder=tmp_path / "cpu")
+    monkeypatch.setattr(diversity, "EXACT_UP_TO", 200)
+    monkeypatch.setattr(diversity, "ON_CUDA_FROM", 300)
+    monkeypatch.setattr(diversity, "make_runtime", lambda device: Runtime(device or "cuda:0"))
+    search = diversity.device_search
+    asked = []
+    monkeypatch.setattr(
+        diversity, "device_search", lambda v, device: asked.append(device) or search(v, "cpu")
+    )
+    there = diversity_scores(pairs, "column:z", folder=tmp_path / "cuda")
+    assert asked == ["cuda:0"]
+    facts = score_facts(there)
+    assert (facts["knn"], facts["device"]) == ("exact", "cuda:0")
+    np.testing.assert_allclose(there["distance"], here["distance"], rtol=1e-6)
+    # the same up to rounding, so under the same name: what one machine made, another reads
+    names = [path.name for path in tmp_path.rglob("*.parquet")]
+    assert len(names) == 2
+    assert len(set(names)) == 1
+    assert score_facts(diversity_scores(pairs, "column:z", device="cpu"))["knn"] == "approx"
+    assert score_facts(diversity_scores(pairs, "column:z", device="mps"))["knn"] == "approx"
+    fewer = diversity_scores(pairs_of(clustered(299, 8)), "column:z", knn="exact")
+    assert score_facts(fewer)["device"] == "cpu"
+    assert asked == ["cuda:0"]
 
 
 def test_an_interrupted_search_goes_on_and_writes_the_same_bytes(

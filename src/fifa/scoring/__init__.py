@@ -79,7 +79,7 @@ def score(
             made[spec] = margin_scores(pairs, spec, folder, **options)
     with step("diversity"):
         if diversity != "none":
-            diverse = diversity_scores(pairs, diversity, k=k, folder=folder)
+            diverse = diversity_scores(pairs, diversity, k=k, folder=folder, device=compute.device)
     with step("quality"):
         if quality != "none":
             rated = quality_scores(pairs, quality, folder=folder, in_flight=compute.in_flight)

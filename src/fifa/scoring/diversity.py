@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from fifa.config import Score
 from fifa.console import echo, note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.models.optional import require
+from fifa.models.runtime import make_runtime
 from fifa.models.transformer import Vectors
 from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
+from fifa.scoring.neighbours import (
+    Rows,
+    Search,
+    approximate_search,
+    device_search,
+    exact_search,
+    sampled_recall,
+)
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import DIVERSITY, score_path, scored_once
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
-Rows = npt.NDArray[np.int64]
-Search = Callable[[Vectors, int], Rows]  # (queries [q, d], k) -> the rows of the k nearest [q, k]
-
 FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
-EXACT_UP_TO = 200_000  # prompts; docs/diversity.md has the times it comes from
+EXACT_UP_TO = 200_000  # prompts without CUDA; docs/diversity.md has the times it comes from
+ON_CUDA_FROM = 50_000  # prompts: fewer are searched here before CUDA has started
 BLOCK = 1024  # prompts whose vectors stay in the processor's cache
 QUERIES = 32_768  # prompts searched between two points where a run can be resumed
-PROBES = 128  # cells of the approximate index that a query looks into
-REFINE = 20  # candidates a neighbour whose distance is then computed exactly
-FEWEST = 1000  # prompts that an approximate index can be trained on
-SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
 
 
 def diversity_scores(
@@ -46,6 +46,7 @@ def diversity_scores(
     k: int = Score.k,
     folder: Path | None = None,
     knn: Literal["auto", "exact", "approx"] = "auto",
+    device: str | None = None,
 ) -> pa.Table:
     """How much every unique prompt adds to the diversity of all of them.
 
@@ -66,8 +67,12 @@ def diversity_scores(
         Where scores and embeddings are kept; None keeps nothing.
     knn
         ``exact``; ``approx`` (an inverted file of product codes, candidates compared exactly;
-        its recall on a sample is shown and kept beside the result); ``auto`` is exact up to
-        200,000 prompts.
+        its recall on a sample is shown and kept beside the result); ``auto`` is exact on CUDA,
+        and elsewhere up to 200,000 prompts.
+    device
+        Where a built-in encoder computes, and where 50,000 prompts or more are searched exactly
+        if it is CUDA (fewer are searched on the CPU); None: the fastest device. Distances are
+        the same up to rounding, so the score file is too.
 
     Returns
     -------
@@ -83,7 +88,9 @@ def diversity_scores(
     n = pairs.prompts.num_rows
     if k < 1 or knn not in ("auto", "exact", "approx"):
         raise FifaError(f"no such neighbours: k={k}, knn={knn}", do="k >= 1; auto, exact, approx")
-    method = ("exact" if n <= EXACT_UP_TO else "approx") if knn == "auto" else knn
+    place = _search_device(n, device)
+    few = n <= EXACT_UP_TO or place != "cpu"
+    method = ("exact" if few else "approx") if knn == "auto" else knn
     nearest = min(k, n - 1)
     if 0 < nearest < k:
         echo(f"diversity: {n:,} prompts have no {k}-th neighbours; k is {nearest}")
@@ -94,14 +101,14 @@ def diversity_scores(
         name = spec
         identity: dict[str, object] = {"encoder": spec, "content": digest(given.tobytes())}
     else:
-        encoder = make_encoder(spec) if isinstance(spec, str) else spec
+        encoder = make_encoder(spec, device=device or "auto") if isinstance(spec, str) else spec
         name, identity = encoder.name, encoder.identity
     content = (identity, *prompts_identity(pairs.prompts), method)
     path = folder and score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make(ledger: Ledger) -> pa.Table:
         found = prompt_embeddings(pairs, encoder, folder) if given is None else given
-        distance, facts = _distances(found, nearest, method, ledger)
+        distance, facts = _distances(found, nearest, method, place, ledger)
         # h_c = log ||z_c - z_c^(k)||, bounded below
         entropy = np.log(np.maximum(distance, np.float32(FLOOR)))
         if n == 1:
@@ -174,63 +181,29 @@ def kth_distances(vectors: Vectors, rows: Rows, found: Rows) -> Vectors:
     return distances
 
 
-def exact_search(vectors: Vectors) -> Search:
-    """Brute force over ``vectors`` [n, d] by faiss."""
-    faiss = require("faiss")
-
-    def search(queries: Vectors, k: int) -> Rows:
-        found: Rows = faiss.knn(queries, vectors, k, metric=faiss.METRIC_L2)[1]
-        return found
-
-    return search
-
-
-def approximate_search(vectors: Vectors) -> Search:
-    """An inverted file with 4-bit product codes over ``vectors`` [n, d]; candidates re-ranked.
-
-    About 2 sqrt(n) cells, of which `PROBES` are read; codes of 1 bit a number, and `REFINE`
-    candidates a neighbour compared exactly. The same vectors give the same index. A prompt for
-    which it finds too few is searched exactly, and so is a set of fewer than `FEWEST`.
-    """
-    faiss = require("faiss")
-    n, d = vectors.shape
-    if n < FEWEST:
-        return exact_search(vectors)
-    cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(n))), n // 39))
-    width = next(w for w in (4, 3, 2, 1) if d % w == 0)
-    index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,RFlat", faiss.METRIC_L2)
-    index.train(vectors[:: max(1, n // (64 * cells))])
-    index.add(vectors)
-    index.k_factor = REFINE
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(PROBES, cells))
-    exact = exact_search(vectors)
-
-    def search(queries: Vectors, k: int) -> Rows:
-        found: Rows = index.search(queries, k)[1]
-        short = (found < 0).any(axis=1)
-        if short.any():
-            found[short] = exact(queries[short], k)
-        return found
-
-    return search
-
-
-def sampled_recall(vectors: Vectors, search: Search, k: int) -> float:
-    """The share of `SAMPLE` prompts' k nearest neighbours that ``search`` finds too."""
-    rows = np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors))).astype(np.int64)
-    truth, found = (s(vectors[rows], k + 1) for s in (exact_search(vectors), search))
-    shared = sum(len(np.intersect1d(*both)) - 1 for both in zip(truth, found, strict=True))
-    return max(0, shared) / (len(rows) * k)
+def _search_device(n: int, device: str | None) -> str:
+    """Where ``n`` prompts are searched exactly: ``cpu``, or a CUDA device."""
+    if n < ON_CUDA_FROM or device == "cpu":
+        return "cpu"
+    found = make_runtime(device).device
+    return found if found.startswith("cuda") else "cpu"
 
 
 def _distances(
-    vectors: Vectors, k: int, method: str, ledger: Ledger
+    vectors: Vectors, k: int, method: str, device: str, ledger: Ledger
 ) -> tuple[Vectors, dict[str, Any]]:
     """The distance to the k-th neighbour of every prompt, and how it was found."""
     n = len(vectors)
     if k < 1:  # one prompt, or none
         return np.full(n, np.nan, np.float32), {"prompts": n, "knn": "none"}
-    build = cache(lambda: (exact_search if method == "exact" else approximate_search)(vectors))
+    if method == "approx":
+        device = "cpu"
+
+    @cache
+    def build() -> Search:
+        if method == "approx":
+            return approximate_search(vectors)
+        return exact_search(vectors) if device == "cpu" else device_search(vectors, device)
 
     def measure(start: int) -> pa.Table:
         rows = np.arange(start, min(start + QUERIES, n))
@@ -241,7 +214,7 @@ def _distances(
     shards = [Shard(f"from-{i}", min(QUERIES, n - i), i) for i in starts]
     kept = ledger if len(shards) > 1 else Ledger()
     table = map_shards(f"{k} nearest neighbours ({method})", measure, shards, kept)
-    facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
+    facts: dict[str, Any] = {"prompts": n, "knn": method, "device": device, "neighbour": k}
     if method == "approx":
         facts["recall"] = sampled_recall(vectors, build(), k)
         echo(f"diversity: approximate neighbours, recall@{k} {facts['recall']:.3f} on a sample")
