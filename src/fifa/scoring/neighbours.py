@@ -155,7 +155,7 @@ def _load(vectors: Vectors, place: Any) -> _Loaded:
     torch = require("torch")
     there = torch.from_numpy(vectors).to(place)
     halves = torch.linalg.vector_norm(there, dim=1).square() / 2
-    blocks = zip(there.split(VECTOR_BLOCK), halves.split(VECTOR_BLOCK), strict=True)
+    blocks = _blocks(there, halves)
     return _Loaded(there, halves, [_extended(v, -half, torch.float16) for v, half in blocks])
 
 
@@ -168,11 +168,16 @@ def _extended(vectors: Tensor, last: Tensor, dtype: Any) -> Tensor:
     torch = require("torch")
     n, d = vectors.shape
     shape = (-(-n // GROUP) * GROUP, _width(vectors))
-    rows = torch.zeros(shape, dtype=dtype, device=vectors.device)
+    rows: Tensor = torch.zeros(shape, dtype=dtype, device=vectors.device)
     rows[:n, :d] = vectors
     rows[:n, d] = last
     rows[n:, d] = -torch.inf
     return rows
+
+
+def _blocks(vectors: Tensor, halves: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    split = require("torch").split
+    return zip(split(vectors, VECTOR_BLOCK), split(halves, VECTOR_BLOCK), strict=True)
 
 
 def _width(vectors: Vectors | Tensor) -> int:
@@ -205,7 +210,7 @@ def _nearest(part: _Loaded, queries: Tensor, k: int, half: bool) -> tuple[Tensor
     inside = torch.arange(GROUP, device=queries.device)
     found = []
     size = max(1, CANDIDATES // (groups.shape[1] * GROUP * queries.shape[1]))
-    for query, near in zip(queries.split(size), groups.split(size), strict=True):
+    for query, near in zip(torch.split(queries, size), torch.split(groups, size), strict=True):
         rows = (near[:, :, None] * GROUP + inside).flatten(1)
         known = rows.clamp(max=n - 1)
         vectors = torch.nn.functional.embedding(known, part.vectors)
@@ -230,11 +235,12 @@ def _group_scores(part: _Loaded, queries: Tensor, half: bool) -> Tensor:
     wanted = _extended(queries, torch.ones_like(queries[:, 0]), dtype)[: len(queries)].T
     blocks: Iterable[Tensor] = part.blocks
     if not half:
-        both = zip(part.vectors.split(VECTOR_BLOCK), part.halves.split(VECTOR_BLOCK), strict=True)
-        blocks = (_extended(vectors, -halves, dtype) for vectors, halves in both)
+        rows = _blocks(part.vectors, part.halves)
+        blocks = (_extended(vectors, -halves, dtype) for vectors, halves in rows)
     # Vectors lie along the rows: maxima over rows read memory in order.
-    highest = [(block @ wanted).unflatten(0, (-1, GROUP)).amax(1) for block in blocks]
-    return torch.cat(highest).T.contiguous()
+    highest = [(block @ wanted).view(-1, GROUP, len(queries)).amax(1) for block in blocks]
+    together: Tensor = torch.cat(highest).T.contiguous()
+    return together
 
 
 @contextmanager
