@@ -40,6 +40,7 @@ def pretend(loop, monkeypatch, fits):
     monkeypatch.setattr(fit_module, "largest_batch", largest)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(fit_module.Batch, "on", lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch, "tensor", lambda values, **where: torch.as_tensor(values))
     object.__setattr__(loop.source, "device", Device("cpu"))
     return tried
@@ -185,3 +186,19 @@ def test_skipped_steps_are_no_trained_ones(world, tmp_path, monkeypatch):
     assert [line["pairs"] for line in lines] == [0, 4, 8]
     facts = json.loads((out / "train.json").read_text())
     assert (facts["steps"], facts["skipped_steps"], facts["pairs_seen"]) == (3, 1, 8)
+
+
+def test_under_autocast_adapters_do_not_widen_their_inputs_and_compute_the_same(world, tmp_path):
+    with fresh_process():
+        loop = assemble(quick(world, dtype="bfloat16"), tmp_path)
+        layers = [m for m in loop.state.model.modules() if hasattr(m, "lora_A")]
+        assert layers
+        assert not any(layer.cast_input_dtype_enabled for layer in layers)
+        for weight in loop.state.weights().values():
+            weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        batch = loop.source.batch([(0, 0), (1, 0)])
+        with torch.no_grad():
+            lean, _ = loop.forward(batch)
+            for layer in layers:
+                layer.cast_input_dtype_enabled = True
+            assert torch.equal(lean, loop.forward(batch)[0])

@@ -233,21 +233,20 @@ class Batch:
         )
 
     def on(self, device: Any) -> Batch:
-        """The same on a device; to CUDA from pinned memory, which nobody waits for."""
+        """The same on a device; a copy from pinned memory is waited for by nobody."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def put(tensor: Tensor) -> Tensor:
-            there = tensor.pin_memory() if device.type == "cuda" else tensor
-            return there.to(device, non_blocking=True)
-
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with ``function`` applied to every tensor."""
         return Batch(
             items=self.items,
-            noisy=put(self.noisy),
-            target=put(self.target),
-            time=put(self.time),
-            prompts={name: put(value) for name, value in self.prompts.items()},
-            frames=put(self.frames),
-            label=put(self.label),
-            weight=put(self.weight),
+            noisy=function(self.noisy),
+            target=function(self.target),
+            time=function(self.time),
+            prompts={name: function(value) for name, value in self.prompts.items()},
+            frames=function(self.frames),
+            label=function(self.label),
+            weight=function(self.weight),
         )
 
 
@@ -276,12 +275,14 @@ class Source:
     device: Any
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
-        """The micro-batch of ``items``, all of one latent shape; on the CPU, in float32.
+        """The micro-batch of ``items``, all of one latent shape: on the CPU, in float32.
 
-        Whatever autocast it is called under: its numbers are no products of a network.
+        In pinned memory where it is to go to CUDA. Whatever autocast it is called under: its
+        numbers are no products of a network.
         """
         with torch.autocast("cpu", enabled=False):
-            return self._batch(items)
+            batch = self._batch(items)
+        return batch.each(Tensor.pin_memory) if self.device.type == "cuda" else batch
 
     def _batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded

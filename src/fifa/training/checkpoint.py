@@ -401,6 +401,13 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
     """The denoiser as it is trained: adapters in, laid out, wrapped by accelerate."""
     learned = add_lora(backbone, train) if train.method == "lora" else train_all(backbone)
     model: Any = backbone.denoiser
+    if train.method == "lora" and accelerator.mixed_precision != "no":
+        # Autocast casts an adapter's input and weights to the base's type; peft would first widen
+        # the input to the adapter's float32: the same numbers, with a copy of every input kept.
+        layer = require("peft.tuners.tuners_utils", "train").BaseTunerLayer
+        for module in model.modules():
+            if isinstance(module, layer):
+                module.cast_input_dtype_enabled = False
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if train.channels_last:
