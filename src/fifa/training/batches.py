@@ -376,7 +376,9 @@ def table(scalars: Scalars, device: Any) -> Reference:
 
     def reference(batch: Batch) -> tuple[Tensor, None]:
         pair, draw = zip(*batch.items, strict=True)
-        return known[list(pair), list(draw)].to(device, non_blocking=True), None
+        found = known[list(pair), list(draw)]
+        found = found.pin_memory() if device.type == "cuda" else found
+        return found.to(device, non_blocking=True), None
 
     return reference
 
