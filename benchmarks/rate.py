@@ -23,8 +23,9 @@ from statistics import median
 from typing import Any
 
 from common import peak_mb, report
+from fifa.models.transformer import length_batches
 from fifa.scoring.raters.endpoint import EndpointRater
-from fifa.scoring.raters.logits import load_reader, precision, smollm_path
+from fifa.scoring.raters.logits import ROWS, TOKENS, load_reader, precision, smollm_path
 from fifa.scoring.rubric import QUALITIES, load_rubric
 
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"
@@ -99,7 +100,8 @@ def limit_batches(reader: Any, prompts: list[str]) -> list[Any]:
     """Ready token batches of the shapes that the reader makes."""
     encoded = reader.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
     ids = [encoding.ids[:256] for encoding in encoded]
-    return [reader._tree([ids[row] for row in batch])[0] for batch in reader._batches(ids)]
+    batches = length_batches([len(row) + reader.tail for row in ids], TOKENS, ROWS)
+    return [reader._tree([ids[row] for row in batch])[0] for batch in batches]
 
 
 def local(count: int, peers: int, rounds: int) -> list[tuple[str, float]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import tempfile
 import time
@@ -24,8 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from common import peak_mb, report
@@ -35,32 +33,11 @@ from fifa.data.decode import open_image
 from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.engine import score_pairs
 from fifa.scoring.rewards.pixels import convert_crop
+from made import jpeg, write_clip
 
-SIDE = 512
 PAIRS_AN_IMAGE = 1.7
 PAIRS_A_PROMPT = 14
 BATCH = 32
-
-
-def write_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer with a vocabulary of bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
-    ).save_pretrained(folder)
-
-
-def write_clip(folder: Path, **towers: dict[str, int]) -> None:
-    """A CLIP of random weights (ViT-B/32 unless told); its tokenizer knows bytes only."""
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    config = CLIPConfig(**towers)
-    config.text_config.eos_token_id = 2  # pool at the highest token id, as the published CLIPs do
-    CLIPModel(config).eval().save_pretrained(folder)
 
 
 def make_pairs(folder: Path, pairs: int) -> Path:
@@ -90,21 +67,12 @@ def make_pairs(folder: Path, pairs: int) -> Path:
 COLUMNS = ("caption", "jpg_0", "jpg_1", "image_0_uid", "image_1_uid", "label_0", "label_1")
 
 
-def jpeg(draw: np.random.Generator) -> bytes:
-    """About 70 KB: soft shapes under fine grain, as generated pictures have."""
-    coarse = Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8))
-    pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
-    grained = pixels + draw.normal(0, 6, pixels.shape)
-    stream = io.BytesIO()
-    Image.fromarray(grained.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
-
-
 class Loop:
-    """PickScore's README: `calc_probs` a pair, without its softmax."""
+    """PickScore's README: `calc_probs` a pair, without its softmax; in float32, as there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = CLIPModel.from_pretrained(folder).eval()
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.device = device
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.processor = CLIPImageProcessorPil()
 
@@ -116,6 +84,7 @@ class Loop:
         tokens = self.tokenizer(
             prompt, padding=True, truncation=True, max_length=77, return_tensors="pt"
         )
+        pixels, tokens = pixels.to(self.device), tokens.to(self.device)
         image = self.model.get_image_features(**pixels).pooler_output
         image = image / torch.norm(image, dim=-1, keepdim=True)
         text = self.model.get_text_features(**tokens).pooler_output

@@ -45,7 +45,7 @@ score_pairs(read_pairs(sys.argv[2]), model, folder=folder, compute=compute, shar
 
 def make_model(folder: Path) -> None:
     """A CLIP of two narrow layers a tower."""
-    from score import write_clip
+    from made import write_clip
 
     tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
     tower |= {"intermediate_size": 64}

@@ -24,70 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import peak_mb, report
-
-WORDS = ("a red house", "the old boat", "two cats", "at night", "by the river", "under trees")
-
-
-def write_model(folder: Path) -> None:
-    """Stable Diffusion 1.5's configuration, random weights in half precision, hub layout."""
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from score import write_tokenizer
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    unet.half().save_pretrained(folder / "unet")
-    del unet
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    vae.half().save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    CLIPTextModel(text).half().save_pretrained(folder / "text_encoder")
-    write_tokenizer(folder / "tokenizer")
-    DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def write_pairs(path: Path, pairs: int) -> None:
-    """Pairs in Pick-a-Pic's columns; no image and no prompt comes twice."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from score import jpeg
-
-    draw = np.random.default_rng(0)
-    rows = {
-        "caption": [f"{i} {', '.join(draw.choice(WORDS, 4))}" for i in range(pairs)],
-        "jpg_0": [jpeg(draw) for _ in range(pairs)],
-        "jpg_1": [jpeg(draw) for _ in range(pairs)],
-        "label_0": [float(i % 2) for i in range(pairs)],
-        "label_1": [1.0 - i % 2 for i in range(pairs)],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(rows), path, row_group_size=64)
+from made import jpegs, write_diffusion, write_pairs
 
 
 def ours(given: argparse.Namespace) -> dict[str, float]:
@@ -195,9 +133,8 @@ SCRIPT_STEPS = 4
 
 
 def compare(given: argparse.Namespace) -> None:
-    if not (given.folder / "model" / "model_index.json").exists():
-        write_model(given.folder / "model")
-    write_pairs(given.folder / "data" / "train.parquet", given.pairs)
+    write_diffusion(given.folder / "model")
+    write_pairs(given.folder / "data" / "train.parquet", jpegs(2 * given.pairs))
     rounds = [
         {name: worker(name, given) for name in ("peer", "online", "scalars")}
         for _ in range(given.rounds)

@@ -33,19 +33,28 @@ class PeerStep:
         Pixels a side.
     rank
         Of the adapters on the UNet's attention.
+    device, dtype
+        Where, and what frozen weights are kept and networks run in: the script's weight_dtype.
     """
 
-    def __init__(self, folder: Path, resolution: int, rank: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resolution: int,
+        rank: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(0)
-        kind = {"dtype": torch.float32}
-        self.resolution = resolution
+        kind = {"dtype": dtype}
+        self.resolution, self.device, self.dtype = resolution, device, dtype
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.schedule = DDPMScheduler.from_pretrained(folder / "scheduler")
         self.text = CLIPTextModel.from_pretrained(folder / "text_encoder", **kind)
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", **kind)
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **kind)
         for model in (self.text, self.vae, self.unet):
-            model.requires_grad_(False)
+            model.requires_grad_(False).to(device)
         self.unet.add_adapter(
             LoraConfig(
                 r=rank,
@@ -55,6 +64,8 @@ class PeerStep:
             )
         )
         self.learned = [p for p in self.unet.parameters() if p.requires_grad]
+        for parameter in self.learned:
+            parameter.data = parameter.to(torch.float32)
         self.optimizer = torch.optim.AdamW(self.learned, lr=1e-5)
         self.seconds: dict[str, float] = {}
 
@@ -75,20 +86,20 @@ class PeerStep:
         """One step on some pairs; its loss."""
         with self.timed("decode"):
             pixels = torch.stack([self.pixels(row) for row in rows])
-            pixels = torch.cat(pixels.chunk(2, dim=1))
+            pixels = torch.cat(pixels.chunk(2, dim=1)).to(self.device, self.dtype)
             tokens = self.tokenizer(
                 [row["caption"] for row in rows],
                 truncation=True,
                 padding="max_length",
                 max_length=self.tokenizer.model_max_length,
                 return_tensors="pt",
-            ).input_ids
+            ).input_ids.to(self.device)
         with self.timed("vae"), torch.no_grad():
             parts = pixels.split(VAE_BATCH)
             latents = torch.cat([self.vae.encode(part).latent_dist.sample() for part in parts])
             latents = latents * self.vae.config.scaling_factor
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
-        time_of = torch.randint(0, 1000, (len(rows),)).repeat(2)
+        time_of = torch.randint(0, 1000, (len(rows),), device=self.device).repeat(2)
         noisy = self.schedule.add_noise(latents, noise, time_of)
         with self.timed("text"), torch.no_grad():
             prompt = self.text(tokens)[0].repeat(2, 1, 1)
@@ -111,10 +122,24 @@ class PeerStep:
         self, noisy: torch.Tensor, time_of: torch.Tensor, prompt: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """The winner's error less the loser's, of the UNet as it is, [pairs]."""
-        predicted = self.unet(noisy, time_of, prompt).sample
+        half = self.dtype is not torch.float32
+        with torch.autocast(self.device, self.dtype, enabled=half):
+            predicted = self.unet(noisy, time_of, prompt).sample
         errors = F.mse_loss(predicted.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
         winner, loser = errors.chunk(2)
         return winner - loser
+
+    def policy(self, pairs: int) -> None:
+        """The policy's forward and backward on ready latents of some pairs, and nothing else."""
+        side = self.resolution // 8
+        noise = torch.randn(2 * pairs, 4, side, side, device=self.device)
+        prompt = torch.randn(
+            2 * pairs, 77, self.unet.config.cross_attention_dim, device=self.device
+        )
+        time_of = torch.randint(0, 1000, (2 * pairs,), device=self.device)
+        policy = self.difference(torch.randn_like(noise), time_of, prompt, noise)
+        (-F.logsigmoid(-BETA * policy).mean()).backward()
+        self.optimizer.zero_grad()
 
     def pixels(self, row: dict[str, Any]) -> torch.Tensor:
         """Winner and loser, [6, h, w]: shorter side resized bilinearly, centre crop, mirrored."""
@@ -140,4 +165,6 @@ class PeerStep:
         """Add the block's seconds to a part's."""
         begun = time.perf_counter()
         yield
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
