@@ -533,9 +533,9 @@ def knn_search(folder: Path) -> dict[str, float]:
     """Ten neighbours of every vector: on the device of all, and of some beside faiss."""
     import numpy as np
     import torch
-    from fifa.scoring.neighbours import device_search, exact_search
 
     from fifa.scoring.diversity import QUERIES
+    from fifa.scoring.neighbours import device_search, exact_search
 
     size = sizes()
     generator = torch.Generator(size.device).manual_seed(0)
