@@ -568,8 +568,9 @@ class Generate(Knobs):
     negative
         A negative prompt; empty: none.
     batch
-        Images that are made together. Another batch size makes new images, because it may change
-        the last bit of a sum.
+        Images that are made together; if not given, as many as fit and are of use on CUDA (found by
+        trying, and kept in the run folder), 4 elsewhere. Another batch size makes new images,
+        because it may change the last bit of a sum.
     device
         A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
@@ -583,7 +584,7 @@ class Generate(Knobs):
     width: Annotated[int, Field(ge=8)] | None = None
     height: Annotated[int, Field(ge=8)] | None = None
     negative: str = ""
-    batch: Count = 4
+    batch: Count | None = None
     device: str | None = None
     dtype: Annotated[Dtype | None, Option(family="half")] = None
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +22,26 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fifa.config import Evaluate
-from fifa.console import note, progress
+from fifa.console import echo, note, progress
 from fifa.errors import FifaError
+from fifa.evaluation.batches import (
+    USUAL,
+    Batches,
+    find_batch,
+    halved,
+    keep_batches,
+    kept_batches,
+)
 from fifa.evaluation.models import Model
 from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.sampling import PipelineLoader, Settings, make_images
+from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import digest, sweep, write_bytes, write_table
 
 FOLDER = "evaluate"  # in the run folder
 INDEX = "images.parquet"
 CURVE = "curve.parquet"
+WRITERS = 4  # threads that encode and write images while the next ones are made
 IMAGES = pa.schema(
     [
         ("model", pa.string()),  # `base` first, then the checkpoints as they were named
@@ -44,8 +56,12 @@ IMAGES = pa.schema(
 
 @dataclass(frozen=True)
 class Planned:
-    """One image to make: its prompt, its seed, and its file below the folder of the index."""
+    """One image to make: its prompt, its seed, and its file below the folder of the index.
 
+    ``row`` is its place among all images of its model.
+    """
+
+    row: int
     prompt_id: str
     prompt: str
     category: str | None
@@ -62,6 +78,7 @@ def generate(
     *,
     index: str = INDEX,
     most: int | None = None,
+    loader: PipelineLoader | None = None,
 ) -> pa.Table:
     """Make the images of some models that are not there yet, and write their index.
 
@@ -82,6 +99,8 @@ def generate(
     most
         Of about so many prompts only, in whole groups spread over all: their images are those
         of an evaluation on all prompts.
+    loader
+        One that has loaded the base model before.
 
     Returns
     -------
@@ -95,12 +114,26 @@ def generate(
         what was made until then is kept.
     """
     sweep(folder)  # a write of the index that was killed
-    loader = PipelineLoader(models[0].base, settings, asked.generate.device)
-    plans = [plan(model, prompts, settings, asked) for model in models]
-    if most is not None:
-        plans = [_spread(groups, most * asked.seeds) for groups in plans]
-    for model, groups in zip(models, plans, strict=True):
-        _make(model, groups, folder, settings, loader)
+    loader = loader or PipelineLoader(models[0].base, settings, asked.generate.device)
+    key = digest(models[0].weights, settings.identity, asked.generate.batch)
+    batches = kept_batches(folder, key)
+    if batches is None:
+        batches = ((0, _first_batch(asked, models[0], prompts, settings, folder, key, loader)),)
+    while True:
+        plans = [plan(model, prompts, settings, asked, batches) for model in models]
+        if most is not None:
+            plans = [_spread(groups, most * asked.seeds) for groups in plans]
+        short = _make_all(models, plans, folder, settings, loader)
+        if short is None:
+            break
+        # All models' images are made in the same groups, those of finished models too.
+        row, count = short[0].row, len(short)
+        batches = halved(batches, row, count)
+        keep_batches(folder, key, batches)
+        echo(
+            f"out of memory with {count} images at a time: {count // 2} from here on, of all "
+            f"models (images after the first {row:,} that were made in larger groups do not count)"
+        )
     rows = [
         {"model": model.name, **vars(image)}
         for model, groups in zip(models, plans, strict=True)
@@ -113,30 +146,39 @@ def generate(
 
 
 def plan(
-    model: Model, prompts: Prompts, settings: Settings, asked: Evaluate
+    model: Model,
+    prompts: Prompts,
+    settings: Settings,
+    asked: Evaluate,
+    batches: Batches = ((0, USUAL),),
 ) -> list[list[Planned]]:
     """All images of a model, in the groups that they are made in.
 
     A group is whole prompts with all their seeds where these fit into a batch, so further
     prompts leave the groups before them as they are.
     """
-    seeds, batch = asked.seeds, asked.generate.batch
-    place = f"images/{digest(model.weights, asdict(settings))}"
+    seeds = asked.seeds
+    place = f"images/{digest(model.weights, settings.identity)}"
     rows = [
         (row["prompt_id"], row["prompt"], row["category"], seed)
         for row in prompts.table.to_pylist()
         for seed in draw_seeds(row["prompt_id"], seeds, asked.first_seed)
     ]
-    size = batch if seeds > batch else batch // seeds * seeds
+    ends = [*(first for first, _ in batches[1:]), len(rows)]
+    parts = []
+    for (first, batch), end in zip(batches, ends, strict=True):
+        size = batch if seeds > batch else batch // seeds * seeds
+        parts += [
+            (i, rows[i : min(i + size, end)]) for i in range(first, min(end, len(rows)), size)
+        ]
     groups = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+    for start, part in parts:
         # the spelling counts: prompt_id folds case and white space, a text encoder may not
         group = digest([[prompt, seed] for _, prompt, _, seed in part])[:8]
         groups.append(
             [
-                Planned(name, prompt, category, seed, f"{place}/{name}-{seed:08x}-{group}.png")
-                for name, prompt, category, seed in part
+                Planned(row, name, prompt, category, seed, f"{place}/{name}-{seed:08x}-{group}.png")
+                for row, (name, prompt, category, seed) in enumerate(part, start)
             ]
         )
     return groups
@@ -189,31 +231,99 @@ def _spread(groups: list[list[Planned]], most: int) -> list[list[Planned]]:
     return [groups[i * len(groups) // count] for i in range(count)]
 
 
+def _first_batch(
+    asked: Evaluate,
+    base: Model,
+    prompts: Prompts,
+    settings: Settings,
+    folder: Path,
+    key: str,
+    loader: PipelineLoader,
+) -> int:
+    """How many images are made together at first; kept where it was found by trying."""
+    given = asked.generate.batch
+    if given is not None or settings.device != "cuda" or len(prompts) * asked.seeds <= USUAL:
+        return given or USUAL
+    with loader.use(base) as pipe:
+        found = find_batch(pipe, settings, prompts.table["prompt"][0].as_py())
+    keep_batches(folder, key, ((0, found),))
+    precision = settings.identity["dtype"]
+    echo(f"{found} images are made together, in {precision} on {settings.device}")
+    return found
+
+
+def _make_all(
+    models: Sequence[Model],
+    plans: Sequence[Sequence[Sequence[Planned]]],
+    folder: Path,
+    settings: Settings,
+    loader: PipelineLoader,
+) -> Sequence[Planned] | None:
+    """Make what is missing; stops at a group that memory does not suffice for, and returns it."""
+    for model, groups in zip(models, plans, strict=True):
+        short = _make(model, groups, folder, settings, loader)
+        if short is not None:
+            return short
+    return None
+
+
 def _make(
     model: Model,
     groups: Sequence[Sequence[Planned]],
     folder: Path,
     settings: Settings,
     loader: PipelineLoader,
-) -> None:
-    """Make the groups of which an image is missing."""
+) -> Sequence[Planned] | None:
+    """Make the groups of which an image is missing; as `_make_all` for one model."""
     there = _there(folder, groups)
     missing = [group for group in groups if any(image.file not in there for image in group)]
     done = sum(map(len, groups)) - sum(map(len, missing))
     if not missing:
-        return
+        return None
+    short = None
     with (
         loader.use(model) as pipe,
         progress(f"images of {model.name}", sum(map(len, groups))) as advance,
+        ThreadPoolExecutor(WRITERS) as writers,
     ):
+
+        def finish(writing: Sequence[Future[None]]) -> None:
+            for job in writing:
+                job.result()
+            advance(len(writing))
+            note(images_made=len(writing))
+
         advance(done)
+        writing: list[Future[None]] = []
         for group in missing:
-            prompts, seeds = [i.prompt for i in group], [i.seed for i in group]
-            pixels = make_images(pipe, settings, prompts, seeds)
-            for image, picture in zip(group, pixels, strict=True):
-                write_bytes(folder / image.file, png(picture))
-            advance(len(group))
-            note(images_made=len(group))
+            pixels = _together(pipe, settings, group)
+            if pixels is None:
+                short = group
+                break
+            finish(writing)  # no more than one group waits
+            pictures = zip(group, pixels, strict=True)
+            writing = [writers.submit(_write, folder / image.file, p) for image, p in pictures]
+        finish(writing)
+    return short
+
+
+def _together(
+    pipe: Any, settings: Settings, group: Sequence[Planned]
+) -> npt.NDArray[np.uint8] | None:
+    """A group's images; None where memory ran out twice: once, it may only lie in pieces."""
+    for _ in range(2):
+        try:
+            return make_images(pipe, settings, [i.prompt for i in group], [i.seed for i in group])
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # only now: the error kept what the attempt had allocated
+        release_memory()
+    return None
+
+
+def _write(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    write_bytes(path, png(pixels))
 
 
 def _there(folder: Path, groups: Sequence[Sequence[Planned]]) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.models import Model, class_name, part_name
 from fifa.models.families import PIPELINES
 from fifa.models.optional import require
-from fifa.models.runtime import make_runtime, out_of_memory
+from fifa.models.runtime import Runtime, make_runtime, out_of_memory, tf32
 from fifa.shards.files import read_json
 
 # What a model was trained with; the rest of a scheduler's settings belong to the sampler
@@ -63,6 +63,11 @@ class Settings:
     negative: str
     device: str
     dtype: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON that names them: as they are, with the precision of products for ``dtype``."""
+        return {**asdict(self), "dtype": Runtime(self.device, self.dtype).precision}
 
 
 def settings_for(asked: Generate, base: Path) -> Settings:
@@ -140,12 +145,16 @@ class PipelineLoader:
         if class_name(folder) == "StableDiffusionXLPipeline":
             options["add_watermarker"] = False
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options).to(self._device)
         except Exception as error:  # diffusers', torch's and safetensors' own
             raise _cannot_load("the pipeline", folder, error) from error
         self._set_sampler(pipe, diffusers)
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self._device)
+        vae: Any = getattr(pipe, "vae", None)
+        if self._settings.device == "cuda" and hasattr(vae, "enable_slicing"):
+            # Latents are decoded one image at a time, always: in other parts, other bits.
+            vae.enable_slicing()
+        return pipe
 
     def _set_sampler(self, pipe: Any, diffusers: Any) -> None:
         """The same sampler for all, on each model's own noise schedule."""
@@ -174,7 +183,9 @@ def make_images(
     Raises
     ------
     FifaError
-        Where memory runs out, and where an image is not finite.
+        Where an image is not finite.
+    torch.OutOfMemoryError, RuntimeError, MemoryError
+        Where memory runs out.
     """
     torch = require("torch")
     options: dict[str, Any] = {
@@ -186,20 +197,25 @@ def make_images(
     }
     known = {name: value for name, value in options.items() if value is not None}
     noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    # Of pipelines that are known, tensors are the same numbers, still on the device.
+    tensors = type(pipe).__name__ in PIPELINES
+    options = {**known, "output_type": "pt" if tensors else "np"}
+    vae: Any = getattr(pipe, "vae", None)
     try:
-        found = pipe(prompt=prompts, generator=noise, output_type="np", **known).images
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise FifaError(
-            f"out of memory with {len(prompts)} images at a time", do="a smaller --batch"
-        ) from error
-    if not np.isfinite(found).all():
+        with tf32(pipe.device):
+            found = pipe(prompt=prompts, generator=noise, **options).images
+    finally:
+        if tensors:  # SDXL's is float32 where memory ran out while it decoded
+            vae.to(dtype=getattr(torch, settings.dtype))
+    found = found.permute(0, 2, 3, 1) if tensors else torch.as_tensor(np.asarray(found))
+    if not found.isfinite().all():
         raise FifaError(
             f"the model makes images that are not finite in {settings.dtype}",
             do="--dtype float32 or bfloat16; if it is a checkpoint, its training has diverged",
         )
-    pixels: npt.NDArray[np.uint8] = (np.asarray(found) * 255).round().astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = (
+        (found.float() * 255).round().to(torch.uint8).contiguous().cpu().numpy()
+    )
     return pixels
 
 
@@ -238,10 +254,12 @@ def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[Non
     if changed:
         raise FifaError(f"not a {name} of this base: {', '.join(changed)}", where=str(folder))
     try:
+        own.to("cpu")  # never two on the device
         pipe.register_modules(**{name: tuned.to(device)})
         yield
     finally:
-        pipe.register_modules(**{name: own})
+        tuned.to("cpu")
+        pipe.register_modules(**{name: own.to(device)})
 
 
 def _safe(folder: Path) -> dict[str, Any]:
@@ -261,4 +279,5 @@ def _scheduler(base: Path) -> dict[str, Any]:
 
 def _cannot_load(what: str, path: Path, error: Exception) -> FifaError:
     brief = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
-    return FifaError(f"cannot load {what}: {brief}", where=str(path))
+    do = "a device with more memory, or --dtype float16" if out_of_memory(error) else None
+    return FifaError(f"cannot load {what}: {brief}", where=str(path), do=do)
