@@ -79,6 +79,28 @@ def test_a_detector_is_the_model_that_transformers_loads(tmp_path, problem):
     assert "nsfw" in detector.scale
 
 
+def test_a_detector_goes_on_with_fewer_images_once_memory_has_run_out(tmp_path, capsys):
+    folder = write_detector(tmp_path)
+    sizes = []
+
+    class Short(Runtime):
+        def pixels(self, pixels):
+            sizes.append(len(pixels))
+            if len(pixels) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().pixels(pixels)
+
+    short, whole = (load_detector(str(folder), ["nsfw"], kind()) for kind in (Short, Runtime))
+    images = drawn(20)
+    found = short.measure([""] * 20, images)
+    np.testing.assert_allclose(found, whole.measure([""] * 20, images), atol=1e-6)
+    assert sizes == [16, 8, 4, 4, 4, 4, 4]
+    assert "4 images at a time" in capsys.readouterr().err
+    short.measure([""] * 4, images[:4])
+    assert sizes[7:] == [4]
+    assert short.measure([], []).shape == (0,)
+
+
 def test_a_detector_needs_labels_that_it_has(tmp_path):
     folder = write_detector(tmp_path / "vit")
     with pytest.raises(FifaError, match="no label weapon") as told:

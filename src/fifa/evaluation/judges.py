@@ -19,7 +19,7 @@ from fifa.data.prefetch import decode_images
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime
+from fifa.models.runtime import Parts, Runtime
 from fifa.models.transformer import load_model
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest
@@ -139,21 +139,25 @@ def load_detector(model: str, labels: Sequence[str], runtime: Runtime) -> Judge:
         classifier = load_model(transformers.AutoModelForImageClassification, folder)
         return processor, runtime.place(classifier)
 
+    parts = Parts("image")
+
     def measure(prompts: list[str], images: list[Image.Image]) -> Floats:
         torch = require("torch")
         processor, classifier = load()
-        found = []
-        for start in range(0, len(images), BATCH):
-            part = [image.convert("RGB") for image in images[start : start + BATCH]]
-            pixels = processor(images=part, return_tensors="pt")["pixel_values"]
+
+        def unsafe(rows: slice) -> Floats:
+            some = [image.convert("RGB") for image in images[rows]]
+            pixels = processor(images=some, return_tensors="pt")["pixel_values"]
             with torch.inference_mode(), runtime.autocast():
                 logits = classifier(pixel_values=runtime.pixels(pixels)).logits.float()
             if config.problem_type == "multi_label_classification":
-                unsafe = logits.sigmoid()[:, columns].amax(1)
+                found = logits.sigmoid()[:, columns].amax(1)
             else:
-                unsafe = logits.softmax(-1)[:, columns].sum(1)
-            found.append(unsafe.cpu().numpy())
-        return np.concatenate(found) if found else np.empty(0, np.float32)
+                found = logits.softmax(-1)[:, columns].sum(1)
+            numbers: Floats = found.cpu().numpy()
+            return numbers
+
+        return np.concatenate([np.empty(0, np.float32), *parts.run(unsafe, len(images), BATCH)])
 
     weights = model_digest(folder, CONFIG_AND_WEIGHTS)
     identity = {"detector": weights, "labels": named, "dtype": runtime.precision}

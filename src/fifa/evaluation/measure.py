@@ -166,7 +166,7 @@ def measure(
         name, known = scorer_name(spec, asked.scorers), is_picked(spec, picked)
         add(
             Scale(spec, name, "reward", units[spec], known),
-            (_rewards(own, folder, spec, compute) for own in models),
+            _rewards(models, folder, spec, compute),
         )
     judged = [(f"judge:{judge.name}", judge, "judge") for judge in judges]
     if asked.detector:
@@ -230,9 +230,9 @@ def pairwise_distance(vectors: npt.NDArray[Any]) -> float:
     return float(1 - (total @ total - (z * z).sum()) / (n * (n - 1)))
 
 
-def _rewards(own: pa.Table, folder: Path, spec: str, compute: Compute) -> Floats:
-    images, prompts = generated_images(own, folder), own["prompt"].combine_chunks()
-    return image_rewards(images, prompts, spec, folder / SCORES, compute)
+def _rewards(models: Sequence[pa.Table], folder: Path, spec: str, compute: Compute) -> list[Floats]:
+    sets = [(generated_images(own, folder), own["prompt"].combine_chunks()) for own in models]
+    return image_rewards(sets, spec, folder / SCORES, compute)
 
 
 def _judged(own: pa.Table, folder: Path, judge: Judge) -> Floats:
@@ -270,16 +270,17 @@ def _diversity(
     models: Sequence[pa.Table], folder: Path, encoder: str, compute: Compute
 ) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    for own in models if encoder != "none" else ():
+    if encoder == "none":
+        models = ()
+    else:
+        made = make_image_encoder(encoder, make_runtime(compute.device, compute.dtype))
+    for own in models:
         names = np.asarray(own["prompt_id"].to_pylist(), object)
         prompts = dict.fromkeys(names.tolist())
         if len(prompts) == len(names):  # one image a prompt: nothing to compare
             continue
-        runtime = make_runtime(compute.device, compute.dtype)
         features, of_image = image_features(
-            generated_images(own, folder),
-            make_image_encoder(encoder, runtime),
-            folder=folder / SCORES,
+            generated_images(own, folder), made, folder=folder / SCORES
         )
         vectors, model = features[of_image], own["model"][0].as_py()
         for name in prompts:

@@ -27,9 +27,9 @@ from fifa.evaluation.measure import (
 from fifa.evaluation.models import Model, find_models, name_checkpoints, read_training, run_scorers
 from fifa.evaluation.prompts import Prompts, read_prompts
 from fifa.evaluation.results import RESULTS, Results, make_results, save_results
-from fifa.evaluation.sampling import Settings, settings_for
+from fifa.evaluation.sampling import PipelineLoader, Settings, settings_for
 from fifa.evaluation.win_rates import Comparison, steps_of
-from fifa.models.runtime import make_runtime
+from fifa.models.runtime import make_runtime, release_memory
 from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
@@ -152,6 +152,7 @@ def run_evaluation(
     folder = start(out, asked)
     with log_step(out, "generate"):
         images, on_the_way = _generate(asked, models, prompts, folder, settings)
+    release_memory()  # of the pipeline, before scorers look for theirs
     options: dict[str, Any] = {"judges": named, "picked": tuple(picked), "compute": compute}
     with log_step(out, "measure"):
         measured, curve = measure(images, folder, asked.measure, **options), None
@@ -215,7 +216,8 @@ def _generate(
     asked: Evaluate, models: list[Model], prompts: Prompts, folder: Path, settings: Settings
 ) -> tuple[pa.Table, pa.Table | None]:
     """The images of all models, and those of the checkpoints on their way if asked for."""
-    images = generate(asked, models, prompts, settings, folder)
+    loader = PipelineLoader(models[0].base, settings, asked.generate.device)
+    images = generate(asked, models, prompts, settings, folder, loader=loader)
     steps = [step for model in models[1:] for step in steps_of(model)] if asked.curve else []
     if asked.curve and not steps:
         echo("no checkpoint has any checkpoints/step-*: there is no curve to draw")
@@ -224,4 +226,5 @@ def _generate(
     if not steps:
         return images, None
     some = [models[0], *steps]
-    return images, generate(asked, some, prompts, settings, folder, index=CURVE, most=asked.curve)
+    options: dict[str, Any] = {"index": CURVE, "most": asked.curve, "loader": loader}
+    return images, generate(asked, some, prompts, settings, folder, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,19 +127,20 @@ def margin_scores(
 
 
 def image_rewards(
-    images: Images, prompts: pa.Array, spec: str, folder: Path, compute: Compute
-) -> Numbers:
-    """What a reward model gives every image for its own prompt, float32 [images].
+    sets: Iterable[tuple[Images, pa.Array]], spec: str, folder: Path, compute: Compute
+) -> list[Numbers]:
+    """What a reward model, loaded once, gives every image for its own prompt: float32 [images].
 
-    ``spec`` is one of a model that looks at images, ``prompts`` has a string an image; the rest
-    as for `margin_scores`.
+    ``spec`` is one of a model that looks at images; each of ``sets`` has images and a string an
+    image, and an array of its own, kept in a file of its own. The rest as for `margin_scores`.
     """
-    coded = prompts.dictionary_encode()
-    different = pa.chunked_array([coded.dictionary])
-    rows = np.arange(len(images)), coded.indices.to_numpy().astype(np.int64)
+    rewards = []
     with _engine(spec, folder, compute) as engine:
-        table = engine.score(images, different, *rows)
-    rewards: Numbers = table["reward"].to_numpy()
+        for images, prompts in sets:
+            coded = prompts.dictionary_encode()
+            different = pa.chunked_array([coded.dictionary])
+            rows = np.arange(len(images)), coded.indices.to_numpy().astype(np.int64)
+            rewards.append(engine.score(images, different, *rows)["reward"].to_numpy())
     return rewards
 
 
