@@ -19,15 +19,12 @@ from fifa.cli import cli
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.training.backbones import load_backbone
+from fifa.training.backbones.parts import shapes_in
 from fifa.training.batches import adapters_off
 from fifa.training.checkpoint import add_lora, make_optimizer
 from fifa.training.job import make_accelerator, run_training
 from fifa.training.metrics import read_stats
-from fifa.training.plan import (
-    memory_of,
-    needs_copy,
-    shapes_in,
-)
+from fifa.training.plan import memory_of, needs_copy
 from fifa.training.samples import GAP
 
 CPU = torch.device("cpu")

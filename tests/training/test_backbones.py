@@ -284,20 +284,20 @@ def test_encoders_are_named_by_their_content(models, tmp_path):
 def test_a_vae_that_overflows_stays_in_float32(models, tmp_path):
     """SDXL's own does in float16; its configuration, or the class's default, says so."""
     half = load_backbone(models["sdxl"], dtype="bfloat16")
-    assert half.vae._model.dtype == torch.float32
+    assert half.vae.network.dtype == torch.float32
     assert half.denoiser.dtype == half.text[0].model.dtype == torch.bfloat16
     folder = shutil.copytree(models["sdxl"], tmp_path / "fixed")
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
-    assert load_backbone(folder, dtype="bfloat16").vae._model.dtype == torch.bfloat16
+    assert load_backbone(folder, dtype="bfloat16").vae.network.dtype == torch.bfloat16
 
 
 def test_infinite_moments_are_an_error(models):
     backbone = load_backbone(models["sdxl"])
     with torch.no_grad():
-        backbone.vae._model.quant_conv.bias[0] = float("inf")
+        backbone.vae.network.quant_conv.bias[0] = float("inf")
     with pytest.raises(FifaError, match=r"infinite or NaN latents in float32[\s\S]*fp16-fix"):
-        backbone.vae.moments(randn(1, 3, 32, 32))
+        backbone.vae.check(backbone.vae.moments(randn(1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])

@@ -33,6 +33,36 @@ class Distilled:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What computing takes beside weights: bytes in a 16-bit type; float32 takes twice as much.
+
+    Of the model as published and of a LoRA, found by ``scripts/measure_memory.py`` on CUDA.
+
+    Parameters
+    ----------
+    numbers
+        In the weights of the denoiser that was measured.
+    fixed
+        Whatever the batch.
+    pair
+        A pair, forward and backward, for each of a latent's pixels (h times w).
+    pair_checkpointed
+        The same with gradient checkpointing.
+    vae
+        Each pixel of an image that is encoded.
+    prompt
+        A prompt that is encoded.
+    """
+
+    numbers: int
+    fixed: int
+    pair: int
+    pair_checkpointed: int
+    vae: int
+    prompt: int
+
+
+@dataclass(frozen=True)
 class Family:
     """One family of latent diffusion models.
 
@@ -65,6 +95,11 @@ class Family:
         Folders that a model may lack.
     distilled
         Its distilled variant, if it has one.
+    half_vae
+        Whether its VAE is exact enough in bfloat16, whatever its ``force_upcast`` says about
+        float16.
+    activations
+        What computing takes beside the weights, if it was measured.
     """
 
     name: str
@@ -81,6 +116,8 @@ class Family:
     half: Literal["float16", "bfloat16"]
     optional: tuple[str, ...] = ()
     distilled: Distilled | None = None
+    half_vae: bool = False
+    activations: Activations | None = None
 
     def sampling(self, config: Mapping[str, Any]) -> tuple[int, float]:
         """Steps and guidance of a model whose denoiser has this ``config.json``."""
@@ -89,6 +126,8 @@ class Family:
         return self.steps, self.guidance
 
 
+# Of the VAE's activations a pixel: one encoder's architecture is in all of these.
+VAE = 1_800
 ONE_ENCODER = ("text_encoder", "tokenizer")
 TWO_ENCODERS = (*ONE_ENCODER, "text_encoder_2", "tokenizer_2")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -97,6 +136,9 @@ JOINT_ATTENTION = tuple(
     f"attn.{name}" for name in (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 )
 
+# half_vae: SimpleTuner's VAEs compute in bfloat16 by default, but for SDXL's own (#394 there: take
+# the fixed one). diffusers' scripts for SD, SD3 and FLUX give the VAE the training's 16-bit type,
+# those for SDXL only if another VAE is named.
 FAMILIES = (
     Family(
         name="sd",
@@ -111,6 +153,15 @@ FAMILIES = (
         steps=50,
         guidance=7.5,
         half="float16",
+        half_vae=True,
+        activations=Activations(  # estimated, not measured yet
+            numbers=859_520_964,
+            fixed=0,
+            pair=570_000,
+            pair_checkpointed=115_000,
+            vae=VAE,
+            prompt=5_000_000,
+        ),
     ),
     Family(
         name="sdxl",
@@ -125,6 +176,14 @@ FAMILIES = (
         steps=50,
         guidance=5.0,
         half="float16",
+        activations=Activations(  # estimated, not measured yet
+            numbers=2_567_463_684,
+            fixed=400_000_000,
+            pair=940_000,
+            pair_checkpointed=120_000,
+            vae=VAE,
+            prompt=12_000_000,
+        ),
     ),
     Family(
         name="sd3",
@@ -140,6 +199,15 @@ FAMILIES = (
         steps=28,
         guidance=7.0,
         half="bfloat16",
+        half_vae=True,
+        activations=Activations(  # estimated, not measured yet
+            numbers=2_028_328_000,
+            fixed=400_000_000,
+            pair=800_000,
+            pair_checkpointed=100_000,
+            vae=VAE,
+            prompt=90_000_000,
+        ),
     ),
     Family(
         name="flux",
@@ -160,6 +228,15 @@ FAMILIES = (
         steps=28,
         guidance=3.5,
         half="bfloat16",
+        half_vae=True,
+        activations=Activations(  # estimated, not measured yet
+            numbers=11_901_408_320,
+            fixed=400_000_000,
+            pair=5_000_000,
+            pair_checkpointed=500_000,
+            vae=VAE,
+            prompt=180_000_000,
+        ),
         distilled=Distilled("FLUX schnell", lacks="guidance_embeds", steps=4),
     ),
 )

@@ -7,11 +7,13 @@ safetensors files, there whole or not at all, mapped when they are read.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,21 +26,26 @@ from torch import Tensor
 
 from fifa.console import echo, note, progress
 from fifa.data.images import look, read
-from fifa.data.prefetch import batched, decode_images
+from fifa.data.prefetch import Prefetch, batched, decode_images
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import DTYPES
+from fifa.models.runtime import DTYPES, Parts
 from fifa.shards.files import atomic_path, digest, write_table
+from fifa.shards.pool import cores
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.pairs import TrainingPairs
 from fifa.training.resize import Frame, Resize, cut
 
 Ints = npt.NDArray[np.int32]
 Chunk = TypeVar("Chunk", bound=Sequence[Any])
+Batch = TypeVar("Batch")
+T = TypeVar("T")
 
 SHARD = 256  # images or prompts between two points where a run can be resumed, at most
 SHARD_BYTES = 64 << 20  # of a file, about, at most
-PROMPTS = 16  # through the text encoders at once
+IMAGES, PROMPTS = 8, 16  # through VAE and text encoders at once
+PIXELS, TOKENS = 2 << 20, 8192  # the same on CUDA
+AHEAD = 3  # batches of images that wait for the VAE
 
 
 class TensorShards:
@@ -164,7 +171,7 @@ def encode(
     buckets: bool = False,
     flips: bool = False,
     dtype: str = "float16",
-    batch: int = 8,
+    batch: int | None = None,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> Encoded:
@@ -172,7 +179,8 @@ def encode(
 
     Everything is named by content: a killed run goes on where it was and ends with the same
     bytes, and several trainings share what they have in common. Images are decoded in threads
-    ahead of the VAE; memory holds a few batches and one shard.
+    ahead of the VAE; memory holds a few batches and two shards. Text encoders and VAE are loaded
+    one after the other, where something is missing, and let go at once.
 
     Parameters
     ----------
@@ -187,7 +195,7 @@ def encode(
     dtype
         How numbers are kept: ``float16``, ``bfloat16`` or ``float32``.
     batch
-        Images through the VAE at once (of a square of ``resolution``).
+        Images through the VAE at once; default: `images_at_once`. Fewer where memory runs out.
     share
         (rank, ranks) of a group of processes that encode together, each its share of the shards.
     wait
@@ -197,7 +205,8 @@ def encode(
     ------
     FifaError
         If an image is missing or cannot be decoded (its pair is named), the resolution does not
-        fit the model, a moment is not finite, or the folder cannot be written.
+        fit the model, a number is not finite, memory does not suffice for one image or prompt, or
+        the folder cannot be written.
     """
     if dtype not in DTYPES:
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
@@ -205,9 +214,12 @@ def encode(
     resize = Resize(resolution, backbone.pixels_per_latent, buckets)
     plan = plan_images(_facts(pairs, folder), resize)
     captions = list(dict.fromkeys(["", *pairs.caption]))
+    batch = batch or images_at_once(backbone, resolution)
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
     prompts = encoder.prompts(captions)
+    backbone.release_text()
     images = encoder.images(plan, flips)
+    backbone.vae.release()
     wait()
     number = {caption: i for i, caption in enumerate(captions)}
     encoded = Encoded(
@@ -262,7 +274,21 @@ def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype
 
 def numbers_a_prompt(backbone: Backbone) -> int:
     """How many numbers the denoiser needs of one prompt."""
-    return sum(value.numel() for value in backbone.encode_prompts([""]).values())
+    return sum(map(prod, backbone.prompt_shapes().values()))
+
+
+def images_at_once(backbone: Backbone, resolution: int) -> int:
+    """How many images of ``resolution`` pixels a side go through the VAE at once."""
+    # in images of one size more are hardly faster: each of them fills a device
+    return max(1, PIXELS // resolution**2) if backbone.device.type == "cuda" else IMAGES
+
+
+def prompts_at_once(backbone: Backbone) -> int:
+    """How many prompts go through the text encoders at once."""
+    if backbone.device.type != "cuda":
+        return PROMPTS
+    tokens = max(shape[0] for shape in backbone.prompt_shapes().values() if len(shape) > 1)
+    return max(1, TOKENS // tokens)
 
 
 @dataclass(frozen=True)
@@ -350,25 +376,36 @@ class Encoder:
         numbers = 2 * self.backbone.vae.channels * area // self.backbone.vae.factor**2
         chunks = list(plan.chunks(self._rows(numbers)))
         keys = [[plan.keys[i] for i in chunk] for chunk in chunks]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        device, vae = self.backbone.device, self.backbone.vae
+        parts = Parts("image")
+        threads = cores()
+        with ThreadPoolExecutor(threads) as pool:
 
-            def encoded(flip: bool, chunk: range) -> Iterator[Tensors]:
+            def decoded(flip: bool, chunk: range) -> Iterator[Tensor]:
                 frames = {plan.first[i]: plan.frame(i) for i in chunk}
-                decoded = decode_images(
+                cuts = decode_images(
                     read(self.pairs.image_table, list(frames)),  # ascending: yielded in this order
                     lambda image, row: cut(image, frames[row], flip),
                     pool=pool,
-                    most=2 * self.batch,
+                    most=2 * max(self.batch, threads),
                 )
                 bad: dict[int, str] = {}
-                for _, pixels in batched(decoded, lambda *_: self.batch, bad):
-                    unit = torch.from_numpy(pixels).float() / 127.5 - 1  # from bytes to [-1, 1]
-                    yield {"moments": self.backbone.vae.moments(unit)}
+                for _, pixels in batched(cuts, lambda *_: self.batch, bad):
+                    batch = torch.from_numpy(pixels)
+                    yield batch.pin_memory() if device.type == "cuda" else batch
                 for row, reason in bad.items():
                     raise self.pairs.unreadable(row, reason, len(bad))
 
+            def encoded(pixels: Tensor) -> Iterator[Tensors]:
+                def moments(part: slice) -> Tensors:
+                    there = pixels[part].to(device, non_blocking=True)
+                    # from bytes to [-1, 1]
+                    return {"moments": vae.moments(there.float() / 127.5 - 1)}
+
+                return parts.run(moments, len(pixels), self.batch)
+
             return tuple(
-                self._fill("moments", chunks, keys, partial(encoded, flip), flip)
+                self._fill("moments", chunks, keys, partial(decoded, flip), encoded, flip)
                 for flip in ((False, True) if flips else (False,))
             )
 
@@ -376,12 +413,18 @@ class Encoder:
         """Where every prompt is: shard and row, int32 [prompts, 2]."""
         rows = self._rows(numbers_a_prompt(self.backbone))
         chunks = [captions[start : start + rows] for start in range(0, len(captions), rows)]
+        most = prompts_at_once(self.backbone)
+        parts = Parts("prompt")
 
-        def encoded(chunk: Sequence[str]) -> Iterator[Tensors]:
-            for start in range(0, len(chunk), PROMPTS):
-                yield self.backbone.encode_prompts(chunk[start : start + PROMPTS])
+        def batches(chunk: Sequence[str]) -> Iterator[Sequence[str]]:
+            for start in range(0, len(chunk), most):
+                yield chunk[start : start + most]
 
-        return self._fill("prompts", chunks, [list(chunk) for chunk in chunks], encoded)
+        def encoded(batch: Sequence[str]) -> Iterator[Tensors]:
+            encode = self.backbone.encode_prompts
+            return parts.run(lambda part: encode(batch[part]), len(batch), most)
+
+        return self._fill("prompts", chunks, [list(chunk) for chunk in chunks], batches, encoded)
 
     def _rows(self, numbers: int) -> int:
         """How many rows of so many numbers a shard has."""
@@ -393,7 +436,8 @@ class Encoder:
         what: str,
         chunks: Sequence[Chunk],
         keys: Sequence[list[str]],
-        encoded: Callable[[Chunk], Iterator[Tensors]],
+        batches: Callable[[Chunk], Iterator[Batch]],
+        encoded: Callable[[Batch], Iterator[Tensors]],
         *more: object,
     ) -> Ints:
         """Write the shards that are missing and this process's to make.
@@ -404,8 +448,10 @@ class Encoder:
             ``moments`` or ``prompts``.
         chunks, keys
             What goes into each shard, and what names it there, with ``more``.
+        batches
+            What a chunk is encoded in, made in a thread ahead.
         encoded
-            Encodes a chunk, batch by batch.
+            Encodes a batch, in one part or more.
 
         Returns
         -------
@@ -417,24 +463,55 @@ class Encoder:
         rank, ranks = self.share
         mine = list(zip(shards, chunks, strict=True))[rank::ranks]
         mine = [(shard, chunk) for shard, chunk in mine if not self.shards.path(shard).is_file()]
-        with progress(f"encoding {what}", sum(len(chunk) for _, chunk in mine)) as advance:
-            for shard, chunk in mine:
-                batches: list[Tensors] = []
-                for batch in encoded(chunk):
-                    batches.append({name: self._kept(value) for name, value in batch.items()})
-                    advance(len(next(iter(batch.values()))))
-                joined = {name: torch.cat([one[name] for one in batches]) for name in batches[0]}
-                self.shards.write(shard, joined)
+        ahead = Prefetch(((shard, one) for shard, chunk in mine for one in batches(chunk)), AHEAD)
+        try:
+            with (
+                progress(f"encoding {what}", sum(len(chunk) for _, chunk in mine)) as advance,
+                ThreadPoolExecutor(1) as writer,
+            ):
+                written: Future[None] | None = None
+                for shard, group in groupby(ahead, key=itemgetter(0)):
+                    parts: list[Tensors] = []
+                    for part in behind(part for _, batch in group for part in encoded(batch)):
+                        parts.append(
+                            {name: self._kept(what, value) for name, value in part.items()}
+                        )
+                        advance(len(next(iter(part.values()))))
+                    joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+                    if written:
+                        written.result()
+                    written = writer.submit(self.shards.write, shard, joined)
+                if written:
+                    written.result()
+        finally:
+            ahead.close()
         counts = list(map(len, chunks))
         rows = np.concatenate([np.arange(count) for count in counts])
         return np.stack([np.repeat(shards, counts), rows], axis=1).astype(np.int32)
 
-    def _kept(self, value: Tensor) -> Tensor:
+    def _kept(self, what: str, value: Tensor) -> Tensor:
         """As it goes into the file; `FifaError` where that is not finite."""
-        kept = value.to("cpu", getattr(torch, self.dtype))
+        found = value.cpu()  # the one wait for the device in a batch
+        kept = found.to(getattr(torch, self.dtype))
         if not bool(torch.isfinite(kept).all()):
+            if what == "moments":
+                self.backbone.vae.check(found)
+            elif not bool(torch.isfinite(found).all()):
+                raise FifaError(
+                    "the text encoders give infinite or NaN numbers",
+                    do="--dtype bfloat16 or float32",
+                )
             raise FifaError(
                 f"an encoder's numbers are not finite in {self.dtype}",
                 do="keep the cache in bfloat16 or float32",
             )
         return kept
+
+
+def behind(items: Iterable[T]) -> Iterator[T]:
+    """The items, each once the next has been made: the device works while one is read back."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last

@@ -215,10 +215,11 @@ def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> J
     memory, free = memory_of(train, weights), free_bytes(accelerator.device)
     if device is None:
         memory.check(free, str(accelerator.device))
-    backbone = load_backbone(train.model, device=device or accelerator.device, dtype=weights)
+    backbone = load_backbone(
+        train.model, device=device or accelerator.device, dtype=weights, compute=dtype
+    )
     # what the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX
-    config: Any = backbone.denoiser.config
-    side = config.get("sample_size")
+    side = backbone.settings.get("sample_size")
     native = side * backbone.vae.factor if isinstance(side, int) else 1024
     resolution = train.resolution or native
     plan = Plan(

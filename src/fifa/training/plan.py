@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, prod
-from pathlib import Path
 
 import torch
 
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.models.optional import require
-from fifa.training.backbones.parts import open_folder
+from fifa.training.backbones.parts import open_folder, shapes_in
 from fifa.training.losses import LOSSES
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
@@ -54,22 +52,6 @@ class Memory:
                 do="--method lora, --dtype bfloat16, --draws 8 (no frozen copy), --optimizer "
                 "adafactor, or shard over several devices (FSDP through accelerate)",
             )
-
-
-def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights in a folder's safetensors files, by name; reads headers only.
-
-    Raises `FifaError` for a file that is damaged.
-    """
-    safetensors = require("safetensors", "train")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 - no dict
-        except (OSError, safetensors.SafetensorError) as error:
-            raise FifaError(f"not a safetensors file: {error}", where=str(path)) from error
-    return shapes
 
 
 def memory_of(train: Train, dtype: str) -> Memory:

@@ -16,8 +16,9 @@ def load_backbone(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
+    compute: str | torch.dtype | None = None,
 ) -> Backbone:
-    """A diffusion model as what the trainer needs of it.
+    """A diffusion model as what the trainer needs of it; its networks are loaded when used.
 
     Parameters
     ----------
@@ -26,17 +27,22 @@ def load_backbone(
     device
         Where to put it.
     dtype
-        The floating type of all weights, ``float32``, ``bfloat16`` or ``float16``; the VAE stays
-        in float32 unless its configuration says that it need not.
+        The floating type of the denoiser's weights: ``float32``, ``bfloat16`` or ``float16``.
+    compute
+        What training computes in, by default ``dtype``. On CUDA it is what the encoders have;
+        elsewhere they have ``dtype``. For the VAE see `fifa.training.backbones.base.Vae`.
 
     Raises
     ------
     FifaError
         For a folder that is no model, or lacks a part (it says which), a family that is not
-        known, a model that predicts the image itself, and weights that are not safetensors.
+        known, a model that predicts the image itself, and weights that are not safetensors or
+        damaged.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    folder = open_folder(model, torch.device(device), dtype)
+    device = torch.device(device)
+    encoding = compute if compute and device.type == "cuda" else dtype
+    weights, encoding = (getattr(torch, str(t).removeprefix("torch.")) for t in (dtype, encoding))
+    folder = open_folder(model, device, weights, encoding)
     folder.check()
     module = import_module(f"fifa.training.backbones.{folder.family.name}")
     backbone: Backbone = getattr(module, folder.family.backbone)(folder)

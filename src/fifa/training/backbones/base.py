@@ -14,7 +14,7 @@ from torch import Tensor
 from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.hub import model_digest
-from fifa.models.runtime import release_memory
+from fifa.models.runtime import Runtime, release_memory, tf32
 from fifa.training.backbones.parts import ModelFolder, TextEncoder, diffusers
 
 Tensors = dict[str, Tensor]
@@ -127,7 +127,11 @@ class Flow:
 
 
 class Vae:
-    """The autoencoder of a latent diffusion model, encoder side.
+    """The autoencoder of a latent diffusion model, encoder side; loaded when it first encodes.
+
+    It computes in float32 where its ``force_upcast`` says so, as its class does where the
+    configuration says nothing, and else in the encoders' floating type. On CUDA it computes in
+    bfloat16 with them in spite of that where `fifa.models.families.Family.half_vae` allows it.
 
     Parameters
     ----------
@@ -141,11 +145,12 @@ class Vae:
         c, of a latent.
     factor
         Pixels a side of a latent's pixel.
+    dtype
+        What it computes in.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        config = folder.config("vae")
-        class_name = str(config.get("_class_name"))
+        class_name = str(folder.config("vae").get("_class_name"))
         if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
             raise FifaError(
                 f"an autoencoder of class {class_name} is not known",
@@ -153,48 +158,60 @@ class Vae:
                 do="AutoencoderKL or AutoencoderTiny",
             )
         self.tiny = class_name == "AutoencoderTiny"
-        # SDXL's overflows in fp16 and says so by force_upcast, which is also the class's default.
-        self.upcast = bool(config.get("force_upcast", not self.tiny))
-        self._dtype = torch.float32 if self.upcast else folder.dtype
-        self._model: Any = folder.model("vae", diffusers(class_name), self._dtype)
-        known = self._model.config
-        if getattr(known, "latents_mean", None) or getattr(known, "latents_std", None):
+        known = folder.settings("vae", diffusers(class_name))
+        if known.get("latents_mean") or known.get("latents_std"):
             raise FifaError(
                 "a VAE that normalises its channels one by one is not supported",
                 where=str(folder.path / "vae"),
             )
-        self.channels = int(known.latent_channels)
-        blocks = known.encoder_block_out_channels if self.tiny else known.block_out_channels
+        self.channels = int(known["latent_channels"])
+        blocks = known["encoder_block_out_channels" if self.tiny else "block_out_channels"]
         self.factor: int = 2 ** (len(blocks) - 1)
-        self.scale = float(known.scaling_factor)
+        self.scale = float(known["scaling_factor"])
         # shift_factor is None in the SD and SDXL families
-        self.shift = float(known.shift_factor or 0.0)
+        self.shift = float(known["shift_factor"] or 0.0)
+        # SDXL's overflows in fp16 and says so by force_upcast
+        upcast = bool(known["force_upcast"])
+        half = folder.device.type == "cuda" and folder.encoding == torch.bfloat16
+        half = half and folder.family.half_vae
+        self.dtype = torch.float32 if upcast and not half else folder.encoding
+        self._folder, self._class = folder, diffusers(class_name)
+        self._network: Any = None
+        self._dropped = False
+
+    @property
+    def network(self) -> Any:
+        """The network, loaded when it is first asked for; `FifaError` after `drop`."""
+        if self._dropped:
+            raise FifaError("the VAE is no longer in memory: encode before drop_encoders")
+        if self._network is None:
+            self._network = self._folder.model("vae", self._class, self.dtype)
+        return self._network
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and standard deviation, float32 ``[n, 2c, h, w]``, of ``[n, 3, H, W]`` in [-1, 1].
 
-        Raises
-        ------
-        FifaError
-            After `drop`, and where a moment is not finite.
+        They may be infinite or NaN: see `check`. Raises `FifaError` after `drop`.
         """
-        if self._model is None:
-            raise FifaError("the VAE is no longer in memory: encode before drop_encoders")
-        with torch.no_grad():
-            encoded = self._model.encode(pixels.to(self._model.device, self._dtype))
+        network = self.network
+        with torch.no_grad(), tf32(network.device):
+            encoded = network.encode(pixels.to(network.device, self.dtype))
         if self.tiny:
             moments = torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
         else:
             # std = exp(logvar / 2), logvar clamped to [-30, 20]
             posterior = encoded.latent_dist
             moments = torch.cat([posterior.mean, posterior.std], dim=1)
+        return moments.float()
+
+    def check(self, moments: Tensor) -> None:
+        """Raise `FifaError` where a moment is not finite; waits for a device that has them."""
         if not bool(torch.isfinite(moments).all()):
             raise FifaError(
-                f"the VAE gives infinite or NaN latents in {self._dtype}".replace("torch.", ""),
+                f"the VAE gives infinite or NaN latents in {self.dtype}".replace("torch.", ""),
                 where="vae",
                 do="use float32 (SDXL's VAE overflows in float16), or the VAE sdxl-vae-fp16-fix",
             )
-        return moments.float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """``scale * (mean + std * noise - shift)``, float32 ``[n, c, h, w]``."""
@@ -202,17 +219,26 @@ class Vae:
         # z = (mean + std * e - shift) * scale
         return (mean + std * noise.float() - self.shift) * self.scale
 
+    def release(self) -> None:
+        """Let go of the network's memory; it is loaded again if it has to encode."""
+        if self._network is not None:
+            self._network = None
+            release_memory()
+
     def drop(self) -> None:
-        """Let go of the network; `latents` keeps working."""
-        self._model = None
+        """Let go of the network for good; `latents` keeps working."""
+        self.release()
+        self._dropped = True
 
 
 class Backbone:
     """A latent diffusion model: what turns images and prompts into numbers, and the denoiser.
 
-    Everything but `denoiser` is frozen. The trainer encodes every image and prompt once, lets the
+    Everything but `denoiser` is frozen. The trainer encodes every prompt and image once, lets the
     encoders go (`drop_encoders`), and from then on calls `predict`, ``vae.latents`` and the
-    schedule only. A family's class defines `load_text`, `encode_prompts` and `predict`.
+    schedule only. Each network is loaded when it is first used, so that a device never holds more
+    than the one at work. A family's class defines `load_text`, `encode_prompts` and `predict`,
+    and may define `prompt_shapes`.
 
     Parameters
     ----------
@@ -225,8 +251,8 @@ class Backbone:
         Its row of `fifa.models.families.FAMILIES`.
     folder
         The model's folder in diffusers layout.
-    denoiser
-        The UNet or transformer, the only part that is trained.
+    settings
+        The denoiser's configuration.
     schedule
         How time is drawn, noise is added, and what the denoiser should predict.
     vae
@@ -241,29 +267,48 @@ class Backbone:
         self.family: Family = folder.family
         self.folder: Path = folder.path
         self.device: torch.device = folder.device
-        part = self.family.part
-        # the largest part first: while it is loaded, memory holds its file as well
-        self.denoiser: torch.nn.Module = folder.model(part, diffusers(self.family.denoiser))
+        self._origin = folder
+        self._denoiser: torch.nn.Module | None = None
+        self._text: list[TextEncoder] = []
+        self._dropped = False
+        self.settings = folder.settings(self.family.part, diffusers(self.family.denoiser))
         schedule = Flow if self.family.schedule == "flow" else Diffusion
         where = str(folder.path / "scheduler")
         self.schedule: Diffusion | Flow = schedule(folder.config("scheduler"), where)
-        self._text = self.load_text(folder)
         self.vae = Vae(folder)
-        self._origin = folder
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The UNet or transformer, the only part that is trained; loaded when first asked for."""
+        if self._denoiser is None:
+            origin, cls = self._origin, diffusers(self.family.denoiser)
+            self._denoiser = origin.model(self.family.part, cls, origin.dtype)
+        return self._denoiser
+
+    @denoiser.setter
+    def denoiser(self, denoiser: torch.nn.Module) -> None:
+        self._denoiser = denoiser
 
     @cached_property
     def encoders(self) -> dict[str, Any]:
         """JSON that changes whenever a cached moment or embedding could.
 
-        Digests of VAE, text encoders and tokenizers, and their floating type.
+        Digests of VAE, text encoders and tokenizers, and what they compute in.
         """
         trained = (self.family.part, "scheduler")
         parts = [part for part in self._origin.parts if part not in trained]
-        return {
+        known = {
             "family": self.family.name,
-            "dtype": str(self._origin.dtype).removeprefix("torch."),
+            "dtype": self._precision(self._origin.encoding),
             **{part: model_digest(self.folder / part, nested=True) for part in parts},
         }
+        vae = self._precision(self.vae.dtype)
+        # elsewhere the VAE's follows from the rest
+        return {**known, "vae_dtype": vae} if self.device.type == "cuda" else known
+
+    def _precision(self, dtype: torch.dtype) -> str:
+        """How arithmetic on the device is named."""
+        return Runtime(str(self.device), str(dtype).removeprefix("torch.")).precision
 
     @property
     def pixels_per_latent(self) -> int:
@@ -275,19 +320,27 @@ class Backbone:
 
     @property
     def text(self) -> list[TextEncoder]:
-        """The text encoders; `FifaError` once they are gone."""
-        if not self._text:
+        """The text encoders, loaded when first asked for; `FifaError` after `drop_encoders`."""
+        if self._dropped:
             raise FifaError(
                 "the text encoders are no longer in memory: encode before drop_encoders"
             )
+        if not self._text:
+            self._text = self.load_text(self._origin)
         return self._text
 
+    def release_text(self) -> None:
+        """Let go of the text encoders' memory; they are loaded again if they have to encode."""
+        if self._text:
+            self._text = []
+            release_memory()
+
     def drop_encoders(self) -> None:
-        """Let go of VAE and text encoders, to have their memory for training."""
+        """Let go of VAE and text encoders for good, to have their memory for training."""
         _ = self.encoders  # their digests are asked for later, when the files may be gone
         self.vae.drop()
-        self._text.clear()
-        release_memory()
+        self.release_text()
+        self._dropped = True
 
     def with_denoiser(self, denoiser: torch.nn.Module) -> Backbone:
         """The backbone with another denoiser; everything else is shared."""
@@ -307,6 +360,13 @@ class Backbone:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device."""
         raise NotImplementedError
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `encode_prompts` gives for one prompt.
+
+        A family whose configurations tell them says so; else the empty prompt is encoded.
+        """
+        return {name: tuple(found.shape[1:]) for name, found in self.encode_prompts([""]).items()}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The denoiser's prediction, float32 ``[n, c, h, w]``, with gradients where they are on.

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_text, t5_text
+from fifa.training.backbones.parts import (
+    ModelFolder,
+    TextEncoder,
+    clip_sizes,
+    clip_text,
+    t5_text,
+    t5_width,
+)
 
 
 class Flux(Backbone):
@@ -21,18 +28,24 @@ class Flux(Backbone):
     patch = 2
 
     def __init__(self, folder: ModelFolder) -> None:
-        self.guided = bool(folder.config("transformer").get("guidance_embeds"))
         super().__init__(folder)
+        self.guided = bool(self.settings["guidance_embeds"])
+        # tokens, as in the pipeline, of which schnell learned fewer
+        self.length = 512 if self.guided else 256
 
     def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
-        """CLIP's, and T5's for the 512 tokens of the pipeline, of which schnell learned 256."""
-        length = 512 if self.guided else 256
-        return [clip_text(folder), t5_text(folder, "_2", length)]
+        """CLIP's, and T5's."""
+        return [clip_text(folder), t5_text(folder, "_2", self.length)]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
         """``prompt``, T5's last layer, float32 ``[n, length, d]``, and ``pooled``, CLIP's."""
         clip, t5 = self.text
         return {"prompt": t5(prompts)[0].float(), "pooled": clip(prompts).pooler_output.float()}
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `encode_prompts` has them, from the configurations."""
+        _, pooled, _ = clip_sizes(self._origin)
+        return {"prompt": (self.length, t5_width(self._origin, "_2")), "pooled": (pooled,)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The transformer's flow, float32 ``[n, c, h, w]``; ``frames`` do not matter."""

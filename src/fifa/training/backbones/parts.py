@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
 from fifa.models.hub import HUB_FILES, model_folder
 from fifa.models.optional import require
+from fifa.models.runtime import tf32
 from fifa.shards.files import read_json
 
 
@@ -36,8 +38,10 @@ class ModelFolder:
         What ``model_index.json`` says that it is.
     parts
         The parts of its family that it has: some may be lacking (SD3 works without its T5).
-    device, dtype
-        Where its parts are put, and the floating type of their weights.
+    device
+        Where its parts are put.
+    dtype, encoding
+        The floating type of the denoiser's weights, and of those that only encode.
     """
 
     path: Path
@@ -45,9 +49,13 @@ class ModelFolder:
     parts: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    encoding: torch.dtype
 
     def check(self) -> None:
-        """Raise `FifaError` unless all parts are there, with weights where they have some."""
+        """Raise `FifaError` unless all parts are there, with whole files of weights.
+
+        Of the weights only headers are read: a part is loaded when it is needed, hours later.
+        """
         for part in dict.fromkeys((*self.family.parts, *self.parts)):
             folder = self.path / part
             if part not in self.parts:
@@ -61,6 +69,7 @@ class ModelFolder:
                 raise self._lacks(part, f"there is no {part}/{config}")
             if part != "scheduler" and not any(folder.glob("*.safetensors")):
                 raise self._lacks(part, f"{part} has no safetensors (pickled weights stay closed)")
+            shapes_in(folder)
 
     def model(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> Any:
         """A network of the folder: frozen, in evaluation mode, on the device.
@@ -72,19 +81,19 @@ class ModelFolder:
         cls
             Its class, of diffusers or transformers.
         dtype
-            Of its weights; default: the folder's.
+            Of its weights; default: `encoding`.
         """
         names = [path.name for path in (self.path / part).glob("*.safetensors")]
         settings = {
             "use_safetensors": True,
             "variant": "fp16" if names and all(".fp16" in name for name in names) else None,
-            "dtype": dtype or self.dtype,
+            "dtype": dtype or self.encoding,
         }
         module = self._loaded(part, lambda: cls.from_pretrained(self.path / part, **settings))
         return module.eval().requires_grad_(False).to(self.device)
 
-    def tokenizer(self, part: str, cls: Any) -> Any:
-        """A tokenizer of the folder."""
+    def read(self, part: str, cls: Any) -> Any:
+        """A part without weights, as ``cls`` reads it: a tokenizer, a network's configuration."""
         return self._loaded(part, lambda: cls.from_pretrained(self.path / part))
 
     def config(self, part: str) -> dict[str, Any]:
@@ -92,6 +101,12 @@ class ModelFolder:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         config: dict[str, Any] = read_json(self.path / part / name, f"the settings of {part}")
         return config
+
+    def settings(self, part: str, cls: Any) -> dict[str, Any]:
+        """A part's configuration, and what its class of diffusers takes where that says nothing."""
+        known = signature(cls.__init__).parameters.items()
+        defaults = {name: p.default for name, p in known if p.default is not p.empty}
+        return defaults | self.config(part)
 
     def _loaded(self, part: str, load: Any) -> Any:
         libraries = (require(name, "train") for name in ("diffusers", "transformers"))
@@ -113,8 +128,29 @@ class ModelFolder:
         )
 
 
-def open_folder(model: str | Path, device: torch.device, dtype: torch.dtype) -> ModelFolder:
-    """The folder of a model, local or from the hub.
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights in a folder's safetensors files, by name; reads headers only.
+
+    Raises `FifaError` for a file that is damaged.
+    """
+    safetensors = require("safetensors", "train")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 - no dict
+        except (OSError, safetensors.SafetensorError) as error:
+            raise FifaError(f"not a safetensors file: {error}", where=str(path)) from error
+    return shapes
+
+
+def open_folder(
+    model: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    encoding: torch.dtype | None = None,
+) -> ModelFolder:
+    """The folder of a model, local or from the hub; ``encoding`` is ``dtype`` if not given.
 
     Raises `FifaError` where there is none, and for a family that is not known.
     """
@@ -137,7 +173,7 @@ def open_folder(model: str | Path, device: torch.device, dtype: torch.dtype) -> 
     parts = [part for part in family.parts if (known.get(part) or [None])[-1] is not None]
     if any((known.get(part) or [None])[-1] is not None for part in family.optional):
         parts += family.optional
-    return ModelFolder(path, family, tuple(parts), device, dtype)
+    return ModelFolder(path, family, tuple(parts), device, dtype, encoding or dtype)
 
 
 def diffusers(name: str) -> Any:
@@ -178,10 +214,9 @@ class TextEncoder:
         mask = None
         if getattr(self.model.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.model.device)
-        with torch.no_grad():
-            return self.model(
-                tokens.input_ids.to(self.model.device), attention_mask=mask, **options
-            )
+        ids = tokens.input_ids.to(self.model.device)
+        with torch.no_grad(), tf32(self.model.device):
+            return self.model(ids, attention_mask=mask, **options)
 
 
 def clip_text(
@@ -201,16 +236,29 @@ def clip_text(
         Tokens of a prompt; default: the tokenizer's own limit.
     """
     cls = transformers("CLIPTextModelWithProjection" if projection else "CLIPTextModel")
-    tokenizer = folder.tokenizer(f"tokenizer{number}", transformers("CLIPTokenizer"))
+    tokenizer = folder.read(f"tokenizer{number}", transformers("CLIPTokenizer"))
     model = folder.model(f"text_encoder{number}", cls)
     return TextEncoder(model, tokenizer, length or tokenizer.model_max_length)
 
 
 def t5_text(folder: ModelFolder, number: str, length: int) -> TextEncoder:
     """The folder's T5 encoder ``text_encoder<number>``, for prompts of ``length`` tokens."""
-    tokenizer = folder.tokenizer(f"tokenizer{number}", transformers("T5TokenizerFast"))
+    tokenizer = folder.read(f"tokenizer{number}", transformers("T5TokenizerFast"))
     model = folder.model(f"text_encoder{number}", transformers("T5EncoderModel"))
     return TextEncoder(model, tokenizer, length)
+
+
+def clip_sizes(folder: ModelFolder, number: str = "") -> tuple[int, int, int]:
+    """Tokens of a prompt, width and projected width of CLIP's encoder, which is not loaded."""
+    tokenizer = folder.read(f"tokenizer{number}", transformers("CLIPTokenizer"))
+    config = folder.read(f"text_encoder{number}", transformers("CLIPTextConfig"))
+    return tokenizer.model_max_length, config.hidden_size, config.projection_dim
+
+
+def t5_width(folder: ModelFolder, number: str) -> int:
+    """The width of T5's encoder, which is not loaded."""
+    width: int = folder.read(f"text_encoder{number}", transformers("T5Config")).d_model
+    return width
 
 
 def side_by_side(

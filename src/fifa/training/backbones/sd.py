@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_text
+from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_sizes, clip_text
 
 
 class StableDiffusion(Backbone):
@@ -25,6 +25,11 @@ class StableDiffusion(Backbone):
         """``prompt``: the last layer with its norm, float32 ``[n, length, d]``."""
         (clip,) = self.text
         return {"prompt": clip(prompts)[0].float()}
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `encode_prompts` has them, from the configurations."""
+        length, width, _ = clip_sizes(self._origin)
+        return {"prompt": (length, width)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The UNet's prediction, float32 ``[n, c, h, w]``; ``frames`` do not matter."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_text, side_by_side, t5_text
+from fifa.training.backbones.parts import (
+    ModelFolder,
+    TextEncoder,
+    clip_sizes,
+    clip_text,
+    side_by_side,
+    t5_text,
+    t5_width,
+)
 
 T5_LENGTH = 256  # tokens, as in the pipeline
 
@@ -23,9 +30,8 @@ class StableDiffusion3(Backbone):
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
-        config: Any = self.denoiser.config
-        self.patch = int(config.patch_size)
-        self.text_width = int(config.joint_attention_dim)
+        self.patch = int(self.settings["patch_size"])
+        self.text_width = int(self.settings["joint_attention_dim"])
 
     def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
         """Two CLIPs', and T5's if the folder has it."""
@@ -47,6 +53,18 @@ class StableDiffusion3(Backbone):
         for t5 in self.text[2:]:
             encoded["t5"] = t5(prompts)[0].float()
         return encoded
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `encode_prompts` has them, from the configurations."""
+        folder = self._origin
+        (length, one, first), (_, two, second) = (clip_sizes(folder, n) for n in ("", "_2"))
+        shapes: dict[str, tuple[int, ...]] = {
+            "clip": (length, one + two),
+            "pooled": (first + second,),
+        }
+        if "text_encoder_3" in folder.parts:
+            shapes["t5"] = (T5_LENGTH, t5_width(folder, "_3"))
+        return shapes
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The transformer's flow, float32 ``[n, c, h, w]``; ``frames`` do not matter."""

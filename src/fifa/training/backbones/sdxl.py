@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_text, side_by_side
+from fifa.training.backbones.parts import (
+    ModelFolder,
+    TextEncoder,
+    clip_sizes,
+    clip_text,
+    side_by_side,
+)
 
 
 class StableDiffusionXL(Backbone):
@@ -26,6 +32,11 @@ class StableDiffusionXL(Backbone):
         """
         tokens, (_, pooled) = side_by_side(self.text, prompts)
         return {"prompt": tokens, "pooled": pooled}
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `encode_prompts` has them, from the configurations."""
+        (length, one, _), (_, two, pooled) = (clip_sizes(self._origin, n) for n in ("", "_2"))
+        return {"prompt": (length, one + two), "pooled": (pooled,)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The UNet's prediction, float32 ``[n, c, h, w]``.
