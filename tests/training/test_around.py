@@ -322,21 +322,24 @@ def test_memory_is_counted_from_the_files_headers(world):
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=3, target_modules=list(targets)))
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    lora = memory_of(train, "bfloat16")
+    half = load_backbone(train.model, dtype="bfloat16")
+    lora = memory_of(train, half, 64, "bfloat16")
     assert lora.weights == 2 * whole + 4 * trained
     assert lora.training == trained * (4 + 8)
-    full = memory_of(replace(train, method="full", ema=0.9), "float32")
+    plain = load_backbone(train.model)
+    full = memory_of(replace(train, method="full", ema=0.9), plain, 64, "float32")
     assert full.weights == 2 * 4 * whole
     assert full.training == whole * (4 + 8 + 4)
-    table = memory_of(replace(train, method="full", draws=2), "float32")
+    table = memory_of(replace(train, method="full", draws=2), plain, 64, "float32")
     assert table.weights == 4 * whole
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
 def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
     train = Train(model=str(write_model(tmp_path, kind)), rank=3)
-    trained = sum(p.numel() for p in add_lora(load_backbone(train.model), train))
-    memory = memory_of(train, "float32")
+    backbone = load_backbone(train.model)
+    trained = sum(p.numel() for p in add_lora(backbone, train))
+    memory = memory_of(train, backbone, 64, "float32")
     assert memory.training == trained * (4 + 8)
 
 

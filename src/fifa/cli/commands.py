@@ -164,7 +164,9 @@ def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) 
     train = chosen(config.preset(preset) if preset else config.Train(), options)
     check_run(train.source)
     if dry_run:
-        click.echo(train.to_yaml() + "\n" + str(plan_training(train, out)))
+        plan = plan_training(train, out)
+        click.echo(train.to_yaml() + "\n" + str(plan))
+        plan.check()
         return
     click.echo(run_training(train, out))
 

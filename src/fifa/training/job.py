@@ -128,9 +128,9 @@ def on_device(device: Any) -> Iterator[None]:
 
 
 def plan_training(train: Train, out: str | Path) -> Plan:
-    """What `run_training` would do: reads the pairs and loads the model, writes nothing."""
+    """What `run_training` would do: reads the pairs and the model's headers, writes nothing."""
     check_folder(train, Path(out))
-    return make_job(train, Path(out), make_accelerator(train), device="cpu").plan
+    return make_job(train, Path(out), make_accelerator(train)).plan
 
 
 def is_finished(out: Path) -> bool:
@@ -204,20 +204,16 @@ def make_accelerator(train: Train) -> Any:
         ) from error
 
 
-def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> Job:
-    """Read the pairs, check folder and memory, load the model (on ``device``, if one is given)."""
+def make_job(train: Train, out: Path, accelerator: Any) -> Job:
+    """Read the pairs, check the model's folder, and plan; no network is loaded yet."""
     pairs = read_training_pairs(train.source)
     check_pairs(train, pairs, accelerator.num_processes)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
     # sharding wants weights of one type; otherwise what is frozen may be halved
     halved = train.method == "lora" and not str(accelerator.distributed_type).endswith("FSDP")
     weights = dtype if halved else "float32"
-    memory, free = memory_of(train, weights), free_bytes(accelerator.device)
-    if device is None:
-        memory.check(free, str(accelerator.device))
-    backbone = load_backbone(
-        train.model, device=device or accelerator.device, dtype=weights, compute=dtype
-    )
+    device = accelerator.device
+    backbone = load_backbone(train.model, device=device, dtype=weights, compute=dtype)
     # what the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX
     side = backbone.settings.get("sample_size")
     native = side * backbone.vae.factor if isinstance(side, int) else 1024
@@ -230,8 +226,9 @@ def make_job(train: Train, out: Path, accelerator: Any, device: Any = None) -> J
         resolution=resolution,
         dtype=dtype,
         cache=cache_bytes(pairs, backbone, resolution, train.cache_dtype) * (1 + train.flips),
-        memory=memory,
-        free=free,
+        memory=memory_of(train, backbone, resolution, dtype),
+        device=device,
+        free=free_bytes(device),
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
@@ -260,6 +257,7 @@ def make_source(job: Job) -> Source:
     train, accelerator = job.train, job.accelerator
     if accelerator.is_main_process:
         echo(str(job.plan))
+    job.plan.check()
     encoded = encode(
         job.pairs,
         job.backbone,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, prod
-
-import torch
+from typing import Any
 
 from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.training.backbones.parts import open_folder, shapes_in
+from fifa.models.families import Activations
+from fifa.models.runtime import SHARE, even_batch
+from fifa.training.backbones import Backbone
+from fifa.training.backbones.parts import shapes_in
+from fifa.training.cache import images_at_once, prompts_at_once
 from fifa.training.losses import LOSSES
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
@@ -21,7 +24,9 @@ HALF = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training holds at once on one device, activations not counted.
+    """Bytes that a training holds on one device, which holds one network at a time while encoding.
+
+    Those of activations follow from the family's `Activations`; 0 where it has none.
 
     Parameters
     ----------
@@ -29,33 +34,74 @@ class Memory:
         The denoiser's, and those of the frozen copy if there is one.
     training
         Gradients, the optimiser's state, the average.
-    encoding
-        All networks while the cache is made, before training.
+    fixed
+        What comes on top whatever the micro-batch.
+    pair, pair_checkpointed
+        Activations of a pair, without and with gradient checkpointing.
+    text, vae
+        Weights of the text encoders, and of the VAE.
+    prompts, images
+        Activations of what goes through them at once.
     """
 
     weights: int
     training: int
-    encoding: int
+    fixed: int
+    pair: int
+    pair_checkpointed: int
+    text: int
+    vae: int
+    prompts: int
+    images: int
 
     @property
-    def least(self) -> int:
-        """What has to be there at the least."""
-        return max(self.weights + self.training, self.encoding)
+    def known(self) -> bool:
+        """Whether activations are."""
+        return self.pair > 0
 
-    def check(self, free: int | None, where: str) -> None:
-        """Raise `FifaError` if even the weights do not fit on the device ``where``."""
-        if free is not None and self.least > free:
-            raise FifaError(
-                f"too little memory: weights, gradients and optimiser need "
-                f"at least {size(self.least)}, {size(free)} are free",
-                where=where,
-                do="--method lora, --dtype bfloat16, --draws 8 (no frozen copy), --optimizer "
-                "adafactor, or shard over several devices (FSDP through accelerate)",
-            )
+    @property
+    def encoding(self) -> int:
+        """While the cache is made."""
+        return max(self.text + self.prompts, self.vae + self.images)
+
+    @property
+    def held(self) -> int:
+        """While training, without activations."""
+        return self.weights + self.training
+
+    def activations(self, pairs: int, checkpointed: bool) -> int:
+        """Of a micro-batch of so many pairs."""
+        return self.fixed + pairs * (self.pair_checkpointed if checkpointed else self.pair)
+
+    def fit(self, train: Train, free: int, share: int) -> tuple[int, bool]:
+        """A micro-batch that should fit, and whether with gradient checkpointing; 0 if none.
+
+        As `fifa.training.fit` finds one by trying.
+
+        Parameters
+        ----------
+        train
+            Says what may be chosen.
+        free
+            Bytes on the device.
+        share
+            Pairs of a batch that are this process's.
+        """
+        given, twice = train.micro_batch, train.gradient_checkpointing
+        room = SHARE * (free - self.held) - self.fixed
+        pairs, checkpointed = 0, False
+        for checkpointed in (False, True) if twice is None else (twice,):
+            each = self.pair_checkpointed if checkpointed else self.pair
+            pairs = max(0, min(share, int(room // each)))
+            if pairs >= (given or 1):
+                break
+        if given is not None:
+            return given, checkpointed
+        return (even_batch(share, pairs) if pairs else 0), checkpointed
 
 
-def memory_of(train: Train, dtype: str) -> Memory:
-    """The least memory that training the model takes; nothing is loaded.
+def memory_of(train: Train, backbone: Backbone, resolution: int, compute: str) -> Memory:
+    """The memory that training the model takes; no network is loaded.
 
     An adapter on a layer ``[out, in, ...]`` has ``[rank, in, ...]`` and ``[out, rank]``.
 
@@ -63,33 +109,51 @@ def memory_of(train: Train, dtype: str) -> Memory:
     ----------
     train
         The training.
-    dtype
-        What the base's weights are loaded in.
-
-    Raises
-    ------
-    FifaError
-        Where there is no such model.
+    backbone
+        Its model.
+    resolution
+        Pixels a side of an image.
+    compute
+        What the denoiser computes in.
     """
-    folder = open_folder(train.model, torch.device("cpu"), getattr(torch, dtype))
+    folder, family = backbone.origin, backbone.family
     shapes = {part: shapes_in(folder.path / part) for part in folder.parts}
     counts = {part: sum(map(prod, found.values())) for part, found in shapes.items()}
-    part = folder.family.part
-    numbers, size = counts.get(part, 0), FLOAT if dtype == "float32" else HALF
+    numbers = counts.get(family.part, 0)
+    casts = 0
     if train.method == "lora":
-        ends = tuple(f".{target}.weight" for target in train.targets or folder.family.targets)
+        ends = tuple(f".{target}.weight" for target in train.targets or family.targets)
         trained = sum(
             train.rank * (shape[0] + prod(shape[1:]))
-            for name, shape in shapes.get(part, {}).items()
+            for name, shape in shapes.get(family.part, {}).items()
             if name.endswith(ends) and len(shape) >= 2
         )
-        weights = numbers * size + trained * FLOAT
+        weights = numbers * folder.dtype.itemsize + trained * FLOAT
     else:
         trained = numbers
         weights = numbers * FLOAT * (2 if needs_copy(train) else 1)
+        # autocast keeps a half of every weight until the backward pass is over
+        casts = 0 if compute == "float32" else numbers * HALF
     average = FLOAT if train.ema else 0
-    training = trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average)
-    return Memory(weights, training, sum(counts.values()) * size)
+    known = family.activations or Activations(numbers, 0, 0, 0, 0, 0)
+    # Of a network with w times the width and the depth, w^3 times the numbers, layers have w times
+    # the activations, and there are w times as many.
+    scale = (numbers / known.numbers) ** (2 / 3) * (2 if compute == "float32" else 1)
+    latents = (resolution // backbone.vae.factor) ** 2
+    text, vae = folder.encoding.itemsize, backbone.vae.dtype.itemsize
+    prompts = prompts_at_once(backbone) * known.prompt * text // HALF
+    images = images_at_once(backbone, resolution) * resolution**2 * known.vae * vae // HALF
+    return Memory(
+        weights,
+        training=trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average),
+        fixed=int(known.fixed * scale) + casts,
+        pair=int(known.pair * scale) * latents,
+        pair_checkpointed=int(known.pair_checkpointed * scale) * latents,
+        text=sum(n for part, n in counts.items() if part.startswith("text_encoder")) * text,
+        vae=counts.get("vae", 0) * vae,
+        prompts=prompts,
+        images=images,
+    )
 
 
 def needs_copy(train: Train) -> bool:
@@ -118,7 +182,9 @@ class Plan:
     cache
         Bytes of latents and embeddings.
     memory
-        The least memory of one device.
+        Of one device.
+    device
+        Which: a torch device.
     free
         What is free there; None where that is not known.
     """
@@ -131,7 +197,53 @@ class Plan:
     dtype: str
     cache: int
     memory: Memory
+    device: Any
     free: int | None
+
+    def check(self) -> None:
+        """Raise `FifaError` if the training does not fit on the device: before hours are spent.
+
+        Where it computes on a processor, only what is held for sure is counted.
+        """
+        cuda, memory = self.device.type == "cuda", self.memory
+        pairs, checkpointed = self.fit or (0, False)
+        training = memory.held + (memory.activations(max(1, pairs), checkpointed) if cuda else 0)
+        needs = {
+            "training": (
+                training,
+                "a smaller --micro-batch (if it is not given, one is found that fits), "
+                "--gradient-checkpointing, --method lora, --dtype bfloat16, --draws 8 (no frozen "
+                "copy), --optimizer adafactor, or shard over several devices (FSDP through "
+                "accelerate)",
+            ),
+            "encoding": (max(memory.text, memory.vae), "--dtype bfloat16"),
+        }
+        for what, (need, do) in needs.items():
+            if self.free is not None and need > self.free:
+                raise FifaError(
+                    f"too little memory: {what} needs about {size(need)}, "
+                    f"{size(self.free)} are free",
+                    where=str(self.device),
+                    do=do,
+                )
+
+    @property
+    def share(self) -> int:
+        """Pairs of a batch that a process has, at most."""
+        return ceil(self.train.batch / self.processes)
+
+    @property
+    def fit(self) -> tuple[int, bool] | None:
+        """Pairs of a micro-batch, and whether with gradient checkpointing, as far as it is known.
+
+        What is not given is found when training begins; on CUDA the figures tell it about.
+        """
+        train = self.train
+        if self.device.type == "cuda" and self.memory.known and self.free is not None:
+            return self.memory.fit(train, self.free, self.share)
+        return (
+            (train.micro_batch, bool(train.gradient_checkpointing)) if train.micro_batch else None
+        )
 
     @property
     def steps(self) -> int:
@@ -156,9 +268,9 @@ class Plan:
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       {size(self.cache)} on disk at most",
-            f"memory      {size(memory.least)} at least, activations come on top (weights "
-            f"{size(memory.weights)}, gradients and optimiser {size(memory.training)}; "
-            f"while encoding {size(memory.encoding)})",
+            f"memory      {self._memory}",
+            f"encoding    {size(memory.encoding)} before that (text encoders "
+            f"{size(memory.text + memory.prompts)}, then VAE {size(memory.vae + memory.images)})",
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
         return "\n".join(lines)
@@ -166,11 +278,22 @@ class Plan:
     @property
     def _micro_batches(self) -> str:
         """How a batch is cut, for people."""
-        size = self.train.micro_batch
-        if size is None:
+        if self.fit is None or not self.fit[0]:
             return "in micro-batches as large as fit"
-        each = ceil(self.train.batch / self.processes / size)
-        return f"{each:,} micro-batch(es) of up to {size:,} each"
+        pairs, checkpointed = self.fit
+        each = f"{ceil(self.share / pairs):,} micro-batch(es) of up to {pairs:,} each"
+        auto = " (auto)" if self.train.micro_batch is None else ""
+        return each + auto + (", activations computed twice" if checkpointed else "")
+
+    @property
+    def _memory(self) -> str:
+        """What training takes, for people."""
+        memory = self.memory
+        parts = f"weights {size(memory.weights)}, gradients and optimiser {size(memory.training)}"
+        if self.fit is None or not memory.known:
+            return f"{size(memory.held)} at least, activations come on top ({parts})"
+        activations = memory.activations(max(1, self.fit[0]), self.fit[1])
+        return f"{size(memory.held + activations)} ({parts}, activations {size(activations)})"
 
     @property
     def _reference(self) -> str:

@@ -251,6 +251,8 @@ class Backbone:
         Its row of `fifa.models.families.FAMILIES`.
     folder
         The model's folder in diffusers layout.
+    origin
+        The same as a `ModelFolder`, with the floating types of its parts.
     settings
         The denoiser's configuration.
     schedule
@@ -267,7 +269,7 @@ class Backbone:
         self.family: Family = folder.family
         self.folder: Path = folder.path
         self.device: torch.device = folder.device
-        self._origin = folder
+        self.origin = folder
         self._denoiser: torch.nn.Module | None = None
         self._text: list[TextEncoder] = []
         self._dropped = False
@@ -281,7 +283,7 @@ class Backbone:
     def denoiser(self) -> torch.nn.Module:
         """The UNet or transformer, the only part that is trained; loaded when first asked for."""
         if self._denoiser is None:
-            origin, cls = self._origin, diffusers(self.family.denoiser)
+            origin, cls = self.origin, diffusers(self.family.denoiser)
             self._denoiser = origin.model(self.family.part, cls, origin.dtype)
         return self._denoiser
 
@@ -296,10 +298,10 @@ class Backbone:
         Digests of VAE, text encoders and tokenizers, and what they compute in.
         """
         trained = (self.family.part, "scheduler")
-        parts = [part for part in self._origin.parts if part not in trained]
+        parts = [part for part in self.origin.parts if part not in trained]
         known = {
             "family": self.family.name,
-            "dtype": self._precision(self._origin.encoding),
+            "dtype": self._precision(self.origin.encoding),
             **{part: model_digest(self.folder / part, nested=True) for part in parts},
         }
         vae = self._precision(self.vae.dtype)
@@ -326,7 +328,7 @@ class Backbone:
                 "the text encoders are no longer in memory: encode before drop_encoders"
             )
         if not self._text:
-            self._text = self.load_text(self._origin)
+            self._text = self.load_text(self.origin)
         return self._text
 
     def release_text(self) -> None:

@@ -44,8 +44,8 @@ class Flux(Backbone):
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `encode_prompts` has them, from the configurations."""
-        _, pooled, _ = clip_sizes(self._origin)
-        return {"prompt": (self.length, t5_width(self._origin, "_2")), "pooled": (pooled,)}
+        _, pooled, _ = clip_sizes(self.origin)
+        return {"prompt": (self.length, t5_width(self.origin, "_2")), "pooled": (pooled,)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
         """The transformer's flow, float32 ``[n, c, h, w]``; ``frames`` do not matter."""

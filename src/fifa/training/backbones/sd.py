@@ -28,7 +28,7 @@ class StableDiffusion(Backbone):
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `encode_prompts` has them, from the configurations."""
-        length, width, _ = clip_sizes(self._origin)
+        length, width, _ = clip_sizes(self.origin)
         return {"prompt": (length, width)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class StableDiffusion3(Backbone):
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `encode_prompts` has them, from the configurations."""
-        folder = self._origin
+        folder = self.origin
         (length, one, first), (_, two, second) = (clip_sizes(folder, n) for n in ("", "_2"))
         shapes: dict[str, tuple[int, ...]] = {
             "clip": (length, one + two),

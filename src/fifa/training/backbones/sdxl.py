@@ -35,7 +35,7 @@ class StableDiffusionXL(Backbone):
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `encode_prompts` has them, from the configurations."""
-        (length, one, _), (_, two, pooled) = (clip_sizes(self._origin, n) for n in ("", "_2"))
+        (length, one, _), (_, two, pooled) = (clip_sizes(self.origin, n) for n in ("", "_2"))
         return {"prompt": (length, one + two), "pooled": (pooled,)}
 
     def predict(self, noisy: Tensor, time: Tensor, prompts: Tensors, frames: Tensor) -> Tensor:
