@@ -242,7 +242,9 @@ class Select(Knobs):
 
 @knobs
 class Compute(Knobs):
-    """Where and how models run. Only ``dtype`` changes a reward by more than rounding.
+    """Where and how models run.
+
+    Only ``dtype`` and ``fast_decode`` change a reward by more than rounding.
 
     Parameters
     ----------
@@ -250,15 +252,20 @@ class Compute(Knobs):
         A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
         Precision of reward models: ``float32``, or ``bfloat16`` or ``float16`` under autocast; if
-        not given, each model's default.
+        not given, each model's default, which for most is ``bfloat16`` on GPUs that have it.
     compile
         Compile the image encoder with ``torch.compile``.
     channels_last
         Use the channels-last memory format for convolutions.
     batch
-        Batch size, in images of 224 x 224 pixels; a batch of larger images has fewer of them.
+        Batch size, in images of 224 x 224 pixels; a batch of larger images has fewer of them. If
+        not given, what is useful on the device; if memory runs out, half of it from then on.
     workers
-        Threads that decode and preprocess images; 0: one per core.
+        Threads (on more than four cores: processes) that decode and preprocess images; 0: as many
+        as the cores allow.
+    fast_decode
+        Decode JPEGs that are far larger than the model's input at a half, a quarter or an eighth
+        of their size. Scores differ a little (docs/scale.md).
     executor
         Where shards run: ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
     actors
@@ -278,8 +285,9 @@ class Compute(Knobs):
     dtype: Dtype | None = None
     compile: bool = False
     channels_last: Annotated[bool, Option("--channels-last/--channels-first")] = False
-    batch: Count = 32
+    batch: Count | None = None
     workers: CountOrZero = 0
+    fast_decode: bool = False
     executor: Annotated[str, Field(pattern=r"^(local(:\d+)?|ray(://.+)?)$")] = "local"
     actors: Count = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0

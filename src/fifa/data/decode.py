@@ -34,8 +34,12 @@ class BadImage(Exception):  # noqa: N818 - it is passed on as a finding more tha
         super().__init__(reason)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes, least: int = 0) -> Image.Image:
     """Decode an image completely.
+
+    With ``least`` a JPEG may come out at a half, a quarter or an eighth of its size, as long as no
+    side is shorter than that: its decoder makes such a picture out of a part of the coefficients,
+    in a part of the time (`PIL.Image.Image.draft`). 0 decodes every pixel.
 
     JPEG, PNG and WEBP of at most `MAX_PIXELS` pixels and `MAX_BYTES` bytes. Refused as well:
     truncated files and headers that promise more pixels than there are data for
@@ -47,6 +51,8 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         image = _header(data)
+        if least and image.format == "JPEG":
+            image.draft(image.mode, (least, least))
         image.load()
         if image.format != "WEBP" and lacks_data(image, data):
             raise BadImage("its header promises more pixels than it has data for")
@@ -142,7 +148,7 @@ def lacks_data(image: ImageFile.ImageFile, data: bytes) -> bool:
     Parameters
     ----------
     image
-        A loaded JPEG, MPO or PNG.
+        A loaded JPEG, MPO or PNG; a JPEG may be loaded at a part of its size.
     data
         The file that it was decoded from. A JPEG's frame must be one of `HUFFMAN`.
 
@@ -151,7 +157,10 @@ def lacks_data(image: ImageFile.ImageFile, data: bytes) -> bool:
     """
     if image.format == "PNG":
         return _ends_empty(image) and _differ(image, _on_other_paper(image, data))
-    return _ends_flat(image) and _differ(image, _loaded(_with_more_data(data)))
+    if not _ends_flat(image):
+        return False
+    more = _loaded(_with_more_data(data))
+    return _differ(image if image.size == more.size else _loaded(data), more)
 
 
 def _ends_empty(image: Image.Image) -> bool:
@@ -168,7 +177,7 @@ def _on_other_paper(image: Image.Image, data: bytes) -> Image.Image:
     return again
 
 
-def _ends_flat(image: Image.Image) -> bool:
+def _ends_flat(image: ImageFile.ImageFile) -> bool:
     """True if the last block of a JPEG may be what libjpeg makes of no data.
 
     All coefficients of such a block are 0, which is mid-grey; in a progressive JPEG the scan with
@@ -177,9 +186,10 @@ def _ends_flat(image: Image.Image) -> bool:
     in images one unit wide or high.
     """
     width, height = image.size
-    if min(width, height) <= 32:  # four blocks, the largest unit
+    side = 8 // (image.decoderconfig or (1,))[0]  # of a block, in pixels as they were loaded
+    if min(width, height) <= 4 * side:  # four blocks, the largest unit
         return True
-    block = image.crop(((width - 1) & -8, (height - 1) & -8, width, height))
+    block = image.crop(((width - 1) & -side, (height - 1) & -side, width, height))
     channels = block.split() if image.mode == "CMYK" else [block.convert("L")]
     for values in (channel.tobytes() for channel in channels):
         low, high = min(values), max(values)

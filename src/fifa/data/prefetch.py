@@ -1,4 +1,4 @@
-"""The one prefetcher: images are read and decoded in threads, ahead of what is to see them."""
+"""The one prefetcher: images are read and decoded ahead of what is to see them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from fifa.data.decode import BadImage, open_image
-from fifa.shards.pool import cores
+from fifa.data.decode import BadImage
+from fifa.data.decoders import Decoders
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -52,7 +52,7 @@ class Prefetch(Generic[T]):
 
 def decode_images(
     found: Iterable[tuple[int, bytes | BadImage]],
-    function: Callable[[Image.Image, int], R],
+    function: Callable[[Image.Image, int], R] | Decoders[R],
     *,
     pool: ThreadPoolExecutor | None = None,
     most: int = 64,
@@ -68,12 +68,9 @@ def decode_images(
     found
         What `fifa.data.images.read` yields.
     function
-        From a completely decoded image (of any mode) and its row to anything; called in the
-        pool's threads. It may raise `BadImage`, and what an odd image makes Pillow or numpy
-        raise becomes one.
+        As `Decoders` take it, or `Decoders`, which stay.
     pool
-        Threads are enough: Pillow lets others run while it decodes and resizes. None makes a
-        pool of a thread a core.
+        The threads that call the function; None makes a thread a core, for this loop alone.
     most
         How many images may be in memory on the way.
 
@@ -81,20 +78,15 @@ def decode_images(
     ------
     (row, what ``function`` returned, or BadImage)
     """
-    threads = pool or ThreadPoolExecutor(cores())
-
-    def submitted() -> Iterator[Future[tuple[int, R | BadImage]]]:
-        for row, data in found:
-            yield threads.submit(_decode, row, data, function)
-
-    ahead = Prefetch(submitted(), most)
+    decoders = function if isinstance(function, Decoders) else Decoders(function, threads=pool)
+    ahead = Prefetch((decoders.submit(row, data) for row, data in found), most)
     try:
         for job in ahead:
             yield job.result()
     finally:
         ahead.close()
-        if pool is None:
-            threads.shutdown(wait=False, cancel_futures=True)
+        if decoders is not function and pool is None:
+            decoders.close()
 
 
 def batched(
@@ -128,20 +120,3 @@ def batched(
 
 def _stacked(bucket: list[tuple[int, Pixels]]) -> Batch:
     return [number for number, _ in bucket], np.stack([pixels for _, pixels in bucket])
-
-
-def _decode(
-    row: int, data: bytes | BadImage, function: Callable[[Image.Image, int], R]
-) -> tuple[int, R | BadImage]:
-    if isinstance(data, BadImage):
-        return row, data
-    try:
-        with open_image(data) as image:
-            return row, function(image, row)
-    except BadImage as error:
-        return row, error
-    # Whatever else an odd image does to a function is that image's trouble alone.
-    except (OSError, ValueError, OverflowError, ZeroDivisionError, SyntaxError) as error:
-        return row, BadImage(f"cannot be preprocessed: {str(error)[:100]}")
-    except MemoryError:
-        return row, BadImage("cannot be preprocessed: out of memory")

@@ -83,6 +83,35 @@ class Runtime:
         return context
 
 
+def pinned(tensor: Tensor, device: Any) -> Tensor:
+    """``tensor`` in memory that a CUDA device can copy from while it computes; else as it is."""
+    if require("torch").device(device).type != "cuda":
+        return tensor
+    copy: Tensor = tensor.pin_memory()
+    return copy
+
+
+def read_back(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy ``tensor`` to the CPU; what is returned waits for it and gives the copy.
+
+    The device goes on meanwhile with what it was given since.
+    """
+    if tensor.device.type != "cuda":
+        on_cpu: Callable[[], Tensor] = tensor.cpu
+        return on_cpu
+    torch = require("torch")
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
 @contextmanager
 def tf32(device: Any) -> Iterator[None]:
     """Matrix products of float32 in TF32 on CUDA, while the block lasts; elsewhere nothing.

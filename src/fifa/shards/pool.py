@@ -11,7 +11,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -51,8 +57,12 @@ class Step(Protocol):
     def begin(self, shard: Any) -> Any:
         """Start reading the shard, in threads; returns at once."""
 
-    def finish(self, begun: Any) -> pa.Table:
-        """The table of the shard that `begin` was given. Never called twice at a time."""
+    def finish(self, begun: Any) -> pa.Table | Callable[[], pa.Table]:
+        """The table of the shard that `begin` was given. Never called twice at a time.
+
+        Or what waits for a device that is still at work and then gives the table: called from
+        another thread, while the next shard is finished.
+        """
 
 
 Make = Callable[[], Step]
@@ -95,8 +105,8 @@ class Worker:
         key, shard = keyed
         begun = self.step.begin(shard)
         with self._turn:
-            ledger.write(key, self.step.finish(begun))
-        return key
+            finished = self.step.finish(begun)
+        return _keep(key, finished, ledger)
 
 
 class LocalPool:
@@ -106,7 +116,7 @@ class LocalPool:
     ----------
     processes
         0 runs everything in this process, the next shard's images decoded while this one's are
-        scored: right for one device, as decoding runs in threads. N starts N processes, each with
+        scored and the one before is written: right for one device. N starts N processes, each with
         a step and a share of the cores; they stay until the step is another or `close`.
     """
 
@@ -130,14 +140,20 @@ class LocalPool:
     def _here(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         step: Step | None = None
         ready: list[tuple[str, Any]] = []
-        for keyed in chain(shards, [None]):
-            if keyed is not None:
-                step = step or make()
-                ready.append((keyed[0], step.begin(keyed[1])))
-            if step is not None and (keyed is None or len(ready) > 1):
-                key, begun = ready.pop(0)
-                ledger.write(key, step.finish(begun))
-                yield key
+        with ThreadPoolExecutor(1) as keeper:
+            kept: Future[str] | None = None  # the shard before, while this one is computed
+            for keyed in chain(shards, [None]):
+                if keyed is not None:
+                    step = step or make()
+                    ready.append((keyed[0], step.begin(keyed[1])))
+                if step is not None and (keyed is None or len(ready) > 1):
+                    key, begun = ready.pop(0)
+                    finished = step.finish(begun)
+                    if kept is not None:
+                        yield kept.result()
+                    kept = keeper.submit(_keep, key, finished, ledger)
+            if kept is not None:
+                yield kept.result()
 
     def _in_processes(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         waiting = iter(shards)
@@ -235,6 +251,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _keep(key: str, finished: pa.Table | Callable[[], pa.Table], ledger: Ledger) -> str:
+    ledger.write(key, finished() if callable(finished) else finished)
+    return key
 
 
 @dataclass(frozen=True)

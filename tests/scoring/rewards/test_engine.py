@@ -133,7 +133,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path, capsys):
     model = Tiny(memory=3)
     found = score_pairs(pairs, model, compute=Compute(batch=13), shard=30)
     np.testing.assert_allclose(rewards(found), rewards(expected), rtol=1e-6)
-    assert "batches of 3 from here on" in capsys.readouterr().err
+    assert "out of memory: 3 images at a time from here on" in capsys.readouterr().err
 
 
 def test_out_of_memory_with_one_image_is_told(tmp_path):

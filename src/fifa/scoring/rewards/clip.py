@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest, model_folder
@@ -18,7 +17,7 @@ from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import ModelEncoder, load_model
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards import PublishedReward
-from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, standardise
+from fifa.scoring.rewards.pixels import MEAN, PREPROCESSING, STD, Preprocess, standardise
 from fifa.scoring.rewards.weights import find_weights, linear_head, read_weights
 from fifa.scoring.specs import Spec
 from fifa.shards.files import files_digest, read_json
@@ -83,6 +82,13 @@ class ImageTower:
     runtime
         Where and how it computes.
 
+    Attributes
+    ----------
+    side
+        Of its input, in pixels.
+    preprocess
+        From an image to ``[3, side, side]``, uint8 or (where the original resizes floats) float32.
+
     Raises
     ------
     FifaError
@@ -96,19 +102,15 @@ class ImageTower:
             raise FifaError(
                 f"this is a {config.get('model_type')} model, not a CLIP", where=str(folder)
             )
-        self.size = int((config.get("vision_config") or config).get("image_size", 224))
-        self._preprocess = PREPROCESSING[preprocessing]
-        self.description = f"{preprocessing} {self.size}, mean {MEAN}, std {STD}"
-        _check_processor(folder, self.size)
+        self.side = int((config.get("vision_config") or config).get("image_size", 224))
+        self.preprocess: Preprocess = partial(PREPROCESSING[preprocessing], size=self.side)
+        self.description = f"{preprocessing} {self.side}, mean {MEAN}, std {STD}"
+        _check_processor(folder, self.side)
 
     @cached_property
     def digest(self) -> str:
         """Names the content of the folder's files."""
         return model_digest(self.folder, nested=True)
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """``[3, size, size]``, uint8 or (where the original resizes floats) float32."""
-        return self._preprocess(image, self.size)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """L2-normalised embeddings, float32 ``[b, d]``, of preprocessed images."""
@@ -162,9 +164,15 @@ class ClipReward(PublishedReward):
         """Of the folder: weights, config and tokenizer."""
         return self._images.digest
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """Pixels ``[3, size, size]`` of an image of any mode."""
-        return self._images.preprocess(image)
+    @property
+    def preprocess(self) -> Preprocess:
+        """From an image of any mode to pixels ``[3, side, side]``."""
+        return self._images.preprocess
+
+    @property
+    def side(self) -> int:
+        """Of the input, in pixels."""
+        return self._images.side
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """L2-normalised embeddings, float32 ``[b, d]``."""
@@ -225,9 +233,15 @@ class AestheticReward(PublishedReward):
         """Of the head and of the CLIP."""
         return [files_digest({"head": self._weights}), self._images.digest]
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """Pixels, uint8 ``[3, size, size]``, of an image of any mode."""
-        return self._images.preprocess(image)
+    @property
+    def preprocess(self) -> Preprocess:
+        """From an image of any mode to pixels, uint8 ``[3, side, side]``."""
+        return self._images.preprocess
+
+    @property
+    def side(self) -> int:
+        """Of the input, in pixels."""
+        return self._images.side
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """The points, float32 ``[b, 1]``."""

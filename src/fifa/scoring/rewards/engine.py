@@ -31,7 +31,14 @@ from fifa.data.images import FACTS, Images, Integers, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.rewards import RewardModel
-from fifa.scoring.rewards.worker import ImageShard, Load, ScoreStep
+from fifa.scoring.rewards.worker import (
+    SCALED,
+    ImageShard,
+    Load,
+    ScoreStep,
+    images_at_a_time,
+    runtime_of,
+)
 from fifa.scoring.table import MARGIN, array_once, score_path, scored_once, table_features
 from fifa.shards.files import column_digest, digest, write_table
 from fifa.shards.ledger import Ledger
@@ -97,8 +104,8 @@ class Engine:
         ``unreadable-*.parquet`` (`unreadable_path`). A run that was killed goes on where it was,
         and ends with the same bytes.
     compute
-        ``batch`` and ``workers`` feed the model; ``store`` keeps finished shards meanwhile. None of
-        it changes a reward by more than rounding.
+        ``batch``, ``workers`` and ``fast_decode`` feed the model; ``store`` keeps finished shards
+        meanwhile. Only ``fast_decode`` changes a reward by more than rounding.
     executor
         Who runs it: by default this process; `fifa.shards.pool.LocalPool` or
         `fifa.shards.ray.RayPool`.
@@ -183,9 +190,10 @@ class Engine:
         with self._kept() as engine:
             model, n = _same(engine.model), max(1, len(prompts))
             distinct = engine.distinct(images)
-            facts = {"scorer": model.name, "scale": model.scale, "identity": model.identity}
+            seen = engine._identity
+            facts = {"scorer": model.name, "scale": model.scale, "identity": seen}
             # prompt_id folds case and white space, a model may not: the spelling counts as well.
-            content = (model.identity, *identity, distinct.identity, column_digest(prompts))
+            content = (seen, *identity, distinct.identity, column_digest(prompts))
             path = engine._path(kind, model.name, *content)
 
             def make(ledger: Ledger) -> pa.Table:
@@ -271,7 +279,7 @@ class Engine:
             contents = distinct.contents[part.start : part.stop].to_pylist()
             texts = prompts.take(pa.array(prompt[own])).to_pylist()
             local = (image[own] - part.start).tobytes()
-            return digest(model.identity, images.fingerprint, contents, local, texts)
+            return digest(self._identity, images.fingerprint, contents, local, texts)
 
         def prepare(part: range) -> ImageShard:
             own = of_part(part)
@@ -281,6 +289,9 @@ class Engine:
             return ImageShard(places, np.array(features[unique]), which, local.reshape(-1))
 
         shards = [Shard(key(part), len(part), part) for part in _parts(n, self.shard)]
+        runtime = runtime_of(model)
+        many = images_at_a_time(self.compute, runtime.device)
+        echo(f"{model.name}: {runtime.device}, {runtime.precision}, {many} images at a time")
         tables = self._run(f"images through {model.name}", ledger, shards, prepare)
         rewards = np.empty(len(image), np.float32)
         reasons: dict[int, str] = {}
@@ -310,7 +321,16 @@ class Engine:
         executor = self.executor
         here = executor is None or (isinstance(executor, LocalPool) and not executor.processes)
         load = partial(_same, self.model) if self.load is None or here else self.load
-        return partial(ScoreStep, load, self.compute, self.allow_download)
+        # processes of its own, where this is the only worker or the user has shared out the cores
+        many = isinstance(executor, LocalPool) and not here
+        apart = here or (self.compute.workers > 0 and not many)
+        return partial(ScoreStep, load, self.compute, self.allow_download, apart=apart)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """The model's, and how images are decoded where that is not in full."""
+        identity = _same(self.model).identity
+        return {**identity, "decode": SCALED} if self.compute.fast_decode else identity
 
     def _path(self, kind: str, name: str, *identity: object) -> Path:
         assert self.folder is not None

@@ -303,7 +303,7 @@ def _pixels(
     download = options.read.allow_download
     images, of_pair = Engine(allow_download=download).distinct_of(pairs)
     n = len(images)
-    path, shape = scratch / "pixels.npy", (n, 3, tower.size, tower.size)
+    path, shape = scratch / "pixels.npy", (n, 3, tower.side, tower.side)
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     reserve(path)
     bad: dict[int, str] = {}

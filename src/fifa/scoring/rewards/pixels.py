@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,8 @@ from fifa.models.optional import require
 from fifa.models.runtime import Tensor
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+# a function of a module, or a `partial` of one, can be called in other processes; a method cannot
+Preprocess = Callable[[Image.Image], np.ndarray]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP; all scorers here use them
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,6 +60,11 @@ def refuse_slivers(image: Image.Image) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise BadImage(f"{image.width:,} x {image.height:,} pixels: too long and thin")
     return image
+
+
+def prepared(preprocess: Preprocess, image: Image.Image, row: int) -> np.ndarray:
+    """What ``preprocess`` makes of an image that is no sliver; travels if ``preprocess`` does."""
+    return preprocess(refuse_slivers(image))
 
 
 def pad(image: Image.Image, size: int) -> Pixels:
@@ -108,7 +117,7 @@ def fit_area(image: Image.Image, *, area: int, factor: int) -> Pixels:
     return _uint8(rgb.resize((w, h), Image.Resampling.BICUBIC))
 
 
-PREPROCESSING: dict[str, Callable[[Image.Image, int], Pixels]] = {
+PREPROCESSING: dict[str, Callable[..., Pixels]] = {
     "convert-crop": convert_crop,
     "crop-convert": crop_convert,
     "pad": pad,
@@ -117,14 +126,19 @@ PREPROCESSING: dict[str, Callable[[Image.Image, int], Pixels]] = {
 
 def standardise(pixels: Tensor) -> Tensor:
     """``(x - mean) / std`` of pixels ``[b, 3, h, w]``: uint8 counts to 255, floats to 1."""
-    torch = require("torch")
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-        for values in (MEAN, STD)
-    )
+    mean, std = by_channel(MEAN, pixels.device), by_channel(STD, pixels.device)
     unit = pixels if pixels.is_floating_point() else pixels.float().div(255)
     standard: Tensor = (unit - mean) / std
     return standard
+
+
+@cache
+def by_channel(values: tuple[float, ...], device: Any) -> Tensor:
+    """One number a channel, float32 ``[3, 1, 1]``; made once, as each copy makes a device wait."""
+    torch = require("torch")
+    with torch.inference_mode(False):  # whoever asks first: training may be next
+        made: Tensor = torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+    return made
 
 
 def _shortest_side(

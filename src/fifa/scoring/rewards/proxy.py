@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fifa.config import Reward
 from fifa.data.table import Pairs
@@ -29,6 +28,7 @@ from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.rewards.head import Comparisons, Head
 from fifa.scoring.rewards.image_encoders import ImageEncoder, make_image_encoder
 from fifa.scoring.rewards.metrics import measure
+from fifa.scoring.rewards.pixels import Preprocess
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.shards.files import files_digest, read_json, write_bytes, write_json, write_text
@@ -105,9 +105,15 @@ class HeadReward:
             "scale": self.scale,
         }
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """Pixels for the image encoder."""
-        return self._images.preprocess(image)
+    @property
+    def preprocess(self) -> Preprocess:
+        """From an image of any mode to pixels for the image encoder."""
+        return self._images.preprocess
+
+    @property
+    def side(self) -> int:
+        """Of the image encoder's input, in pixels."""
+        return self._images.side
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """``[b, 1 + p]``: the image's own reward, and what a prompt is multiplied with."""

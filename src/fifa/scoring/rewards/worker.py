@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,18 +12,24 @@ import numpy as np
 import pyarrow as pa
 
 from fifa.config import Compute
+from fifa.data.decoders import Decoders, choose_decoders
 from fifa.data.images import Images, look, read
 from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.models.optional import require
-from fifa.models.runtime import Parts, Tensor
+from fifa.models.runtime import Parts, Runtime, Tensor, pinned, read_back
 from fifa.scoring.rewards import RewardModel
-from fifa.scoring.rewards.pixels import refuse_slivers
+from fifa.scoring.rewards.pixels import prepared
 from fifa.scoring.table import features_table
-from fifa.shards.pool import cores
 
 REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
 SIDE = 224  # pixels; what `Compute.batch` counts in
 PROMPTS = 8  # times the batch: prompts are shorter than images
+# Images in a batch, if `Compute.batch` does not say: a processor's caches are full, a GPU's cores
+# are not before (ViT-H/14 in bfloat16 gains nothing beyond 128 on an H200).
+USEFUL = {"cuda": 128}
+FEW = 32
+GAP = 2  # pixels of a fast decode for one of the model's, a side
+SCALED = f"JPEGs scaled by their decoder, to no less than {GAP} times the input"  # an identity
 
 Load = Callable[[], RewardModel]
 
@@ -50,6 +55,17 @@ class ImageShard:
     prompt: np.ndarray
 
 
+def runtime_of(model: RewardModel) -> Runtime:
+    """Where a model computes; a model of your own that says nothing computes on the processor."""
+    runtime: Runtime = getattr(model, "runtime", Runtime())
+    return runtime
+
+
+def images_at_a_time(compute: Compute, device: str) -> int:
+    """``compute.batch``, or what is useful on the device."""
+    return compute.batch or USEFUL.get(device.partition(":")[0], FEW)
+
+
 class ScoreStep:
     """A `fifa.shards.pool.Step` over three types of shards.
 
@@ -61,40 +77,62 @@ class ScoreStep:
     load
         Loads the model, when the first shard needs it.
     compute
-        Its ``batch`` (after the device runs out of memory half as many, from then on) and its
-        ``workers``.
+        Its ``batch`` (after the device runs out of memory half as many, from then on), its
+        ``workers`` and ``fast_decode``.
     allow_download
         Fetch images that the source only names by URL.
+    apart
+        Images may be decoded in processes (`fifa.data.decoders.choose_decoders`).
     """
 
-    def __init__(self, load: Load, compute: Compute, allow_download: bool = False) -> None:
+    def __init__(
+        self, load: Load, compute: Compute, allow_download: bool = False, *, apart: bool = False
+    ) -> None:
         self._load, self._compute, self._download = load, compute, allow_download
-        self._parts = Parts("image or prompt")
-        self._threads = ThreadPoolExecutor(compute.workers or cores())
+        self._images, self._prompts, self._apart = Parts("image"), Parts("prompt"), apart
 
-    def begin(self, shard: Any) -> Callable[[], pa.Table]:
+    def begin(self, shard: Any) -> Callable[[], pa.Table | Callable[[], pa.Table]]:
         """Start reading and decoding an `ImageShard`; returns what is left to do."""
         if isinstance(shard, Images):
             return partial(look, shard, sizes=False, allow_download=self._download)
         if isinstance(shard, list):
             return lambda: features_table(self._prompt_features(shard))
         bad: dict[int, str] = {}
-        decoded = decode_images(
-            read(shard.images, allow_download=self._download),
-            lambda image, row: self._model.preprocess(refuse_slivers(image)),
-            pool=self._threads,
-            most=2 * self._compute.batch,
-        )
-        batches = Prefetch(batched(decoded, self._fits, bad), most=1)
+        found = read(shard.images, allow_download=self._download)
+        decoded = decode_images(found, self._decoders, most=2 * self._batch)
+        # two: one is copied to the device while the next is stacked
+        batches = Prefetch(self._pinned(batched(decoded, self._fits, bad)), most=2)
         return partial(self._rewards, shard, batches, bad)
 
-    def finish(self, begun: Callable[[], pa.Table]) -> pa.Table:
+    def finish(
+        self, begun: Callable[[], pa.Table | Callable[[], pa.Table]]
+    ) -> pa.Table | Callable[[], pa.Table]:
         """The shard's `fifa.data.images.FACTS`, prompt features or `REWARDS`."""
         return begun()
 
     @cached_property
     def _model(self) -> RewardModel:
         return self._load()
+
+    @cached_property
+    def _device(self) -> str:
+        return runtime_of(self._model).device
+
+    @cached_property
+    def _batch(self) -> int:
+        return images_at_a_time(self._compute, self._device)
+
+    @cached_property
+    def _decoders(self) -> Decoders[np.ndarray]:
+        function = partial(prepared, self._model.preprocess)
+        least = GAP * getattr(self._model, "side", 0) if self._compute.fast_decode else 0
+        return choose_decoders(function, self._compute.workers, apart=self._apart, least=least)
+
+    def _pinned(self, batches: Iterator[Batch]) -> Iterator[tuple[list[int], Tensor]]:
+        """The batches as tensors, in memory that a device copies from while it computes."""
+        torch = require("torch")
+        for numbers, pixels in batches:
+            yield numbers, pinned(torch.from_numpy(pixels), self._device)
 
     def _prompt_features(self, prompts: list[str]) -> np.ndarray:
         torch = require("torch")
@@ -104,8 +142,8 @@ class ScoreStep:
             return self._model.prompt_features([prompts[i] for i in order[part]])
 
         with torch.inference_mode():
-            most = PROMPTS * self._compute.batch
-            found = torch.cat(list(self._parts.run(features, len(prompts), most))).cpu()
+            most = PROMPTS * self._batch
+            found = torch.cat(list(self._prompts.run(features, len(prompts), most))).cpu()
         # numpy has no bfloat16
         rows: np.ndarray = (found.float() if found.dtype is torch.bfloat16 else found).numpy()
         in_order: np.ndarray = np.empty_like(rows)
@@ -113,38 +151,48 @@ class ScoreStep:
         return in_order
 
     def _rewards(
-        self, shard: ImageShard, batches: Prefetch[Batch], bad: dict[int, str]
-    ) -> pa.Table:
+        self, shard: ImageShard, batches: Prefetch[tuple[list[int], Tensor]], bad: dict[int, str]
+    ) -> Callable[[], pa.Table]:
+        """Give the device all its work; what is returned waits for it, once."""
         torch = require("torch")
-        rewards = np.full(len(shard.image), np.nan, np.float32)
-        prompts = torch.tensor(shard.features)  # a copy: what comes through Ray is read-only
-        with closing(batches):
+        # a copy: what comes through Ray is read-only
+        prompts = torch.tensor(shard.features, device=self._device)
+        asks: list[np.ndarray] = []
+        found: list[Tensor] = []
+        with closing(batches), torch.inference_mode():
             for numbers, pixels in batches:
-                asks, row = _asks(shard.image, np.asarray(numbers))
-                with torch.inference_mode():
-                    of_asks = prompts[torch.from_numpy(shard.prompt[asks])]
-                    found = self._batch(torch.from_numpy(pixels), of_asks, torch.from_numpy(row))
-                    rewards[asks] = found.float().cpu().numpy()
-        reasons = pa.array([bad.get(image) for image in shard.image.tolist()], pa.string())
-        return pa.table({"reward": pa.array(rewards), "reason": reasons}, schema=REWARDS)
+                own, row = _asks(shard.image, np.asarray(numbers))
+                which = pinned(torch.from_numpy(np.stack([shard.prompt[own], row])), self._device)
+                prompt, row = which.to(self._device, non_blocking=True)
+                asks.append(own)
+                found.append(self._of_batch(pixels, prompts[prompt], row).float())
+            there = read_back(torch.cat(found)) if found else None
 
-    def _batch(self, pixels: Tensor, prompts: Tensor, row: Tensor) -> Tensor:
+        def table() -> pa.Table:
+            rewards = np.full(len(shard.image), np.nan, np.float32)
+            if there is not None:
+                rewards[np.concatenate(asks)] = there().numpy()
+            reasons = pa.array([bad.get(image) for image in shard.image.tolist()], pa.string())
+            return pa.table({"reward": pa.array(rewards), "reason": reasons}, schema=REWARDS)
+
+        return table
+
+    def _of_batch(self, pixels: Tensor, prompts: Tensor, row: Tensor) -> Tensor:
         """The reward of prompt i for image ``row[i]``; every image goes through its tower once."""
         most = self._fits(pixels.shape[-2], pixels.shape[-1])
-
         model = self._model
 
         def in_parts(function: Callable[[slice], Tensor], n: int) -> Tensor:
-            joined: Tensor = require("torch").cat(list(self._parts.run(function, n, most)))
+            joined: Tensor = require("torch").cat(list(self._images.run(function, n, most)))
             return joined
 
         images = in_parts(lambda part: model.image_features(pixels[part]), len(pixels))
-        prompts, row = prompts.to(images.device), row.to(images.device)
+        prompts, row = prompts.to(images.device), row.to(images.device)  # where a model says less
         return in_parts(lambda part: model.rewards(prompts[part], images[row[part]]), len(row))
 
     def _fits(self, height: int, width: int) -> int:
         """How many images of this size go into a batch."""
-        batch = self._compute.batch
+        batch = self._batch
         return max(1, min(batch, batch * SIDE * SIDE // (height * width)))
 
 
