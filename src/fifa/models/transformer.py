@@ -15,12 +15,13 @@ from fifa.console import note, quiet
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest
 from fifa.models.optional import require
-from fifa.models.runtime import best_device
+from fifa.models.runtime import Parts, best_device, best_dtype
 from fifa.shards.files import read_json
 
 Vectors = npt.NDArray[np.float32]
 
 BATCH_TOKENS = 8192  # padded tokens a forward pass
+CUDA_TOKENS = 65_536  # on a GPU, which is not busy before
 CHARACTERS_PER_TOKEN = 100  # a prompt is cut here before tokenizing: a 10 MB prompt costs nothing
 POOLINGS = {
     "pooling_mode_cls_token": "cls",
@@ -47,14 +48,24 @@ class ModelEncoder:
     device
         ``auto`` (cuda, then mps, then cpu) or a torch device.
     dtype
-        What the model computes in: ``float32``, ``bfloat16`` or ``float16``.
+        What the model computes in: ``float32``, ``bfloat16`` or ``float16``; None for what is
+        fastest on the device (`fifa.models.runtime.best_dtype`).
     """
 
     name: str
     folder: Path
     tower: str
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str | None = None
+
+    @cached_property
+    def precision(self) -> str:
+        """The dtype that it computes in."""
+        return self.dtype or best_dtype(self._device)
+
+    @property
+    def _device(self) -> str:
+        return best_device() if self.device == "auto" else self.device
 
     @cached_property
     def identity(self) -> dict[str, object]:
@@ -62,15 +73,16 @@ class ModelEncoder:
         return {
             "encoder": self.name,
             "kind": self.tower,
-            "dtype": self.dtype,
+            "dtype": self.precision,
             "files": model_digest(self.folder, nested=True),
         }
 
     def embed(self, prompts: Sequence[str]) -> Vectors:
         """The L2-normalised vectors of ``prompts``, float32 [n, d].
 
-        Prompts are sorted by length and batched by `BATCH_TOKENS`, so little is padding; one
-        longer than the model reads is cut, and counted as ``prompts_at_token_limit``.
+        Prompts are sorted by length and batched by their tokens (fewer once memory runs
+        out), so little is padding; one longer than the model reads is cut, and counted as
+        ``prompts_at_token_limit``.
         """
         settings = self._settings
         tokenizer, model, device = self._loaded
@@ -83,14 +95,19 @@ class ModelEncoder:
         tokens = [ids or [filler] for ids in tokens]  # some tokenizers give "" no token at all
         note(prompts_at_token_limit=sum(len(ids) >= limit for ids in tokens))
         vectors = np.empty((len(tokens), 0), np.float32)
-        for batch in length_batches([len(ids) for ids in tokens], BATCH_TOKENS):
-            part = self._forward(model, [tokens[i] for i in batch], filler, device)
+        budget = CUDA_TOKENS if device.startswith("cuda") else BATCH_TOKENS
+        for batch in length_batches([len(ids) for ids in tokens], budget):
+
+            def forward(part: slice, batch: list[int] = batch) -> Vectors:
+                return self._forward(model, [tokens[i] for i in batch[part]], filler, device)
+
+            found = np.concatenate(list(self._parts.run(forward, len(batch), len(batch))))
             if vectors.shape[1] == 0:
-                vectors = np.empty((len(tokens), part.shape[1]), np.float32)
-            vectors[batch] = part
+                vectors = np.empty((len(tokens), found.shape[1]), np.float32)
+            vectors[batch] = found
         if not np.isfinite(vectors).all():
             raise FifaError(
-                f"the encoder {self.name} gives numbers that are not finite in {self.dtype}",
+                f"the encoder {self.name} gives numbers that are not finite in {self.precision}",
                 where=str(self.folder),
                 do="compute in float32, or choose another",
             )
@@ -158,9 +175,12 @@ class ModelEncoder:
             model_class = transformers.CLIPTextModelWithProjection
         elif config.is_encoder_decoder:
             model_class = transformers.AutoModelForTextEncoding
-        model = load_model(model_class, folder, self.dtype)
-        device = self.device if self.device != "auto" else best_device()
-        return tokenizer, model.eval().to(device), device
+        model = load_model(model_class, folder, self.precision)
+        return tokenizer, model.eval().to(self._device), self._device
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return Parts("prompt")
 
 
 def load_model(model_class: Any, folder: Path, dtype: str = "float32") -> Any:

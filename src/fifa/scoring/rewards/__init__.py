@@ -17,7 +17,7 @@ from PIL import Image
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime, Tensor, make_runtime
+from fifa.models.runtime import Parts, Runtime, Tensor, make_runtime
 from fifa.scoring.specs import REWARDS, Spec
 
 
@@ -119,8 +119,9 @@ def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> Rewar
         A name of `fifa.scoring.specs.REWARDS`, alone or as ``NAME:MODEL``: a hub id, a folder or
         (where the original is one checkpoint) a file. ``proxy:FOLDER`` is one trained here.
     dtype
-        ``float32``, or ``bfloat16`` or ``float16`` under autocast. The default is the model's own:
-        ``bfloat16`` for hpsv3, as it was trained, else ``float32``.
+        ``float32``, or ``bfloat16`` or ``float16`` under autocast. The default is the model's own
+        (``bfloat16`` for hpsv3, ``float32`` for proxies, as they were trained), else the device's
+        `fifa.models.runtime.best_dtype`.
     runtime
         ``device``, ``compile`` and ``channels_last`` as for `fifa.models.runtime.make_runtime`.
 
@@ -137,7 +138,7 @@ def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> Rewar
             f"{spec} does not look at images",
             do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
         )
-    made = make_runtime(dtype=dtype or parsed.entry.dtype, **runtime)
+    made = make_runtime(dtype=dtype or parsed.entry.dtype or None, **runtime)
     model: RewardModel = parsed.make(made)
     return model
 
@@ -147,19 +148,24 @@ def score(
 ) -> npt.NDArray[np.float32]:
     """The rewards of some images, each for its prompt, float32 [n].
 
-    Everything is held in memory at once; `fifa.scoring.rewards.engine` is for data sets. Raises
+    Everything is held in memory at once, and goes through the model at once as long as the
+    device has room; `fifa.scoring.rewards.engine` is for data sets. Raises
     `fifa.data.decode.BadImage` for an image that the model cannot take.
     """
     torch = require("torch")
     if len(prompts) != len(images):
         raise FifaError(f"{len(prompts)} prompts for {len(images)} images")
     pixels = [torch.from_numpy(model.preprocess(image)) for image in images]
-    features = model.prompt_features(prompts)
+    features, parts = model.prompt_features(prompts), Parts("image")
     out = np.empty(len(images), np.float32)
     # most models have one shape for all images, a vision-language model one an aspect ratio
     order = sorted(range(len(images)), key=lambda i: tuple(pixels[i].shape))
     for _, rows in groupby(order, key=lambda i: tuple(pixels[i].shape)):
         batch = list(rows)
-        seen = model.image_features(torch.stack([pixels[i] for i in batch]))
-        out[batch] = model.rewards(features[batch], seen).float().cpu().numpy()
+
+        def rewards(part: slice, batch: list[int] = batch) -> Tensor:
+            seen = model.image_features(torch.stack([pixels[i] for i in batch[part]]))
+            return model.rewards(features[batch[part]], seen).float().cpu()
+
+        out[batch] = torch.cat(list(parts.run(rewards, len(batch), len(batch)))).numpy()
     return out

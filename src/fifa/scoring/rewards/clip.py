@@ -132,8 +132,9 @@ class ImageTower:
 class ClipReward(PublishedReward):
     """A reward that is a cosine of two towers: a `fifa.scoring.rewards.RewardModel`.
 
-    The text tower stays in float32: prompts are few, and their vectors are then those of the
-    encoder ``clip:MODEL``.
+    The text tower is the encoder ``clip:MODEL``, with the precision that the encoder has by default
+    (float32 on processors, whatever ``dtype`` says), so that both give the same vectors; only where
+    float32 is asked for it is float32 on every device.
 
     Parameters
     ----------
@@ -153,11 +154,20 @@ class ClipReward(PublishedReward):
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
         self.formula = FORMULAS[spec.name]
-        self._text: ModelEncoder = make_encoder(f"clip:{self.model}", device=runtime.device)
+        dtype = "float32" if runtime.dtype == "float32" else None
+        self._text: ModelEncoder = make_encoder(
+            f"clip:{self.model}", device=runtime.device, dtype=dtype
+        )
         changed = self.formula.clean or self.formula.prefix
         self.encoder = None if changed else self._text
         self._images = ImageTower(self._text.folder, self.formula.preprocessing, runtime)
         self.preprocessing = self._images.description
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """That of every published model, and the text tower's precision if it is not float32."""
+        text = self._text.precision
+        return {**super().identity, **({} if text == "float32" else {"text": text})}
 
     @property
     def weights_digest(self) -> str:

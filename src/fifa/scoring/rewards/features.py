@@ -22,8 +22,8 @@ from fifa.data.prefetch import Batch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import make_runtime
-from fifa.scoring.encoders import prompt_embeddings
+from fifa.models.runtime import Parts, Tensor, make_runtime
+from fifa.scoring.encoders import make_encoder, prompt_embeddings
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.image_encoders import ImageEncoder, make_image_encoder
 from fifa.scoring.rewards.pixels import refuse_slivers
@@ -78,12 +78,15 @@ def frozen_features(
     images, of_slot = unique_images(pairs)
     if not len(images):
         raise FifaError("there are no pairs to take images from")
-    encoder = make_image_encoder(options.image, make_runtime(options.device))
+    # float32 on every device: a head is fitted to these numbers, and applied to the same later
+    runtime = make_runtime(options.device, "float32")
+    encoder = make_image_encoder(options.image, runtime)
     download = options.read.allow_download
     vectors, of_image = image_features(images, encoder, folder=folder, allow_download=download)
     prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
     if options.text != "none":
-        prompts = prompt_embeddings(pairs, options.text, folder)
+        texts = make_encoder(options.text, device=runtime.device, dtype="float32")
+        prompts = prompt_embeddings(pairs, texts, folder)
     return Features(vectors, prompts, of_image[of_slot].reshape(-1, 2)), encoder
 
 
@@ -105,6 +108,7 @@ def image_features(
         folder, "features", encoder.name, encoder.identity, distinct.identity
     )
     parts = [(i, distinct.contents[i : i + SHARD].to_pylist()) for i in range(0, n, SHARD)]
+    sizes = Parts("image")
     shards = [Shard(digest(encoder.identity, part), len(part), i) for i, part in parts]
 
     def embed(start: int) -> pa.Table:
@@ -114,7 +118,12 @@ def image_features(
         reader = image_batches(own, encoder.preprocess, bad, allow_download=allow_download)
         rows: list[Floats | None] = [None] * len(own)
         for numbers, pixels in reader:
-            vectors = encoder.embed(torch.from_numpy(pixels)).cpu().numpy()
+            whole = torch.from_numpy(pixels)
+
+            def some(part: slice, whole: Tensor = whole) -> Tensor:
+                return encoder.embed(whole[part]).cpu()
+
+            vectors = torch.cat(list(sizes.run(some, len(whole), MOST))).numpy()
             for number, vector in zip(numbers, vectors, strict=True):
                 rows[number] = vector
         cells = pa.array(rows, pa.large_list(pa.float32()))

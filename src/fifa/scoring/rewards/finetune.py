@@ -173,7 +173,7 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     """Fine-tune the CLIP ``options.base`` and write it to ``out``; returns ``reward.json``."""
     transformers = require("transformers")
     base = model_folder(options.base)
-    runtime = make_runtime(options.device, "bfloat16" if options.bf16 else None)
+    runtime = make_runtime(options.device, "bfloat16" if options.bf16 else "float32")
     tower = ImageTower(base, "convert-crop", runtime)
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ def _train_head(pairs: Pairs, out: Path, options: Reward, cache: Path | None) ->
     data = data.part(readable)
     fitted = fit_head(pairs, features, data, options)
     logits, temperature, reads = fitted.held_out, fitted.temperature, fitted.head.reads_prompts
-    text = make_encoder(options.text).identity if reads else None
+    text = make_encoder(options.text, dtype="float32").identity if reads else None
     what = f"A linear head on frozen {encoder.name} features"
     limits = (
         "It does not read the prompt: on held-out prompts that bought nothing here. It says\n"
@@ -367,8 +367,11 @@ def _clips(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers
 def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]:
     """Everything that the rewards depend on."""
     if options.base == "features":
-        text = None if options.text == "none" else make_encoder(options.text).identity
-        models: Any = [make_image_encoder(options.image, make_runtime("cpu")).identity, text]
+        runtime = make_runtime(options.device, "float32")
+        text = None
+        if options.text != "none":
+            text = make_encoder(options.text, dtype="float32").identity
+        models: Any = [make_image_encoder(options.image, runtime).identity, text]
     else:
         models = [model_digest(model_folder(options.base), CONFIG_AND_WEIGHTS)]
     labels = pairs.table["label"].cast(pa.string())

@@ -91,7 +91,8 @@ class HeadReward:
         _check_same(image["identity"], self._images.identity, folder)
         self._texts: Encoder | None = None
         if text is not None:
-            self._texts = make_encoder(_found(folder, text["spec"]), device=runtime.device)
+            spec, device = _found(folder, text["spec"]), runtime.device
+            self._texts = make_encoder(spec, device=device, dtype="float32")  # as it was trained
             _check_same(text["identity"], self._texts.identity, folder)
 
     @cached_property
