@@ -13,7 +13,7 @@ import numpy as np
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime, Tensor
+from fifa.models.runtime import Runtime, Tensor, best_dtype
 from fifa.models.transformer import ModelEncoder, load_model
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards import PublishedReward
@@ -154,7 +154,7 @@ class ClipReward(PublishedReward):
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
         self.formula = FORMULAS[spec.name]
-        dtype = "float32" if runtime.dtype == "float32" else None
+        dtype = "float32" if runtime.dtype == "float32" != best_dtype(runtime.device) else None
         self._text: ModelEncoder = make_encoder(
             f"clip:{self.model}", device=runtime.device, dtype=dtype
         )

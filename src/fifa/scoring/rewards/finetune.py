@@ -18,7 +18,7 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime, Tensor, make_runtime
+from fifa.models.runtime import Parts, Runtime, Tensor, make_runtime, out_of_memory
 from fifa.models.transformer import load_model
 from fifa.scoring.rewards.clip import ImageTower
 from fifa.scoring.rewards.engine import Engine
@@ -103,11 +103,11 @@ class _Tower:
         self, function: Callable[[Integers], Tensor], rows: Integers
     ) -> npt.NDArray[np.float64]:
         """What ``function`` gives of some rows, without gradients, a few at a time."""
+        what = Parts("image or prompt")
         with require("torch").inference_mode(), self.runtime.autocast():
-            parts = [
-                function(rows[i : i + EVALUATE]).float().cpu().numpy()
-                for i in range(0, len(rows), EVALUATE)
-            ]
+            parts = list(
+                what.run(lambda i: function(rows[i]).float().cpu().numpy(), len(rows), EVALUATE)
+            )
         return np.concatenate(parts).astype(np.float64)
 
 
@@ -188,7 +188,16 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
         ids = pairs.prompts["prompt_id"]
         fold = prompt_folds(ids, data.prompt, data.image, folds=folds, seed=options.seed)
         held_out = data.part(fold[data.prompt] == 0)
-        best_step = _optimise(clip, data.part(fold[data.prompt] != 0), held_out, options)
+        try:
+            best_step = _optimise(clip, data.part(fold[data.prompt] != 0), held_out, options)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise FifaError(
+                f"out of memory with {options.batch} pairs a step",
+                where=runtime.device,
+                do="a smaller --batch, --bf16 or --parts heads",
+            ) from error
         logits = clip.logits(held_out)
     temperature = fit_temperature(logits, held_out.label)
     model.logit_scale.data -= float(np.log(temperature))  # exp(s - log T) = exp(s) / T
