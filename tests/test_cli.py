@@ -6,7 +6,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from fifa.cli import cli
+from fifa.cli import cli, main
 from fifa.errors import FifaError
 
 MARGIN = ["--margin", "column:clipscore_0,clipscore_1"]
@@ -72,6 +72,30 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(shipped, tmp_
     assert done.returncode == 1
     assert "fifa-align[local]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "CUDA out of memory"),
+        (MemoryError(), "out"),
+    ],
+)
+def test_out_of_memory_is_told_without_a_traceback(monkeypatch, capsys, error, says):
+    def fails(**how):
+        raise error
+
+    monkeypatch.setattr("fifa.cli.cli", fails)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert f"error: {says}" in told
+    assert "--dtype" in told
+    assert "Tried\nmore" not in told
+    error = ValueError("a mistake of ours")
+    with pytest.raises(ValueError, match="ours"):
+        main()
 
 
 def test_the_steps_give_what_filter_gives(shipped, tmp_path):

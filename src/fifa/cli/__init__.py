@@ -19,6 +19,19 @@ def main() -> None:
     except FifaError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        from fifa.models.runtime import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        # wherever nothing smaller could be tried: a model that does not fit, for one
+        told = FifaError(
+            (str(error) or "out of memory").splitlines()[0],
+            do="end what else runs on the device, or take smaller images, a smaller model or "
+            "another --dtype; what is finished is kept",
+        )
+        click.echo(f"error: {told}", err=True)
+        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
