@@ -5,9 +5,13 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from checkpoints import SMALL, write_model
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from PIL import Image
 
 from fifa.config import Evaluate, Generate
@@ -15,9 +19,9 @@ from fifa.errors import FifaError
 from fifa.evaluation import batches, sampling
 from fifa.evaluation import generate as generation
 from fifa.evaluation.batches import FILE, find_batch, halved, keep_batches, kept_batches
-from fifa.evaluation.generate import generate
+from fifa.evaluation.generate import generate, plan
 from fifa.evaluation.models import find_models
-from fifa.evaluation.prompts import read_prompts
+from fifa.evaluation.prompts import Prompts, read_prompts
 from fifa.evaluation.sampling import PipelineLoader, make_images, settings_for
 
 
@@ -104,7 +108,7 @@ def test_nothing_is_tried_on_a_processor_or_for_a_few_images(base, tmp_path, mon
 
 
 @pytest.mark.parametrize("batch", [None, 6])
-def test_out_of_memory_halves_the_groups_of_all_models_from_there_on(
+def test_out_of_memory_halves_the_plannedof_all_models_from_there_on(
     base, lora, tmp_path, monkeypatch, finds_six, capsys, batch
 ):
     made = room_for(monkeypatch, 4, spare=2)
@@ -122,7 +126,7 @@ def test_out_of_memory_halves_the_groups_of_all_models_from_there_on(
     assert make(base, tmp_path / "broken", tuned=[lora], batch=batch).equals(table)
 
 
-def test_groups_before_the_one_that_did_not_fit_stay(base, tmp_path, monkeypatch):
+def test_plannedbefore_the_one_that_did_not_fit_stay(base, tmp_path, monkeypatch):
     made = room_for(monkeypatch, 4, spare=1)
     table = make(base, tmp_path / "run", batch=6)
     assert made == [6, 6, 6, 2, 2, 2, 2]
@@ -189,6 +193,31 @@ def test_batches_from_a_row_on():
     assert halved(((0, 16),), 0, 16) == ((0, 8),)
     with pytest.raises(FifaError, match="single image"):
         halved(((0, 1),), 5, 1)
+
+
+@examples(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 12), st.integers(1, 6))
+def test_a_plan_has_every_image_once_in_plannedthat_do_not_cross_a_change(base, data, count, seeds):
+    sizes = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    starts = data.draw(st.lists(st.integers(1, 80), min_size=3, max_size=3, unique=True))
+    changes = tuple(zip([0, *sorted(starts)], sizes, strict=False))
+    names = [f"a cat number {i}" for i in range(count)]
+    table = pa.table({"prompt_id": names, "prompt": names, "category": [None] * count})
+    planned = plan(
+        find_models(str(base), {})[0],
+        Prompts("", table, count, {}),
+        settings_of(base),
+        Evaluate(seeds=seeds),
+        changes,
+    )
+    assert [image.row for group in planned for image in group] == list(range(count * seeds))
+    for group in planned:
+        first, last = group[0].row, group[-1].row
+        size = [size for start, size in changes if start <= first][-1]
+        assert len(group) <= size
+        assert not any(first < start <= last for start, _ in changes)
+        if first == 0 and seeds <= size and len(changes) == 1:
+            assert len(group) % seeds == 0  # whole prompts
 
 
 def test_settings_of_other_models_are_kept_beside_each_other(tmp_path):
