@@ -7,11 +7,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
+from safetensors.torch import save_file
 from tiny_diffusion import KINDS, PROMPTS, write_model
 
 from fifa.errors import FifaError
+from fifa.models.families import FAMILIES
+from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.backbones import flux as flux_family
-from fifa.training.backbones import load_backbone
+from fifa.training.backbones.parts import ModelFolder
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 FLOWS = tuple(kind for kind in KINDS if kind.startswith(("sd3", "flux")))
@@ -272,6 +275,97 @@ def test_without_encoders_training_goes_on(models, kind):
         backbone.vae.moments(randn(1, 3, 32, 32))
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """The parts of models that have been loaded."""
+    parts = []
+    load = ModelFolder.model
+
+    def recorded(self, part, *more):
+        parts.append(part)
+        return load(self, part, *more)
+
+    monkeypatch.setattr(ModelFolder, "model", recorded)
+    return parts
+
+
+def test_a_network_is_loaded_when_it_is_used(models, loaded):
+    backbone = load_backbone(models["sdxl"])
+    assert backbone.settings["sample_size"] == 16
+    assert (backbone.vae.channels, backbone.vae.factor) == (4, 8)
+    assert backbone.prompt_shapes() and backbone.encoders
+    assert backbone.with_denoiser(torch.nn.Linear(1, 1)).pixels_per_latent == 8
+    backbone.release_text()
+    backbone.vae.release()
+    assert loaded == []
+    backbone.encode_prompts(["the cat"])
+    assert loaded == ["text_encoder", "text_encoder_2"]
+    backbone.release_text()
+    backbone.vae.moments(randn(1, 3, 32, 32))
+    backbone.vae.moments(randn(1, 3, 32, 32))
+    assert loaded[2:] == ["vae"]
+    backbone.drop_encoders()
+    assert backbone.denoiser is backbone.denoiser
+    assert loaded[3:] == ["unet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_prompt_becomes_is_known_from_the_configurations(models, kind, loaded):
+    backbone = load_backbone(models[kind])
+    known = backbone.prompt_shapes()
+    assert loaded == []
+    assert known == Backbone.prompt_shapes(backbone)  # of a family that does not say: it encodes
+    assert "text_encoder" in loaded
+
+
+def test_a_damaged_file_is_refused_before_it_is_needed(models, tmp_path):
+    for part in ("unet", "vae", "text_encoder"):
+        folder = shutil.copytree(models["sd15"], tmp_path / part)
+        [path] = (folder / part).glob("*.safetensors")
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(FifaError, match=rf"not a safetensors file[\s\S]*{part}"):
+            load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("held", "dtype", "device", "read"),
+    [
+        ("float16", "bfloat16", "meta", "float16"),
+        ("bfloat16", "float32", "meta", "bfloat16"),
+        ("float32", "bfloat16", "meta", "bfloat16"),  # the whole in float32 may not fit there
+        ("bfloat16", "float16", "meta", "float16"),
+        ("float16", "float32", "cpu", "float32"),
+    ],
+)
+def test_half_precision_is_cast_on_the_device(tmp_path, held, dtype, device, read):
+    dtypes = {name: getattr(torch, name) for name in (held, dtype, read)}
+    (tmp_path / "unet").mkdir()
+    weights = torch.nn.Linear(2, 2).to(dtypes[held]).state_dict()
+    save_file(weights, tmp_path / "unet" / "model.safetensors")
+
+    class Network:
+        @staticmethod
+        def from_pretrained(path, **settings):
+            assert settings["dtype"] == dtypes[read]
+            return torch.nn.Linear(2, 2).to(settings["dtype"])
+
+    folder = ModelFolder(
+        tmp_path, FAMILIES[0], ("unet",), torch.device(device), dtypes[dtype], dtypes[dtype]
+    )
+    network = folder.model("unet", Network)
+    assert (network.weight.dtype, network.weight.device.type) == (dtypes[dtype], device)
+    assert not network.weight.requires_grad
+
+
+def test_memory_that_runs_out_while_loading_is_no_broken_model(models, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        _ = load_backbone(models["sd15"]).vae.network
+
+
 def test_encoders_are_named_by_their_content(models, tmp_path):
     one = load_backbone(models["sd15"]).encoders
     moved = shutil.copytree(models["sd15"], tmp_path / "elsewhere")
@@ -279,6 +373,24 @@ def test_encoders_are_named_by_their_content(models, tmp_path):
     other = load_backbone(write_model(tmp_path / "other", "sd15", seed=1)).encoders
     assert {name for name in one if one[name] != other[name]} == {"vae", "text_encoder"}
     assert load_backbone(models["sd15"], dtype="bfloat16").encoders != one
+    parts = {"vae", "text_encoder", "tokenizer"}
+    assert {name for name in one if name not in parts} == {"family", "dtype"}
+
+
+def test_what_the_encoders_compute_in_names_what_they_make(models):
+    def named(kind, *dtypes, device="cuda"):
+        dtype, compute = dtypes
+        known = load_backbone(models[kind], device=device, dtype=dtype, compute=compute).encoders
+        return known["dtype"], known.get("vae_dtype")
+
+    assert named("sd15", "bfloat16", "bfloat16") == ("bfloat16", "bfloat16")
+    # all weights are trained in float32, and computed with in bfloat16
+    assert named("sd15", "float32", "bfloat16") == ("bfloat16", "bfloat16")
+    assert named("sdxl", "bfloat16", "bfloat16") == ("bfloat16", "tf32")
+    assert named("sd15", "float16", "float16") == ("float16", "tf32")
+    assert named("sd15", "float32", "float32") == ("tf32", "tf32")
+    assert named("sd15", "float32", "bfloat16", device="cpu") == ("float32", None)
+    assert named("sd15", "bfloat16", "bfloat16", device="cpu") == ("bfloat16", None)
 
 
 def test_a_vae_that_overflows_stays_in_float32(models, tmp_path):
@@ -290,6 +402,20 @@ def test_a_vae_that_overflows_stays_in_float32(models, tmp_path):
     config = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
     assert load_backbone(folder, dtype="bfloat16").vae.network.dtype == torch.bfloat16
+
+
+def test_on_cuda_a_vae_computes_in_bfloat16_where_its_family_bears_it(models):
+    for kind, expected in [
+        ("sd15", torch.bfloat16),
+        ("sdxl", torch.float32),
+        ("sd3", torch.bfloat16),
+        ("flux-dev", torch.bfloat16),
+    ]:
+        there = load_backbone(models[kind], device="cuda", dtype="bfloat16")
+        assert there.vae.dtype == expected
+        assert load_backbone(models[kind], dtype="bfloat16").vae.dtype == torch.float32
+        half = load_backbone(models[kind], device="cuda", dtype="float16")
+        assert half.vae.dtype == torch.float32
 
 
 def test_infinite_moments_are_an_error(models):

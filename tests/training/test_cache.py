@@ -13,7 +13,8 @@ from fifa.data.decode import open_image
 from fifa.errors import FifaError
 from fifa.training import cache as encoding
 from fifa.training.backbones import load_backbone
-from fifa.training.cache import cache_bytes, encode
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.cache import cache_bytes, encode, images_at_once, prompts_at_once
 from fifa.training.pairs import read_training_pairs
 from fifa.training.resize import Resize, cut
 
@@ -120,6 +121,96 @@ def test_recurring_images_and_prompts_are_encoded_once(tmp_path, backbone, monke
     again = encode(pairs, backbone, tmp_path / "c", resolution=64)
     assert seen["images"] == 3
     assert again.digest == encoded.digest and again.bytes == encoded.bytes
+
+
+def test_one_network_at_a_time_and_none_where_nothing_is_missing(tmp_path, model, monkeypatch):
+    backbone, held = load_backbone(model), []
+    load = ModelFolder.model
+
+    def recorded(self, part, *more):
+        held.append((part, bool(backbone._text), backbone.vae._network is not None))
+        return load(self, part, *more)
+
+    monkeypatch.setattr(ModelFolder, "model", recorded)
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    cache_bytes(pairs, backbone, 64, "float16")
+    assert held == []
+    encode(pairs, backbone, tmp_path / "c", resolution=64)
+    assert held == [("text_encoder", False, False), ("vae", False, False)]
+    assert not backbone._text and backbone.vae._network is None
+    again = load_backbone(model)
+    encode(pairs, again, tmp_path / "c", resolution=64)
+    again.drop_encoders()
+    assert len(held) == 2
+
+
+def test_where_memory_runs_out_fewer_go_together_and_the_bytes_are_the_same(
+    tmp_path, model, monkeypatch, capsys
+):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES * 3))
+    encode(pairs, load_backbone(model), tmp_path / "whole", resolution=64)
+    backbone = load_backbone(model)
+    seen = counted(backbone, monkeypatch)
+    images, prompts, room, sizes = backbone.vae.moments, backbone.encode_prompts, 3, []
+
+    def limited(function):
+        def call(inputs):
+            if len(inputs) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            sizes.append(len(inputs))
+            return function(inputs)
+
+        return call
+
+    monkeypatch.setattr(backbone.vae, "moments", limited(images))
+    monkeypatch.setattr(backbone, "encode_prompts", limited(prompts))
+    encode(pairs, backbone, tmp_path / "short", resolution=64)
+    assert max(sizes) <= 3 and seen["images"] == 24 and len(seen["prompts"]) == 13
+    told = capsys.readouterr().err
+    assert "2 images at a time from here on" in told
+    assert "3 prompts at a time from here on" in told
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("whole", "short")
+    ]
+    assert files[0] == files[1]
+    room = 0
+    with pytest.raises(FifaError, match="out of memory with a single prompt"):
+        encode(pairs, backbone, tmp_path / "none", resolution=64)
+    monkeypatch.setattr(backbone, "encode_prompts", prompts)
+    with pytest.raises(FifaError, match="out of memory with a single image"):
+        encode(pairs, backbone, tmp_path / "none", resolution=64)
+
+
+def test_on_cuda_batches_are_of_about_as_many_pixels_and_tokens(model, tmp_path):
+    there = load_backbone(model, device="cuda")
+    assert [images_at_once(there, side) for side in (256, 512, 1024, 4096)] == [32, 8, 2, 1]
+    assert prompts_at_once(there) == 8192 // 16
+    flux = load_backbone(write_model(tmp_path, "flux-dev"), device="cuda")
+    assert prompts_at_once(flux) == 8192 // 512
+    here = load_backbone(model)
+    assert [images_at_once(here, side) for side in (64, 1024)] == [8, 8]
+    assert prompts_at_once(here) == 16
+
+
+def test_text_that_is_not_finite_is_told(tmp_path, backbone, monkeypatch):
+    encode_prompts = backbone.encode_prompts
+    monkeypatch.setattr(
+        backbone,
+        "encode_prompts",
+        lambda texts: {name: float("nan") * x for name, x in encode_prompts(texts).items()},
+    )
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    with pytest.raises(FifaError, match="the text encoders give infinite or NaN"):
+        encode(pairs, backbone, tmp_path / "c", resolution=64)
+
+
+def test_moments_that_are_not_finite_are_the_vaes(tmp_path, backbone, monkeypatch):
+    images = backbone.vae.moments
+    monkeypatch.setattr(backbone.vae, "moments", lambda pixels: float("inf") * images(pixels))
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    with pytest.raises(FifaError, match="the VAE gives infinite or NaN latents in float32"):
+        encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="bfloat16")
 
 
 def test_flips_are_encoded_not_mirrored_latents(tmp_path, backbone):

@@ -1,0 +1,43 @@
+"""The script that measures memory: it runs here too, tiny, and its rows are the families'."""
+
+import json
+
+import pytest
+import torch
+
+from fifa.models.families import FAMILIES
+from measure_memory import PUBLISHED, line, made_on, main, taken
+
+CPU = torch.device("cpu")
+
+
+def test_two_points_make_a_line_and_what_did_not_fit_is_none():
+    assert line([(1, 999), (4, 5000), (8, 9000)]) == (1000, 1000)
+    assert line([(1, 999), (4, 5000), (8, None)]) == (0, 1334)
+    assert line([(4, 5000), (8, None)]) is None
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted():
+    weight = torch.ones(10, 10, requires_grad=True)
+    given = torch.ones(4, 10)
+    assert taken(lambda: (given @ weight).sum().backward(), CPU) == 4 * 40  # the factor
+
+
+def test_without_cuda_it_says_so_and_runs_tiny(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["measure_memory.py", "--family", "sd", "--family", "sd3"])
+    main()
+    told = capsys.readouterr().out
+    assert "no CUDA device here" in told
+    found = json.loads(told.splitlines()[-1])
+    for name in ("sd", "sd3"):
+        assert found[name]["pair"][1] > found[name]["pair_checkpointed"][1] > 0
+        assert f"{name}: Activations(numbers=" in told
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_published_denoiser_has_the_numbers_of_the_families_row(family):
+    import diffusers
+
+    with made_on("meta"):
+        denoiser = getattr(diffusers, family.denoiser)(**PUBLISHED[family.name].denoiser)
+    assert sum(p.numel() for p in denoiser.parameters()) == family.activations.numbers
