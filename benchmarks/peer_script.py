@@ -18,6 +18,8 @@ from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
+BEGUN = time.perf_counter()
+
 
 def run_script(script: str, arguments: list[str], record: Path) -> None:
     """Run ``script`` as the main program; ``record`` gets its steps' times and its peak memory."""
@@ -27,7 +29,7 @@ def run_script(script: str, arguments: list[str], record: Path) -> None:
     if find_spec("wandb") is None:
         sys.modules["wandb"] = module_from_spec(ModuleSpec("wandb", None))
     cuda = torch.cuda if torch.cuda.is_available() else None
-    begun, times = time.perf_counter(), []
+    times: list[float] = []
     step = AcceleratedOptimizer.step
 
     def timed(self: Any, *given: Any, **options: Any) -> Any:
@@ -35,7 +37,7 @@ def run_script(script: str, arguments: list[str], record: Path) -> None:
         if self.gradient_state.sync_gradients:  # else it only accumulates
             if cuda:
                 cuda.synchronize()
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - BEGUN)
         return found
 
     AcceleratedOptimizer.step = timed
