@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import shutil
@@ -23,6 +24,12 @@ SLOW = ("train_kill", "docs", "cli", "processes", "evaluate", "demo", "extending
 def pytest_collection_modifyitems(items):
     """The slowest files first: one that begins last keeps a single process busy at the end."""
     items.sort(key=lambda item: not item.path.stem.endswith(SLOW))
+
+
+def pytest_collection_finish():
+    """What is loaded stays: whoever collects garbage need not look through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,55 @@
-"""Processes that are there at once: forked from one that has loaded everything, run nothing."""
+"""Processes that are there at once: copies of one that has loaded everything and run nothing."""
 
 import multiprocessing
 import os
+import re
+import signal
 import sys
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 
-def forked(function, *loaded):
-    """A function that starts a process in which ``function`` runs, given its arguments.
-
-    ``loaded`` are the modules that the process forks with, beside the function's own.
-    """
+@cache
+def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytest", *loaded, function.__module__])
+    context.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:
-        here = str(Path(function.__code__.co_filename).parent)
+        here = str(Path(__file__).parent)
         patch.setenv("PYTHONPATH", os.pathsep.join([here, *sys.path]))
-        forkserver._forkserver._stop()  # another module's, which has loaded other things
         forkserver.ensure_running()
-
-    def start(*arguments):
-        process = context.Process(target=function, args=arguments)
-        process.start()
-        return process
-
-    return start
+    return context
 
 
-def finish(process):
-    """Wait for a process that must end well."""
+def start(function, *arguments):
+    """Start a process in which ``function``, of any test's module, runs."""
+    process = _context().Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process, code=0):
+    """Wait for a process that must end with ``code``: well, or killed by a signal (negative)."""
     process.join(600)
-    assert process.exitcode == 0
+    assert process.exitcode == code
+
+
+def die_at(event, path, nth=1):
+    """Let SIGKILL end this process just before the ``nth`` ``event`` on a ``path``.
+
+    ``event`` is an audit event of Python such as ``open`` or ``os.rename``; ``path`` is a pattern
+    which one of its arguments must match to the end. What is on the disk is then what a kill at
+    any moment since the event before would leave.
+    """
+    left = nth
+
+    def hook(name, arguments):
+        nonlocal left
+        if name == event and any(re.search(f"{path}$", str(one)) for one in arguments):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)

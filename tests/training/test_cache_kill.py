@@ -4,21 +4,18 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
+import torch
 from tiny_diffusion import write_model, write_pairs
 
-from forked import forked
+from fifa.training import cache as encoding
+from fifa.training.backbones import load_backbone
+from fifa.training.cache import encode
+from fifa.training.pairs import read_training_pairs
+from forked import start
 
 
 def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
     """Encode, but die at the given call of an encoder."""
-    import torch
-
-    from fifa.training import cache as encoding
-    from fifa.training.backbones import load_backbone
-    from fifa.training.cache import encode
-    from fifa.training.pairs import read_training_pairs
-
     torch.set_num_threads(1)
     encoding.SHARD = 5
     backbone = load_backbone(model)
@@ -39,19 +36,13 @@ def fill(model: Path, source: Path, folder: Path, kill_at: int) -> None:
     encode(read_training_pairs(source), backbone, folder, resolution=64, buckets=True, batch=2)
 
 
-@pytest.fixture(scope="module")
-def run():
-    start = forked(fill, "fifa.training.cache", "tiny_diffusion")
-
-    def to_its_end(*arguments):
-        process = start(*arguments)
-        process.join(60)
-        return process.exitcode
-
-    return to_its_end
+def run(*arguments):
+    process = start(fill, *arguments)
+    process.join(60)
+    return process.exitcode
 
 
-def test_kills_change_nothing(tmp_path, run):
+def test_kills_change_nothing(tmp_path):
     model = write_model(tmp_path / "model")
     sizes = [((64, 64), (64, 64)), ((96, 64), (96, 64)), ((64, 96), (64, 96))] * 5
     source = write_pairs(tmp_path / "a.parquet", sizes)

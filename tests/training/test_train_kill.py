@@ -1,19 +1,19 @@
-"""SIGKILL at random moments of a training: resumed, it ends with the bytes of an unbroken one."""
+"""SIGKILL in every phase of a training: resumed, it ends with the bytes of an unbroken one."""
 
 from __future__ import annotations
 
 import json
-import random
-import time
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_diffusion import write_model, write_pairs
 from trainings import quick
 
-from forked import finish, forked
+from fifa.training.job import run_training
+from forked import die_at, finish, start
 
-KILLS = 10
 KNOBS = {
     "steps": 8,
     "save_every": 3,
@@ -22,23 +22,34 @@ KNOBS = {
     "lora_dropout": 0.1,
     "log_every": 2,
 }
+# Where it dies: before the nth event on a path, of a training whose reference is computed at every
+# step, or is a table that is made first. All that is on the disk changes at such events alone.
+KILLS = {
+    "every step": [
+        ("os.rename", "cache/images-.*"),  # the cache begins
+        ("open", "stats.jsonl"),  # two steps are done
+        ("os.rename", "state/.*/state.json"),  # the first state is half written
+        ("os.rename", "checkpoints/step-000004/pytorch_lora_weights.safetensors"),
+        ("shutil.rmtree", "state/step-000003"),  # there are two states
+        ("os.rename", "train.json"),  # all is done but for the last file
+    ],
+    "table": [
+        ("os.rename", "cache/moments-.*"),
+        ("os.rename", "cache/reference-.*"),  # its parts are there
+        ("os.rename", "state/step-000003"),  # the first state has not its name yet
+        ("open", "stats.jsonl", 2),  # a step after the first state
+        ("open", "stats.jsonl", 4),  # two steps after the second
+        ("os.rename", "killed-./pytorch_lora_weights.safetensors"),  # after the last state
+    ],
+}
 
 
-def work(world: Path, out: Path) -> None:
-    import torch
-
+def work(world: Path, out: Path, reference: str, *death: object) -> None:
     torch.set_num_threads(1)
-    from fifa.training.job import run_training
-
-    # one of every two waits for the reference's table, the other computes it at every step
-    pool = {} if out.name.endswith("1") else {"draws": 0}
+    if death:
+        die_at(*death)
+    pool = {"table": {}, "every step": {"draws": 0}}[reference]
     run_training(quick(world, ema=0.9, prompt_dropout=0.2, **{**KNOBS, **pool}), out)
-
-
-@pytest.fixture(scope="module")
-def start():
-    loaded = ("diffusers", "peft", "accelerate", "tiny_diffusion", "trainings", "fifa.training.job")
-    return forked(work, *loaded, "fifa.training.cache")
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -53,35 +64,17 @@ def contents(out: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.timeout(1500)  # 22 runs of a second on an idle machine
-def test_ten_kills_at_random_moments_change_nothing(memory, start):
+@pytest.mark.parametrize("reference", KILLS)
+def test_kills_in_every_phase_change_nothing(memory, reference):
     write_model(memory / "sd15")
     write_pairs(memory / "pairs.parquet")
-    expected, durations = {}, {}
-    for kind in ("0", "1"):
-        begun = time.monotonic()
-        finish(start(memory, memory / f"unbroken-{kind}"))
-        durations[kind] = time.monotonic() - begun
-        expected[kind] = contents(memory / f"unbroken-{kind}")
-        assert sum(name.startswith("step ") for name in expected[kind]) == 4
-        assert sum(name.startswith("checkpoints") for name in expected[kind]) == 4
-    draw = random.Random(0)
-    interrupted = resumed = 0
-    for number in range(KILLS):
-        kind = str(number % 2)
-        out = memory / f"killed-{number}-{kind}"
-        process = start(memory, out)
-        if number % 3 == 0:  # some time after its first state, so that there is one to go on from
-            while process.is_alive() and not any((out / "state").glob("step-*")):
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0, 0.1) * durations[kind])
-        else:
-            time.sleep(draw.uniform(0.1, 1) * durations[kind])
-        process.kill()
-        process.join()
-        interrupted += not (out / "train.json").exists()
-        resumed += any((out / "state").glob("step-*"))
-        finish(start(memory, out))
-        assert contents(out) == expected[kind]
-    assert interrupted >= KILLS // 2
-    assert resumed >= 1
+    finish(start(work, memory, memory / "unbroken", reference))
+    expected = contents(memory / "unbroken")
+    assert sum(name.startswith("step ") for name in expected) == 4
+    assert sum(name.startswith("checkpoints") for name in expected) == 4
+    for number, death in enumerate(KILLS[reference]):
+        out = memory / f"killed-{number}"
+        finish(start(work, memory, out, reference, *death), -signal.SIGKILL)
+        assert not (out / "train.json").exists()
+        finish(start(work, memory, out, reference))
+        assert contents(out) == expected

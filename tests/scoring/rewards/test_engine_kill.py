@@ -1,87 +1,65 @@
-"""SIGKILL at random moments of scoring: resumed, it ends with the bytes of an unbroken run."""
+"""SIGKILL in every phase of scoring: resumed, it ends with the bytes of an unbroken run."""
 
 from __future__ import annotations
 
-import random
-import time
+import signal
+from itertools import count
 from pathlib import Path
 
-import pytest
+import torch
 from tiny import Tiny, recurring
 
 from fifa.config import Compute
 from fifa.data import read_pairs
 from fifa.scoring.rewards.engine import score_pairs
 from fifa.shards.files import sweep
-from forked import finish, forked
+from forked import die_at, finish, start
 
-KILLS = 20
+RENAME = ("os.rename", r"scores-\w+/.*")  # with which every file gets its place
 
 
-def score(data: Path, scores: Path) -> None:
-    import torch
-
+def score(data: Path, scores: Path, *death: object) -> None:
     torch.set_num_threads(1)
+    if death:
+        die_at(*death)
     sweep(scores)  # as every run does with its folder
     how = {"compute": Compute(batch=4, workers=2), "shard": 8}
-    model = Tiny(seconds=0.003)
-    score_pairs(read_pairs(data / "pairs.parquet"), model, folder=scores, **how)
-
-
-@pytest.fixture(scope="module")
-def start():
-    loaded = (
-        "fifa.scoring.rewards.engine",
-        "fifa.data.read",
-        "rich.progress",
-        "hypothesis",
-        "tiny",
-    )
-    return forked(score, *loaded)
-
-
-def timed(start, data: Path, scores: Path) -> float:
-    begun = time.monotonic()
-    finish(start(data, scores))
-    return time.monotonic() - begun
+    score_pairs(read_pairs(data / "pairs.parquet"), Tiny(), folder=scores, **how)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_twenty_kills_at_random_moments_change_nothing(memory, start):
-    recurring(memory / "data", pairs=100, images=50)
-    duration = min(timed(start, memory / "data", memory / f"unbroken-{i}") for i in range(3))
-    expected = contents(memory / "unbroken-0")
+def test_a_kill_before_any_file_is_in_its_place_changes_nothing(memory):
+    data, unbroken = memory / "data", memory / "scores-unbroken"
+    recurring(data, pairs=100, images=50)
+    finish(start(score, data, unbroken))
+    expected = contents(unbroken)
     assert sorted(name.partition("-")[0] for name in expected) == [
         "images",
         "margin",
         "prompts",
         "unreadable",
     ]
-    draw = random.Random(0)
-    interrupted = 0
-    for number in range(KILLS):
-        scores = memory / f"killed-{number}"
-        process = start(memory / "data", scores)
-        time.sleep(draw.uniform(0, duration))
-        process.kill()
+    for nth in count(1):
+        scores = memory / f"scores-{nth}"
+        process = start(score, data, scores, *RENAME, nth)
         process.join()
-        interrupted += contents(scores) != expected
-        finish(start(memory / "data", scores))
+        if process.exitcode == 0:  # it has fewer files
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert contents(scores) != expected
+        finish(start(score, data, scores))
         assert contents(scores) == expected
-    assert interrupted >= KILLS // 2
+    assert nth > 10
 
 
-def test_one_run_killed_again_and_again_gets_done(memory, start):
-    recurring(memory / "data", pairs=100, images=50)
-    duration = timed(start, memory / "data", memory / "unbroken")
-    draw = random.Random(1)
+def test_one_run_killed_again_and_again_gets_done(memory):
+    data, chain = memory / "data", memory / "scores-chain"
+    recurring(data, pairs=100, images=50)
+    finish(start(score, data, memory / "scores-unbroken"))
     for _ in range(4):
-        process = start(memory / "data", memory / "chain")
-        time.sleep(draw.uniform(0.2, 0.5) * duration)
-        process.kill()
-        process.join()
-    finish(start(memory / "data", memory / "chain"))
-    assert contents(memory / "chain") == contents(memory / "unbroken")
+        finish(start(score, data, chain, *RENAME, 3), -signal.SIGKILL)
+    finish(start(score, data, chain))
+    assert contents(chain) == contents(memory / "scores-unbroken")
