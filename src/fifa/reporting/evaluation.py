@@ -161,7 +161,7 @@ def _settings(results: Results) -> dict[str, str]:
         "size": f"{settings.width} x {settings.height}" if sized else "the model's own",
         "negative prompt": settings.negative or "none",
         "images a prompt": results.seeds,
-        "precision": f"{settings.dtype} on {settings.device}",
+        "precision": f"{settings.identity['dtype']} on {settings.device}",
     }
     return {
         name: shorten(own if value is None else str(value), 80) for name, value in named.items()
