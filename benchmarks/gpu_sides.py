@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ CUDA = Sizes(
     steps=16,
     script_steps=12,
     few=16,
-    images=7000,
+    images=10_000,
     few_images=512,
     loop_pairs=40,
     towers=(32, 64, 128, 256),
@@ -345,25 +346,29 @@ def score_tower(folder: Path) -> dict[str, float]:
 
 
 def score_decoder(folder: Path) -> dict[str, float]:
-    """Decoding and resizing alone, on all processors."""
+    """Decoding and resizing alone, as the engine does it, its processes running already."""
     import pyarrow.parquet as pq
 
+    from fifa.data.decoders import choose_decoders
     from fifa.data.prefetch import decode_images
-    from fifa.scoring.rewards.pixels import convert_crop
+    from fifa.scoring.rewards.pixels import convert_crop, prepared
 
     size = sizes()
     table = pq.read_table(folder / "images" / "train.parquet", columns=["jpg_0"])
     data = table["jpg_0"].to_pylist()
     side = size.clip["vision_config"].get("image_size", 224)
+    decoders = choose_decoders(partial(prepared, partial(convert_crop, size=side)))
 
     def decode(some: Sequence[bytes]) -> float:
         begun = time.perf_counter()
-        for _ in decode_images(enumerate(some), lambda image, _: convert_crop(image, side)):
+        for _ in decode_images(enumerate(some), decoders, most=256):
             pass
         return len(some) / (time.perf_counter() - begun)
 
-    decode(data[:64])
-    return {"images_s": decode(data)}
+    decode(data[:128])
+    speed = decode(data)
+    decoders.close()
+    return {"images_s": speed}
 
 
 def score_loop(folder: Path) -> dict[str, float]:

@@ -25,7 +25,15 @@ from typing import Any
 from common import peak_mb, report
 from fifa.models.transformer import length_batches
 from fifa.scoring.raters.endpoint import EndpointRater
-from fifa.scoring.raters.logits import ROWS, TOKENS, load_reader, precision, smollm_path
+from fifa.scoring.raters.logits import (
+    CUDA_ROWS,
+    CUDA_TOKENS,
+    ROWS,
+    TOKENS,
+    load_reader,
+    precision,
+    smollm_path,
+)
 from fifa.scoring.rubric import QUALITIES, load_rubric
 
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"
@@ -100,7 +108,8 @@ def limit_batches(reader: Any, prompts: list[str]) -> list[Any]:
     """Ready token batches of the shapes that the reader makes."""
     encoded = reader.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
     ids = [encoding.ids[:256] for encoding in encoded]
-    batches = length_batches([len(row) + reader.tail for row in ids], TOKENS, ROWS)
+    most = (CUDA_TOKENS, CUDA_ROWS) if reader.device.type == "cuda" else (TOKENS, ROWS)
+    batches = length_batches([len(row) + reader.tail for row in ids], *most)
     return [reader._tree([ids[row] for row in batch])[0] for batch in batches]
 
 
