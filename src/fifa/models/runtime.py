@@ -207,7 +207,8 @@ def free_bytes(device: Any) -> int | None:
         cuda = require("torch").cuda
         free, total = cuda.mem_get_info(device)
         reserved, allocated = cuda.memory_reserved(device), cuda.memory_allocated(device)
-        allowed = cuda.get_per_process_memory_fraction(device) * total - reserved
+        number = cuda.current_device() if device.index is None else device.index
+        allowed = cuda.get_per_process_memory_fraction(number) * total - reserved
         return int(max(0, min(free, allowed)) + reserved - allocated)
     try:
         import psutil
