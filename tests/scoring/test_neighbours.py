@@ -61,6 +61,7 @@ def check(vectors: np.ndarray, queries: np.ndarray, k: int, found: np.ndarray) -
     assert (found[clear] == expected[clear]).all()
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 KINDS = {
     "random": random,
     "clustered": clustered,
@@ -69,12 +70,15 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 11])
-def test_the_search_for_gpus_finds_the_neighbours_that_faiss_finds(kind: str, k: int) -> None:
+def test_the_search_for_gpus_finds_the_neighbours_that_faiss_finds(
+    kind: str, k: int, device: str
+) -> None:
     vectors = KINDS[kind](3000, 48)
     queries = vectors[::7]
-    check(vectors, queries, k, device_search(vectors, "cpu")(queries, k))
+    check(vectors, queries, k, device_search(vectors, device)(queries, k))
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,9 +90,10 @@ def test_the_search_for_gpus_finds_the_neighbours_that_faiss_finds(kind: str, k:
     st.sampled_from([16, 100, 4096]),
     st.sampled_from([64, 300, 65_536]),
     st.booleans(),
+    st.sampled_from(DEVICES),
 )
 def test_it_does_whatever_the_sizes_of_its_blocks(
-    kind: str, n: int, d: int, k: int, queries: int, rows: int, short: bool
+    kind: str, n: int, d: int, k: int, queries: int, rows: int, short: bool, device: str
 ) -> None:
     vectors, k = KINDS[kind](n, d), min(k, n)
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +103,7 @@ def test_it_does_whatever_the_sizes_of_its_blocks(
         if short:  # memory for a hundred vectors: a part of them after the other
             width = -(-(d + 1) // 8) * 8
             patch.setattr(neighbours, "free_bytes", lambda device: 1500 * width)
-        check(vectors, vectors, k, device_search(vectors, "cpu")(vectors, k))
+        check(vectors, vectors, k, device_search(vectors, device)(vectors, k))
 
 
 def test_products_of_halves_suffice_for_nearly_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +123,13 @@ def test_products_of_halves_suffice_for_nearly_all_prompts(monkeypatch: pytest.M
     assert searched[False] > 400
 
 
-def test_products_of_halves_are_as_near_as_their_bound_says() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_of_halves_are_as_near_as_their_bound_says(device: str) -> None:
     vectors = random(2000, 384)
-    part = neighbours._load(vectors, torch.device("cpu"))
-    queries = torch.from_numpy(vectors[:300])
-    half, full = (neighbours._group_scores(part, queries, half).double() for half in (True, False))
+    part = neighbours._load(vectors, torch.device(device))
+    queries = torch.from_numpy(vectors[:300]).to(device)
+    with neighbours._plain_products():
+        half, full = (neighbours._group_scores(part, queries, h).double() for h in (True, False))
     bound = neighbours.HALF_ERROR + 384 * neighbours.SUM_ERROR
     assert (half - full).abs().max() < bound < 2**-9
     assert half.shape == (300, 63)

@@ -37,11 +37,12 @@ from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.sampling import PipelineLoader, Settings, make_images
 from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import digest, sweep, write_bytes, write_table
+from fifa.shards.pool import cores
 
 FOLDER = "evaluate"  # in the run folder
 INDEX = "images.parquet"
 CURVE = "curve.parquet"
-WRITERS = 4  # threads that encode and write images while the next ones are made
+WRITERS = 8  # threads, at most, that encode and write images while the next ones are made
 IMAGES = pa.schema(
     [
         ("model", pa.string()),  # `base` first, then the checkpoints as they were named
@@ -284,7 +285,7 @@ def _make(
     with (
         loader.use(model) as pipe,
         progress(f"images of {model.name}", sum(map(len, groups))) as advance,
-        ThreadPoolExecutor(WRITERS) as writers,
+        ThreadPoolExecutor(min(WRITERS, cores())) as writers,
     ):
 
         def finish(writing: Sequence[Future[None]]) -> None:
