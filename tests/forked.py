@@ -23,11 +23,23 @@ def _context():
     return context
 
 
-def start(function, *arguments):
-    """Start a process in which ``function``, of any test's module, runs."""
-    process = _context().Process(target=function, args=arguments)
+def start(function, *arguments, said=None, **environment):
+    """Start a process in which ``function``, of any test's module, runs.
+
+    ``said`` is a file for what it prints, on either stream.
+    """
+    process = _context().Process(target=_run, args=(function, arguments, said, environment))
     process.start()
     return process
+
+
+def _run(function, arguments, said, environment):
+    os.environ.update(environment)
+    if said is not None:
+        with Path(said).open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    function(*arguments)
 
 
 def finish(process, code=0):

@@ -2,13 +2,10 @@
 
 accelerate offers FSDP on accelerators only. Here it is told that these processes were such; what
 then shards, gathers, saves and loads is accelerate's and PyTorch's own code, over gloo.
-
-    python -m accelerate.commands.launch ... sharded.py TRAIN_YAML OUT [STOP_AT_STEP]
 """
 
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +14,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from fifa.config import Train
 
-torch.set_num_threads(1)
 job, loop = import_module("fifa.training.job"), import_module("fifa.training.loop")
 prepared, step = job.make_state, loop.Loop.step
 
@@ -39,11 +35,14 @@ def make_state(train, backbone, accelerator):
     return state
 
 
-def stopped(self, number, *more):
-    if len(sys.argv) > 3 and number == int(sys.argv[3]):
-        sys.exit(3)
-    return step(self, number, *more)
+def train(recipe, out, stop=0):
+    """Run a recipe's training; where asked, every process leaves it at the step ``stop``."""
+    torch.set_num_threads(1)
 
+    def stopped(self, number, *more):
+        if number == stop:
+            sys.exit(3)
+        return step(self, number, *more)
 
-job.make_state, loop.Loop.step = make_state, stopped
-job.run_training(Train.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
+    job.make_state, loop.Loop.step = make_state, stopped
+    job.run_training(Train.from_yaml(recipe), out)

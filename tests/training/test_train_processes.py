@@ -1,33 +1,39 @@
-"""Two processes through `accelerate launch` (gloo) against one, at the same global batch."""
+"""Two processes (gloo) against one, at the same global batch."""
 
 import json
-import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import sharded
+from accelerate.commands import launch as accelerate
 from trainings import furthest, quick, weights_of
 
 from fifa.training.job import run_training
+from forked import start
 
 
-def launch(*command):
-    """Run a command in two processes; returns its exit code and what it said."""
+def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    how = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    how += ["--dynamo_backend", "no", "--main_process_port", port]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *how, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=280,
-    )
-    return done.returncode, done.stderr[-3000:]
+        return str(found.getsockname()[1])
+
+
+def launch(*words):
+    """`accelerate launch`."""
+    sys.argv = ["accelerate", *words]
+    accelerate.main()
+
+
+def two(function, *arguments, said):
+    """Two processes with the environment that such launchers give theirs."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    processes = [start(function, *arguments, said=said, **world, **rank) for rank in ranks]
+    for process in processes:
+        process.join(280)
+    return [process.exitcode for process in processes], said.read_text()[-3000:]
 
 
 def lines_of(out):
@@ -38,34 +44,38 @@ def test_two_processes_train_as_one_does(world, tmp_path):
     # a batch of three: one process has one pair, the other two
     knobs = {"batch": 3, "micro_batch": 1, "lr": 1e-4, "draws": 2, "ema": 0.9, "steps": 4}
     train = quick(world, **knobs)
-    one, two = run_training(train, tmp_path / "one"), tmp_path / "two"
-    (tmp_path / "train.yaml").write_text(train.to_yaml())
-    code, said = launch("-m", "fifa", "train", "--recipe", tmp_path / "train.yaml", "--out", two)
-    assert code == 0, said
+    one, out = run_training(train, tmp_path / "one"), tmp_path / "two"
+    recipe, said = tmp_path / "train.yaml", tmp_path / "said"
+    recipe.write_text(train.to_yaml())
+    how = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    how += ["--dynamo_backend", "no", "--main_process_port", free_port(), "-m", "fifa", "train"]
+    words = [*how, "--recipe", str(recipe), "--out", str(out)]
+    launched = start(launch, *words, said=said, OMP_NUM_THREADS="1")
+    launched.join(280)
+    assert launched.exitcode == 0, said.read_text()[-3000:]
     other = run_training(quick(world, **{**knobs, "seed": 1}), tmp_path / "other")
-    assert furthest(weights_of(one), weights_of(two)) < 1e-5
+    assert furthest(weights_of(one), weights_of(out)) < 1e-5
     assert furthest(weights_of(one), weights_of(other)) > 1e-4
-    assert json.loads((two / "train.json").read_text())["processes"] == 2
+    assert json.loads((out / "train.json").read_text())["processes"] == 2
     # only the main process writes: a line a step, the numbers those of the whole batch
-    assert [line["step"] for line in lines_of(two)] == [1, 2, 3, 4]
-    for mine, theirs in zip(lines_of(one), lines_of(two), strict=True):
+    assert [line["step"] for line in lines_of(out)] == [1, 2, 3, 4]
+    for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
         for name in ("loss", "winner_error", "loser_error", "implicit_accuracy"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}
 
 
-@pytest.mark.timeout(600)
 def test_sharded_weights_train_resume_and_save_as_whole_ones_do(world, tmp_path):
     train = quick(world, steps=4, save_every=2, ema=0.9, lr=1e-4)
-    one, two = run_training(train, tmp_path / "one"), tmp_path / "two"
+    one, out = run_training(train, tmp_path / "one"), tmp_path / "two"
     (tmp_path / "train.yaml").write_text(train.to_yaml())
-    sharded = (Path(__file__).parent / "sharded.py", tmp_path / "train.yaml", two)
-    code, _ = launch(*sharded, 3)
-    assert code != 0
-    assert [path.name for path in (two / "state").iterdir()] == ["step-000002"]
-    code, said = launch(*sharded)
-    assert code == 0, said
-    assert furthest(weights_of(one), weights_of(two)) < 1e-5
-    for mine, theirs in zip(lines_of(one), lines_of(two), strict=True):
+    sharded_training = (sharded.train, tmp_path / "train.yaml", out)
+    codes, said = two(*sharded_training, 3, said=tmp_path / "said")
+    assert codes == [3, 3], said
+    assert [path.name for path in (out / "state").iterdir()] == ["step-000002"]
+    codes, said = two(*sharded_training, said=tmp_path / "said")
+    assert codes == [0, 0], said
+    assert furthest(weights_of(one), weights_of(out)) < 1e-5
+    for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
         for name in ("loss", "gradient_norm", "kl"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-9)
