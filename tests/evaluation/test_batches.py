@@ -250,6 +250,12 @@ def test_a_batch_is_tried_at_the_real_size_in_few_steps(base, monkeypatch):
     assert tried[5] == (1, 1, 7.5)
 
 
+def test_small_images_are_not_made_by_the_thousand(base, monkeypatch):
+    monkeypatch.setattr(batches, "largest_batch", lambda attempt, most, device: most)
+    with loader_of(base).use(find_models(str(base), {})[0]) as pipe:
+        assert find_batch(pipe, settings_of(base), "a cat") == 64
+
+
 def test_on_a_card_latents_are_decoded_one_by_one(base):
     prompts, seeds = ["a cat", "a dog", "an owl"], [1, 2, 3]
     found = []

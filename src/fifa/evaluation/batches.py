@@ -18,7 +18,8 @@ from fifa.shards.files import read_json, write_json
 
 FILE = "batches.json"
 USUAL = 4  # images made together where CUDA's memory is not asked
-USEFUL = 32 * 512 * 512  # pixels made together: more make no device faster
+USEFUL = 32 * 512 * 512  # pixels made together, of at most
+MOST = 64  # images: more make no device faster, and a group that is broken off is made again
 STEPS = 2  # of the sampler, when a batch is tried: memory does not grow with them
 
 # (the first image's place among all of a model's, images made together from there on)
@@ -67,7 +68,8 @@ def find_batch(pipe: Any, settings: Settings, prompt: str) -> int:
             raise
         raise no_room() from error
     device = require("torch").device(pipe.device)
-    return max(1, largest_batch(attempt, max(1, USEFUL // pixels), device))
+    most = min(MOST, max(1, USEFUL // pixels))
+    return max(1, largest_batch(attempt, most, device))
 
 
 def no_room() -> FifaError:
