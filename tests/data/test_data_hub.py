@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import commands
+
 LIGHT = ["--margin", "column:clipscore_0,clipscore_1", "--quality", "none", "--diversity", "none"]
 
 
@@ -98,8 +100,10 @@ def test_a_data_set_of_the_hub_is_filtered_as_its_files_are(
     table = pq.read_table(shipped)
     for i in range(2):
         pq.write_table(table.slice(180 * i, 180), hub.folder / f"data/train-{i}.parquet")
-    for name, source in (("far", "hf://datasets/someone/feedback"), ("near", hub.folder)):
-        done = fifa(hub, "filter", source, *LIGHT, "--keep", "40", "--out", tmp_path / name)
+    options = (*LIGHT, "--keep", "40", "--out")
+    far = fifa(hub, "filter", "hf://datasets/someone/feedback", *options, tmp_path / "far")
+    near = commands.fifa("filter", hub.folder, *options, tmp_path / "near")
+    for done in (far, near):
         assert done.returncode == 0, done.stderr
     for table in ("selection.parquet", "subset/data"):
         far, near = (pq.read_table(tmp_path / name / table) for name in ("far", "near"))

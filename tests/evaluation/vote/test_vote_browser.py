@@ -232,7 +232,7 @@ def test_a_server_that_is_killed_loses_no_vote_and_the_page_goes_on(
         page.keyboard.press("ArrowLeft")
         at(page, 2)
         process.kill()
-        process.wait()
+        process.join()
         shown = images(page)
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("status")).to_contain_text("Please try again")

@@ -10,35 +10,43 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from vote_worlds import make_run
 
+from commands import fifa
+from fifa.cli import main
 from fifa.evaluation.vote.store import FILE, VoteStore
+from forked import start
 
 JSON = {"accept": "application/json"}
 
 
+def serve(*arguments: str) -> None:
+    sys.argv = ["fifa", "vote", *arguments]
+    main()
+
+
 @contextmanager
-def served(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A running `fifa vote`; gives the process and its two links."""
-    command = [sys.executable, "-m", "fifa", "vote", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stderr
+def served(run: Path, *options: object) -> Iterator[tuple[Any, str, str]]:
+    """A running `fifa vote`: the process and its two links. What it says is beside ``run``."""
+    said = run.with_name("said.txt")
+    said.write_text("")
+    process = start(serve, str(run), *map(str, options), said=said)
     try:
-        page, results = (process.stdout.readline().strip() for _ in range(2))
-        assert results.startswith("http"), process.stderr.read()
-        yield process, page, results
+        while len(links := re.findall(r"^(http\S+)\n", said.read_text(), re.M)) < 2:
+            assert process.is_alive(), said.read_text()
+            time.sleep(0.01)
+        yield process, *links
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        process.join()
 
 
 def begin(client: httpx2.Client, page: str) -> dict[str, str]:
@@ -90,11 +98,10 @@ def test_ctrl_c_ends_well_and_tells_how_to_go_on(tmp_path: Path) -> None:
             fields = begin(client, page)
             client.post("/vote", data={**fields, "answer": "tie"})
             assert "50.0 %" in client.get(results).text
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-        assert process.stderr
-        told = process.stderr.read()
-    assert process.returncode == 0, told
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+        told = run.with_name("said.txt").read_text()
+    assert process.exitcode == 0, told
     assert "1 votes of 1 voters; fifa vote results" in told
     assert "Traceback" not in told
 
@@ -117,11 +124,6 @@ def test_beyond_loopback_an_invitation_is_needed_and_stays_valid(tmp_path: Path)
                 assert client.get(f"/results?{results.partition('?')[2]}").status_code == 200
             links.append(query)
     assert links[0] == links[1] != links[2]
-
-
-def fifa(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fifa", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_results_and_export_from_the_command_line(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +7,7 @@ from feedback import write_feedback
 from PIL import Image
 from tiny_models import write_clip
 
+import commands
 import fifa
 from fifa.config import Read, Recipe, Score, Select
 from fifa.errors import FifaError
@@ -68,9 +67,7 @@ def test_a_proxy_is_trained_and_used_from_the_command_line(tmp_path):
     train = ["reward", "train", str(source), "--out", str(out), "--text", "none"]
     score = ["score", str(source), "--margin", f"proxy:{out}", "--out", str(tmp_path / "run")]
     for command in (train, [*score, "--quality", "none", "--diversity", "none"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "fifa", *command], capture_output=True, text=True, check=False
-        )
+        done = commands.fifa(*command)
         assert done.returncode == 0, done.stderr
     assert (out / "README.md").exists()
     assert len(list((tmp_path / "run" / "scores").glob("margin-*.parquet"))) == 1
