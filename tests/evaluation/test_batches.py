@@ -62,9 +62,9 @@ def room_for(monkeypatch, most, spare=10**9):
 
 @pytest.fixture
 def finds_six(monkeypatch):
-    def six(attempt, most, device):
+    def six(attempt, sizes, device):
         attempt(2)
-        return min(most, 6)
+        return min(sizes[-1], 6)
 
     monkeypatch.setattr(batches, "largest_batch", six)
 
@@ -235,10 +235,10 @@ def test_a_batch_is_tried_at_the_real_size_in_few_steps(base, monkeypatch):
         tried.append((len(prompts), settings.steps, settings.guidance))
         return np.zeros((len(prompts), 1024, 1024, 3), np.uint8)
 
-    def doubling(attempt, most, device):
+    def doubling(attempt, sizes, device):
         for size in (1, 2, 4, 8):
-            attempt(min(size, most))
-        return most
+            attempt(min(size, sizes[-1]))
+        return sizes[-1]
 
     monkeypatch.setattr(batches, "make_images", pictures)
     monkeypatch.setattr(batches, "largest_batch", doubling)
@@ -251,7 +251,7 @@ def test_a_batch_is_tried_at_the_real_size_in_few_steps(base, monkeypatch):
 
 
 def test_small_images_are_not_made_by_the_thousand(base, monkeypatch):
-    monkeypatch.setattr(batches, "largest_batch", lambda attempt, most, device: most)
+    monkeypatch.setattr(batches, "largest_batch", lambda attempt, sizes, device: sizes[-1])
     with loader_of(base).use(find_models(str(base), {})[0]) as pipe:
         assert find_batch(pipe, settings_of(base), "a cat") == 64
 

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from fifa.errors import FifaError
 from fifa.models import runtime
-from fifa.models.runtime import Parts, Runtime, even_batch, largest_batch, make_runtime
+from fifa.models.runtime import (
+    Parts,
+    Runtime,
+    even_batch,
+    even_batches,
+    largest_batch,
+    make_runtime,
+)
 
 GB = 10**9
 
@@ -32,6 +39,7 @@ class Card:
     def use(self, monkeypatch):
         cuda = torch.cuda
         fakes = {
+            "current_device": lambda: 0,
             "mem_get_info": lambda device: (self.total - self.held, self.total),
             "memory_reserved": lambda device: self.held,
             "memory_allocated": lambda device: self.held,
@@ -57,8 +65,20 @@ class Card:
 )
 def test_the_largest_batch_that_fits_is_found_by_trying(monkeypatch, card, most, expected):
     device = card.use(monkeypatch)
-    assert largest_batch(card.attempt, most, device) == expected
-    assert len(card.tried) <= 8
+    assert largest_batch(card.attempt, range(1, most + 1), device) == expected
+    assert len(card.tried) <= 4
+
+
+def test_what_takes_more_than_its_beginning_says_is_found_all_the_same(monkeypatch):
+    card = Card(24 * GB, GB, GB)
+    device = card.use(monkeypatch)
+
+    def attempt(size):
+        card.row = GB if size < 8 else 2 * GB  # another algorithm from 8 on
+        card.attempt(size)
+
+    assert largest_batch(attempt, range(1, 65), device) == 8  # 9 seem too many from there
+    assert len(card.tried) <= 6
 
 
 def test_a_batch_that_cannot_be_tried_for_another_reason_says_so(monkeypatch):
@@ -68,7 +88,7 @@ def test_a_batch_that_cannot_be_tried_for_another_reason_says_so(monkeypatch):
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        largest_batch(attempt, 4, device)
+        largest_batch(attempt, [1, 2, 4], device)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
@@ -78,6 +98,11 @@ def test_even_parts_are_as_few_as_possible_and_nearly_equal(whole, largest):
     assert size <= largest
     assert parts == -(-whole // largest)
     assert whole - (parts - 1) * size > 0  # none is empty
+
+
+def test_only_even_batches_are_of_use():
+    assert even_batches(32) == [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 32]
+    assert even_batches(1) == [1]
 
 
 def test_parts_become_smaller_once_memory_has_run_out(capsys):

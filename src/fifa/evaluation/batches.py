@@ -69,7 +69,7 @@ def find_batch(pipe: Any, settings: Settings, prompt: str) -> int:
         raise no_room() from error
     device = require("torch").device(pipe.device)
     most = min(MOST, max(1, USEFUL // pixels))
-    return max(1, largest_batch(attempt, most, device))
+    return max(1, largest_batch(attempt, range(1, most + 1), device))
 
 
 def no_room() -> FifaError:

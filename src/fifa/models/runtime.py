@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -271,19 +271,19 @@ class Parts:
 
 
 def largest_batch(
-    attempt: Callable[[int], object], most: int, device: Any, *, reserved: int = 0
+    attempt: Callable[[int], object], sizes: Sequence[int], device: Any, *, reserved: int = 0
 ) -> int:
-    """The largest batch, up to ``most``, that fits into `SHARE` of the device's free memory.
+    """The largest batch that fits into `SHARE` of the device's free memory; 0 where none does.
 
-    Found by trying: 1, 2, 4, ... as long as the next is expected to fit, as two sizes tell what a
-    row takes; then the largest that should fit is tried itself. 0 where not even 1 fits.
+    Found by trying. The two smallest tell what a row takes, and the largest that should fit then
+    is tried itself, as every try costs a second or more.
 
     Parameters
     ----------
     attempt
         Computes with a batch of that size, and keeps nothing of it.
-    most
-        The largest that is of use.
+    sizes
+        Those that are of use, ascending.
     device
         A CUDA device.
     reserved
@@ -308,20 +308,30 @@ def largest_batch(
         release_memory()
         return float(cuda.max_memory_allocated(device) - held) if fits else float("inf")
 
-    size, bytes_of = 1, taken(1)
-    if bytes_of > budget:
-        return 0
-    a_row = bytes_of  # at most: some of it does not grow with the batch
-    while size < most:
-        wanted = min(most, 2 * size, size + int((budget - bytes_of) // a_row))
-        if wanted <= size:
-            break
-        larger = taken(wanted)
-        if larger > budget:
-            break
-        a_row = max(1.0, (larger - bytes_of) / (wanted - size))
-        size, bytes_of = wanted, larger
-    return size
+    known = {0: 0.0}  # bytes of the sizes that fit
+    left, failed = list(sizes), False
+    while left:
+        size, bytes_of = max(known.items())
+        wanted = left[0]
+        if len(known) > 2:
+            before = max(n for n in known if n < size)
+            a_row = max(1.0, (bytes_of - known[before]) / (size - before))
+            expected = [n for n in left if bytes_of + (n - size) * a_row <= budget]
+            if not expected:
+                break
+            wanted = expected[len(expected) // 2 if failed else -1]
+        found = taken(wanted)
+        if found <= budget:
+            known[wanted] = found
+            left = [n for n in left if n > wanted]
+        else:
+            left, failed = [n for n in left if n < wanted], True
+    return max(known)
+
+
+def even_batches(whole: int) -> list[int]:
+    """The sizes of all `even_batch` of ``whole``, ascending."""
+    return sorted({even_batch(whole, n) for n in range(1, whole + 1)})
 
 
 def even_batch(whole: int, largest: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.models.runtime import even_batch, largest_batch, release_memory
+from fifa.models.runtime import even_batch, even_batches, largest_batch, release_memory
 from fifa.shards.files import digest, read_json, write_json
 from fifa.training.batches import LATENTS, Batch, Source
 from fifa.training.checkpoint import TrainState
@@ -122,11 +122,12 @@ def _tried(
     size = 0
     for twice in map(bool, tries):
         state.checkpoint_gradients(twice)
-        size = largest_batch(attempt, train.micro_batch or share, device, reserved=to_come)
+        sizes = [train.micro_batch] if train.micro_batch else even_batches(share)
+        size = largest_batch(attempt, sizes, device, reserved=to_come)
         # all processes take what the smallest of them bears
-        sizes: Any = accelerator.gather(torch.tensor([size], device=device))
-        size = int(sizes.min())
-        if size >= (train.micro_batch or 1):
+        of_all: Any = accelerator.gather(torch.tensor([size], device=device))
+        size = int(of_all.min())
+        if size:
             break
     optimizer.zero_grad()
     release_memory()
@@ -137,4 +138,4 @@ def _tried(
             do="a smaller --resolution, --method lora, --optimizer adafactor, --draws 8 (no frozen "
             "copy), or a device with more memory",
         )
-    return Fit(train.micro_batch or even_batch(share, size), twice)
+    return Fit(size, twice)
