@@ -93,7 +93,8 @@ def peer(model: Any, tokenizer: Any, prompts: list[str]) -> None:
     for prompt in prompts:
         for quality in QUALITIES:
             question = f"Prompt: {prompt}\n\nRate its {quality}. Answer with one digit."
-            ids = torch.tensor([tokenizer.encode(CHAT.format(rubric, question)).ids])
+            text = tokenizer.encode(CHAT.format(rubric, question)).ids
+            ids = torch.tensor([text], device=model.device)
             with torch.inference_mode():
                 model.generate(
                     ids,
@@ -113,13 +114,13 @@ def limit_batches(reader: Any, prompts: list[str]) -> list[Any]:
     return [reader._tree([ids[row] for row in batch])[0] for batch in batches]
 
 
-def local(count: int, peers: int, rounds: int) -> list[tuple[str, float]]:
+def local(count: int, peers: int, rounds: int, device: str | None) -> list[tuple[str, float]]:
     """Seconds a prompt: ours, the peer, the limit; and seconds to load."""
     import torch
 
     prompts = made_prompts(count)
     started = time.perf_counter()
-    reader = load_reader(smollm_path(), *precision())
+    reader = load_reader(smollm_path(), *precision(device))
     load = time.perf_counter() - started
     batches = limit_batches(reader, prompts)
     times: dict[str, list[float]] = {"ours": [], "peer": [], "limit": []}
@@ -129,6 +130,8 @@ def local(count: int, peers: int, rounds: int) -> list[tuple[str, float]]:
         with torch.inference_mode():
             for batch in batches:
                 reader.model.base_model(batch, use_cache=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     for _ in range(rounds):
         for name, run, size in (
@@ -185,13 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--peer-prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--peak-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak_only:
         load_reader(smollm_path(), *precision()).read(made_prompts(options.prompts))
         print(peak_mb())
         return
-    seconds = dict(local(options.prompts, options.peer_prompts, options.rounds))
+    given = (options.prompts, options.peer_prompts, options.rounds, options.device)
+    seconds = dict(local(*given))
     together, one_by_one = endpoint(100, options.rounds)
     report(
         "rate",
@@ -205,7 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ("limit: bare forward, ready batches", "limit"),
                 )
             ),
-            (f"(loading, {precision()[1]})", f"{1000 * seconds['load']:.0f} once", ""),
+            (
+                f"(loading, {precision(options.device)[1]})",
+                f"{1000 * seconds['load']:.0f} once",
+                "",
+            ),
             ("endpoint, 50 ms an answer", "", ""),
             ("ours: 16 in flight", f"{10 * together:.1f}", "1.00 x"),
             ("peer: one after another", f"{10 * one_by_one:.1f}", f"{one_by_one / together:.2f} x"),

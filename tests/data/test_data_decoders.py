@@ -205,5 +205,5 @@ def test_few_cores_decode_in_threads_and_many_in_processes(monkeypatch):
         assert choose_decoders(SMALL).apart is apart
         assert not choose_decoders(SMALL, apart=False).apart
         assert not choose_decoders(partial(prepared, Model().preprocess)).apart
-    assert choose_decoders(SMALL)._threads._max_workers == 16 - module.SPARED
-    assert choose_decoders(SMALL, 5)._threads._max_workers == 5
+    assert choose_decoders(SMALL).workers == 16 - module.SPARED
+    assert choose_decoders(SMALL, 5).workers == 5

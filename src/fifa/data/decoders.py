@@ -77,8 +77,9 @@ class Decoders(Generic[R]):
     ) -> None:
         self.apart = apart
         self._function, self._least = function, least
-        n = workers or (min(MOST, max(1, cores() - SPARED)) if apart else cores())
-        self._threads = threads or ThreadPoolExecutor(n)
+        most = min(MOST, max(1, cores() - SPARED)) if apart else cores()
+        self.workers = workers or most
+        self._threads = threads or ThreadPoolExecutor(self.workers)
         self._own = threading.local()
         self._processes: set[_Process] = set()
         self._end = weakref.finalize(self, _end_all, self._processes)

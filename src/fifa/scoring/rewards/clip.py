@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -104,6 +105,9 @@ class ImageTower:
             )
         self.side = int((config.get("vision_config") or config).get("image_size", 224))
         self.preprocess: Preprocess = partial(PREPROCESSING[preprocessing], size=self.side)
+        # on CUDA half precision is the weights' too: autocast would read and write twice as much
+        cuda = runtime.device.partition(":")[0] == "cuda"
+        self._weights = runtime.dtype if cuda else "float32"
         self.description = f"{preprocessing} {self.side}, mean {MEAN}, std {STD}"
         _check_processor(folder, self.side)
 
@@ -115,7 +119,8 @@ class ImageTower:
     def embed(self, pixels: Tensor) -> Tensor:
         """L2-normalised embeddings, float32 ``[b, d]``, of preprocessed images."""
         torch = require("torch")
-        with torch.inference_mode(), self.runtime.autocast():
+        autocast = self.runtime.autocast() if self._weights == "float32" else nullcontext()
+        with torch.inference_mode(), autocast:
             out = self._model(pixel_values=standardise(self.runtime.pixels(pixels)))
             embeddings: Tensor = out.image_embeds.float()
             # x / |x|
@@ -125,7 +130,8 @@ class ImageTower:
     @cached_property
     def _model(self) -> Any:
         transformers = require("transformers")
-        model = load_model(transformers.CLIPVisionModelWithProjection, self.folder)
+        tower = transformers.CLIPVisionModelWithProjection
+        model = load_model(tower, self.folder, self._weights)
         return self.runtime.place(model)
 
 

@@ -35,7 +35,7 @@ def convert_crop(image: Image.Image, size: int) -> Pixels:
     Transformers 4, with which these models were published, dropped transparency; transformers
     5 puts white behind it. This is the former.
     """
-    resized, left, top = _shortest_side(image.convert("RGB"), size, lambda space: space // 2)
+    resized, left, top = _shortest_side(_rgb(image), size, lambda space: space // 2)
     return _uint8(resized.crop((left, top, left + size, top + size)))
 
 
@@ -51,7 +51,7 @@ def crop_convert(image: Image.Image, size: int) -> Pixels:
 
 def square(image: Image.Image, size: int) -> Pixels:
     """RGB, the whole picture squeezed to ``size`` x ``size``, uint8."""
-    squeezed = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    squeezed = _rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     return _uint8(squeezed)
 
 
@@ -79,7 +79,7 @@ def pad(image: Image.Image, size: int) -> Pixels:
         float32 ``[3, size, size]``, about 0 to 1: bicubic overshoots a little.
     """
     torch = require("torch")
-    pixels = torch.from_numpy(_uint8(image.convert("RGB"))).float().div(255)
+    pixels = torch.from_numpy(_uint8(_rgb(image))).float().div(255)
     height, width = pixels.shape[1:]
     scale = size / float(max(height, width))
     if scale != 1.0:
@@ -100,7 +100,7 @@ def fit_area(image: Image.Image, *, area: int, factor: int) -> Pixels:
 
     Returns uint8 ``[3, h, w]``; raises `BadImage` for an image longer than 200 times its width.
     """
-    rgb = image.convert("RGB")
+    rgb = _rgb(image)
     width, height = rgb.size
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise BadImage(f"one side is more than {MAX_ASPECT} times the other")
@@ -160,6 +160,11 @@ def _shortest_side(
         (top + size) * height / h,
     )
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box), 0, 0
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: itself where it is, for Pillow would copy it."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _uint8(image: Image.Image) -> npt.NDArray[np.uint8]:
