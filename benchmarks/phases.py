@@ -20,7 +20,7 @@ from typing import Any
 
 # The functions below `fifa.training` and the phase that each is; one inside another is apart.
 PHASES = {
-    "job:load_backbone": "loading",
+    "backbones.parts:ModelFolder.model": "loading",
     "job:encode": "encoding",
     "job:precompute": "reference",
     "loop:find_fit": "search",
