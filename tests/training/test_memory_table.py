@@ -1,4 +1,4 @@
-"""The table of what fits which card: made from the families' rows, and on the page as it is made."""
+"""What fits which card: a table made from the families' rows, and on the page as it is made."""
 
 import torch
 
