@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DConditionModel
 from PIL import Image
+
+from fifa.models.families import FAMILIES
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -52,6 +56,14 @@ def test_without_cuda_a_part_says_so_and_runs_tiny(part, world, capsys, monkeypa
     assert found["name"] == f"gpu-{part.strip('-')}"
     for name in PARTS[part]:
         assert found[name] == found[name], name  # a side that failed would be NaN
+
+
+@pytest.mark.parametrize(("size", "family"), [(made.SD, "sd"), (made.SDXL, "sdxl")])
+def test_a_model_has_the_numbers_of_the_published_one(size, family):
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(**size["unet"])
+    numbers = {one.name: one.activations.numbers for one in FAMILIES}
+    assert sum(p.numel() for p in denoiser.parameters()) == numbers[family]
 
 
 def test_a_side_that_fails_ends_no_part(tmp_path, capsys):
