@@ -182,9 +182,13 @@ def test_where_memory_runs_out_fewer_go_together_and_the_bytes_are_the_same(
         encode(pairs, backbone, tmp_path / "none", resolution=64)
 
 
-def test_on_cuda_batches_are_of_about_as_many_pixels_and_tokens(model, tmp_path):
+def test_on_cuda_batches_are_of_about_as_many_pixels_and_tokens(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "free_bytes", lambda device: 80 * 10**9)
     there = load_backbone(model, device="cuda")
-    assert [images_at_once(there, side) for side in (256, 512, 1024, 4096)] == [32, 8, 2, 1]
+    assert [images_at_once(there, side) for side in (256, 512, 1024, 4096)] == [64, 16, 4, 1]
+    # 3.2 GB an image of 1,024 pixels in float32
+    monkeypatch.setattr(encoding, "free_bytes", lambda device: 12 * 10**9)
+    assert [images_at_once(there, side) for side in (512, 1024, 2048)] == [11, 2, 1]
     assert prompts_at_once(there) == 8192 // 16
     flux = load_backbone(write_model(tmp_path, "flux-dev"), device="cuda")
     assert prompts_at_once(flux) == 8192 // 512

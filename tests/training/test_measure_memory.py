@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 def test_two_points_make_a_line_and_what_did_not_fit_is_none():
     assert line([(1, 999), (4, 5000), (8, 9000)]) == (1000, 1000)
     assert line([(1, 999), (4, 5000), (8, None)]) == (0, 1334)
-    assert line([(4, 5000), (8, None)]) is None
+    assert line([(4, 5000), (8, None)]) == (0, 1250)
+    assert line([(4, None), (8, None)]) is None
 
 
 def test_what_is_kept_for_the_backward_pass_is_counted():

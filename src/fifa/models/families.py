@@ -36,7 +36,7 @@ class Distilled:
 class Activations:
     """What computing takes beside weights: bytes in a 16-bit type; float32 takes twice as much.
 
-    Of the model as published and of a LoRA, found by ``scripts/measure_memory.py`` on CUDA.
+    Of the model as published and of a LoRA, found by ``scripts/measure_memory.py`` on an H100.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ class Family:
 
 
 # Of the VAE's activations a pixel: one encoder's architecture is in all of these.
-VAE = 1_800
+VAE = 1_542
 ONE_ENCODER = ("text_encoder", "tokenizer")
 TWO_ENCODERS = (*ONE_ENCODER, "text_encoder_2", "tokenizer_2")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -154,13 +154,13 @@ FAMILIES = (
         guidance=7.5,
         half="float16",
         half_vae=True,
-        activations=Activations(  # estimated, not measured yet
+        activations=Activations(
             numbers=859_520_964,
-            fixed=0,
-            pair=570_000,
-            pair_checkpointed=115_000,
+            fixed=20_116_480,
+            pair=567_616,
+            pair_checkpointed=132_684,
             vae=VAE,
-            prompt=5_000_000,
+            prompt=3_095_168,
         ),
     ),
     Family(
@@ -176,13 +176,13 @@ FAMILIES = (
         steps=50,
         guidance=5.0,
         half="float16",
-        activations=Activations(  # estimated, not measured yet
+        activations=Activations(
             numbers=2_567_463_684,
-            fixed=400_000_000,
-            pair=940_000,
-            pair_checkpointed=120_000,
+            fixed=7_648_768,
+            pair=949_272,
+            pair_checkpointed=88_010,
             vae=VAE,
-            prompt=12_000_000,
+            prompt=8_005_248,
         ),
     ),
     Family(
@@ -200,13 +200,13 @@ FAMILIES = (
         guidance=7.0,
         half="bfloat16",
         half_vae=True,
-        activations=Activations(  # estimated, not measured yet
+        activations=Activations(
             numbers=2_028_328_000,
-            fixed=400_000_000,
-            pair=800_000,
-            pair_checkpointed=100_000,
+            fixed=31_488_512,
+            pair=653_595,
+            pair_checkpointed=83_356,
             vae=VAE,
-            prompt=90_000_000,
+            prompt=113_264_640,
         ),
     ),
     Family(
@@ -229,13 +229,13 @@ FAMILIES = (
         guidance=3.5,
         half="bfloat16",
         half_vae=True,
-        activations=Activations(  # estimated, not measured yet
+        activations=Activations(
             numbers=11_901_408_320,
-            fixed=400_000_000,
-            pair=5_000_000,
-            pair_checkpointed=500_000,
+            fixed=6_120_448,
+            pair=3_540_728,
+            pair_checkpointed=298_021,
             vae=VAE,
-            prompt=180_000_000,
+            prompt=302_026_752,
         ),
         distilled=Distilled("FLUX schnell", lacks="guidance_embeds", steps=4),
     ),

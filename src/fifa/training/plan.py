@@ -12,7 +12,7 @@ from fifa.models.families import Activations
 from fifa.models.runtime import SHARE, even_batch
 from fifa.training.backbones import Backbone
 from fifa.training.backbones.parts import shapes_in
-from fifa.training.cache import images_at_once, prompts_at_once
+from fifa.training.cache import image_bytes, images_at_once, prompts_at_once
 from fifa.training.losses import LOSSES
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
@@ -142,7 +142,7 @@ def memory_of(train: Train, backbone: Backbone, resolution: int, compute: str) -
     latents = (resolution // backbone.vae.factor) ** 2
     text, vae = folder.encoding.itemsize, backbone.vae.dtype.itemsize
     prompts = prompts_at_once(backbone) * known.prompt * text // HALF
-    images = images_at_once(backbone, resolution) * resolution**2 * known.vae * vae // HALF
+    images = images_at_once(backbone, resolution) * image_bytes(backbone, resolution)
     return Memory(
         weights,
         training=trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average),
