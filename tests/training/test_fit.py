@@ -7,6 +7,7 @@ import pytest
 import torch
 from trainings import assemble, fresh_process, furthest, quick, weights_of
 
+import fifa.training.batches as batches_module
 import fifa.training.fit as fit_module
 from fifa.config import changed
 from fifa.errors import FifaError
@@ -40,7 +41,7 @@ def pretend(loop, monkeypatch, fits):
     monkeypatch.setattr(fit_module, "largest_batch", largest)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(fit_module.Batch, "on", lambda self, device: self)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(batches_module, "pinned", lambda tensor, device: tensor)
     monkeypatch.setattr(torch, "tensor", lambda values, **where: torch.as_tensor(values))
     object.__setattr__(loop.source, "device", Device("cpu"))
     return tried

@@ -10,6 +10,7 @@ from trainings import LORA, assemble, furthest, quick, weights_of
 
 import fifa.training.job as job_module
 from fifa.errors import FifaError
+from fifa.training.backbones.parts import ModelFolder
 from fifa.training.checkpoint import Average
 from fifa.training.job import plan_training, run_training
 from fifa.training.loop import learning_rate
@@ -90,7 +91,7 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(world, tmp_path):
 
 def test_too_little_memory_is_told_before_anything_is_loaded(world, tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(job_module, "load_backbone", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(ModelFolder, "model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(FifaError, match="too little memory"):
         run_training(quick(world), tmp_path / "out")
 

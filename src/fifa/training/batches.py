@@ -32,7 +32,7 @@ from fifa.config import Train
 from fifa.console import note, progress
 from fifa.data.prefetch import Prefetch
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
-from fifa.models.runtime import Parts
+from fifa.models.runtime import Parts, pinned
 from fifa.shards.files import digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
@@ -282,7 +282,7 @@ class Source:
         """
         with torch.autocast("cpu", enabled=False):
             batch = self._batch(items)
-        return batch.each(Tensor.pin_memory) if self.device.type == "cuda" else batch
+        return batch.each(lambda tensor: pinned(tensor, self.device))
 
     def _batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
@@ -376,9 +376,7 @@ def table(scalars: Scalars, device: Any) -> Reference:
 
     def reference(batch: Batch) -> tuple[Tensor, None]:
         pair, draw = zip(*batch.items, strict=True)
-        found = known[list(pair), list(draw)]
-        found = found.pin_memory() if device.type == "cuda" else found
-        return found.to(device, non_blocking=True), None
+        return pinned(known[list(pair), list(draw)], device).to(device, non_blocking=True), None
 
     return reference
 

@@ -29,7 +29,7 @@ from fifa.data.images import look, read
 from fifa.data.prefetch import Prefetch, batched, decode_images
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import DTYPES, SHARE, Parts, free_bytes
+from fifa.models.runtime import DTYPES, SHARE, Parts, free_bytes, pinned
 from fifa.shards.files import atomic_path, digest, write_table
 from fifa.shards.pool import cores
 from fifa.training.backbones.base import Backbone, Tensors
@@ -404,7 +404,7 @@ class Encoder:
                 bad: dict[int, str] = {}
                 for _, pixels in batched(cuts, lambda *_: self.batch, bad):
                     batch = torch.from_numpy(pixels)
-                    yield batch.pin_memory() if device.type == "cuda" else batch
+                    yield pinned(batch, device)
                 for row, reason in bad.items():
                     raise self.pairs.unreadable(row, reason, len(bad))
 

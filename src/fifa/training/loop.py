@@ -28,7 +28,7 @@ from fifa.console import echo
 from fifa.console import progress as progress_bar
 from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
-from fifa.models.runtime import out_of_memory, peak_bytes, release_memory
+from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
 from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
 from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
@@ -40,6 +40,8 @@ AHEAD = 2  # micro-batches that wait for the device
 
 # A micro-batch, whether it counts, and whether it is the last of its step.
 Item = tuple[Batch, bool, bool]
+# Waits for numbers that are on their way to the host.
+Read = Callable[[], list[float]]
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
@@ -190,10 +192,10 @@ class Loop:
         if hasattr(norm, "full_tensor"):  # of shards: each process knows its own part
             norm = norm.full_tensor()
         numbers = torch.cat([total, norm.detach().float().reshape(1)])
-        read = read_later(numbers)
+        read = read_back(numbers)
         if numbers.device.type != "cuda":  # nothing to wait for: before it reaches the weights
-            *totals, known = read()
-            self._must_be_finite(step, totals[0], known)
+            loss, *_, known = read().tolist()
+            self._must_be_finite(step, loss, known)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -201,7 +203,7 @@ class Loop:
         optimizer.zero_grad()
         if state.average is not None and not skipped:
             state.average.update(step + 1)
-        return lambda: [*read(), float(skipped)]
+        return lambda: [*read().tolist(), float(skipped)]
 
     def gradients(self, step: int, feed: Feed) -> Tensor:
         """Add a step's gradients up; what `sums` adds up on this process, not yet on the host."""
@@ -330,24 +332,3 @@ class Feed:
             parts = self._loop.parts(step, size)
             for number, (part, counts) in enumerate(parts, 1):
                 yield self._loop.source.batch(part), counts, number == len(parts)
-
-
-# Waits for numbers that are on their way to the host.
-Read = Callable[[], list[float]]
-
-
-def read_later(numbers: Tensor) -> Read:
-    """Send numbers ``[n]`` to the host; what is returned waits for them, and for nothing later."""
-    if numbers.device.type != "cuda":
-        return numbers.tolist
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    host.copy_(numbers, non_blocking=True)
-    there: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    there.record()
-
-    def read() -> list[float]:
-        there.synchronize()
-        found: list[float] = host.tolist()
-        return found
-
-    return read
