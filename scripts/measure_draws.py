@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fifa.training.checkpoint import LORA_FILE
 from fifa.training.losses import LOSSES, logits
 from fifa.training.pairs import read_training_pairs
 
+WHERE = ("trained on", "held out")  # pairs to look at
 KNOBS = Train(
     model=str(SD),
     resolution=32,
@@ -94,27 +96,27 @@ class Eye:
 
 
 def measure(
-    pairs: int, epochs: int, seeds: int, pools: list[int]
+    pairs: int, epochs: int, seeds: int, pools: list[int], where: Sequence[str] = WHERE
 ) -> tuple[dict[tuple[int, str], np.ndarray], list[int]]:
     """Loss and implicit accuracy, ``[seeds, marks, 2]``, by (pool, pairs); and the steps."""
     steps = epochs * pairs // KNOBS.batch
     every = max(1, steps // 8)
     marks = list(range(every, steps + 1, every))
     curves: dict[tuple[int, str], np.ndarray] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        seen, held = write_pairs(folder, pairs)
-        eyes = {"trained on": Eye(seen, folder), "held out": Eye(held, folder)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = dict(zip(WHERE, write_pairs(folder, pairs), strict=True))
+        eyes = {name: Eye(files[name], folder) for name in where}
         for draws in pools:
-            found: dict[str, list[list[tuple[float, float]]]] = {where: [] for where in eyes}
+            found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in eyes}
             for seed in range(seeds):
                 out = folder / f"draws-{draws}-{seed}"
                 knobs = {"draws": draws, "seed": seed, "steps": steps, "checkpoint_every": every}
-                train(seen, SD, out, KNOBS, **knobs)
-                for where, eye in eyes.items():
+                train(files["trained on"], SD, out, KNOBS, **knobs)
+                for name, eye in eyes.items():
                     at = [out / "checkpoints" / f"step-{mark:06d}" for mark in marks]
-                    found[where].append([eye.look(path) for path in at])
-            curves |= {(draws, where): np.array(rows) for where, rows in found.items()}
+                    found[name].append([eye.look(path) for path in at])
+            curves |= {(draws, name): np.array(rows) for name, rows in found.items()}
     return curves, marks
 
 
@@ -128,7 +130,7 @@ def main() -> None:
     given = parser.parse_args()
     curves, marks = measure(given.pairs, given.epochs, given.seeds, given.draws)
     names = {draws: f"pool of {draws}" if draws else "online" for draws in given.draws}
-    for where in ("trained on", "held out"):
+    for where in WHERE:
         print(f"\nloss on unseen draws of the pairs {where}, mean (deviation) of seeds")
         print("step".rjust(6), *(names[d].rjust(18) for d in given.draws))
         for i, mark in enumerate(marks):
@@ -148,7 +150,7 @@ def draw(curves: dict, names: dict, marks: list[int], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, where in zip(axes, ("trained on", "held out"), strict=True):
+    for axis, where in zip(axes, WHERE, strict=True):
         for draws, name in names.items():
             rows = curves[draws, where][:, :, 0]
             low, high = rows.min(0), rows.max(0)

@@ -152,8 +152,11 @@ def test_bytes_are_counted_over_what_was_read_of_a_long_prompt(default: DefaultR
     assert reading.units[0] < len(prompt.encode())
 
 
-def test_the_vocabulary_is_read_as_transformers_reads_it(default: DefaultRater) -> None:
+def test_the_vocabulary_is_read_as_transformers_reads_it(
+    default: DefaultRater, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = smollm_path()
+    monkeypatch.setattr(gguf, "GGUFReader", logits._plain(gguf.GGUFReader))  # seconds less
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in ("A cat, 35mm f1.8 -- it's 2023!\n\n  ok", "日本の城 naïve 🙂", "\t x  y\u00a0z"):
         expected = theirs(text, add_special_tokens=False)["input_ids"]

@@ -169,7 +169,7 @@ def test_the_precomputed_reference_is_the_online_one(world, tmp_path):
 def test_training_on_a_pool_follows_the_online_curve():
     from measure_draws import measure
 
-    curves, _ = measure(16, 8, 1, [0, 4])
+    curves, _ = measure(16, 8, 1, [0, 4], where=["trained on"])
     online, pool = (curves[draws, "trained on"][0, :, 0] for draws in (0, 4))
     gained = math.log(2) - online
     assert gained[-1] > 0.05
