@@ -398,7 +398,7 @@ class Train(Knobs):
         not given, what accelerate is configured for, else ``bfloat16`` on a CUDA device that has
         it and ``float32`` elsewhere.
     compile
-        Compile the denoiser with ``torch.compile``.
+        Compile the blocks that the denoiser repeats (``torch.compile``).
     channels_last
         Use the channels-last memory format for convolutions.
     gradient_checkpointing
