@@ -107,7 +107,9 @@ def test_activations_follow_the_familys_row(tmp_path, monkeypatch):
     smaller = replace(row, numbers=numbers // 8)
     object.__setattr__(backbone, "family", replace(backbone.family, activations=smaller))
     assert memory_of(train, backbone, 64, "bfloat16").pair == pytest.approx(4 * half.pair, rel=0.01)
-    full = memory_of(replace(train, method="full"), backbone, 64, "bfloat16")
+    train = replace(train, method="full")
+    full = memory_of(train, backbone, 64, "bfloat16")
+    assert memory_of(train, backbone, 64, "bfloat16", shards=4).training == full.training // 4
     assert full.fixed == pytest.approx(4000 + 2 * numbers, rel=0.01)
 
 

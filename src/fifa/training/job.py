@@ -210,14 +210,15 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     check_pairs(train, pairs, accelerator.num_processes)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
     # sharding wants weights of one type; otherwise what is frozen may be halved
-    halved = train.method == "lora" and not str(accelerator.distributed_type).endswith("FSDP")
-    weights = dtype if halved else "float32"
+    sharded = str(accelerator.distributed_type).endswith("FSDP")
+    weights = dtype if train.method == "lora" and not sharded else "float32"
     device = accelerator.device
     backbone = load_backbone(train.model, device=device, dtype=weights, compute=dtype)
     # what the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX
     side = backbone.settings.get("sample_size")
     native = side * backbone.vae.factor if isinstance(side, int) else 1024
     resolution = train.resolution or native
+    shards = accelerator.num_processes if sharded else 1
     plan = Plan(
         train,
         pairs=len(pairs),
@@ -226,7 +227,7 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
         resolution=resolution,
         dtype=dtype,
         cache=cache_bytes(pairs, backbone, resolution, train.cache_dtype) * (1 + train.flips),
-        memory=memory_of(train, backbone, resolution, dtype),
+        memory=memory_of(train, backbone, resolution, dtype, shards),
         device=device,
         free=free_bytes(device),
     )

@@ -100,7 +100,9 @@ class Memory:
         return (even_batch(share, pairs) if pairs else 0), checkpointed
 
 
-def memory_of(train: Train, backbone: Backbone, resolution: int, compute: str) -> Memory:
+def memory_of(
+    train: Train, backbone: Backbone, resolution: int, compute: str, shards: int = 1
+) -> Memory:
     """The memory that training the model takes; no network is loaded.
 
     An adapter on a layer ``[out, in, ...]`` has ``[rank, in, ...]`` and ``[out, rank]``.
@@ -115,6 +117,8 @@ def memory_of(train: Train, backbone: Backbone, resolution: int, compute: str) -
         Pixels a side of an image.
     compute
         What the denoiser computes in.
+    shards
+        Devices that share gradients and optimiser (FSDP); each has loaded all weights before.
     """
     folder, family = backbone.origin, backbone.family
     shapes = {part: shapes_in(folder.path / part) for part in folder.parts}
@@ -145,7 +149,7 @@ def memory_of(train: Train, backbone: Backbone, resolution: int, compute: str) -
     images = images_at_once(backbone, resolution) * image_bytes(backbone, resolution)
     return Memory(
         weights,
-        training=trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average),
+        training=trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average) // shards,
         fixed=int(known.fixed * scale) + casts,
         pair=int(known.pair * scale) * latents,
         pair_checkpointed=int(known.pair_checkpointed * scale) * latents,

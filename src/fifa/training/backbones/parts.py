@@ -278,9 +278,13 @@ def t5_text(folder: ModelFolder, number: str, length: int) -> TextEncoder:
 
 def clip_sizes(folder: ModelFolder, number: str = "") -> tuple[int, int, int]:
     """Tokens of a prompt, width and projected width of CLIP's encoder, which is not loaded."""
-    tokenizer = folder.read(f"tokenizer{number}", transformers("CLIPTokenizer"))
+    tokenizer = f"tokenizer{number}"
+    known = read_json(folder.path / tokenizer / "tokenizer_config.json", tokenizer, missing={})
+    length = known.get("model_max_length")
+    if length is None:  # a tokenizer of CLIP's 49,408 words takes its time
+        length = folder.read(tokenizer, transformers("CLIPTokenizer")).model_max_length
     config = folder.read(f"text_encoder{number}", transformers("CLIPTextConfig"))
-    return tokenizer.model_max_length, config.hidden_size, config.projection_dim
+    return length, config.hidden_size, config.projection_dim
 
 
 def t5_width(folder: ModelFolder, number: str) -> int:
