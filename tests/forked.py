@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from functools import cache
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def _run(function, arguments, said, environment):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     function(*arguments)
+
+
+def without_fifa():
+    """The package as a new process imports it: nothing in it is loaded yet."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fifa"]:
+        del sys.modules[name]
+    return import_module("fifa")
 
 
 def finish(process, code=0):

@@ -1,10 +1,11 @@
 """Every knob stands once: its default, its help text, its option."""
 
 import ast
-import subprocess
-import sys
+import inspect
 from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import click
 import pytest
@@ -16,6 +17,7 @@ from fifa.cli import cli
 from fifa.cli.options import KnobCommand, chosen, parameters
 from fifa.config import Evaluate, Knobs, Read, Recipe, Reward, Score, Select, Train, changed
 from fifa.errors import FifaError
+from forked import finish, start, without_fifa
 
 SOURCE = Path(fifa.__file__).parent
 CLASSES = [one for one in vars(config).values() if isinstance(one, type) and one is not Knobs]
@@ -151,15 +153,20 @@ def test_a_mistake_names_the_knob_and_what_was_given():
     assert "'kto' is not one of 'sigmoid'" in done.output
 
 
-@pytest.mark.parametrize("order", ["", "reversed"])
+def load_all(order):
+    fifa = without_fifa()
+    names = order(one.name for one in iter_modules(fifa.__path__) if one.name != "__main__")
+    for name in names:
+        import_module(f"fifa.{name}")
+    for name in fifa.__all__:
+        assert not inspect.ismodule(getattr(fifa, name)), name
+    assert not set(names) & set(fifa.__all__)
+
+
+def backwards(names):
+    return sorted(names, reverse=True)
+
+
+@pytest.mark.parametrize("order", [sorted, backwards])
 def test_no_module_hides_a_public_name(order):
-    code = f"""
-import importlib, inspect, pkgutil, fifa
-names = sorted(one.name for one in pkgutil.iter_modules(fifa.__path__) if one.name != "__main__")
-for name in {order}(names):
-    importlib.import_module("fifa." + name)
-for name in fifa.__all__:
-    assert not inspect.ismodule(getattr(fifa, name)), name
-assert not set(names) & set(fifa.__all__)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    finish(start(load_all, order))

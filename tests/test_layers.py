@@ -1,12 +1,13 @@
 """Who may import whom: packages in one order, no circle among modules, functions not hidden."""
 
 import ast
-import subprocess
-import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from forked import finish, start, without_fifa
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -83,15 +84,16 @@ def test_no_modules_import_each_other_in_a_circle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def load_all(modules):
+    fifa = without_fifa()
+    names = {name: getattr(fifa, name) for name in fifa.__all__}
+    for module in modules:
+        import_module(module)
+    hidden = [name for name, value in names.items() if getattr(fifa, name) is not value]
+    assert not hidden, hidden
+    assert not set(fifa.__all__) & {module.split(".")[1] for module in modules}
+
+
 def test_no_module_hides_a_public_function():
-    code = (
-        "import importlib, sys, fifa\n"
-        "names = {name: getattr(fifa, name) for name in fifa.__all__}\n"
-        "for module in sys.argv[1:]:\n"
-        "    importlib.import_module(module)\n"
-        "hidden = [name for name, value in names.items() if getattr(fifa, name) is not value]\n"
-        "assert not hidden, hidden\n"
-        "assert not set(fifa.__all__) & {module.split('.')[1] for module in sys.argv[1:]}\n"
-    )
     inner = [name for name in MODULES if "." in name and name != "fifa.__main__"]
-    subprocess.run([sys.executable, "-c", code, *inner], check=True)
+    finish(start(load_all, inner))
