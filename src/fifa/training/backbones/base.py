@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from fifa.models.hub import model_digest
 from fifa.models.runtime import Runtime, release_memory, tf32
 from fifa.training.backbones.parts import ModelFolder, TextEncoder, diffusers
 
+T = TypeVar("T")
 Tensors = dict[str, Tensor]
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
@@ -124,6 +127,20 @@ class Flow:
     def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """``noise - latents``."""
         return noise - latents
+
+
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """What the function returns, made in a thread that does not keep the process from ending."""
+    made: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(function())
+        except BaseException as error:
+            made.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return made
 
 
 class Vae:
@@ -270,6 +287,12 @@ class Backbone:
         self.folder: Path = folder.path
         self.device: torch.device = folder.device
         self.origin = folder
+        # at once: importing the networks' classes takes longer than reading their files
+        trained = (self.family.part, "scheduler")
+        frozen = [part for part in folder.parts if part not in trained]
+        self._digests = in_background(
+            lambda: {part: model_digest(folder.path / part, nested=True) for part in frozen}
+        )
         self._denoiser: torch.nn.Module | None = None
         self._text: list[TextEncoder] = []
         self._dropped = False
@@ -297,12 +320,10 @@ class Backbone:
 
         Digests of VAE, text encoders and tokenizers, and what they compute in.
         """
-        trained = (self.family.part, "scheduler")
-        parts = [part for part in self.origin.parts if part not in trained]
         known = {
             "family": self.family.name,
             "dtype": self._precision(self.origin.encoding),
-            **{part: model_digest(self.folder / part, nested=True) for part in parts},
+            **self._digests.result(),
         }
         vae = self._precision(self.vae.dtype)
         # elsewhere the VAE's follows from the rest
