@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import time
@@ -25,10 +26,11 @@ def peak_mb() -> float:
 
 
 def report(name: str, rows: Sequence[Sequence[object]], **json_fields: float) -> None:
-    """Print a table, then one line of JSON with ``name`` and ``json_fields``."""
+    """Print a table, then one line of JSON with ``name`` and ``json_fields`` (null for NaN)."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         first, *others = zip(row, widths, strict=True)
         print("  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]))
-    print(json.dumps({"name": name, **{k: round(v, 3) for k, v in json_fields.items()}}))
+    known = {k: None if math.isnan(v) else round(v, 3) for k, v in json_fields.items()}
+    print(json.dumps({"name": name, **known}))

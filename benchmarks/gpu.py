@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -217,6 +218,16 @@ class Bench:
 PARTS = ("train", "score", "generate", "rate", "knn")
 
 
+def roomy_folder() -> str | None:
+    """A folder in memory with room for all models: their writing is no figure, and takes minutes.
+
+    Nor is their reading: from a disk it would be from its cache, as they were just written.
+    """
+    place = Path("/dev/shm")
+    room = place.is_dir() and shutil.disk_usage(place).free > 32 * GB
+    return str(place) if room else None
+
+
 def of(found: dict[str, Any], name: str) -> float:
     """A number that a side found; NaN where it has none."""
     return float(found.get(name, math.nan))
@@ -238,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     else:
         print("no CUDA device: everything is tiny, and no figure means anything", flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=roomy_folder()) as temporary:
         bench = Bench(given.folder or Path(temporary), given.peer_script, given.here)
         parts = ["memory"] if given.memory else PARTS if given.part == "all" else [given.part]
         for part in parts:
