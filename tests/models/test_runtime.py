@@ -57,7 +57,7 @@ class Card:
     [
         (Card(80 * GB, GB, 2 * GB), 16, 16),  # no more than is of use
         (Card(24 * GB, GB, 2 * GB), 64, 9),  # 1 + 9 * 2 = 19 of 19.2
-        (Card(24 * GB, GB, 2 * GB, held=4 * GB), 64, 7),  # 1 + 7 * 2 = 15 of 16
+        (Card(24 * GB, GB, 2 * GB, held=4 * GB), 64, 7),  # 4 + 1 + 7 * 2 = 19 of 19.2
         (Card(80 * GB, GB, 2 * GB, fraction=0.3), 64, 9),  # a card of 24 imitated
         (Card(24 * GB, 0, 20 * GB), 8, 0),  # not even one
         (Card(24 * GB, 0, 30 * GB), 8, 0),

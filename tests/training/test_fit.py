@@ -29,11 +29,11 @@ def pretend(loop, monkeypatch, fits):
     """A CUDA device for `find_fit` alone, which bears what ``fits`` says of (on, wanted)."""
     tried = []
 
-    def largest(attempt, sizes, device, *, reserved):
+    def largest(attempt, sizes, device, *, reserved, share):
         attempt(1)
         twice = loop.state.model.is_gradient_checkpointing
         tried.append((twice, sizes[-1], reserved))
-        return fits(twice, sizes[-1])
+        return fits(twice, share)
 
     class Device(str):
         type = "cuda"
@@ -57,7 +57,7 @@ def test_on_a_processor_the_size_of_the_latents_decides(world, tmp_path):
 
 def test_a_device_is_tried_once_and_remembered(world, tmp_path, monkeypatch):
     loop = assemble(open_quick(world, batch=8), tmp_path)
-    tried = pretend(loop, monkeypatch, lambda twice, most: 4)
+    tried = pretend(loop, monkeypatch, lambda twice, share: 4)
     trained = [p for p in loop.state.model.parameters() if p.requires_grad]
     numbers = sum(parameter.numel() for parameter in trained)
     assert fit_of(loop) == Fit(4, False)
@@ -75,7 +75,7 @@ def test_activations_are_computed_twice_only_where_one_pair_does_not_fit(
     world, tmp_path, monkeypatch
 ):
     loop = assemble(open_quick(world, batch=8), tmp_path)
-    tried = pretend(loop, monkeypatch, lambda twice, most: 3 if twice else 0)
+    tried = pretend(loop, monkeypatch, lambda twice, share: 3 if twice else 0)
     assert fit_of(loop) == Fit(3, True)
     assert [twice for twice, *_ in tried] == [False, True]
     assert loop.state.model.is_gradient_checkpointing
@@ -87,14 +87,21 @@ def test_activations_are_computed_twice_only_where_one_pair_does_not_fit(
 def test_what_is_asked_for_is_not_looked_for(world, tmp_path, monkeypatch):
     train = changed(quick(world, batch=8), micro_batch=2, gradient_checkpointing=False)
     loop = assemble(train, tmp_path)
-    tried = pretend(loop, monkeypatch, lambda twice, most: 8)
+    tried = pretend(loop, monkeypatch, lambda twice, share: 8)
     assert fit_of(loop) == Fit(2, False)
     assert not tried
 
 
+def test_a_single_pair_may_take_all_there_is(world, tmp_path, monkeypatch):
+    loop = assemble(open_quick(world, batch=8), tmp_path)
+    tried = pretend(loop, monkeypatch, lambda twice, share: int(share == 1))
+    assert fit_of(loop) == Fit(1, True)
+    assert [(twice, most) for twice, most, _ in tried] == [(False, 8), (True, 8), (True, 1)]
+
+
 def test_not_even_one_pair(world, tmp_path, monkeypatch):
     loop = assemble(open_quick(world), tmp_path)
-    pretend(loop, monkeypatch, lambda twice, most: 0)
+    pretend(loop, monkeypatch, lambda twice, share: 0)
     with pytest.raises(FifaError, match="out of memory with a single pair"):
         fit_of(loop)
 

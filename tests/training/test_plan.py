@@ -42,7 +42,7 @@ def planned(world, tmp_path, free, device=CUDA, **knobs):
         (80, (32, False)),  # 0.8 * 78 - 0.5 are 30 pairs: 2 parts of 16
         (45, (16, False)),
         (12, (3, False)),
-        (4, (2, True)),  # 1.1 GB are not one pair
+        (4, (1, True)),  # 0.8 * 4 - 2 - 0.5 are not one pair
         (2, (0, True)),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_micro_batch_is_planned_for_the_free_memory(world, tmp_path, free, fit
     assert plan.fit == expected
     auto = {0: "as large as fit"}.get(fit[0], f"of up to {expected[0]} each (auto)")
     assert auto in str(plan)
-    assert ("computed twice" in str(plan)) == (fit == (2, True))
+    assert ("computed twice" in str(plan)) == (fit == (1, True))
 
 
 def test_what_is_given_is_planned(world, tmp_path):

@@ -19,8 +19,8 @@ else:
     Tensor = Any  # a name for annotations: torch is optional
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Of a device's free memory, what a batch that is looked for may take. The rest is for what grows
-# later: the allocator's gaps, other shapes, a second process's context.
+# Of the memory that a process may have, what it fills when it looks for a batch that fits. The rest
+# is for what grows later: the allocator's gaps, other shapes, another process's context.
 SHARE = 0.8
 
 T = TypeVar("T")
@@ -271,9 +271,14 @@ class Parts:
 
 
 def largest_batch(
-    attempt: Callable[[int], object], sizes: Sequence[int], device: Any, *, reserved: int = 0
+    attempt: Callable[[int], object],
+    sizes: Sequence[int],
+    device: Any,
+    *,
+    reserved: int = 0,
+    share: float = SHARE,
 ) -> int:
-    """The largest batch that fits into `SHARE` of the device's free memory; 0 where none does.
+    """The largest batch with which no more than a share of the memory is taken; 0 for none.
 
     Found by trying. The two smallest tell what a row takes, and the largest that should fit then
     is tried itself, as every try costs a second or more.
@@ -288,11 +293,13 @@ def largest_batch(
         A CUDA device.
     reserved
         Bytes that are to stay free beside it.
+    share
+        Of the memory that this process may have.
     """
     cuda = require("torch").cuda
     release_memory()
     held = cuda.memory_allocated(device)
-    budget = SHARE * (free_bytes(device) or 0) - reserved
+    budget = share * (free_bytes(device) + held) - held - reserved
 
     def taken(size: int) -> float:
         """Bytes at the peak beyond what was held before; infinite where memory ran out."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.models.runtime import even_batch, even_batches, largest_batch, release_memory
+from fifa.models.runtime import SHARE, even_batch, even_batches, largest_batch, release_memory
 from fifa.shards.files import digest, read_json, write_json
 from fifa.training.batches import LATENTS, Batch, Source
 from fifa.training.checkpoint import TrainState
@@ -118,12 +118,15 @@ def _tried(
     numbers = sum(parameter.numel() for parameter in trained)
     # of the optimiser, which makes it in its first step
     to_come = 0 if optimizer.state else OPTIMIZER_BYTES[train.optimizer] * numbers
-    tries = [train.gradient_checkpointing] if train.gradient_checkpointing is not None else [0, 1]
-    size = 0
-    for twice in map(bool, tries):
+    sizes = [train.micro_batch] if train.micro_batch else even_batches(share)
+    given = train.gradient_checkpointing
+    twice, size = bool(given), 0
+    # in the usual share of the memory; computed twice if need be; at last in whatever there is
+    tries = [(False, SHARE)] * (not given) + [(True, SHARE)] * (given is not False)
+    for twice, part in (*tries, (given is not False, 1.0)):
         state.checkpoint_gradients(twice)
-        sizes = [train.micro_batch] if train.micro_batch else even_batches(share)
-        size = largest_batch(attempt, sizes, device, reserved=to_come)
+        few = sizes if part < 1 else sizes[:1]
+        size = largest_batch(attempt, few, device, reserved=to_come, share=part)
         # all processes take what the smallest of them bears
         of_all: Any = accelerator.gather(torch.tensor([size], device=device))
         size = int(of_all.min())

@@ -88,11 +88,12 @@ class Memory:
             Pairs of a batch that are this process's.
         """
         given, twice = train.micro_batch, train.gradient_checkpointing
-        room = SHARE * (free - self.held) - self.fixed
         pairs, checkpointed = 0, False
-        for checkpointed in (False, True) if twice is None else (twice,):
+        tries = [(one, SHARE, share) for one in ((False, True) if twice is None else (twice,))]
+        for checkpointed, part, most in (*tries, (twice is not False, 1.0, 1)):
             each = self.pair_checkpointed if checkpointed else self.pair
-            pairs = max(0, min(share, int(room // each)))
+            room = part * free - self.held - self.fixed
+            pairs = max(0, min(most, int(room // each)))
             if pairs >= (given or 1):
                 break
         if given is not None:
