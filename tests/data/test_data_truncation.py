@@ -196,3 +196,30 @@ def test_webps_that_promise_more_lines_than_they_have_are_refused(side, seed, lo
     data = encoded(Image.fromarray(pixels), "WEBP", lossless=lossless)
     with pytest.raises(BadImage):
         check_image(lying_webp(data, 0, more))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    ("least", "width"), [(0, 400), (100, 200), (101, 200), (50, 100), (20, 50)]
+)
+def test_a_jpeg_comes_out_at_a_part_of_its_size(least, width, progressive):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize((400, 303))
+    data = encoded(picture, "JPEG", quality=90, progressive=progressive)
+    small = open_image(data, least)
+    assert small.width == width
+    assert min(small.size) >= least
+    near = np.asarray(picture.resize(small.size, Image.Resampling.BOX), np.float32)
+    assert np.abs(np.asarray(small, np.float32) - near).mean() < 3
+    with pytest.raises(BadImage):
+        open_image(lying_jpeg(data, 0, 64), least)
+    with pytest.raises(BadImage):
+        open_image(lying_jpeg(data, 160, 0), least)
+    assert open_image(encoded(picture, "PNG"), least).size == picture.size
+
+
+@settings(max_examples=150)
+@given(jpegs())
+def test_no_good_jpeg_is_refused_at_a_part_of_its_size(data):
+    for least in (8, 16, 64):
+        assert min(open_image(data, least).size) >= min(least, 33)

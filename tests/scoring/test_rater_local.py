@@ -53,6 +53,39 @@ def test_a_prompts_neighbours_do_not_change_its_numbers() -> None:
         np.testing.assert_allclose(alone.nats[0], together.nats[row], rtol=1e-4)
 
 
+def test_memory_that_ends_halves_the_prompts_of_a_rater(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reader = LogitReader(tiny_llama(), byte_tokenizer())
+    expected = reader.read(PROMPTS_HERE)
+    real, most = reader._pass, 1
+
+    def few(ids: list[list[int]]) -> Any:
+        if len(ids) > most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(ids)
+
+    monkeypatch.setattr(reader, "_pass", few)
+    found = reader.read(PROMPTS_HERE)
+    np.testing.assert_allclose(found.grades, expected.grades, atol=1e-4)
+    np.testing.assert_allclose(found.nats, expected.nats, rtol=1e-4)
+    assert "1 prompts at a time" in capsys.readouterr().err
+    most = 0
+    with pytest.raises(FifaError, match="single prompt"):
+        reader.read(PROMPTS_HERE)
+
+
+def test_a_gpu_reads_more_prompts_at_a_time() -> None:
+    reader = LogitReader(tiny_llama(), byte_tokenizer())
+    rows = [[1] * 20] * 2000
+    here = [len(batch) for batch in reader.batches(rows)]
+    reader._on_cuda = True
+    there = [len(batch) for batch in reader.batches(rows)]
+    assert sum(here) == sum(there) == 2000
+    assert max(there) > 10 * max(here)
+    assert max(there) <= logits.CUDA_ROWS
+
+
 def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "tiny.gguf"
     write_gguf(model, path)

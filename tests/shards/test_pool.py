@@ -1,5 +1,6 @@
 from functools import partial
 from itertools import count
+from threading import Event
 
 import fsspec
 import pytest
@@ -55,6 +56,27 @@ def test_the_next_shard_begins_before_this_one_is_finished(tmp_path):
     list(LocalPool().map(Told, zip(KEYS, SHARDS[:3], strict=False), Ledger(str(tmp_path))))
     names = [("begin", 0), ("begin", 3), ("finish", 0), ("begin", 6), ("finish", 3), ("finish", 6)]
     assert events == names
+
+
+def test_a_shard_is_waited_for_while_the_next_is_finished(tmp_path):
+    class Waiting(Squares):
+        begun = [Event() for _ in SHARDS]  # noqa: RUF012
+
+        def finish(self, begun):
+            number = begun[0] // 3
+            self.begun[number].set()
+            table = super().finish(begun)
+
+            def wait():
+                last = number == len(SHARDS) - 1
+                assert last or self.begun[number + 1].wait(10)
+                return table
+
+            return wait
+
+    ledger = Ledger(str(tmp_path))
+    assert squares_of(run_shards("squares", Waiting, ALL, ledger)) == EXPECTED
+    assert Worker(Waiting).run(("last", SHARDS[-1]), ledger) == "last"
 
 
 def test_forgetting_removes_the_parts(ledger):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
-from tiny import picture
+import torch
+from tiny import Tiny, picture, recurring
 
+from fifa.config import Compute
+from fifa.data import decoders
 from fifa.data.decode import BadImage
 from fifa.data.prefetch import Prefetch, batched, decode_images
+from fifa.scoring.rewards import worker
+from fifa.scoring.rewards.engine import score_pairs
+from fifa.scoring.rewards.pixels import square
 
 
 def test_items_come_in_order_and_only_so_many_wait():
@@ -77,3 +86,87 @@ def test_slow_images_do_not_change_the_order_or_the_batches():
         assert own == [members[i : i + 4] for i in range(0, len(members), 4)]
     assert bad[99] == "gone"
     assert bad[98].startswith("cannot be decoded")
+
+
+class Abroad(Tiny):
+    """Its images can be prepared in other processes."""
+
+    preprocess = staticmethod(partial(square, size=8))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_scores_are_the_same_bytes_in_threads_in_processes_and_in_processes_that_die(
+    tmp_path, monkeypatch
+):
+    pairs, _ = recurring(tmp_path / "data", pairs=60, images=40)
+    pools = []
+
+    def told(*arguments, **options):
+        pools.append(decoders.choose_decoders(*arguments, **options))
+        return pools[-1]
+
+    monkeypatch.setattr(worker, "choose_decoders", told)
+    for name, cores in (("threads", 2), ("processes", 8), ("dying", 8)):
+        monkeypatch.setattr(decoders, "cores", lambda cores=cores: cores)
+        over = threading.Event()
+
+        def kill(over=over):
+            while not over.wait(0.3):
+                for process in list(pools[-1]._processes) if pools else ():
+                    os.kill(process._popen.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        if name == "dying":
+            killer.start()
+        try:
+            compute = Compute(batch=4, workers=2)
+            score_pairs(pairs, Abroad(), folder=tmp_path / name, compute=compute, shard=7)
+        finally:
+            over.set()
+    assert [pool.apart for pool in pools] == [False, True, True]
+    assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+    assert contents(tmp_path / "dying") == contents(tmp_path / "threads")
+
+
+def test_a_shard_is_read_back_while_the_next_is_on_the_device(tmp_path, monkeypatch):
+    """One wait a shard, after the next one's work was given out; and its numbers are right."""
+    events, held = [], []
+
+    class Late(Abroad):
+        def image_features(self, pixels):
+            events.append("launch")
+            return super().image_features(pixels)
+
+    def late(tensor):
+        """The numbers are only there once asked for; until then the memory holds others."""
+        copy, true = torch.full_like(tensor, float("nan")), tensor.clone()
+        held.append(copy)
+
+        def wait():
+            events.append("wait")
+            time.sleep(0.05)
+            with torch.inference_mode():
+                copy.copy_(true)
+            return copy
+
+        return wait
+
+    pairs, _ = recurring(tmp_path, pairs=60, images=40)
+    compute = Compute(batch=4, workers=2)
+    expected = score_pairs(pairs, Abroad(), compute=compute, shard=8)
+    monkeypatch.setattr(worker, "read_back", late)
+    found = score_pairs(pairs, Late(), compute=compute, shard=8)
+    assert found.equals(expected)
+    assert events.count("wait") == len(held) == -(-events.count("launch") // 2)
+
+
+def test_a_scaled_decode_is_another_score(tmp_path):
+    pairs, _ = recurring(tmp_path / "data")
+    for fast in (False, True):
+        compute = Compute(batch=4, workers=2, fast_decode=fast)
+        score_pairs(pairs, Abroad(), folder=tmp_path / "scores", compute=compute)
+    assert len(list((tmp_path / "scores").glob("margin-*.parquet"))) == 2
+    assert len(list((tmp_path / "scores").glob("prompts-*.npy"))) == 1  # no image in them
