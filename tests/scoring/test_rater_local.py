@@ -75,15 +75,21 @@ def test_memory_that_ends_halves_the_prompts_of_a_rater(
         reader.read(PROMPTS_HERE)
 
 
-def test_a_gpu_reads_more_prompts_at_a_time() -> None:
+def test_a_gpu_reads_more_prompts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = logits.length_batches
+
+    def batches(widths: list[int], *most: int) -> Any:
+        asked.append(most)
+        return real(widths, *most)
+
+    monkeypatch.setattr(logits, "length_batches", batches)
     reader = LogitReader(tiny_llama(), byte_tokenizer())
-    rows = [[1] * 20] * 2000
-    here = [len(batch) for batch in reader.batches(rows)]
+    here = reader.read(PROMPTS_HERE)
     reader._on_cuda = True
-    there = [len(batch) for batch in reader.batches(rows)]
-    assert sum(here) == sum(there) == 2000
-    assert max(there) > 10 * max(here)
-    assert max(there) <= logits.CUDA_ROWS
+    there = reader.read(PROMPTS_HERE)
+    assert asked == [(logits.TOKENS, logits.ROWS), (logits.CUDA_TOKENS, logits.CUDA_ROWS)]
+    np.testing.assert_allclose(there.nats, here.nats, rtol=1e-4)
 
 
 def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:
