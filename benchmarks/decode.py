@@ -19,7 +19,7 @@ from fifa.data.decoders import Decoders, choose_decoders
 from fifa.data.prefetch import decode_images
 from fifa.scoring.rewards.pixels import convert_crop, prepared
 from fifa.shards.pool import cores
-from score import jpeg
+from made import jpeg
 
 SIDE = 224
 FUNCTION = partial(prepared, partial(convert_crop, size=SIDE))
