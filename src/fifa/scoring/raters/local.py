@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fifa.console import note
+from fifa.console import echo, note
 from fifa.models.hub import model_digest
 from fifa.models.transformer import ModelEncoder
 from fifa.scoring.encoders import make_encoder
@@ -62,6 +62,7 @@ class LogitRater:
 
     @cached_property
     def _reader(self) -> LogitReader:
+        echo(f"{self.name}: {', '.join(self._precision)}")
         return load_reader(self._path, *self._precision)
 
     @property

@@ -6,17 +6,19 @@ fold of a cross-fitting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from fifa.config import Reward
 from fifa.console import note
+from fifa.data.decoders import Decoders, choose_decoders
 from fifa.data.images import Images, Integers, read, unique_images
 from fifa.data.prefetch import Batch, batched, decode_images
 from fifa.data.table import Pairs
@@ -26,14 +28,16 @@ from fifa.models.runtime import Parts, Tensor, make_runtime
 from fifa.scoring.encoders import make_encoder, prompt_embeddings
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.image_encoders import ImageEncoder, make_image_encoder
-from fifa.scoring.rewards.pixels import refuse_slivers
+from fifa.scoring.rewards.pixels import prepared
+from fifa.scoring.rewards.worker import runtime_of
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 
 SHARD = 512  # images embedded between two points where a run can be resumed
-BATCH = 8  # images of 224 x 224 a forward pass: more only fills the processor's caches
+# Images of 224 x 224 a forward pass: on a processor more only fills its caches.
+BATCH, CUDA_BATCH = 8, 128
 MOST = 256  # smaller images share a pass until they weigh as much, up to so many
 AREA = 224 * 224
 WAITING = 64  # images decoded ahead
@@ -109,13 +113,14 @@ def image_features(
     )
     parts = [(i, distinct.contents[i : i + SHARD].to_pylist()) for i in range(0, n, SHARD)]
     sizes = Parts("image")
+    batch = CUDA_BATCH if runtime_of(encoder).device.startswith("cuda") else BATCH
     shards = [Shard(digest(encoder.identity, part), len(part), i) for i, part in parts]
 
     def embed(start: int) -> pa.Table:
         torch = require("torch")
         bad: dict[int, str] = {}
         own = images.take(distinct.first[start : start + SHARD])
-        reader = image_batches(own, encoder.preprocess, bad, allow_download=allow_download)
+        reader = image_batches(own, decoders, bad, allow_download=allow_download, batch=batch)
         rows: list[Floats | None] = [None] * len(own)
         for numbers, pixels in reader:
             whole = torch.from_numpy(pixels)
@@ -136,7 +141,8 @@ def image_features(
         note(images_embedded=len(table), images_unreadable=lost)
         return table
 
-    table = scored_once(path, make)
+    with closing(choose_decoders(partial(prepared, encoder.preprocess))) as decoders:
+        table = scored_once(path, make)
     there = table["features"].is_valid().to_numpy()
     if not there.any():
         raise FifaError(
@@ -152,15 +158,16 @@ def image_features(
 
 def image_batches(
     images: Images,
-    preprocess: Callable[[Image.Image], np.ndarray],
+    decoders: Decoders[np.ndarray],
     bad: dict[int, str],
     *,
     allow_download: bool = False,
+    batch: int = BATCH,
 ) -> Iterator[Batch]:
-    """Batches of preprocessed images, each as its row; ``bad`` gets the reason of all others."""
-    decoded = decode_images(
-        read(images, allow_download=allow_download),
-        lambda image, row: preprocess(refuse_slivers(image)),
-        most=WAITING,
-    )
-    return batched(decoded, lambda h, w: min(MOST, max(BATCH, BATCH * AREA // (h * w))), bad)
+    """Batches of preprocessed images, each as its row; ``bad`` gets the reason of all others.
+
+    ``batch`` images of 224 x 224 go together, and as many smaller ones as weigh the same.
+    """
+    found = read(images, allow_download=allow_download)
+    decoded = decode_images(found, decoders, most=max(WAITING, 2 * batch))
+    return batched(decoded, lambda h, w: min(MOST, max(batch, batch * AREA // (h * w))), bad)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from fifa.config import Reward
 from fifa.console import echo, note, progress
+from fifa.data.decoders import choose_decoders
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
@@ -25,7 +28,7 @@ from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.features import image_batches
 from fifa.scoring.rewards.head import Comparisons, prompt_folds, prompt_weights
 from fifa.scoring.rewards.metrics import accuracy, fit_temperature, nll
-from fifa.scoring.rewards.pixels import standardise
+from fifa.scoring.rewards.pixels import prepared, standardise
 from fifa.scoring.rewards.proxy import MODEL, reward_facts, save_settings
 from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
 from fifa.shards.files import atomic_folder, reserve
@@ -316,8 +319,9 @@ def _pixels(
     pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     reserve(path)
     bad: dict[int, str] = {}
-    with progress("reading images", n) as advance:
-        batches = image_batches(images, tower.preprocess, bad, allow_download=download)
+    decoders = choose_decoders(partial(prepared, tower.preprocess))
+    with closing(decoders), progress("reading images", n) as advance:
+        batches = image_batches(images, decoders, bad, allow_download=download)
         for numbers, part in batches:
             pixels[numbers] = part
             advance(len(numbers))

@@ -281,7 +281,7 @@ class VisionModel:
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         self.name = f"image-{Path(spec.model).name}"
-        self._folder, self._runtime = model_folder(spec.model), runtime
+        self._folder, self.runtime = model_folder(spec.model), runtime
         settings = read_json(self._folder / "preprocessor_config.json", "the model's settings")
         size = settings.get("crop_size") or settings.get("size") or 224
         if isinstance(size, dict):
@@ -299,14 +299,14 @@ class VisionModel:
             "weights": model_digest(self._folder, CONFIG_AND_WEIGHTS),
             "preprocessing": f"convert, bicubic {self.side} x {self.side}",
             "normalisation": [list(self._mean), list(self._std)],
-            "dtype": self._runtime.precision,
+            "dtype": self.runtime.precision,
         }
 
     def embed(self, pixels: Tensor) -> Tensor:
         """float32 ``[b, d]``."""
         torch = require("torch")
-        with torch.inference_mode(), self._runtime.autocast():
-            x = self._runtime.pixels(pixels).float() / 255
+        with torch.inference_mode(), self.runtime.autocast():
+            x = self.runtime.pixels(pixels).float() / 255
             mean, std = (by_channel(values, x.device) for values in (self._mean, self._std))
             out = self._model(pixel_values=(x - mean) / std)
             pooled = getattr(out, "pooler_output", None)
@@ -318,4 +318,4 @@ class VisionModel:
 
     @cached_property
     def _model(self) -> Any:
-        return self._runtime.place(load_model(require("transformers").AutoModel, self._folder))
+        return self.runtime.place(load_model(require("transformers").AutoModel, self._folder))

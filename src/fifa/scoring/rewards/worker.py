@@ -56,7 +56,7 @@ class ImageShard:
     prompt: np.ndarray
 
 
-def runtime_of(model: RewardModel) -> Runtime:
+def runtime_of(model: Any) -> Runtime:
     """Where a model computes; a model of your own that says nothing computes on the processor."""
     runtime: Runtime = getattr(model, "runtime", Runtime())
     return runtime
