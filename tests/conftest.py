@@ -19,6 +19,7 @@ settings.register_profile("untimed", deadline=None)  # a busy machine fails no t
 settings.load_profile("untimed")
 
 SLOW = ("train_kill", "docs", "cli", "processes", "evaluate", "demo", "extending", "kill", "around")
+SLOW += ("loop", "parity")
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -84,12 +85,17 @@ def seconds(value: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+@cache
 def page_templates(folder: Path) -> jinja2.Environment:
-    """The Jinja templates in ``folder``, escaped, with the functions of this module as filters."""
+    """The Jinja templates in ``folder``, escaped, with the functions of this module as filters.
+
+    A folder's are compiled once: that takes as long as to draw the figures of a report.
+    """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        extensions=["jinja2.ext.do"],
         trim_blocks=True,
         lstrip_blocks=True,
     )

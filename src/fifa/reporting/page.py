@@ -84,9 +84,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     style = (HERE / "style.css").read_text("utf-8")
     # The policy names the one style sheet by its hash: nothing that a prompt could smuggle in runs
     seal = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    templates = page_templates(HERE / "templates")
-    templates.add_extension("jinja2.ext.do")
-    page = templates.get_template(template)
+    page = page_templates(HERE / "templates").get_template(template)
     return page.render(**context, style=style, style_hash=seal, version=__version__)
 
 
