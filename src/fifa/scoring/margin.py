@@ -23,6 +23,7 @@ from fifa.scoring.encoders import keep_embeddings
 from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.fit import crossfit_rewards
+from fifa.scoring.rewards.worker import runtime_of
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.scoring.table import MARGIN, NUMERIC, score_path, scored_once, source_columns
 from fifa.shards.ledger import Ledger
@@ -157,6 +158,9 @@ def _engine(
         compile=compute.compile,
         channels_last=compute.channels_last,
     )
+    model = load()
+    # workers elsewhere may have other devices; the precision that names the scores is this one
+    load = partial(load, dtype=runtime_of(model).dtype)
     name, _, processes = compute.executor.partition(":")
     if name == "local":
         executor: Executor = LocalPool(int(processes or 0))
@@ -166,7 +170,7 @@ def _engine(
         address = compute.executor if processes else None
         executor = RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
     try:
-        yield Engine(load(), folder, compute, executor, load, allow_download=allow_download)
+        yield Engine(model, folder, compute, executor, load, allow_download=allow_download)
     finally:
         executor.close()
 
