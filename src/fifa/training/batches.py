@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fifa.config import Train
 from fifa.console import note, progress
 from fifa.data.prefetch import Prefetch
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
+from fifa.models.optional import require
 from fifa.models.runtime import Parts, pinned
 from fifa.shards.files import digest, write_table
 from fifa.shards.ledger import Ledger
@@ -346,14 +347,21 @@ def adapters_off(backbone: Backbone, unwrap: Callable[[Any], Any]) -> Reference:
         From the wrapped denoiser to the one that has the adapters.
     """
 
+    layer = require("peft.tuners.tuners_utils", "train").BaseTunerLayer
+
+    @cache  # the denoiser's own switch walks over all of its modules every time
+    def adapted() -> list[Any]:
+        return [one for one in unwrap(backbone.denoiser).modules() if isinstance(one, layer)]
+
     def reference(batch: Batch) -> tuple[Tensor, Tensor]:
-        denoiser = unwrap(backbone.denoiser)
-        denoiser.disable_adapters()
+        for one in adapted():
+            one.enable_adapters(False)
         try:
             with torch.no_grad():
                 return predict(backbone, batch)
         finally:
-            denoiser.enable_adapters()
+            for one in adapted():
+                one.enable_adapters(True)
 
     return reference
 
