@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.server
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,116 @@ def test_announced_size_and_time_are_limited(port: int) -> None:
     with pytest.raises(FetchError):
         get(f"http://a.example:{port}/slow", timeout=0.5)
     assert time.monotonic() - started < 5
+
+
+@contextmanager
+def raw_server(send: Callable[[Callable[[bytes], None]], None]) -> Iterator[str]:
+    """A server that answers with whatever ``send`` writes; yields an image's URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                peer, _ = listening.accept()
+                with peer:
+                    peer.recv(1 << 16)
+                    send(peer.sendall)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://a.example:{listening.getsockname()[1]}/a.png"
+    thread.join(5)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [
+        (b"", b"H"),  # the status line
+        (b"HTTP/1.1 200 OK\r\n", b"X"),  # a header
+        (CHUNKED, b"0"),  # a chunk's size
+        (CHUNKED, b"1\r\nx\r\n"),  # chunks
+        (CHUNKED + b"5;", b"x"),  # a chunk's extension
+        (CHUNKED + b"0\r\n", b"X: y\r\n"),  # trailers
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b"x"),  # the body
+    ],
+)
+def test_whatever_is_dripped_ends_at_the_deadline(start: bytes, drop: bytes) -> None:
+    def drip(send: Callable[[bytes], None]) -> None:
+        send(start)
+        while True:
+            send(drop)
+            time.sleep(0.02)
+
+    with raw_server(drip) as url:
+        started = time.monotonic()
+        with pytest.raises(FetchError, match="takes too long"):
+            get(url, timeout=0.2)
+        assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize(
+    ("start", "flood"),
+    [
+        (CHUNKED + b"0\r\n", b"X: y\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (CHUNKED, b"1\r\nx\r\n"),
+    ],
+)
+def test_what_comes_fast_and_without_end_is_limited_by_bytes(start: bytes, flood: bytes) -> None:
+    def pour(send: Callable[[bytes], None]) -> None:
+        send(start)
+        while True:
+            send(flood * 10_000)
+
+    with raw_server(pour) as url, pytest.raises(FetchError, match="framing"):
+        get(url, timeout=20)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://x:99999/\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://\xff\xfe..x/\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        CHUNKED + b"zz\r\n",
+        CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n",
+        CHUNKED + b"f" * 5000 + b"\r\n",
+        b"HTTP/9.9 200 OK\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"",
+    ],
+)
+def test_whatever_a_server_sends_is_that_images_trouble(answer: bytes) -> None:
+    with raw_server(lambda send: send(answer)) as url, suppress(FetchError):
+        get(url, timeout=2)
+
+
+def test_a_chunked_body_is_put_together() -> None:
+    pieces = b"".join(b"%x;a=b\r\n%b\r\n" % (len(BODY), BODY) for _ in range(3))
+    with raw_server(lambda send: send(CHUNKED + pieces + b"0\r\nX: y\r\n\r\n")) as url:
+        assert get(url) == 3 * BODY
+
+
+def test_a_resolver_that_sleeps_ends_at_the_deadline() -> None:
+    def sleepy(host: str, port: int) -> list[str]:
+        time.sleep(0.6)
+        return ["127.0.0.1"]
+
+    started = time.monotonic()
+    with pytest.raises(FetchError, match="takes too long"):
+        get("http://a.example:9/", resolve=sleepy, timeout=0.1)
+    assert time.monotonic() - started < 0.5
+
+
+def test_paths_beyond_ascii_are_asked_for_as_browsers_do(port: int) -> None:
+    assert get(f"http://a.example:{port}/ü b%20c.png?q=ä&r=[1]") == BODY
 
 
 @pytest.mark.parametrize(
