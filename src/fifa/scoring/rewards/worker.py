@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -175,7 +175,8 @@ class ScoreStep:
         prompts = torch.tensor(shard.features, device=self._device)
         asks: list[np.ndarray] = []
         found: list[Tensor] = []
-        with closing(batches), short_turns(), torch.inference_mode():
+        turns = short_turns() if self._decoders.apart else nullcontext()
+        with closing(batches), turns, torch.inference_mode():
             for numbers, pixels in batches:
                 own, row = _asks(shard.image, np.asarray(numbers))
                 which = pinned(torch.from_numpy(np.stack([shard.prompt[own], row])), self._device)
