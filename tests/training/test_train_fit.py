@@ -210,3 +210,39 @@ def test_under_autocast_adapters_do_not_widen_their_inputs_and_compute_the_same(
             for layer in layers:
                 layer.cast_input_dtype_enabled = True
             assert torch.equal(lean, loop.forward(batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "configured", "asked", "expected"),
+    [
+        (True, None, None, "bf16"),
+        (True, "no", None, "bf16"),  # what `accelerate launch` says where nobody has chosen
+        (True, "fp16", None, "fp16"),
+        (True, "bf16", "float32", "no"),
+        (True, "fp8", "bfloat16", "bf16"),
+        (False, None, None, "no"),
+        (False, "bf16", None, "bf16"),
+    ],
+)
+def test_the_fastest_precision_is_the_default(
+    monkeypatch, world, cuda, configured, asked, expected
+):
+    import fifa.training.job as job
+
+    given = []
+    monkeypatch.setattr("accelerate.Accelerator", lambda **how: given.append(how))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(job, "best_dtype", {"cuda": "bfloat16", "cpu": "float32"}.get)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if configured:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    job.make_accelerator(replace(quick(world), device=None, dtype=asked))
+    assert given[0]["mixed_precision"] == expected
+
+
+def test_a_precision_that_only_accelerate_knows_is_refused(monkeypatch, world):
+    from fifa.training.job import make_accelerator
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(FifaError, match="configured for fp8"):
+        make_accelerator(replace(quick(world), dtype=None))

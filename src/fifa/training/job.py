@@ -178,7 +178,8 @@ def make_accelerator(train: Train) -> Any:
 
     If none is: in the one that accelerate is configured for, or in the fastest one of the device.
 
-    Raises `FifaError` where this process has computed in another precision before.
+    Raises `FifaError` where this process has computed in another precision before, and for one
+    that is not known here.
     """
     accelerate: Any = require("accelerate", "train")
     handlers = [
@@ -188,9 +189,11 @@ def make_accelerator(train: Train) -> Any:
     ]
     processor = train.device == "cpu" or not torch.cuda.is_available()
     # `accelerate launch` says "no" where nobody has chosen
-    configured = DTYPES.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "float32")
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if train.dtype is None and configured not in DTYPES:
+        raise FifaError(f"accelerate is configured for {configured}", do="give --dtype")
     best = best_dtype("cpu" if processor else "cuda")
-    dtype = train.dtype or (best if configured == "float32" else configured)
+    dtype = train.dtype or (best if configured == "no" else DTYPES[configured])
     try:
         return accelerate.Accelerator(
             mixed_precision=PRECISIONS[dtype],
