@@ -7,6 +7,7 @@ import torch
 from checkpoints import SMALL, write_lora, write_model, write_part
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fifa.config import Evaluate, Generate
 from fifa.errors import FifaError
@@ -229,6 +230,80 @@ def test_a_lora_of_another_model_is_refused(base, tmp_path):
     other = write_lora(write_model(tmp_path / "xl", "sdxl"), tmp_path / "lora")
     with pytest.raises(FifaError, match=r"cannot load the LoRA|no weights for this model"):
         make(base, {"a": other}, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("part", "way"), [("unet", "base"), ("vae", "base"), ("text_encoder", "base"), ("unet", "part")]
+)
+def test_incomplete_weights_make_no_image(base, unet, tmp_path, part, way):
+    whole = base if way == "base" else unet
+    folder = shutil.copytree(whole, tmp_path / "model")
+    [path] = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    lost = [name for name in weights if "norm1" in name]
+    save_file({name: w for name, w in weights.items() if name not in lost}, path, {"format": "pt"})
+    with pytest.raises(FifaError, match=rf"not those of the network: {len(lost)} missing \("):
+        make(*((folder, {}) if way == "base" else (base, {"a": folder})), tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", ["foreign", "half", "other"])
+def test_a_lora_is_used_whole_or_not_at_all(base, lora, tmp_path, fault):
+    [path] = lora.glob("*.safetensors")
+    weights = load_file(path)
+    names = sorted(weights)
+    some = names[: len(names) // 2]
+    if fault == "half":  # a factor of two
+        del weights[names[0]]
+    for name in some:
+        if fault == "foreign":
+            weights[name.replace("blocks", "foreign")] = weights.pop(name)
+        if fault == "other":  # for a text encoder that this model has not
+            weights[name.replace("unet.", "text_encoder_2.")] = weights.pop(name)
+    (tmp_path / "lora").mkdir()
+    save_file(weights, tmp_path / "lora" / path.name)
+    said = r"missing \(" if fault == "half" else r"unused \("
+    with pytest.raises(FifaError, match=rf"only some of the LoRA's weights[^\n]*{said}"):
+        make(base, {"a": tmp_path / "lora"}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["lora.down", "processor"])
+def test_a_lora_in_older_names_is_the_same(base, lora, tmp_path, name):
+    [path] = lora.glob("*.safetensors")
+    old = {}
+    for key, weight in load_file(path).items():
+        for new, own in (("lora_A", "down"), ("lora_B", "up")):
+            module, found, _ = key.partition(f".{new}.weight")
+            if not found and (module := key.removesuffix(f".lora.{own}.weight")) == key:
+                continue
+            stem, _, last = module.rpartition(".")
+            old[
+                f"{module}.lora.{own}.weight"
+                if name == "lora.down"
+                else f"{stem}.processor.{last}_lora.{own}.weight"
+            ] = weight
+    (tmp_path / "old").mkdir()
+    save_file(old, tmp_path / "old" / path.name)
+    table = make(base, {"new": lora, "old": tmp_path / "old"}, tmp_path / "run", count=1, seeds=1)
+    new, again = (pixels(tmp_path / "run", table, which) for which in ("new", "old"))
+    np.testing.assert_array_equal(new, again)
+
+
+def test_precision_differs_by_part(base, tmp_path):
+    expected = pixels(tmp_path / "a", make(base, {}, tmp_path / "a", count=1, seeds=1), "base")
+    folder = shutil.copytree(base, tmp_path / "model")
+    for part, variant in (("vae", "fp16"), ("text_encoder", "bf16")):
+        [path] = (folder / part).glob("*.safetensors")
+        path.rename(path.with_suffix(f".{variant}.safetensors"))
+    found = pixels(tmp_path / "b", make(folder, {}, tmp_path / "b", count=1, seeds=1), "base")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_whole_checkpoint_in_one_file_is_no_lora(base, unet, tmp_path):
+    file = unet / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(FifaError, match=r"no LoRA[\s\S]*from_single_file"):
+        find_models(str(base), {"a": str(file)})
+    with pytest.raises(FifaError, match="single file"):
+        find_models(str(file), {})
 
 
 def test_images_that_are_not_finite_are_told(base, tmp_path):

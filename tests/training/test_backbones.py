@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_diffusion import KINDS, PROMPTS, write_model
 
 from fifa.errors import FifaError
@@ -347,7 +347,8 @@ def test_half_precision_is_cast_on_the_device(tmp_path, held, dtype, device, rea
         @staticmethod
         def from_pretrained(path, **settings):
             assert settings["dtype"] == dtypes[read]
-            return torch.nn.Linear(2, 2).to(settings["dtype"])
+            every = {"missing_keys": [], "unexpected_keys": []}
+            return torch.nn.Linear(2, 2).to(settings["dtype"]), every
 
     folder = ModelFolder(
         tmp_path, FAMILIES[0], ("unet",), torch.device(device), dtypes[dtype], dtypes[dtype]
@@ -444,16 +445,53 @@ def test_pickled_weights_stay_closed(models, tmp_path):
         load_backbone(folder)
 
 
-def test_weights_that_exist_in_half_precision_only_are_found(models, tmp_path):
+@pytest.mark.parametrize(
+    "variants",
+    [("fp16", "fp16", "fp16"), ("bf16", "bf16", "bf16"), (None, "fp16", None), ("bf16", "fp16")],
+)
+def test_weights_that_exist_in_half_precision_only_are_found(models, tmp_path, variants):
     folder = shutil.copytree(models["sd15"], tmp_path / "model")
-    for part in ("unet", "vae", "text_encoder"):
+    for part, variant in zip(("unet", "vae", "text_encoder"), variants, strict=False):
         for path in (folder / part).glob("*.safetensors"):
-            path.rename(path.with_suffix(".fp16.safetensors"))
+            if variant:
+                path.rename(path.with_suffix(f".{variant}.safetensors"))
     backbone, original = load_backbone(folder), load_backbone(models["sd15"])
     for mine, theirs in zip(
         backbone.denoiser.parameters(), original.denoiser.parameters(), strict=True
     ):
         assert torch.equal(mine, theirs)
+    assert torch.equal(
+        backbone.encode_prompts(["a"])["prompt"], original.encode_prompts(["a"])["prompt"]
+    )
+    assert backbone.vae.network.dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["missing", "unused", "both"])
+def test_weights_that_lack_a_layer_or_have_one_too_many_are_refused(models, tmp_path, part, fault):
+    folder = shutil.copytree(models["sd15"], tmp_path / "model")
+    [path] = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = next(key for key in sorted(weights) if "norm" in key and key.endswith("weight"))
+    weight = weights[name]
+    foreign = name.replace("norm", "foreign")
+    if fault != "unused":
+        del weights[name]
+    if fault != "missing":
+        weights[foreign] = weight.clone()
+    save_file(weights, path, {"format": "pt"})
+    backbone = load_backbone(folder)
+    said = {"missing": rf"1 missing \({name}\)", "unused": rf"1 unused \({foreign}\)"}
+    said["both"] = f"{said['missing']}; {said['unused']}"
+    with pytest.raises(FifaError, match=rf"not those of the network: {said[fault]}"):
+        _ = {"unet": lambda: backbone.denoiser, "vae": lambda: backbone.vae.network}.get(
+            part, lambda: backbone.text
+        )()
+
+
+def test_a_single_file_is_no_folder(models, tmp_path):
+    with pytest.raises(FifaError, match=r"single file[\s\S]*from_single_file"):
+        load_backbone(next((models["sd15"] / "unet").glob("*.safetensors")))
 
 
 @pytest.mark.parametrize(

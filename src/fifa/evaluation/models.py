@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan
@@ -18,7 +19,8 @@ from fifa.config import RECIPE_FILE
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.stats import Number
-from fifa.models.hub import HUB_FILES, MODEL_FILES, model_folder
+from fifa.models.hub import MODEL_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
+from fifa.models.optional import require
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import digest, files_digest, read_json, read_json_lines, read_yaml
 
@@ -132,7 +134,7 @@ def find_pipeline(model: str) -> Path:
 
     Raises `FifaError` for one that is not there, or that brings code of its own.
     """
-    path = model_folder(model, HUB_FILES)
+    path = pipeline_folder(model)
     class_name(path)
     return path
 
@@ -167,8 +169,9 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
             raise FifaError(
                 "weights are read from .safetensors only", where=source, do="convert the file"
             )
-        return found("lora", path)
+        return found("lora", _lora(path))
     folder = path if path.is_dir() else model_folder(source, CHECKPOINT_FILES)
+    folder = fetch_variants(source, folder, CHECKPOINT_FILES)
     if (folder / "model_index.json").is_file():
         return found("pipeline", find_pipeline(source))
     if (folder / LORA).is_file():
@@ -184,6 +187,19 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
         where=str(folder),
         do=f"a folder with {LORA}, unet/, transformer/ or model_index.json, or a LoRA's file",
     )
+
+
+def _lora(path: Path) -> Path:
+    """``path``, unless it is a file of whole weights; a damaged one is told when it is loaded."""
+    safetensors = require("safetensors")
+    with suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
+        if not any("lora" in name.lower() or "lokr" in name for name in file.keys()):  # noqa: SIM118 - no dict
+            raise FifaError(
+                "the file holds whole weights, and is no LoRA",
+                where=str(path),
+                do=f"name its folder, or write one with diffusers: {SINGLE_FILE}",
+            )
+    return path
 
 
 def part_name(folder: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model, class_name, part_name
 from fifa.models.families import PIPELINES
+from fifa.models.networks import load_network, load_parts, named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, make_runtime, out_of_memory, tf32
 from fifa.shards.files import read_json
@@ -37,6 +40,10 @@ SCHEDULE = (
     "max_image_seq_len",
 )
 ADAPTER = "tuned"
+SAFE = {"use_safetensors": True, "local_files_only": True}
+# A LoRA's two factors, in the names of files and as peft holds them
+FACTOR = re.compile(r"lora(_A|_B|[._]down|[._]up)\.weight$")
+FACTORS = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
 
 
 @dataclass(frozen=True)
@@ -138,14 +145,17 @@ class PipelineLoader:
 
     def _load(self, folder: Path) -> Any:
         diffusers = require("diffusers", "train")
-        options: dict[str, Any] = {"dtype": self._dtype, **_safe(folder)}
+        options: dict[str, Any] = {"dtype": self._dtype, **SAFE}
         if class_name(folder) == "StableDiffusionPipeline":
             # what it would blacken is measured instead
             options |= {"safety_checker": None, "requires_safety_checker": False}
         if class_name(folder) == "StableDiffusionXLPipeline":
             options["add_watermarker"] = False
         try:
+            options |= load_parts(folder, self._dtype, options)
             pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options).to(self._device)
+        except FifaError:
+            raise
         except Exception as error:  # diffusers', torch's and safetensors' own
             raise _cannot_load("the pipeline", folder, error) from error
         self._set_sampler(pipe, diffusers)
@@ -221,19 +231,49 @@ def make_images(
 
 @contextmanager
 def _adapted(pipe: Any, file: Path) -> Iterator[None]:
+    options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True}
     try:
-        pipe.load_lora_weights(
-            str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True
-        )
+        read = type(pipe).lora_state_dict(str(file.parent), **options)
+        names = list(read[0] if isinstance(read, tuple) else read)
+        pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **options)
     except Exception as error:  # diffusers', torch's and safetensors' own
         raise _cannot_load("the LoRA", file, error) from error
     try:
-        # diffusers only warns of a file that has nothing for this model
-        if not any(ADAPTER in names for names in pipe.get_list_adapters().values()):
-            raise FifaError("the LoRA has no weights for this model", where=str(file))
+        _check_lora(pipe, names, file)
         yield
     finally:
         pipe.unload_lora_weights()
+
+
+def _check_lora(pipe: Any, names: Sequence[str], file: Path) -> None:
+    """Raise `FifaError` unless all of a LoRA is in the pipeline: diffusers only warns.
+
+    ``names`` are those in the file, as diffusers reads them.
+    """
+    factors: Counter[str] = Counter()
+    for name in names:
+        if found := FACTOR.search(name):
+            factors[name[: found.start()].rstrip("._").replace(".processor.", ".")] += 1
+    loaded = Counter(
+        f"{part}.{name.partition('.lora_')[0]}"
+        for part, adapters in pipe.get_list_adapters().items()
+        if ADAPTER in adapters
+        for name, _ in getattr(pipe, part).named_parameters()
+        if name.endswith(FACTORS)
+    )
+    if not loaded:
+        raise FifaError("the LoRA has no weights for this model", where=str(file))
+    if loaded.total() == factors.total() and all(n == 2 for n in factors.values()):
+        return
+    raise FifaError(
+        "only some of the LoRA's weights are for this model: "
+        + named_keys(
+            unused=[key for key in factors if key not in loaded],
+            missing=[key for key, count in factors.items() if count != 2],
+        ),
+        where=str(file),
+        do="evaluate it on the base that it was trained on, or copy the file again",
+    )
 
 
 @contextmanager
@@ -243,7 +283,9 @@ def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[Non
     if own is None:
         raise FifaError(f"the base model has no {name}", where=str(folder))
     try:
-        tuned = type(own).from_pretrained(folder, dtype=dtype, **_safe(folder))
+        tuned = load_network(type(own), folder, dtype)
+    except FifaError:
+        raise
     except Exception as error:  # diffusers', torch's and safetensors' own
         raise _cannot_load(f"the {name}", folder, error) from error
     changed = [
@@ -260,15 +302,6 @@ def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[Non
     finally:
         tuned.to("cpu")
         pipe.register_modules(**{name: own.to(device)})
-
-
-def _safe(folder: Path) -> dict[str, Any]:
-    """Safetensors from the disk only; half-precision files where there are no others."""
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    files = [file.name for file in folder.rglob("diffusion_pytorch_model*.safetensors")]
-    if files and all(".fp16" in name for name in files):
-        options["variant"] = "fp16"
-    return options
 
 
 def _scheduler(base: Path) -> dict[str, Any]:

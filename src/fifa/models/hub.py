@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fifa.errors import FifaError
@@ -13,9 +15,12 @@ from fifa.shards.files import files_digest
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
 CONFIG_AND_WEIGHTS = MODEL_FILES[:2]
 _PARTS = dict.fromkeys(part for f in FAMILIES for part in (*f.parts, *f.optional))
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
+SINGLE_FILE = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or its like"
+VARIANTS = ("fp16", "bf16")  # copies in half precision, the best first
 # What is fetched of a diffusion model: not the .bin, fp16, non-ema and single-file copies of the
-# weights.
+# weights. `fetch_variants` fetches what of these is needed.
 HUB_FILES = (
     "model_index.json",
     *(f"{part}/*{suffix}" for part in _PARTS for suffix in MODEL_FILES[1:]),
@@ -33,6 +38,12 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise FifaError(
+            "the model is a single file; a folder of parts is needed",
+            where=str(path),
+            do=f"name its folder, or write one with diffusers: {SINGLE_FILE}",
+        )
     hub = require("huggingface_hub")
     try:
         names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
@@ -43,6 +54,69 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
             where=str(error).splitlines()[0],
             do="name a folder with safetensors weights, or a hub id while online",
         ) from error
+
+
+def pipeline_folder(model: str | Path) -> Path:
+    """`model_folder` of a diffusion model, with half precision where the hub has nothing else."""
+    return fetch_variants(model, model_folder(model, HUB_FILES), HUB_FILES)
+
+
+def fetch_variants(model: str | Path, folder: Path, patterns: Sequence[str]) -> Path:
+    """Fetch the half-precision copies of parts that came from the hub without weights.
+
+    Parameters
+    ----------
+    model
+        A folder, which is left as it is, or a hub id.
+    folder
+        What `model_folder` gave for it.
+    patterns
+        The names that were fetched.
+    """
+    for variant in VARIANTS:
+        lacking = [
+            file.parent.name
+            for file in sorted(folder.glob("*/config.json"))
+            if file.parent.name in _PARTS and not any(file.parent.glob("*.safetensors"))
+        ]
+        if not lacking or Path(model).expanduser().is_dir():
+            break
+        copies = [f"{p}/{n}*.{variant}*.safetensors" for p in lacking for n in _WEIGHTS]
+        folder = model_folder(model, [*patterns, *copies])
+    return folder
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a network's weights.
+
+    Parameters
+    ----------
+    variant
+        None, or what stands in their names: ``fp16``.
+    paths
+        The files, sorted.
+    """
+
+    variant: str | None
+    paths: tuple[Path, ...]
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The safetensors that a network is loaded from, of all the copies in its folder.
+
+    Those without a variant in their name where there are any, as libraries write them; else the
+    first of `VARIANTS` that is there, else any other. No paths where there are none.
+    """
+    copies: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        # model.fp16.safetensors, model.fp16-00001-of-2.safetensors, model-00001-of-2.fp16....
+        _, _, middle = path.name.removesuffix(".safetensors").partition(".")
+        copies.setdefault(_SHARD.sub("", middle) or None, []).append(path)
+    for variant in (None, *VARIANTS, *copies):
+        if variant in copies:
+            return WeightFiles(variant, tuple(copies[variant]))
+    return WeightFiles(None, ())
 
 
 def weights_folder(model: str, what: str) -> Path:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fifa.console import echo, note, quiet
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest
+from fifa.models.networks import load_network, loading
 from fifa.models.optional import require
 from fifa.models.runtime import Parts, best_device, best_dtype
 from fifa.shards.files import read_json
@@ -158,12 +159,9 @@ class ModelEncoder:
         transformers = require("transformers")
         folder = self.model_folder
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        with quiet(transformers):
-            try:
-                config = transformers.AutoConfig.from_pretrained(folder, **options)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                raise FifaError(f"cannot load the encoder: {error}", where=str(folder)) from error
+        with quiet(transformers), loading("the encoder", folder):
+            config = transformers.AutoConfig.from_pretrained(folder, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if self.tower == "clip" and config.model_type not in ("clip", "clip_text_model"):
             raise FifaError(
                 f"this is a {config.model_type} model, not a CLIP",
@@ -187,15 +185,16 @@ class ModelEncoder:
 def load_model(model_class: Any, folder: Path, dtype: str = "float32") -> Any:
     """A transformers model from a local folder, from safetensors and no remote code.
 
+    See `fifa.models.networks.load_network` for what of its weights may be missing or left over.
+
     Parameters
     ----------
     model_class
-        A class with ``from_pretrained``. What the folder holds unsupported it is left out; a pooler
-        may be missing, for nothing here reads one.
+        A class with ``from_pretrained``.
     folder
         Config and weights.
     dtype
-        What it computes in.
+        What it computes in; ``auto`` for what its weights are in.
 
     Raises
     ------
@@ -203,22 +202,9 @@ def load_model(model_class: Any, folder: Path, dtype: str = "float32") -> Any:
         For weights that are missing, damaged or incomplete.
     """
     torch, transformers = require("torch"), require("transformers")
-    with quiet(transformers):
-        try:
-            model, found = model_class.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise FifaError(f"cannot load the model: {error}", where=str(folder)) from error
-    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise FifaError(f"the weights lack {', '.join(missing[:3])}", where=str(folder))
-    return model
+    with quiet(transformers), loading("the model", folder):
+        kind = dtype if dtype == "auto" else getattr(torch, dtype)
+        return load_network(model_class, folder, kind, trust_remote_code=False)
 
 
 def normalised(vectors: Vectors) -> Vectors:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.networks import load_parts, loading
 from fifa.models.optional import require
 from fifa.models.runtime import release_memory
 from fifa.shards.files import atomic_path, read_json
@@ -103,9 +104,12 @@ class Samples:
         # 16 bits where training computes in them: its memory may have no room for more
         halved = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision != "no"
         dtype = getattr(torch, self.backbone.family.half if halved else "float32")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            self.backbone.folder, dtype=dtype, local_files_only=True, **parts
-        )
+        folder = self.backbone.folder
+        with loading("the pipeline", folder):
+            parts = {**parts, **load_parts(folder, dtype, parts)}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts
+            )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.accelerator.device)
         images = []

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from fifa.console import note, quiet
 from fifa.errors import FifaError
 from fifa.models.hub import weights_folder
+from fifa.models.networks import load_network, loading
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Parts, best_dtype
 from fifa.models.transformer import length_batches
@@ -281,18 +282,11 @@ def load_reader(path: Path, device: str, dtype: str) -> LogitReader:
 def _load_folder(path: Path) -> tuple[Any, Any]:
     transformers = require("transformers")
     safe = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        with quiet(transformers, warnings=True):
-            net = transformers.AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, dtype="auto", **safe
-            )
+    do = "name a folder or hub id of a causal language model with safetensors weights"
+    with quiet(transformers, warnings=True), loading("the language model", path, do):
+        cls = transformers.AutoModelForCausalLM
+        net = load_network(cls, path, "auto", trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
-    except (OSError, ValueError, ImportError) as error:
-        raise FifaError(
-            f"cannot load the language model: {str(error).splitlines()[0]}",
-            where=str(path),
-            do="name a folder or hub id of a causal language model with safetensors weights",
-        ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     attends = "attention_mask" in inspect.signature(net.base_model.forward).parameters
     if not attends or backend is None:

@@ -20,9 +20,10 @@ from torch import Tensor
 from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
-from fifa.models.hub import HUB_FILES, model_folder
+from fifa.models.hub import pipeline_folder, weight_files
+from fifa.models.networks import load_network, loading
 from fifa.models.optional import require
-from fifa.models.runtime import out_of_memory, tf32
+from fifa.models.runtime import tf32
 from fifa.shards.files import read_json
 
 
@@ -67,7 +68,7 @@ class ModelFolder:
             config = "scheduler_config.json" if part == "scheduler" else "config.json"
             if not (folder / config).is_file():
                 raise self._lacks(part, f"there is no {part}/{config}")
-            if part != "scheduler" and not any(folder.glob("*.safetensors")):
+            if part != "scheduler" and not weight_files(folder).paths:
                 raise self._lacks(part, f"{part} has no safetensors (pickled weights stay closed)")
             shapes_in(folder)
 
@@ -83,17 +84,11 @@ class ModelFolder:
         dtype
             Of its weights; default: `encoding`.
         """
-        names = [path.name for path in (self.path / part).glob("*.safetensors")]
         dtype = dtype or self.encoding
         read = self._read_as(part, dtype)
-        settings = {
-            "use_safetensors": True,
-            "variant": "fp16" if names and all(".fp16" in name for name in names) else None,
-            "dtype": read,
-        }
 
         def load() -> Any:
-            module = cls.from_pretrained(self.path / part, **settings).to(self.device)
+            module = load_network(cls, self.path / part, read).to(self.device)
             # not by diffusers' own ``to``, which warns of weights to be kept, if of none
             return module if read == dtype else torch.nn.Module.to(module, dtype)
 
@@ -129,17 +124,12 @@ class ModelFolder:
 
     def _loaded(self, part: str, load: Any) -> Any:
         libraries = (require(name, "train") for name in ("diffusers", "transformers"))
-        try:
-            with quiet(*libraries, warnings=True):
-                return load()
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            if out_of_memory(error):
-                raise
-            raise FifaError(
-                f"cannot load the model's {part}: {str(error).strip().splitlines()[0][:200]}",
-                where=str(self.path / part),
-                do="download the model again, or name another",
-            ) from error
+        again = "download the model again, or name another"
+        with (
+            quiet(*libraries, warnings=True),
+            loading(f"the model's {part}", self.path / part, again),
+        ):
+            return load()
 
     def _lacks(self, part: str, why: str) -> FifaError:
         return FifaError(
@@ -150,7 +140,7 @@ class ModelFolder:
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights in a folder's safetensors files, by name; reads headers only.
+    """The shapes of the weights that a network is loaded from, by name; reads headers only.
 
     Raises `FifaError` for a file that is damaged.
     """
@@ -158,13 +148,13 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def kinds_in(folder: Path) -> set[str]:
-    """The types of all weights in a folder's safetensors files, as their headers name them."""
+    """The types of the weights that a network is loaded from, as their headers name them."""
     return {entry.get_dtype() for _, entry in _entries(folder)}
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
     safetensors = require("safetensors", "train")
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder).paths:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 yield from ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 - no dict
@@ -182,7 +172,7 @@ def open_folder(
 
     Raises `FifaError` where there is none, and for a family that is not known.
     """
-    path = model_folder(model, HUB_FILES)
+    path = pipeline_folder(model)
     index = path / "model_index.json"
     if not index.is_file():
         raise FifaError(
