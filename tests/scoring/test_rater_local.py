@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +144,60 @@ def test_a_gguf_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FifaError, match="mamba"):
         load_gguf(path, "float32")
     path.write_bytes(b"not gguf at all")
-    with pytest.raises(FifaError, match="cannot read the GGUF file"):
+    with pytest.raises(FifaError, match="cannot load the GGUF file"):
         load_gguf(path, "float32")
+
+
+TOKENS_KEY = b"tokenizer.ggml.tokens"
+
+
+def _counting(raw: bytes, key: bytes, value: bytes) -> bytes:
+    """``raw`` with the number behind a key's type (and an array's) replaced."""
+    at = raw.index(key) + len(key) + (8 if key == TOKENS_KEY else 4)
+    return raw[:at] + value + raw[at + len(value) :]
+
+
+DAMAGE = {
+    "cut in its header": lambda raw: raw[:300],
+    "cut in its tensors": lambda raw: raw[:-64],
+    "2^60 tensors": lambda raw: raw[:8] + struct.pack("<Q", 1 << 60) + raw[16:],
+    "2^60 keys": lambda raw: raw[:16] + struct.pack("<Q", 1 << 60) + raw[24:],
+    "2^60 tokens": lambda raw: _counting(raw, TOKENS_KEY, struct.pack("<Q", 1 << 60)),
+    "2^31 layers": lambda raw: _counting(raw, b"llama.block_count", struct.pack("<I", 1 << 31)),
+    "no heads": lambda raw: _counting(raw, b"llama.attention.head_count", bytes(4)),
+    "another width": lambda raw: _counting(raw, b"llama.embedding_length", b"\7\0\0\0"),
+    "no text": lambda raw: raw.replace(b"gpt2", b"\xff\xfe\xff\xfe"),
+    "a key that is lost": lambda raw: raw.replace(b"llama.context_length", b"llama.context_lost__"),
+    "a tensor that is lost": lambda raw: raw.replace(b"blk.0.attn_q", b"blk.9.attn_q"),
+    "a tensor that is foreign": lambda raw: raw.replace(b"blk.0.attn_q", b"blk.0.attn_x"),
+    "a type that is none": lambda raw: _counting(raw, b"blk.0.attn_q.weight", b"\xff\xff"),
+    "two of one key": lambda raw: raw.replace(
+        b"llama.feed_forward_length", b"llama.attention.head_cnt_"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_gguf_file_is_told(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(), path)
+    raw = path.read_bytes()
+    path.write_bytes(DAMAGE[kind](raw))
+    assert path.read_bytes() != raw
+    with pytest.raises(FifaError, match="GGUF file"):
+        load_gguf(path, "float32")
+
+
+def test_damaged_bytes_of_a_gguf_header_never_end_in_anything_else(tmp_path: Path) -> None:
+    path, draw = tmp_path / "tiny.gguf", np.random.default_rng(0)
+    write_gguf(tiny_llama(), path)
+    raw = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        damaged = raw.copy()
+        damaged[draw.integers(0, 1500, 4)] = draw.integers(0, 256, 4)
+        path.write_bytes(damaged.tobytes())
+        with suppress(FifaError):  # in a token's letters nothing is wrong
+            load_gguf(path, "float32")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,8 @@ ROWS, CUDA_ROWS = 64, 1024
 # Rows of logits at a time: of a vocabulary of 49,152 they then stay in the processor's cache (3
 # times as fast, measured); on a GPU they take 400 MB.
 LOGITS, CUDA_LOGITS = 128, 2048
-
+# Slices that a GGUF file is read in: some four a token, of the largest vocabularies 262,144
+SLICES = 4_000_000
 
 # GGUF's names -> transformers' names
 OUTSIDE = {
@@ -306,12 +307,14 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     Special tokens are not special to this tokenizer: ``<|im_end|>`` in a prompt is plain text.
     Raises `FifaError` for anything but a Llama with a SmolLM or GPT-2 byte-level vocabulary.
     """
+    with loading("the GGUF file", path, "download it again, or name another"):
+        return _read_gguf(path, dtype)
+
+
+def _read_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     gguf, torch, transformers = require("gguf"), require("torch"), require("transformers")
-    try:
-        reader = _plain(gguf.GGUFReader)(str(path))
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError) as error:
-        raise FifaError(f"cannot read the GGUF file: {error}", where=str(path)) from error
+    reader = _plain(gguf.GGUFReader)(str(path))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     family, tokens = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     if (family, tokens) != ("llama", "gpt2"):
         raise FifaError(
@@ -323,6 +326,10 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     size = {name.partition(".")[2]: value for name, value in fields.items()}
     heads = size["attention.head_count"]
     groups = size.get("attention.head_count_kv", heads)
+    if sum(tensor.n_bytes for tensor in reader.tensors) > path.stat().st_size:
+        raise ValueError("its tensors lie over each other")
+    if not 0 < size["block_count"] <= len(reader.tensors):
+        raise ValueError(f"{size['block_count']} layers in {len(reader.tensors)} tensors")
     state = {}
     for tensor in reader.tensors:
         plain = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -354,10 +361,30 @@ def load_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
     return model.eval(), _tokenizer(fields)
 
 
+class _Bytes:
+    """A file's bytes, sliced only where there are any, and only so often.
+
+    A header may count 2^60 values, which the library would go through one by one.
+    """
+
+    def __init__(self, data: Any) -> None:
+        # a plain array: 100,000 slices of a memory map take 3 s
+        self._data, self._left = np.asarray(data), SLICES
+
+    def __getitem__(self, part: slice) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"it counts more than {SLICES:,} values")
+        if part.stop > len(self._data):
+            raise ValueError("it ends before what it counts")
+        return self._data[part]
+
+
 def _plain(reader: Any) -> Any:
-    # a reader that takes its 100,000 slices from a plain array: those of a memory map take 3 s
+    """The library's reader, which reads through `_Bytes`."""
+
     def keep(self: Any, data: Any) -> None:
-        self.kept = np.asarray(data)
+        self.kept = _Bytes(data)
 
     return type("PlainReader", (reader,), {"data": property(lambda self: self.kept, keep)})
 
