@@ -201,7 +201,11 @@ def test_hpdv3_always_names_the_winner_first_and_the_sides_do_not_tell(tmp_path:
         for i in range(N)
     ]
     pairs = read_pairs(write_json(tmp_path / "all.json", rows))
-    assert_labels(pairs, {(r["prompt"], r["path1"], r["path2"]): 1.0 for r in rows})
+    share = {True: 12 / 15, False: 1.0}  # of the votes, where the source has them
+    assert_labels(
+        pairs,
+        {(r["prompt"], r["path1"], r["path2"]): share[r["choice_dist"] is not None] for r in rows},
+    )
     assert_no_leak(pairs)
     for row in pairs.table.to_pylist():
         source = rows[row["row"]]

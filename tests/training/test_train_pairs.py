@@ -80,7 +80,7 @@ def test_images_in_any_order_from_several_files_and_structs(tmp_path):
 
 
 def test_ids_name_prompt_winner_and_loser(tmp_path):
-    path = write_pairs(tmp_path / "a.parquet", label_0=[1.0] * 4)
+    path = write_pairs(tmp_path / "a.parquet", label_0=[1.0] * 4, label_1=None)
     rows = pq.read_table(path)
     twice = pa.concat_tables([rows, rows.slice(0, 1)])
     pq.write_table(twice, tmp_path / "b.parquet")
@@ -108,8 +108,8 @@ def test_the_digest_follows_what_is_trained_on(tmp_path):
     [
         ({"jpg_1": None}, "no column jpg_1"),
         ({"jpg_0": None, "image_0_url": ["u"] * 4}, "no images, only their references"),
-        ({"label_0": [1.0, 0.0, 7.0, 1.0]}, "label_0 7"),
-        ({"label_0": [1.0] * 4, "label": [0.9, 0.9, 0.1, 0.9]}, "label 0.1"),
+        ({"label_0": [1.0, 0.0, 7.0, 1.0]}, r"label_0 is not on a scale .* 7 \(1\)"),
+        ({"label_0": [1.0] * 4, "label": [0.9, 0.9, 0.1, 0.9]}, "label 0.1 name two winners"),
         ({"label_0": [0.5] * 4}, "no pair with a winner"),
         ({"weight": [1.0, -1.0, 1.0, 1.0]}, "negative"),
         ({"weight": [0.0] * 4}, "weight 0"),

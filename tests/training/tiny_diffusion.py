@@ -302,10 +302,11 @@ def write_pairs(path, sizes=(((64, 64), (64, 64)),) * 4, seed=0, **columns):
         "jpg_0": [picture(draw, *first) for first, _ in sizes],
         "jpg_1": [picture(draw, *second) for _, second in sizes],
         "label_0": [float(i % 2) for i in range(n)],
-        "label_1": [1.0 - i % 2 for i in range(n)],
         "caption": [f"the cat number {i}" for i in range(n)],
         **columns,
     }
+    complement = [None if label is None else 1.0 - label for label in rows["label_0"] or []]
+    rows = {"label_1": complement or None} | rows
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: value for name, value in rows.items() if value is not None})
     pq.write_table(table, path, row_group_size=3)

@@ -275,10 +275,11 @@ def _encodable(value: str | None) -> str | None:
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
-    return np.fromiter((_number(value) for value in values), np.float64, len(values))
+    return np.fromiter((as_number(value) for value in values), np.float64, len(values))
 
 
-def _number(value: object) -> float:
+def as_number(value: object) -> float:
+    """Numbers, truth values and text that reads as one; NaN for everything else."""
     if isinstance(value, str):
         value = {"true": "1", "false": "0"}.get(value.strip().lower(), value)
     if isinstance(value, int | float | str):
@@ -295,7 +296,7 @@ def _all_numbers(values: list[Any], loose: bool) -> bool:
         if isinstance(value, str):
             if not loose or value.strip().lower() in ("true", "false"):
                 return False
-            if np.isnan(_number(value)) and value.strip().lower() != "nan":
+            if np.isnan(as_number(value)) and value.strip().lower() != "nan":
                 return False
         elif isinstance(value, bool) or not isinstance(value, int | float):
             return False

@@ -13,30 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, has
+from fifa.data.columns import Columns, Text, as_number, has
+from fifa.data.labels import (
+    NOT_COUNTED,
+    Labels,
+    first_wins,
+    not_counted,
+    on_scale,
+    own_label,
+    two_labels,
+    vote_share,
+)
 from fifa.data.pairs import FilePairs, pair_columns, side_pairs
 from fifa.data.rankings import Ranked, generations, one_image_a_row, ranked_paths, two_paths
 from fifa.data.records import tar_ref
 from fifa.errors import FifaError
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of n rows.
-
-    Parameters
-    ----------
-    value
-        float64 [n], the probability that a person prefers the first image; NaN for none.
-    wrong
-        Rows to reject, and why.
-    votes
-        int32 [n], the votes in each; None is one each.
-    """
-
-    value: np.ndarray
-    wrong: dict[int, str]
-    votes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,8 @@ class Layout:
         The first image is (often) the winner.
     ignore
         Columns of numbers that belong to the format and are no scores.
+    numbers
+        Columns of numbers that some files have as text.
     """
 
     name: str
@@ -77,6 +70,7 @@ class Layout:
     links: tuple[str, str] | None = None
     winner_first: bool = False
     ignore: frozenset[str] = frozenset()
+    numbers: tuple[str, ...] = ()
 
     def fits(self, columns: Columns) -> bool:
         """True if the file has every column that the format cannot do without."""
@@ -103,15 +97,21 @@ class Layout:
             _present(columns, names) for names in (self.keys, self.links, self.images)
         )
         cells = images if images and all(_is_cell(columns, name) for name in images) else None
-        known = {self.prompt, *self.needs, *self.reads, *self.ignore, *self.images}
+        reads = (*self.reads, *(name for name in NOT_COUNTED if name in columns.names))
+        known = {self.prompt, *self.needs, *reads, *self.ignore, *self.images}
         known |= {*(self.keys or ()), *(self.links or ()), *carried.values()}
         numbers = [name for name in columns.numeric() if name not in known]
+        numbers += [name for name in self.numbers if name in columns.names and name not in numbers]
         wanted = [self.prompt, *self.needs, *numbers, *carried.values(), *(keys or ())]
-        wanted += [name for name in self.reads if has(columns, name)]
+        wanted += [name for name in reads if name in columns.names]
         wanted += [leaf for leaf in (_leaf(columns, name) for name in images or ()) if leaf]
         wanted += () if cells else (links or ())
         columns.load(wanted, prompt=self.prompt)
+        uncounted = not_counted(columns)
         labels = self.label(columns)
+        labels = on_scale(
+            Labels(labels.value, labels.wrong | uncounted, labels.votes), columns.file
+        )
         sides = [
             _side(columns, cells, *(names and names[side] for names in (keys, images, links)))
             for side in (0, 1)
@@ -198,43 +198,55 @@ def _member_keys(file: str, refs: Text) -> pa.Array:
 
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+RESPONSE_STATUS = "preference.responses.status"
 RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
 
 
 def own_layout(columns: dict[str, str]) -> Layout:
     """A table of the user's own; what ``columns`` leaves out goes by its own name."""
     prompt, first, second, label = (columns.get(name, name) for name in PAIR_COLUMNS)
+    needs, function = own_label(label)
+    winner_first = function is first_wins
     return Layout(
-        "columns",
-        prompt,
-        (first, second),
-        lambda columns: Labels(columns.number(label), {}),
-        needs=(label,),
+        "columns", prompt, (first, second), function, needs=needs, winner_first=winner_first
     )
 
 
-def _first_wins(columns: Columns) -> Labels:
-    return Labels(np.ones(len(columns.rows)), {})
+def _path1_wins(columns: Columns) -> Labels:
+    """HPDv3: path1 wins, by its share of ``choice_dist`` where there are votes; ties say so."""
+    label, votes = np.ones(len(columns.rows)), np.ones(len(columns.rows), np.int32)
+    if "choice_dist" in columns.names:
+        for i, value in enumerate(columns.values("choice_dist")):
+            counts = _counts(value)
+            if counts:
+                label[i], votes[i] = max(counts) / sum(counts), min(sum(counts), 2**31 - 1)
+    if "tie_case" in columns.names:
+        label[columns.number("tie_case") == 1] = 0.5
+    return Labels(label, {}, votes)
+
+
+def _counts(value: Any) -> list[float]:
+    """Two counts of votes, as a list or as its text; nothing where there are none."""
+    if isinstance(value, str):
+        value = value.strip().strip("[]()").split(",")
+    counts = [as_number(one) for one in value] if isinstance(value, list) else []
+    return counts if len(counts) == 2 and min(counts) >= 0 and 0 < sum(counts) < np.inf else []
 
 
 def _two_labels(columns: Columns) -> Labels:
-    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
+    """Pick-a-Pic and diffusers: `two_labels`.
 
     ``label_votes``, which `fifa vote export` writes, says how many votes label_0 averages.
     """
-    label, wrong = columns.number("label_0"), {}
-    if "label_1" in columns.names:
-        other = columns.number("label_1")
-        bad = np.isfinite(label) & ~(np.abs(label + other - 1.0) <= 1e-6)
-        wrong = dict.fromkeys(np.flatnonzero(bad).tolist(), "label_0 and label_1 do not sum to 1")
-    if "has_label" in columns.names:
-        without = np.flatnonzero(columns.number("has_label") == 0)
-        wrong |= dict.fromkeys(without.tolist(), "nobody labelled it (has_label is false)")
+    second, labelled = (
+        columns.number(name) if name in columns.names else None for name in ("label_1", "has_label")
+    )
+    labels = two_labels(columns.number("label_0"), second, labelled, columns.file)
     if "label_votes" not in columns.names:
-        return Labels(label, wrong)
+        return labels
     votes = columns.number("label_votes")
     known = (votes >= 1) & (votes < 2**31)
-    return Labels(label, wrong, np.where(known, votes, 1.0).astype(np.int32))
+    return Labels(labels.value, labels.wrong, np.where(known, votes, 1.0).astype(np.int32))
 
 
 def _weighted_results(columns: Columns) -> Labels:
@@ -250,7 +262,7 @@ def _weighted_results(columns: Columns) -> Labels:
 
 def _best_index(columns: Columns) -> Labels:
     """MJ-Bench: the label is the index of the better image."""
-    index = columns.number("label")
+    index = on_scale(Labels(columns.number("label"), {}), columns.file).value
     bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
     return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
 
@@ -278,15 +290,30 @@ def _arena_vote(vote: Any) -> tuple[float, int] | str:
     return (known, 1) if known is not None else f"unknown vote_type {str(vote)[:40]!r}"
 
 
-def _responses(answers: Any) -> tuple[float, int] | str:
-    """open-image-preferences: the mean over the annotators, either kind of "both" a half."""
-    if not isinstance(answers, list) or not answers:
-        return "no responses"
-    known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in answers]
-    shares = [share for share in known if share is not None]
-    if len(shares) < len(known):
-        return "an unknown response"
-    return sum(shares) / len(shares), len(shares)
+def _responses(columns: Columns) -> Labels:
+    """open-image-preferences: the mean over the annotators, either kind of "both" a half.
+
+    Of the answers only those are counted that were submitted, where the tool tells.
+    """
+    answers = columns.values("preference.responses")
+    states: list[Any] = [None] * len(answers)
+    if RESPONSE_STATUS in columns.names:
+        states = columns.values(RESPONSE_STATUS)
+    label, votes = np.full(len(answers), np.nan), np.ones(len(answers), np.int32)
+    wrong = {}
+    for i, (own, state) in enumerate(zip(answers, states, strict=True)):
+        given = own if isinstance(own, list) else []
+        if isinstance(state, list) and len(state) == len(given):
+            given = [a for a, said in zip(given, state, strict=True) if said == "submitted"]
+        known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in given]
+        shares = [share for share in known if share is not None]
+        if not given:
+            wrong[i] = "no submitted responses" if own and state else "no responses"
+        elif len(shares) < len(known):
+            wrong[i] = "an unknown response"
+        else:
+            label[i], votes[i] = sum(shares) / len(shares), len(shares)
+    return Labels(label, wrong, votes)
 
 
 _PICKAPIC = frozenset(
@@ -318,6 +345,13 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
     ),
     Layout(
+        "rapidata",
+        "prompt",
+        ("image1", "image2"),
+        lambda columns: vote_share(columns, "votes_image1", "votes_image2"),
+        needs=("votes_image1", "votes_image2"),
+    ),
+    Layout(
         "genai-arena",
         "prompt",
         ("left_image", "right_image"),
@@ -328,10 +362,19 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         "open-image-preferences",
         "images.prompt",
         ("images.image_1", "images.image_2"),
-        _by_value("preference.responses", _responses),
+        _responses,
         needs=("preference.responses",),
+        reads=(RESPONSE_STATUS,),
     ),
-    Layout("hpdv3", "prompt", ("path1", "path2"), _first_wins, winner_first=True),
+    Layout(
+        "hpdv3",
+        "prompt",
+        ("path1", "path2"),
+        _path1_wins,
+        reads=("choice_dist", "tie_case"),
+        winner_first=True,
+        numbers=("confidence",),
+    ),
     Layout(
         "pickapic",
         "caption",
@@ -365,11 +408,11 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         "open-image-preferences",
         "prompt",
         ("chosen", "rejected"),
-        _first_wins,
+        first_wins,
         needs=("chosen_model", "rejected_model", "category"),
         winner_first=True,
         ignore=frozenset(("id",)),
     ),
-    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), _first_wins, winner_first=True),
+    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), first_wins, winner_first=True),
     own_layout({}),
 )

@@ -29,7 +29,7 @@ FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
-VERSION = 3  # of the way a source becomes pairs; part of every fingerprint
+VERSION = 4  # of the way a source becomes pairs; part of every fingerprint
 
 
 def read_pairs(
@@ -46,8 +46,9 @@ def read_pairs(
         One of `FORMATS`; None recognises it by its columns.
     columns
         For a table of your own: the names of its ``prompt``, ``image_0``, ``image_1`` and
-        ``label`` columns (the label is the probability that a person prefers image_0). Any other
-        name keeps a column of numbers, or of lists of numbers, under that name.
+        ``label`` columns (the label is the probability that a person prefers image_0, or one of
+        the forms in `fifa.data.labels.OTHER_SCALES`). Any other name keeps a column of numbers,
+        or of lists of numbers, under that name.
 
     Returns
     -------

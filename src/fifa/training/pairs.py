@@ -16,14 +16,18 @@ from fifa.config import RECIPE_FILE
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
+from fifa.data.labels import OTHER_SCALES as SCALES
+from fifa.data.labels import Labels, on_scale, two_labels
 from fifa.errors import FifaError
 from fifa.selection.export import IMAGES
 from fifa.shards.files import digest
 
+OTHER_SCALES = f"train on what `fifa filter` writes of it with --columns; {SCALES}"
 NEEDED = (*IMAGES, "label_0", "caption")
 COLUMNS = {
     "caption": pa.string(),
     "label_0": pa.float64(),
+    "label_1": pa.float64(),
     "label": pa.float64(),
     "weight": pa.float64(),
     "pair_id": pa.string(),
@@ -54,7 +58,8 @@ class TrainingPairs:
     fingerprint
         16 hex characters that name the files: their footers, sizes and times.
     dropped
-        How many rows are not here, by reason: ``tie``, ``no_label``.
+        How many rows are not here, by reason: ``tie``, ``no_label``, ``labels_disagree`` (label_0
+        and label_1 do not sum to 1).
     image_table
         Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
     folder
@@ -107,8 +112,10 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     path = Path(source).expanduser()
     folder = _subset(path)
     files = _files(folder or path)
-    table = pa.concat_tables(_rows(file, number) for number, file in enumerate(files))
-    reasons, winner = _winners(table, files)
+    tables = [_rows(file, number) for number, file in enumerate(files)]
+    parts = [_winners(rows, file) for rows, file in zip(tables, files, strict=True)]
+    reasons, winner, first = (np.concatenate(column) for column in zip(*parts, strict=True))
+    table = pa.concat_tables(tables)
     kept = np.flatnonzero(reasons == "")
     dropped = {name: n for name, n in sorted(Counter(reasons.tolist()).items()) if name}
     if dropped:
@@ -124,9 +131,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         np.repeat(table["row"].to_numpy(), 2),
         [IMAGES[side] for side in sides.tolist()],
     )
-    soft = table["label"].to_numpy()
-    first = np.where(np.isfinite(soft), soft, table["label_0"].to_numpy())
-    label = np.where(winner[kept] == 0, first, 1 - first).astype(np.float32)
+    label = np.where(winner[kept] == 0, first[kept], 1 - first[kept]).astype(np.float32)
     weight = _weights(table, str(source))
     margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
@@ -210,30 +215,35 @@ def _check_columns(file: Path, names: list[str]) -> None:
 
 
 def _winners(
-    table: pa.Table, files: list[Path]
-) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64]]:
-    """Why each row is dropped ("" where it stays), and the column of its winner."""
-    first = table["label_0"].to_numpy()  # NaN where null
-    soft = table["label"].to_numpy()
-    wrong = (first < 0) | (first > 1) | (soft < 0) | (soft > 1)
+    table: pa.Table, file: Path
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Why each row of a file is dropped ("": it stays), its winner's column, and 0's label."""
+    first, second, soft, labelled = (
+        table[name].cast(pa.float64()).to_numpy()  # NaN where null
+        for name in ("label_0", "label_1", "label", "has_label")
+    )
+    other = None if np.isnan(second).all() else second
+    labels = two_labels(first, other, labelled, str(file), OTHER_SCALES)
+    first = labels.value
+    soft = on_scale(Labels(soft, labels.wrong), str(file), "label", OTHER_SCALES).value
     # what trainers read and what people said must name one winner
     both = np.isfinite(first) & np.isfinite(soft)
-    wrong |= both & ((first > 0.5) != (soft > 0.5)) & (soft != 0.5)
+    wrong = both & ((first > 0.5) != (soft > 0.5)) & (soft != 0.5)
     if wrong.any():
         i = int(np.flatnonzero(wrong)[0])
-        row, file = table["row"][i].as_py(), files[table["file"][i].as_py()]
         raise FifaError(
-            f"the labels are not probabilities: label_0 {first[i]:g}"
-            + (f", label {soft[i]:g}" if np.isfinite(soft[i]) else ""),
-            where=f"row {row} of {file}",
-            do="label_0 is 1 if image 0 won, 0 if image 1 won, 0.5 for a tie",
+            f"label_0 {first[i]:g} and label {soft[i]:g} name two winners",
+            where=f"row {table['row'][i].as_py()} of {file}",
+            do="label_0 is 1 if image 0 won, 0 if image 1 won, 0.5 for a tie; label is the "
+            "probability that people prefer image 0",
         )
-    reasons = np.full(len(first), "", dtype="<U8")
+    reasons = np.full(len(first), "", dtype="<U16")
     reasons[(first == 0.5) | (soft == 0.5)] = "tie"
-    labelled = table["has_label"].fill_null(True).to_numpy(zero_copy_only=False).astype(bool)
+    reasons[list(labels.wrong)] = "labels_disagree"
     empty = np.asarray(table["caption"].is_null())
-    reasons[~labelled | ~np.isfinite(first) | empty] = "no_label"
-    return reasons, (first < 0.5).astype(np.int64)
+    reasons[(labelled == 0) | ~np.isfinite(first) | empty] = "no_label"
+    label = np.where(np.isfinite(soft), soft, first)
+    return reasons, (first < 0.5).astype(np.int64), label
 
 
 def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:

@@ -1,0 +1,207 @@
+"""What a source says about who won, as probabilities: one reader for `read` and for `train`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fifa.data.columns import Columns, as_number
+from fifa.errors import FifaError
+
+CLOSE = 1e-6  # what a share may be off by rounding
+NOT_COUNTED = {  # columns of annotation tools, and the values of answers that nobody gave
+    "status": {"discarded", "draft", "pending", "skipped", "cancelled"},
+    "was_cancelled": {"1"},
+}
+OTHER_SCALES = (
+    "a label is the probability that people prefer image_0: 1, 0, 0.5 for a tie, or a share. With "
+    "prompt=...,image_0=...,image_1=... --columns also reads label=COLUMN:FIRST/SECOND/TIE "
+    "(label=winner:A/B/tie, label=pref:1/-1/0), label=A/(A+B) of two counts of votes, label=A>B of "
+    "two scores, and label=:first where image_0 always won"
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of n rows.
+
+    Parameters
+    ----------
+    value
+        float64 [n], the probability that a person prefers the first image; NaN for none.
+    wrong
+        Rows to reject, and why.
+    votes
+        int32 [n], the votes in each; None is one each.
+    """
+
+    value: npt.NDArray[np.float64]
+    wrong: dict[int, str]
+    votes: npt.NDArray[np.int32] | None = None
+
+
+def on_scale(
+    labels: Labels, where: str, column: str = "the label", do: str = OTHER_SCALES
+) -> Labels:
+    """The labels, those within rounding of 0 and 1 put there.
+
+    Raises `FifaError` where one that counts is finite and beyond: the column has another scale,
+    of which the values that happen to lie between 0 and 1 mean something else.
+    """
+    value = labels.value
+    beyond = np.isfinite(value) & ((value < -CLOSE) | (value > 1.0 + CLOSE))
+    beyond[list(labels.wrong)] = False
+    if beyond.any():
+        raise other_scale(column, value[np.isfinite(value)].tolist(), where, do)
+    return replace(labels, value=np.clip(value, 0.0, 1.0))
+
+
+def other_scale(
+    column: str, values: Iterable[object], where: str, do: str = OTHER_SCALES
+) -> FifaError:
+    """The error for a file whose labels cannot be read as they are, with the values seen."""
+    counts = Counter(_name(value) for value in values)
+    some = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(6))
+    more = f" and {len(counts) - 6:,} more" if len(counts) > 6 else ""
+    return FifaError(
+        f"{column} is not on a scale from 0 to 1; seen: {some}{more}", where=where, do=do
+    )
+
+
+def two_labels(
+    first: npt.NDArray[np.float64],
+    second: npt.NDArray[np.float64] | None,
+    labelled: npt.NDArray[np.float64] | None,
+    where: str,
+    do: str = OTHER_SCALES,
+) -> Labels:
+    """Pick-a-Pic and diffusers: label_0, which label_1 (if it is there) complements.
+
+    Raises `FifaError` for another scale, also where most rows' two labels do not sum to 1: then
+    they are scores of the images.
+
+    Parameters
+    ----------
+    first, second
+        label_0 and label_1, [n], NaN where there is none.
+    labelled
+        has_label, [n]; 0 where nobody labelled the pair.
+    where, do
+        The file, and what to do, for the message.
+    """
+    unlabelled = np.zeros(len(first), bool) if labelled is None else labelled == 0
+    wrong: dict[int, str] = {}
+    if second is not None:
+        bad = np.isfinite(first) & ~(np.abs(first + second - 1.0) <= CLOSE)
+        wrong = dict.fromkeys(np.flatnonzero(bad).tolist(), "label_0 and label_1 do not sum to 1")
+        both = np.isfinite(first) & np.isfinite(second) & ~unlabelled
+        for name, values in (("label_0", first), ("label_1", second)):
+            beyond = both & ((values < -CLOSE) | (values > 1.0 + CLOSE))
+            if beyond.any():
+                raise other_scale(name, values[both].tolist(), where, do)
+        if 2 * np.count_nonzero(bad & both) > np.count_nonzero(both):
+            seen = [f"{a:g} and {b:g}" for a, b in zip(first[both], second[both], strict=True)]
+            raise other_scale("the pair of label_0 and label_1", seen, where, do)
+    wrong |= dict.fromkeys(
+        np.flatnonzero(unlabelled).tolist(), "nobody labelled it (has_label is false)"
+    )
+    return on_scale(Labels(first, wrong), where, "label_0", do)
+
+
+def own_label(spec: str) -> tuple[tuple[str, ...], Callable[[Columns], Labels]]:
+    """The columns that a user's ``label=SPEC`` needs, and how it reads them (`OTHER_SCALES`)."""
+    if spec == ":first":
+        return (), first_wins
+    if match := re.fullmatch(r"(.+)/\((.+)\+(.+)\)", spec):
+        one, again, two = match.groups()
+        if one == again:
+            return (one, two), lambda columns: vote_share(columns, one, two)
+    if match := re.fullmatch(r"([^:]+)>([^:]+)", spec):
+        better, worse = match.groups()
+        return (better, worse), lambda columns: _larger(columns, better, worse)
+    if match := re.fullmatch(r"([^:]+):([^/]+)/([^/]+)((?:/[^/]+)*)", spec):
+        column, *sides, ties = match.groups()
+        values = dict.fromkeys((_name(tie) for tie in ties.split("/")[1:]), 0.5)
+        values |= {_name(sides[1]): 0.0, _name(sides[0]): 1.0}
+        return (column,), lambda columns: _named(columns, column, values)
+    return (spec,), lambda columns: _share(columns, spec)
+
+
+def first_wins(columns: Columns) -> Labels:
+    """The first image always wins."""
+    return Labels(np.ones(len(columns.rows)), {})
+
+
+def vote_share(columns: Columns, first: str, second: str) -> Labels:
+    """label = v1 / (v1 + v2), from two columns of counts, votes = v1 + v2."""
+    one, two = columns.number(first), columns.number(second)
+    votes = one + two
+    good = (one >= 0) & (two >= 0) & (votes > 0) & (votes < 2**31)
+    wrong = dict.fromkeys(np.flatnonzero(~good).tolist(), "negative votes, or none")
+    share = np.divide(one, votes, out=np.full_like(votes, np.nan), where=good)
+    return Labels(share, wrong, np.maximum(np.where(good, votes, 1.0), 1.0).astype(np.int32))
+
+
+def _larger(columns: Columns, first: str, second: str) -> Labels:
+    return Labels(0.5 * (np.sign(columns.number(first) - columns.number(second)) + 1.0), {})
+
+
+def _named(columns: Columns, column: str, meaning: dict[str, float]) -> Labels:
+    """Labels from the values that the user named; a file of which half are others is refused."""
+    values = [None if value in (None, "") else value for value in columns.values(column)]
+    label = np.full(len(values), np.nan)
+    wrong, others = {}, []
+    for i, value in enumerate(values):
+        known = None if value is None else meaning.get(_name(value))
+        if known is not None:
+            label[i] = known
+        elif value is None:
+            wrong[i] = "no label"
+        else:
+            wrong[i] = f"the label is {str(value)[:40]!r}, which --columns does not name"
+            others.append(value)
+    _refuse_half(columns, column, values, others)
+    return Labels(label, wrong)
+
+
+def _share(columns: Columns, column: str) -> Labels:
+    label = columns.number(column)
+    odd = np.flatnonzero(np.isnan(label))
+    if len(odd):
+        values = columns.values(column)
+        given = [value for value in values if value not in (None, "") and value == value]
+        others = [values[i] for i in odd.tolist() if isinstance(values[i], str) and values[i]]
+        others = [value for value in others if value.strip().lower() != "nan"]
+        _refuse_half(columns, column, given, others)
+    return Labels(label, {})
+
+
+def _refuse_half(
+    columns: Columns, column: str, values: Sequence[object], others: Sequence[object]
+) -> None:
+    given = [value for value in values if value is not None]
+    if others and 2 * len(others) >= len(given):
+        raise other_scale(column, given, columns.file)
+
+
+def not_counted(columns: Columns) -> dict[int, str]:
+    """Rows of which the source itself says that they do not count."""
+    wrong: dict[int, str] = {}
+    for column, values in NOT_COUNTED.items():
+        if column in columns.names:
+            for i, value in enumerate(columns.values(column)):
+                if value is not None and _name(value) in values:
+                    wrong[i] = f"the source does not count it: {column} is {str(value)[:40]}"
+    return wrong
+
+
+def _name(value: Any) -> str:
+    """A label as it is compared: a number in its shortest form, or text without case."""
+    number = as_number(value)
+    return f"{number:g}" if number == number else str(value).strip().lower()[:40]
