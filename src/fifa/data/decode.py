@@ -4,13 +4,19 @@ A decoder that runs out of data may go on without a word: libjpeg fills the rest
 Pillow leaves the rest of a PNG as it was, that is 0. Both are cheap to suspect, by the last pixels.
 Only then is the file decoded once more, such that pixels without data must come out different.
 WEBP needs none of this: libwebp fails when it runs out.
+
+Whoever walks through the bytes has a budget, whatever they say: Pillow's readers of JPEG and PNG
+take a step of Python a segment, a chunk or a stray byte, and each step reads from `_Budgeted`. The
+patterns here have a fixed width, so that a search is linear in the bytes.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import struct
 from collections.abc import Iterator
+from itertools import islice
 
 from PIL import Image, ImageFile
 
@@ -18,6 +24,11 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 << 20
+READS = 100_000  # by a decoder of one file: three a segment or chunk; 64 MB of PNG take 25,000
+MAX_HEADER = 12 << 20  # bytes of a JPEG before its first scan
+MAX_EXIF = 96 << 10  # bytes; a table of n entries may name the rest n times over
+SEGMENTS = 10_000  # of a JPEG
+CHUNKS = 200  # of a PNG, those with its pixels apart: each may unpack to a megabyte
 
 
 class BadImage(Exception):  # noqa: N818 - it is passed on as a finding more than it is raised
@@ -77,11 +88,51 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise _undecodable(error) from error
 
 
+class _Budgeted(io.BytesIO):
+    """A file in memory that a decoder may read `READS` times; more is a `BadImage`.
+
+    The header of a JPEG is `MAX_HEADER` bytes long at most, the Exif in it `MAX_EXIF`.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads = self.exif = 0
+        self.in_header = data.startswith(b"\xff\xd8")
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As the file's."""
+        self.reads += 1
+        found = super().read(size)
+        if self.reads > READS or (self.in_header and self.tell() > MAX_HEADER):
+            raise BadImage("too many segments or stray bytes before its pixels")
+        if self.in_header and found.startswith(b"Exif\0\0"):
+            self.exif += len(found)
+            if self.exif > MAX_EXIF:
+                raise BadImage(f"more than {MAX_EXIF:,} bytes of Exif")
+        return found
+
+
+def _open(data: bytes, *formats: str) -> ImageFile.ImageFile:
+    """The image, opened; `BadImage` where that takes more than its budget.
+
+    A JPEG's decoder gets all data at once: of a piece that ends in ff it takes nothing, and would
+    look at a run of them again with each piece.
+    """
+    file = _Budgeted(data)
+    image = Image.open(file, formats=formats)
+    file.in_header = False
+    if image.format != "PNG":
+        image.decodermaxblock = max(image.decodermaxblock, len(data))
+    return image
+
+
 def _header(data: bytes) -> ImageFile.ImageFile:
     """The image, opened and looked at, not decoded."""
     if len(data) > MAX_BYTES:
         raise BadImage(f"more than {MAX_BYTES:,} bytes")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if data.startswith(PNG):
+        _check_chunks(data)
+    image = _open(data, *FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"more than {MAX_PIXELS:,} pixels")
     # an MPO is a JPEG with further pictures behind the one that everybody sees
@@ -99,7 +150,7 @@ def _header(data: bytes) -> ImageFile.ImageFile:
 
 def _undecodable(error: Exception) -> BadImage:
     brief = str(error).partition("\n")[0][:100] or type(error).__name__
-    if "<_io.BytesIO" in brief:
+    if "cannot identify" in brief:
         brief = "no JPEG, PNG or WEBP"
     return BadImage(f"cannot be decoded: {brief}")
 
@@ -115,11 +166,13 @@ SCANS = 100  # in a JPEG; a progressive one has about ten, and each passes over 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length behind them
 _PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # no escaped ff, no restart
+_MARKER = re.compile(rb"\xff([^\x00\xff])")  # more ff may stand before it, of any number
+_AFTER_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no escaped ff, no restart
 _STRIP = 256  # rows compared at a time
 
-_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")  # bytes of its data, name
+
 _BITS = [bytes((i * 101 + n * 61 + 181) % 255 for i in range(64)) for n in range(9)]
 
 
@@ -139,7 +192,10 @@ def many_scans(data: bytes) -> bool:
         elif kind == _SCAN:
             break
     found = data.count(bytes([0xFF, _SCAN]))  # some may be something else, none is missed
-    return found > SCANS and sum(kind == _SCAN for kind, *_ in _markers(data)) > SCANS
+    if found <= SCANS:
+        return False
+    scans = (kind for kind, *_ in _markers(data) if kind == _SCAN)
+    return next(islice(scans, SCANS, None), None) is not None
 
 
 def lacks_data(image: ImageFile.ImageFile, data: bytes) -> bool:
@@ -171,7 +227,7 @@ def _ends_empty(image: Image.Image) -> bool:
 
 def _on_other_paper(image: Image.Image, data: bytes) -> Image.Image:
     """The PNG again, decoded over pixels that are not 0."""
-    again = Image.open(io.BytesIO(data), formats=["PNG"])
+    again = _open(data, "PNG")
     again.im = Image.new(image.mode, image.size, 1).im
     again.load()
     return again
@@ -206,17 +262,18 @@ def _with_more_data(data: bytes) -> bytes:
     pieces, at, scan = [], 0, 0
     for kind, start, after in _markers(data):
         if scan:
-            restarts = len(_RESTART.findall(data, scan, start))
+            start = scan + len(data[scan:start].rstrip(b"\xff"))  # before ff that fill up
+            restarts = sum(data.count(bytes([0xFF, n]), scan, start) for n in range(0xD0, 0xD8))
             pieces += [data[at:start], _BITS[8]]
             for n in range(8):
                 pieces += [bytes([0xFF, 0xD0 + (restarts + n) % 8]), _BITS[n]]
             at = start
-        scan = after if kind == _SCAN else 0
+        scan = after + int.from_bytes(data[after : after + 2]) if kind == _SCAN else 0
     return b"".join([*pieces, data[at:]])
 
 
 def _loaded(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    image = _open(data, "JPEG")
     image.load()
     return image
 
@@ -230,17 +287,34 @@ def _differ(a: Image.Image, b: Image.Image) -> bool:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The markers of a JPEG up to its end: the last byte, where it begins and what follows it."""
-    at = 2
-    while found := _MARKER.search(data, at):
+    """The markers of a JPEG up to its end: the last byte, where it begins and what follows it.
+
+    `BadImage` after `SEGMENTS` of them.
+    """
+    at, pattern = 2, _MARKER
+    for _ in range(SEGMENTS):
+        found = pattern.search(data, at)
+        if not found:
+            return
         kind, at = found[1][0], found.end()
         yield kind, found.start(), at
         if kind == _END:
             return
         if kind not in _ALONE:
             at += int.from_bytes(data[at : at + 2])
-        if kind == _SCAN:
-            end = _AFTER_SCAN.search(data, at)
-            if end is None:
-                return
-            at = end.start()
+        pattern = _AFTER_SCAN if kind == _SCAN else _MARKER
+    raise BadImage(f"more than {SEGMENTS:,} segments")
+
+
+def _check_chunks(data: bytes) -> None:
+    """`BadImage` for a PNG with more than `CHUNKS` chunks beside those with pixels."""
+    at, others, all_chunks = len(PNG), 0, 0
+    while at + 12 <= len(data):
+        size, name = _CHUNK.unpack_from(data, at)
+        if name == b"IEND":
+            return
+        others += name not in (b"IDAT", b"fdAT")
+        all_chunks += 1
+        if others > CHUNKS or 3 * all_chunks > READS:
+            raise BadImage("too many chunks")
+        at += 12 + size  # length, name, data, checksum

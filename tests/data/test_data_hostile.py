@@ -1,0 +1,140 @@
+"""Bytes made to waste time: every walk is linear and has a budget. Steps are counted."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fifa.data import decode
+from fifa.data.decode import BadImage, check_image, open_image
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+GREY = np.full((64, 64, 3), 128, np.uint8)  # ends as an image without data does: decoded twice
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, **options)
+    return out.getvalue()
+
+
+def segment(kind: int, body: bytes = b"") -> bytes:
+    return bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+def chunk(name: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def test_patterns_have_a_fixed_width_so_a_search_is_linear() -> None:
+    patterns = [value for value in vars(decode).values() if isinstance(value, re.Pattern)]
+    assert len(patterns) >= 2
+    for pattern in patterns:
+        low, high = re._parser.parse(pattern.pattern).getwidth()
+        assert (low, high) == (2, 2), pattern
+
+
+class Counted(decode._Budgeted):
+    """Counts what is read: steps, and bytes."""
+
+    made: list[Counted] = []  # noqa: RUF012
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.total = 0
+        Counted.made.append(self)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.total += len(found)
+        return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted() -> None:
+    before, decode._Budgeted = decode._Budgeted, Counted
+    yield
+    decode._Budgeted = before
+
+
+PIECES = st.sampled_from(
+    (
+        *(b"\xff", b"\xff\xff", b"\0", b"\xff\0", b"a", b"\xff\xd9", b"\xff\xd0", b"\xff\xda\0\2"),
+        *(segment(0xFE), segment(0xE1, b"Exif\0\0"), segment(0xC8), b"\xff\xf5", segment(0xC4)),
+    )
+)
+PLACES = st.sampled_from(["front", "frame", "scan", "end"])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.booleans(), st.booleans(), st.lists(PIECES, min_size=1, max_size=3), PLACES)
+def test_steps_through_a_jpeg_are_bounded_wherever_and_whatever_is_put_in(
+    grey, progressive, pieces, place
+) -> None:
+    data = encoded(GREY if grey else PIXELS, "JPEG", progressive=progressive)
+    where = {
+        "front": 2,
+        "frame": re.search(rb"\xff[\xc0\xc2]", data).start(),
+        "scan": data.rindex(b"\xff\xda"),
+        "end": len(data) - 2,
+    }
+    at, body = where[place], b"".join(pieces)
+    data = data[:at] + body * (150_000 // len(body)) + data[at:]
+    Counted.made.clear()
+    try:
+        check_image(data)
+    except BadImage as error:
+        assert error.reason
+    for file in Counted.made:
+        assert file.reads <= decode.READS + 1
+        assert file.total <= 2 * len(data) + 1000  # each byte once, the first for its format
+    assert len(Counted.made) <= 3  # the image, with more data, and perhaps in full
+    steps = 0
+    try:
+        for _ in decode._markers(data):
+            steps += 1
+    except BadImage:
+        pass
+    assert steps <= decode.SEGMENTS
+
+
+JPEG, PNG = encoded(PIXELS, "JPEG"), encoded(PIXELS, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (JPEG[:2] + b"\xff" * 400_000 + JPEG[2:], "stray bytes"),
+        (JPEG[:2] + b"\xff\xd9" + b"a" * 400_000 + JPEG[2:], "stray bytes"),
+        (JPEG[:2] + segment(0xFE) * 100_000 + JPEG[2:], "too many segments"),
+        (JPEG[:2] + segment(0xE5, bytes(60_000)) * 220 + JPEG[2:], "too many segments"),
+        (JPEG[:2] + segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 2 + JPEG[2:], "of Exif"),
+        (PNG[:33] + chunk(b"teSt") * 201 + PNG[33:], "too many chunks"),
+        (PNG[:33] + chunk(b"IDAT") * 40_000 + PNG[33:], "too many chunks"),
+        (PNG[:-12] + chunk(b"tEXt", b"a\0b") * 201 + PNG[-12:], "too many chunks"),
+    ],
+)
+def test_a_file_with_more_parts_than_anybody_needs_is_refused(data, reason) -> None:
+    with pytest.raises(BadImage, match=reason):
+        check_image(data)
+
+
+def test_what_good_files_have_comes_in() -> None:
+    expected = PIXELS.tobytes()
+    fill = JPEG[:2] + b"\xff" * 1000 + JPEG[2:-2] + b"\xff" * 100_000 + JPEG[-2:]
+    icc = segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(60_000))
+    for data in (fill, JPEG[:2] + icc * 30 + JPEG[2:], JPEG + b"\xff" * 100_000):
+        assert open_image(data).tobytes() == open_image(JPEG).tobytes()
+    raw = zlib.compress(b"".join(b"\0" + row.tobytes() for row in PIXELS), 0)
+    pieces = b"".join(chunk(b"IDAT", raw[i : i + 1]) for i in range(len(raw)))
+    texts = chunk(b"tEXt", b"a\0b") * 100
+    at = PNG.index(b"IDAT") - 4
+    assert open_image(PNG[:at] + texts + pieces + chunk(b"IEND")).tobytes() == expected
