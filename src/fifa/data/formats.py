@@ -58,6 +58,8 @@ class Layout:
         Columns of numbers that belong to the format and are no scores.
     numbers
         Columns of numbers that some files have as text.
+    paths_are_ids
+        The path beside an image's bytes names that image and no other.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Layout:
     winner_first: bool = False
     ignore: frozenset[str] = frozenset()
     numbers: tuple[str, ...] = ()
+    paths_are_ids: bool = False
 
     def fits(self, columns: Columns) -> bool:
         """True if the file has every column that the format cannot do without."""
@@ -113,7 +116,12 @@ class Layout:
             Labels(labels.value, labels.wrong | uncounted, labels.votes), columns.file
         )
         sides = [
-            _side(columns, cells, *(names and names[side] for names in (keys, images, links)))
+            _side(
+                columns,
+                cells,
+                *(names and names[side] for names in (keys, images, links)),
+                paths_are_ids=self.paths_are_ids,
+            )
             for side in (0, 1)
         ]
         return FilePairs(
@@ -168,12 +176,15 @@ def _side(
     key: str | None,
     image: str | None,
     link: str | None,
+    *,
+    paths_are_ids: bool,
 ) -> tuple[Text, Text]:
     """Keys and references of one side's images.
 
     The key is the image's id if there is one, else its path or URL, else ``file#row:column``.
-    The path in a cell that also has the bytes is a key only if it names a folder: `datasets`
-    keeps the last part of the path there, and ``0001.jpg`` is many images' name.
+    The path in a cell that also has the bytes is a key only if it is a URL, or if the format
+    vouches for it and it names a folder: `datasets` keeps the last part of the path there, and
+    ``0001.jpg`` or ``tmp/left.png`` is many images' name.
     """
     nothing = pa.nulls(len(columns.rows), pa.string())
     leaf = _leaf(columns, image) if image else None
@@ -183,7 +194,7 @@ def _side(
         place = pc.binary_join_element_wise(
             f"{columns.file}#", pa.array(columns.rows).cast(pa.string()), f":{image}", ""
         )
-        named = pc.fill_null(pc.match_substring(path, "/"), False)
+        named = pc.fill_null(pc.match_substring(path, "/" if paths_are_ids else "://"), False)
         found = pc.if_else(named, path, place)
     else:
         ref = path if leaf else (columns.text(link) if link else nothing)
@@ -365,6 +376,7 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         _responses,
         needs=("preference.responses",),
         reads=(RESPONSE_STATUS,),
+        paths_are_ids=True,
     ),
     Layout(
         "hpdv3",

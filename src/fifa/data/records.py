@@ -152,12 +152,31 @@ def _csv(stream: IO[bytes]) -> Iterator[Row]:
     text.detach()
 
 
+@dataclass(slots=True)
+class _Sample:
+    """A WebDataset sample: its columns, which of them a json member gave, and what is wrong."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    loose: frozenset[str] = frozenset()
+    stem: str | None = None
+    fault: str = ""
+
+    def put(self, column: str, value: str, member: str) -> None:
+        """A member's value; a second one for the same column is a fault, never a replacement."""
+        old = self.columns.get(column, value)
+        if old != value and not (column in self.loose and value.startswith("tar:")):
+            self.fault = self.fault or f"{member!r} is a second value of {column!r}"
+        self.columns[column] = value
+
+
 def _tar(stream: IO[bytes]) -> Iterator[Row]:
     """WebDataset: members that share a name up to the first dot are one sample.
 
-    Only headers and small text members are read; an image becomes a reference to its bytes.
+    Only headers and small text members are read; an image becomes a reference to its bytes. A
+    sample in which two members are the same column is rejected: a key with a dot in it is cut
+    there, and its members are those of several samples.
     """
-    samples: dict[str, dict[str, Any]] = {}
+    samples: dict[str, _Sample] = {}
     broken = ""
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -168,28 +187,54 @@ def _tar(stream: IO[bytes]) -> Iterator[Row]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         broken = f"broken or compressed tar: {_brief(error)}"
     for row, (key, sample) in enumerate(samples.items()):
-        yield row, {"__key__": key, **sample}
+        if sample.fault:
+            yield row, f"sample {key[:100]!r} (a name up to its first dot): {sample.fault[:300]}"
+            continue
+        if "caption" in sample.columns and "label_0" not in sample.columns:
+            sample.columns.setdefault("prompt", sample.columns["caption"])
+        yield row, {"__key__": key, **sample.columns}
     if broken:
         yield (len(samples) if samples else -1), broken
 
 
-def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, dict[str, Any]]) -> None:
+def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Sample]) -> None:
     folder, slash, name = member.name.rpartition("/")
     key, _, extension = name.partition(".")
     *parts, suffix = extension.split(".")
     suffix = suffix.lower()
     column = parts[-1] if parts else suffix
-    sample = samples.setdefault(folder + slash + key, {})
+    sample = samples.setdefault(folder + slash + key, _Sample())
+    if suffix not in TAR_IMAGES | TAR_TEXT:
+        return
+    stem = ".".join(parts[:-1])  # of a key with a dot: what follows it
+    if parts and stem != (stem if sample.stem is None else sample.stem):
+        sample.fault = sample.fault or f"{member.name!r} belongs to another key"
+    sample.stem = stem if parts else sample.stem
     if suffix in TAR_IMAGES:
-        sample[column] = f"tar:{member.offset_data}+{member.size}:{member.name}"
-    elif suffix in TAR_TEXT and member.size <= MAX_MEMBER:
+        ref = f"tar:{member.offset_data}+{member.size}:{member.name}"
+        sample.put(column, ref, member.name)
+    elif member.size <= MAX_MEMBER:
         stream.seek(member.offset_data)
         text = stream.read(member.size).decode("utf-8", "surrogateescape")
         if suffix == "json" and not parts:
-            record = _parse(text.encode("utf-8", "surrogateescape"))
-            sample.update(record if isinstance(record, dict) else {})
+            _json_member(sample, text, member.name)
         else:
-            sample[TAR_NAMES.get(column, column)] = text.strip()
+            sample.put(TAR_NAMES.get(column, column), text.strip(), member.name)
+
+
+def _json_member(sample: _Sample, text: str, member: str) -> None:
+    """The fields of ``KEY.json``; where there is a member of that name, the member counts."""
+    record = _parse(text.encode("utf-8", "surrogateescape"))
+    if isinstance(record, str):
+        sample.fault = sample.fault or f"{member!r}: {record}"
+        return
+    if sample.loose:
+        sample.fault = sample.fault or f"{member!r} is there twice"
+    for name, value in record.items():
+        old = sample.columns.setdefault(name, value)
+        if old != value and not str(old).startswith("tar:"):
+            sample.fault = sample.fault or f"{member!r} has a second value of {name!r}"
+    sample.loose = frozenset(record)
 
 
 def _brief(error: BaseException) -> str:
