@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fifa.demo import ARMS, Demo, demo, right, verdict
+from fifa.demo import ARMS, Demo, demo, recipe_of, right, verdict
 from fifa.demo import test_prompts as write_prompts
 from fifa.errors import FifaError
 from fifa.moji.world import WORLD, asked
+from fifa.run.folder import start_run
 
 SMALL = Demo(
     keep=8, steps=2, batch=4, draws=1, prompts=2, unsafe=1, images=1, curve=2, sampler_steps=2
@@ -54,6 +55,13 @@ def test_the_best_pairs_are_right_far_more_often_than_random_ones(finished):
     assert 0.6 < chance < 0.8
     assert len(right(best)) == 300
     assert right(best).mean() > chance + 0.1
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    """As a read-only one, but also for root."""
+    start_run(tmp_path / "run", recipe_of(SMALL)).scores.write_text("no folder")
+    with pytest.raises(FifaError, match="cannot write"):
+        demo(tmp_path / "run", SMALL)
 
 
 def test_right_is_told_by_the_utility_and_ties_do_not_count():

@@ -142,10 +142,10 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
     if RATINGS.is_dir() and not knobs.fresh:
         echo("  (the package has these ratings, made by the same code; --fresh makes them again)")
         scores = start_run(out, recipe_of(knobs)).scores
-        scores.mkdir(exist_ok=True)
         for path in sorted(RATINGS.iterdir()):
             if not (scores / path.name).exists():
-                shutil.copyfile(path, scores / path.name)
+                with atomic_path(scores / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
     return filter_pairs(recipe_of(knobs), out)
 
 

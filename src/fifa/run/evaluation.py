@@ -34,7 +34,7 @@ from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
 from fifa.scoring.rewards.image_encoders import make_image_encoder
-from fifa.shards.files import sweep, write_text
+from fifa.shards.files import make_folder, sweep, write_text
 
 KNOBS = "evaluation.yaml"
 
@@ -173,7 +173,7 @@ def start(out: Path, evaluation: Evaluate) -> Path:
     Raises `FifaError` as `fifa.run.folder.begin`.
     """
     folder = begin(out) / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     sweep(folder)
     (folder / RESULTS).unlink(missing_ok=True)  # it is there only where all else agrees with it
     write_text(folder / KNOBS, evaluation.to_yaml())

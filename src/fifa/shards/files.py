@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` remove
 ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
 MAX_JSON = 1 << 30  # bytes of a file that is read whole into memory
 MAX_YAML = 1 << 24  # recipes are a few hundred bytes, and YAML is slow to read
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def digest(*parts: object) -> str:
@@ -85,10 +87,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    except Exception as error:
+        failed = _failed_write(error)
+        if failed is None:
+            raise
+        raise cannot_write(path, failed) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there; `FifaError` where that is refused."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -216,8 +229,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    except Exception as error:
+        failed = _failed_write(error)
+        if failed is None:
+            raise
+        raise cannot_write(path, failed) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -254,6 +270,18 @@ def cannot_write(path: Path, error: OSError) -> FifaError:
         where=str(path),
         do="choose another --out, free space, or change the folder's permissions",
     )
+
+
+def _failed_write(error: Exception) -> OSError | None:
+    """What went wrong with a file that was written, if that it is.
+
+    The errors of safetensors are no `OSError`, but end in the number of one.
+    """
+    if isinstance(error, OSError):
+        return error
+    if number := _NUMBER.search(str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return None
 
 
 def _read(

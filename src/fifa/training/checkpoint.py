@@ -352,7 +352,7 @@ class TrainState:
         if self.accelerator.is_main_process:
             target = out / STATE / step_name(progress.step)
             with atomic_folder(target) as folder:
-                torch.save(state, folder / "state.pt")
+                _save(state, folder / "state.pt")
                 write_json(folder / "state.json", asdict(progress))
             for older in (out / STATE).glob("step-*"):
                 if older != target:
@@ -428,6 +428,14 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None
     return TrainState(accelerator, model, optimizer, average)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, which tells in ever other words that a file could not be written."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError("No space left on device, or the file is too large") from error
 
 
 def _of_shards(function: str, *given: Any, **options: bool) -> Any:

@@ -18,7 +18,7 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
-from fifa.shards.files import cannot_write, check_free, sweep, write_text
+from fifa.shards.files import check_free, make_folder, sweep, write_text
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
@@ -158,10 +158,7 @@ def check_folder(train: Train, out: Path) -> None:
 def start_folder(train: Train, out: Path) -> None:
     """Begin in ``out``, or get it ready to go on; raises as `check_folder`."""
     check_folder(train, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    make_folder(out)
     sweep(out)
     for name in (STATE, CHECKPOINTS):
         sweep(out / name)

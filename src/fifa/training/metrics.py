@@ -125,9 +125,9 @@ class Stats:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
+            self.track(step, {k: v for k, v in line.items() if v is not None})
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self.track(step, {k: v for k, v in line.items() if v is not None})
 
 
 def read_stats(out: Path) -> list[dict[str, Any]]:

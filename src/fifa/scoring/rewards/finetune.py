@@ -31,7 +31,7 @@ from fifa.scoring.rewards.metrics import accuracy, fit_temperature, nll
 from fifa.scoring.rewards.pixels import prepared, standardise
 from fifa.scoring.rewards.proxy import MODEL, reward_facts, save_settings
 from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
-from fifa.shards.files import atomic_folder, reserve
+from fifa.shards.files import atomic_folder, make_folder, reserve
 
 EVALUATE = 64  # images or prompts in a forward pass without gradients
 
@@ -179,7 +179,7 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     runtime = make_runtime(options.device, "bfloat16" if options.bf16 else "float32")
     tower = ImageTower(base, "convert-crop", runtime)
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=".fifa-tmp-pixels-", dir=out.parent) as scratch:
         images, of_pair, unreadable = _pixels(pairs, tower, Path(scratch), options)
         data, readable = Comparisons.of(pairs, of_pair, unreadable)
