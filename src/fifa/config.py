@@ -279,6 +279,9 @@ class Compute(Knobs):
         not given, beside the scores.
     in_flight
         How many requests are sent to a rater's endpoint at the same time.
+    max_tokens
+        How many tokens an answer of a rater's endpoint may have, including what the model thinks
+        before it. An answer that was cut off does not count.
     """
 
     device: str | None = None
@@ -294,6 +297,7 @@ class Compute(Knobs):
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     store: str | None = None
     in_flight: Count = 16
+    max_tokens: Count = 8192
 
 
 @knobs

@@ -86,6 +86,44 @@ def test_what_is_no_use_is_counted_with_its_reason(tmp_path: Path) -> None:
     assert write_batch(pairs, SPEC, path, folder=tmp_path) == 4
 
 
+def test_odd_results_are_counted_and_the_servers_words_are_quoted(tmp_path: Path) -> None:
+    pairs, path = pairs_of(*"abcdefg"), tmp_path / "in.jsonl"
+    write_batch(pairs, SPEC, path, max_tokens=77)
+    requests = requests_in(path)
+    assert requests[0]["body"]["max_tokens"] == 77  # type: ignore[index]
+    draft = json.dumps(GOOD | {"clarity": 1})
+    cut = json.loads(result(requests[5], draft))
+    cut["response"]["body"]["choices"][0]["finish_reason"] = "length"
+    error = {"error": {"message": "unknown model"}}
+    odd: list[dict[str, object]] = [
+        {"custom_id": requests[1]["custom_id"], "response": "text"},
+        {"custom_id": requests[2]["custom_id"], "response": {"body": {"choices": {"0": 1}}}},
+        {"custom_id": requests[3]["custom_id"], "response": {"status_code": 400, "body": error}},
+        {"custom_id": requests[4]["custom_id"], "error": {"message": "expired"}},
+        cut,
+    ]
+    lines = [
+        result(requests[0], f"<think>{draft}</think>{json.dumps(GOOD)}"),
+        result(requests[6], f"<think>{draft}"),
+        *(json.dumps(one) + "\n" for one in odd),
+        "[" * 100_000 + "\n",
+        "7\n",
+    ]
+    (tmp_path / "out.jsonl").write_text("".join(lines))
+    got = read_batch(pairs, SPEC, tmp_path / "out.jsonl", folder=tmp_path)
+    assert (got.rated, got.missing) == (1, 6)
+    assert got.reasons == {
+        "the thinking has no end": 1,
+        "no completion": 2,
+        "HTTP 400: unknown model": 1,
+        "error: expired": 1,
+        "cut off at max_tokens": 1,
+        "not a result": 2,
+    }
+    ratings = quality_scores(pairs_of("a"), SPEC, folder=tmp_path)
+    assert ratings["clarity"].to_pylist() == [5.0]
+
+
 def test_a_batch_of_another_rater_is_refused(tmp_path: Path) -> None:
     pairs, path = pairs_of("a"), tmp_path / "in.jsonl"
     write_batch(pairs, SPEC, path)

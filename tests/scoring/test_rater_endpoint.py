@@ -7,11 +7,8 @@ import json
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from aiohttp import web
+from endpoint_server import asked, completion, server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,59 +38,6 @@ def grade(prompt: str) -> dict[str, Any]:
     """What the servers below think of a prompt: a function of its text alone."""
     clarity = 1 + len(prompt) % 5
     return {**GOOD, "clarity": clarity, "flags": ["nonsense"] if clarity == 1 else []}
-
-
-def completion(text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    return {
-        "id": "c",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-        "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
-    }
-
-
-def asked(body: dict[str, Any]) -> str:
-    """The prompt inside a request."""
-    return body["messages"][-1]["content"].removeprefix("<prompt>\n").removesuffix("\n</prompt>")
-
-
-Handler = Callable[[web.Request, dict[str, Any]], Any]
-
-
-@contextmanager
-def server(handle: Handler) -> Iterator[str]:
-    """A chat completion endpoint on loopback; yields its base URL."""
-    ready: list[Any] = []
-    started = threading.Event()
-
-    async def serve() -> None:
-        async def post(request: web.Request) -> web.StreamResponse:
-            return await handle(request, await request.json())
-
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", post)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        stop = asyncio.Event()
-        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        ready.extend([port, asyncio.get_running_loop(), stop])
-        started.set()
-        await stop.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield f"http://127.0.0.1:{ready[0]}/v1"
-    finally:
-        ready[1].call_soon_threadsafe(ready[2].set)
-        thread.join(10)
 
 
 class Flaky:

@@ -215,8 +215,9 @@ def batch_write(run: str, file: Path) -> None:
     from fifa.scoring.raters.endpoint import write_batch
 
     opened = open_run(run)
-    rater = opened.recipe.score.quality
-    count = write_batch(read_step(opened), rater, file, folder=opened.scores)
+    rater, limit = opened.recipe.score.quality, opened.recipe.compute.max_tokens
+    pairs = read_step(opened)
+    count = write_batch(pairs, rater, file, folder=opened.scores, max_tokens=limit)
     click.echo(f"{count:,} requests in {file}", err=True)
     click.echo(file)
 

@@ -256,8 +256,8 @@ def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Com
     if asked.rater != "none":
         texts = dict(zip(ids, images["prompt"].to_pylist(), strict=True))
         prompts = pa.table([list(texts), list(texts.values())], schema=PROMPTS)
-        in_flight = compute.in_flight
-        rated = prompt_quality(prompts, asked.rater, folder=scores, in_flight=in_flight)
+        limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
+        rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
         for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
             if flags is not None:
                 harm = any(flag in UNSAFE_FLAGS for flag in flags.split(","))

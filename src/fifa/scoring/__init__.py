@@ -82,7 +82,8 @@ def score(
             diverse = diversity_scores(pairs, diversity, k=k, folder=folder, device=compute.device)
     with step("quality"):
         if quality != "none":
-            rated = quality_scores(pairs, quality, folder=folder, in_flight=compute.in_flight)
+            limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
+            rated = quality_scores(pairs, quality, folder=folder, **limits)
     knobs = Score(specs, quality, diversity, k)
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)

@@ -10,32 +10,51 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from fifa.config import Compute
 from fifa.console import echo, note, progress
 from fifa.errors import FifaError
 from fifa.models.optional import require
+from fifa.scoring.replies import (
+    INSIDE,
+    UNUSABLE,
+    NoAnswerError,
+    bounded_client,
+    hint_of,
+    public_url,
+    text_of,
+    tokens_of,
+    words_of,
+)
 from fifa.scoring.specs import Spec
 
 ANSWERS = "ratings.sqlite"
 OPENAI = "https://api.openai.com/v1"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 DEAD = 3  # failures in a row, before any answer, after which the endpoint counts as down
+HOPELESS = 20  # prompts without an answer, before any answer, after which the model is given up
 REFUSALS = {401: "refuses the key", 403: "refuses the key", 404: "does not know the model"}
-RETRY_TEMPERATURE = 0.7  # of later attempts, which need some chance of a better answer
+RETRY_TEMPERATURE = 0.7  # after an answer without grades, for some chance of a better one
+# What servers say when it is this prompt that they do not take, not every one.
+THIS_PROMPT = re.compile(
+    r"content.?(filter|policy|management|moderation)|moderation|flagged|safety"
+    r"|context.length|too long",
+    re.IGNORECASE,
+)
 
 
 class Answers:
@@ -69,7 +88,8 @@ class Answers:
     def get(self, keys: Sequence[str]) -> dict[str, str]:
         """The answers known for ``keys``."""
         query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
-        return dict(self.base.execute(query, [json.dumps(list(keys))]).fetchall())
+        with self._failing("cannot read the cache of ratings", "delete the file if it is damaged"):
+            return dict(self.base.execute(query, [json.dumps(list(keys))]).fetchall())
 
     def put(self, key: str, model: str, answer: str) -> None:
         """Keep an answer."""
@@ -103,15 +123,18 @@ class Endpoint(ABC):
         Where answers are kept (``ratings.sqlite``); None keeps them in memory.
     in_flight
         Requests under way at once.
+    max_tokens
+        Tokens that an answer may have, with the thinking before it. An answer that was cut off
+        does not count, so this is no part of what names an answer.
     timeout
-        Seconds until a request counts as stalled.
+        Seconds that a whole exchange may take.
     max_retries
-        How often a request is sent again after 429, 5xx, a broken connection or a time-out: the
-        client's own exponential back-off, which honours ``Retry-After``.
+        How often a request is sent again after 429, 5xx or a broken connection: the client's own
+        exponential back-off, which honours ``Retry-After``.
     attempts
         How often a question is asked until an answer parses.
     temperature
-        Of the first attempt.
+        Until there was an answer that does not parse.
     key_variable
         The environment variable that holds the key; loopback servers need none.
     """
@@ -120,7 +143,8 @@ class Endpoint(ABC):
     url: str = OPENAI
     folder: Path | None = None
     in_flight: int = Compute.in_flight
-    timeout: float = 120.0
+    max_tokens: int = Compute.max_tokens
+    timeout: float = 600.0
     max_retries: int = 6
     attempts: int = 3
     temperature: float = 0.0
@@ -133,7 +157,7 @@ class Endpoint(ABC):
         """The body of the chat completion that asks ``question`` for the first time."""
 
     @abstractmethod
-    def read(self, text: str | None) -> BaseModel | str:
+    def read(self, text: str) -> BaseModel | str:
         """The answer in a completion's text, or why there is none."""
 
     def ask(self, questions: dict[str, Any]) -> dict[str, Any]:
@@ -148,15 +172,15 @@ class Endpoint(ABC):
             at all was answered.
         """
         with closing(Answers(self.folder)) as answers:
-            known: dict[str, Any] = {
-                key: self.answer_type.model_validate_json(text)
-                for key, text in answers.get(list(questions)).items()
-            }
+            known: dict[str, Any] = {}
+            for key, text in answers.get(list(questions)).items():
+                with suppress(ValidationError):  # a damaged answer is asked for again
+                    known[key] = self.answer_type.model_validate_json(text)
             missing = {key: asked for key, asked in questions.items() if key not in known}
             if known:
                 note(answers_from_cache=len(known))
             if missing:
-                talk = _Conversation(self, answers)
+                talk = _Conversation(self, answers, known=len(known))
                 with progress(f"rating prompts ({self.model})", len(missing)) as advance:
                     known |= _run(talk.ask_all(missing, advance))
                 talk.report(len(missing))
@@ -166,6 +190,12 @@ class Endpoint(ABC):
     def public_url(self) -> str:
         """The URL without what may be secret."""
         return public_url(self.url)
+
+    def secrets(self) -> list[str]:
+        """What no message may hold, whatever a server says."""
+        parts = urlsplit(self.url)
+        inside = [value for _, value in parse_qsl(parts.query)]
+        return [self.api_key(), parts.password or "", *inside]
 
     def api_key(self) -> str:
         """The key from the environment; servers on this machine need none."""
@@ -187,15 +217,16 @@ class _Conversation:
 
     endpoint: Endpoint
     answers: Answers
-    structured: bool = True
+    known: int = 0  # answers from earlier conversations
     answered: int = 0
     failures: int = 0  # in a row
+    changes: set[str] = field(default_factory=set)  # to requests, because the server wants them
     unanswered: Counter[str] = field(default_factory=Counter)
     spent: Counter[str] = field(default_factory=Counter)
 
     async def ask_all(self, questions: dict[str, Any], advance: Any) -> dict[str, BaseModel]:
         """Ask every question, `Endpoint.in_flight` at a time."""
-        endpoint = self.endpoint
+        endpoint, openai = self.endpoint, require("openai", "api")
         queue = iter(questions.items())
         found: dict[str, BaseModel] = {}
 
@@ -203,17 +234,20 @@ class _Conversation:
             for key, question in queue:
                 answer = await self._ask(client, question)
                 if isinstance(answer, str):
-                    self.unanswered[answer] += 1
+                    self._give_up(answer)
                 else:
                     self.answers.put(key, endpoint.model, answer.model_dump_json())
                     found[key] = answer
                 advance(1)
 
-        async with require("openai", "api").AsyncOpenAI(
+        base = openai.DefaultAsyncHttpxClient
+        async with openai.AsyncOpenAI(
             api_key=endpoint.api_key(),
             base_url=endpoint.url,
-            timeout=endpoint.timeout,
+            timeout=None,
             max_retries=endpoint.max_retries,
+            http_client=bounded_client(base, endpoint.timeout, self.spent),
+            default_headers={"Accept-Encoding": "identity"},
         ) as client:
             await _reach(endpoint.url)
             try:
@@ -225,102 +259,154 @@ class _Conversation:
         return found
 
     def report(self, asked: int) -> None:
-        """Note what was spent; say what could not be rated, or raise if nothing could."""
+        """Note what was spent; say what could not be rated, or raise if nothing ever could."""
         unrated = sum(self.unanswered.values())
-        note(**self.spent, unrated=unrated)
-        reasons = "; ".join(f"{count} x {why}" for why, count in self.unanswered.most_common(5))
-        if unrated == asked:
-            raise FifaError(
-                f"the endpoint rated none of {asked} prompts: {reasons}",
-                where=self.endpoint.public_url,
-                do="check the model's name, or choose a model that can answer with JSON",
-            )
+        retries = max(self.spent["requests"] - asked, 0)
+        note(**self.spent, retries=retries, unrated=unrated)
+        if unrated == asked and not self.known:
+            raise self._hopeless(f"none of {asked} prompts")
         if unrated:
-            echo(f"{unrated} of {asked} prompts could not be rated: {reasons}")
+            echo(f"{unrated} of {asked} prompts could not be rated: {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{count} x {why}" for why, count in self.unanswered.most_common(5))
+
+    def _hopeless(self, what: str) -> FifaError:
+        return FifaError(
+            f"the endpoint rated {what}: {self._reasons()}",
+            where=f"{self.endpoint.model} at {self.endpoint.public_url}",
+            do="raise --max-tokens if answers are cut off or thinking has no end; otherwise check "
+            "the model's name, or choose a model that can answer with JSON",
+        )
+
+    def _give_up(self, reason: str) -> None:
+        """Count a prompt without an answer; raise where no prompt seems to get one."""
+        self.unanswered[reason] += 1
+        count = sum(self.unanswered.values())
+        if not (self.answered or self.known) and count >= max(HOPELESS, self.endpoint.in_flight):
+            raise self._hopeless(f"none of the first {count} prompts")
 
     async def _ask(self, client: Any, question: Any) -> BaseModel | str:
         """The answer to one question, or why there is none."""
         openai = require("openai", "api")
-        reason = "no answer"
-        for attempt in range(self.endpoint.attempts):
+        answer: BaseModel | str = "no answer"
+        heard = unreadable = False
+        for _ in range(self.endpoint.attempts):
             try:
-                reply = await self._send(client, question, attempt)
-            except openai.APITimeoutError:
-                return self._failed("time-out")
+                answer = self.endpoint.read(text_of(await self._send(client, question, heard)))
+                heard, unreadable = True, False
+            except NoAnswerError as error:
+                answer, unreadable = str(error), error.unreadable
+                heard = heard or not unreadable
+            except openai.APIStatusError as error:
+                if error.status_code != UNUSABLE:
+                    return self._refused(error)
+                answer, unreadable = words_of(error.response.content), True
             except openai.APIConnectionError:
                 return self._failed("no connection")
-            except openai.APIStatusError as error:
-                return self._refused(error.status_code)
-            except (openai.OpenAIError, ValueError, TypeError) as error:
-                # A body that is no completion at all.
-                reason = f"unreadable reply ({type(error).__name__})"
-            else:
-                answer = self.endpoint.read(reply)
-                if not isinstance(answer, str):
-                    self.answered += 1
-                    self.failures = 0
-                    return answer
-                reason = answer
-            self.spent["retries"] += 1
-        return reason
+            if not isinstance(answer, str):
+                self.answered += 1
+                self.failures = 0
+                return answer
+        return self._failed(str(answer)) if unreadable else answer
 
-    async def _send(self, client: Any, question: Any, attempt: int) -> str | None:
-        """The text of one completion."""
+    async def _send(self, client: Any, question: Any, heard: bool) -> Any:
+        """The JSON of one completion; what the server refuses of a request is changed once."""
         openai = require("openai", "api")
-        request = self.endpoint.request(question)
-        if attempt:
-            request["temperature"] = RETRY_TEMPERATURE
-        if not self.structured:
-            del request["response_format"]
         create = client.chat.completions.with_raw_response.create
-        self.spent["requests"] += 1
+        changes = set(self.changes)
+        while True:
+            request = self.endpoint.request(question)
+            if heard:
+                request["temperature"] = RETRY_TEMPERATURE
+            request = _changed(request, changes)
+            try:
+                raw = await create(**request)
+                break
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                change = self._change(request, hint_of(error.response.content))
+                if not change:
+                    raise
+                changes.add(change)
         try:
-            raw = await create(**request)
-        except (openai.BadRequestError, openai.UnprocessableEntityError):
-            if self.answered or "response_format" not in request:
-                raise
-            # Perhaps a server without structured output; the rubric asks for JSON in words too.
-            del request["response_format"]
-            self.spent["requests"] += 1
-            raw = await create(**request)
-            self.structured = False
-        self.spent["retries"] += raw.retries_taken
-        self.spent["requests"] += raw.retries_taken
-        reply = raw.parse()
-        usage = getattr(reply, "usage", None)
-        self.spent["tokens_in"] += getattr(usage, "prompt_tokens", 0) or 0
-        self.spent["tokens_out"] += getattr(usage, "completion_tokens", 0) or 0
-        choices = getattr(reply, "choices", None)
-        if not choices:
-            raise ValueError("no choices")
-        content = choices[0].message.content
-        return content if content is None or isinstance(content, str) else str(content)
+            plain = json.loads(raw.http_response.content)
+        except (ValueError, RecursionError):
+            raise NoAnswerError("the reply is no JSON", unreadable=True) from None
+        self.changes |= changes
+        tokens_in, tokens_out = tokens_of(plain)
+        self.spent["tokens_in"] += tokens_in
+        self.spent["tokens_out"] += tokens_out
+        return plain
+
+    def _change(self, request: dict[str, Any], hint: str) -> str:
+        """What to change in a request that the server refuses with ``hint``; empty for nothing."""
+        if re.search(r"max_(completion_)?tokens|context.length|completion.tokens", hint):
+            if "max_tokens" in request and "max_completion_tokens" in hint:
+                return "max_completion_tokens"
+            if "max_tokens" in request or "max_completion_tokens" in request:
+                return "no limit"
+        if "temperature" in hint and "temperature" in request:
+            return "no temperature"
+        # Perhaps a server without structured output; the rubric asks for JSON in words too.
+        if "response_format" in request and not self.answered:
+            return "no format"
+        return ""
 
     def _failed(self, reason: str) -> str:
-        """A request failed with all its retries: ``reason``, unless the endpoint seems lost."""
+        """``reason``, unless so many prompts failed in a row that the endpoint seems lost."""
         endpoint = self.endpoint
-        self.spent["retries"] += endpoint.max_retries
-        self.spent["requests"] += endpoint.max_retries
         self.failures += 1
         if self.failures >= (max(DEAD, endpoint.in_flight) if self.answered else DEAD):
             raise FifaError(
                 f"the endpoint keeps failing: {reason}, {self.failures} prompts in a row",
-                where=endpoint.public_url,
-                do="repair the server and run again: the answers so far are kept",
+                where=f"{endpoint.model} at {endpoint.public_url}",
+                do="mend what is named and run again: the answers so far are kept",
             ) from None
         return reason
 
-    def _refused(self, status: int) -> str:
-        if status in (408, 409, 429) or status >= 500:
-            return self._failed(f"HTTP {status}")
+    def _refused(self, error: Any) -> str:
+        """Why the server has no answer to a prompt; raises where it has none to any."""
+        endpoint, status, headers = self.endpoint, error.status_code, error.response.headers
+        at = f"{endpoint.model} at {endpoint.public_url}"
+        words = words_of(error.response.content, endpoint.secrets())
+        told = f"error {status} inside a reply" if INSIDE in headers else f"HTTP {status}"
+        told += f": {words}" if words else ""
+        if 300 <= status < 400:
+            raise FifaError(
+                f"the endpoint sends prompts elsewhere (HTTP {status}), which is refused",
+                where=at,
+                do="correct the URL; it was led to " + _leads(endpoint.url, headers),
+            ) from None
+        if status in (400, 403, 413, 422) and THIS_PROMPT.search(hint_of(error.response.content)):
+            return told
         if status not in REFUSALS:
-            return f"HTTP {status}"
-        endpoint = self.endpoint
+            return self._failed(told)
         raise FifaError(
-            f"the endpoint {REFUSALS[status]} (HTTP {status})",
-            where=f"{endpoint.model} at {endpoint.public_url}",
+            f"the endpoint {REFUSALS[status]} ({told})",
+            where=at,
             do=f"check {endpoint.key_variable}, the model's name and the URL (it ends in /v1)",
         ) from None
+
+
+def _leads(url: str, headers: Any) -> str:
+    """Where a redirect leads, without secrets."""
+    try:
+        return public_url(urljoin(url, headers.get("location", "")))[:300]
+    except ValueError:
+        return "no URL"
+
+
+def _changed(request: dict[str, Any], changes: set[str]) -> dict[str, Any]:
+    """``request`` as a server wants it."""
+    if "max_completion_tokens" in changes:
+        request["max_completion_tokens"] = request.pop("max_tokens")
+    gone = {
+        "no limit": ("max_tokens", "max_completion_tokens"),
+        "no temperature": ("temperature",),
+        "no format": ("response_format",),
+    }
+    left_out = {name for change in changes for name in gone.get(change, ())}
+    return {name: value for name, value in request.items() if name not in left_out}
 
 
 def endpoint_of(spec: Spec) -> tuple[str, str]:
@@ -329,18 +415,17 @@ def endpoint_of(spec: Spec) -> tuple[str, str]:
     The URL is ``OPENAI_BASE_URL`` from the environment, or OpenAI's, where the spec has none.
     """
     url = spec.at or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    if not spec.model or not urlsplit(url).hostname:
-        raise FifaError(
-            f"the rater has no model or no URL: {public_url(spec.text)}",
+    try:
+        parts = urlsplit(url)
+        good = parts.port != 0 and bool(parts.hostname)
+    except ValueError:
+        good = False
+    if not spec.model or not good:
+        raise FifaError(  # without the URL, which may hold a password that cannot be told apart
+            f"the rater has no model or no URL: openai:{spec.model}@...",
             do="openai:MODEL@http://HOST:PORT/v1, or openai:MODEL",
         )
     return spec.model, url
-
-
-def public_url(url: str) -> str:
-    """``url`` without user, password and query, which may hold secrets."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 async def _reach(url: str) -> None:

@@ -44,7 +44,11 @@ class Rater(Protocol):
 
 
 def make_rater(
-    spec: str, folder: Path | None = None, *, in_flight: int = Compute.in_flight
+    spec: str,
+    folder: Path | None = None,
+    *,
+    in_flight: int = Compute.in_flight,
+    max_tokens: int = Compute.max_tokens,
 ) -> Rater:
     """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
 
@@ -56,18 +60,25 @@ def make_rater(
         Where an endpoint's answers are kept; None keeps them in memory.
     in_flight
         Requests to an endpoint under way at once.
+    max_tokens
+        Tokens that an endpoint's answer may have, with the thinking before it.
 
     Raises `FifaError` for an unknown spec.
     """
     parsed = RATERS.parse(spec)
     if not parsed.entry.maker:
         raise RATERS.error(spec)
-    rater: Rater = parsed.make(folder, in_flight)
+    rater: Rater = parsed.make(folder, in_flight, max_tokens)
     return rater
 
 
 def quality_scores(
-    pairs: Pairs, spec: str, *, folder: Path | None = None, in_flight: int = Compute.in_flight
+    pairs: Pairs,
+    spec: str,
+    *,
+    folder: Path | None = None,
+    in_flight: int = Compute.in_flight,
+    max_tokens: int = Compute.max_tokens,
 ) -> pa.Table:
     """Rate every unique prompt of ``pairs``.
 
@@ -82,6 +93,8 @@ def quality_scores(
         nothing is rated twice; None keeps nothing.
     in_flight
         Requests to an endpoint under way at once.
+    max_tokens
+        Tokens that an endpoint's answer may have, with the thinking before it.
 
     Returns
     -------
@@ -103,7 +116,8 @@ def quality_scores(
         content = (digest(numbers), *prompts_identity(pairs.prompts))
         path = folder and score_path(folder, "quality", f"column-{name}", *content)
         return scored_once(path, lambda ledger: ratings, {"rater": name})
-    return prompt_quality(pairs.prompts, spec, folder=folder, in_flight=in_flight)
+    options = {"in_flight": in_flight, "max_tokens": max_tokens}
+    return prompt_quality(pairs.prompts, spec, folder=folder, **options)
 
 
 def column_ratings(pairs: Pairs, name: str) -> pa.Table:
@@ -136,10 +150,10 @@ def column_ratings(pairs: Pairs, name: str) -> pa.Table:
 
 
 def prompt_quality(
-    prompts: pa.Table, spec: str, *, folder: Path | None, in_flight: int
+    prompts: pa.Table, spec: str, *, folder: Path | None, in_flight: int, max_tokens: int
 ) -> pa.Table:
     """`quality_scores` of a table of `fifa.data.table.PROMPTS`; ``spec`` is no column."""
-    rater = make_rater(spec, folder, in_flight=in_flight)
+    rater = make_rater(spec, folder, in_flight=in_flight, max_tokens=max_tokens)
     identity = (rater.identity, *prompts_identity(prompts))
     path = folder and score_path(folder, "quality", rater.name, *identity)
     if path is not None and path.exists():

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fifa.scoring.replies import without_thinking
 from fifa.shards.files import digest
 
 QUALITIES = ("clarity", "specificity", "harmlessness")
@@ -24,6 +25,9 @@ RATINGS = pa.schema(
     [("rating", pa.float32()), ("flags", pa.string())] + [(q, pa.float32()) for q in QUALITIES]
 )
 LONGEST = 4_000  # characters of a prompt that a rater reads: no image model reads more
+PARSER = 2  # raised when an answer is read in another way: part of every cache key
+LAST = 100_000  # characters at the end of an answer in which its grades are looked for
+BRACES = 1_000  # of them, the last places where an object may begin
 
 Grade = Annotated[int, Field(ge=1, le=5, strict=True)]
 
@@ -113,25 +117,41 @@ def response_format() -> dict[str, Any]:
     }
 
 
-def parse_answer(text: str | None) -> Answer | str:
+def parse_answer(text: str) -> Answer | str:
     """The grades in a model's answer, or why there are none.
 
-    Takes the JSON object out of prose or a code fence, 4.0 or "4" for 4, flags in any case and
-    with any dash. Grades out of range or missing are not repaired: nobody gave them.
+    Thinking is dropped, and the last valid JSON object counts, also within prose or a code fence;
+    4.0 or "4" for 4, flags in any case and with any dash. Grades out of range or missing are not
+    repaired: nobody gave them.
     """
-    if not text:
+    if not text.strip():
         return "empty answer"
-    decoder, reason = json.JSONDecoder(), "no JSON object"
-    for brace in list(re.finditer(r"\{", text))[:50]:
-        try:
-            plain, _ = decoder.raw_decode(text, brace.start())
-        except (json.JSONDecodeError, RecursionError):
+    final = without_thinking(text)
+    if final is None:
+        return "the thinking has no end"
+    if not final.strip():
+        return "thinking without an answer"
+    final = final[-LAST:]
+    decoder, end = json.JSONDecoder(), 0
+    found: Answer | str = "no JSON object"
+    for brace in [place.start() for place in re.finditer(r"\{", final)][-BRACES:]:
+        if brace < end:  # within the object before
             continue
         try:
-            return Answer.model_validate(_tidy(plain))
+            plain, after = decoder.raw_decode(final, brace)
+        except (ValueError, RecursionError):
+            continue
+        tidy = _tidy(plain)
+        try:
+            found, end = Answer.model_validate(tidy), after
         except ValidationError as error:
-            reason = f"wrong JSON: {', '.join(sorted({str(e['loc'][0]) for e in error.errors()}))}"
-    return reason
+            wrong = ", ".join(sorted({str(e["loc"][0]) for e in error.errors()}))
+            if found == "no JSON object" or (isinstance(found, str) and set(QUALITIES) & set(tidy)):
+                found = f"wrong JSON: {wrong}"
+    return found
+
+
+_GRADES = {f"{grade}{rest}" for grade in range(1, 6) for rest in ("", ".0")}
 
 
 def _tidy(plain: dict[str, Any]) -> dict[str, Any]:
@@ -139,8 +159,8 @@ def _tidy(plain: dict[str, Any]) -> dict[str, Any]:
     tidy = {str(key).strip().lower(): value for key, value in plain.items()}
     for quality in QUALITIES:
         value = tidy.get(quality)
-        if str(value).strip() in {*"12345", "1.0", "2.0", "3.0", "4.0", "5.0"}:
-            value = float(str(value))
+        if isinstance(value, str) and value.strip() in _GRADES:
+            value = float(value)
         if isinstance(value, float) and value.is_integer():
             tidy[quality] = int(value)
     flags = tidy.get("flags", [])
@@ -149,7 +169,8 @@ def _tidy(plain: dict[str, Any]) -> dict[str, Any]:
     if isinstance(flags, str):
         flags = flags.split(",")
     if isinstance(flags, list):
-        names = [str(flag).strip().lower().replace("_", "-").replace(" ", "-") for flag in flags]
+        texts = [flag.strip().lower() if isinstance(flag, str) else "?" for flag in flags]
+        names = [text.replace("_", "-").replace(" ", "-") for text in texts]
         tidy["flags"] = [name for name in names if name not in ("", "none")]
     return tidy
 

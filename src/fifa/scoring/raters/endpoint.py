@@ -11,20 +11,29 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fifa.config import Compute
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.endpoint import Answers, Endpoint, endpoint_of
-from fifa.scoring.rubric import Answer, load_rubric, parse_answer, ratings_table, response_format
+from fifa.scoring.replies import MAX_REPLY, NoAnswerError, text_of, tokens_of, words_of
+from fifa.scoring.rubric import (
+    PARSER,
+    Answer,
+    load_rubric,
+    parse_answer,
+    ratings_table,
+    response_format,
+)
 from fifa.scoring.specs import RATERS, Spec
 from fifa.shards.files import atomic_path, digest
 
 ROUTE = "/v1/chat/completions"
-LIMIT = 200  # tokens of an answer: the JSON takes about 40
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,13 @@ class EndpointRater(Endpoint):
 
     @property
     def identity(self) -> dict[str, object]:
-        """Model, endpoint, rubric and parameters: what an answer depends on."""
+        """Model, endpoint, temperature, rubric and parser: what an answer depends on."""
         return {
             "model": self.model,
             "url": self.public_url,
             "temperature": self.temperature,
-            "max_tokens": LIMIT,
             "rubric": load_rubric().identity,
+            "parser": PARSER,
         }
 
     def keys(self, prompts: Sequence[str]) -> list[str]:
@@ -61,10 +70,10 @@ class EndpointRater(Endpoint):
             "messages": load_rubric().messages(question),
             "response_format": response_format(),
             "temperature": self.temperature,
-            "max_tokens": LIMIT,
+            "max_tokens": self.max_tokens,
         }
 
-    def read(self, text: str | None) -> Answer | str:
+    def read(self, text: str) -> Answer | str:
         """The grades in a model's answer, or why there are none."""
         return parse_answer(text)
 
@@ -78,9 +87,11 @@ class EndpointRater(Endpoint):
         return ratings_table([known.get(key) for key in keys])
 
 
-def make_endpoint(spec: Spec, folder: Path | None, in_flight: int) -> EndpointRater:
+def make_endpoint(
+    spec: Spec, folder: Path | None, in_flight: int, max_tokens: int
+) -> EndpointRater:
     """The rater that a spec names; answers are kept in ``folder``."""
-    return EndpointRater(*endpoint_of(spec), folder, in_flight)
+    return EndpointRater(*endpoint_of(spec), folder, in_flight, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,14 @@ class Imported:
     tokens_out: int
 
 
-def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = None) -> int:
+def write_batch(
+    pairs: Pairs,
+    spec: str,
+    path: Path,
+    *,
+    folder: Path | None = None,
+    max_tokens: int = Compute.max_tokens,
+) -> int:
     """Write a request a unique prompt to ``path`` (JSONL); how many were written.
 
     Parameters
@@ -119,8 +137,10 @@ def write_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path | None = No
         The file to write.
     folder
         The scores folder: prompts whose answers are there already are left out.
+    max_tokens
+        Tokens that an answer may have, with the thinking before it.
     """
-    rater = _rater(spec)
+    rater = _rater(spec, max_tokens)
     prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
     missing = dict(zip(rater.keys(prompts), prompts, strict=True))
     if folder is not None:
@@ -152,15 +172,16 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
     rater = _rater(spec)
     keys = set(rater.keys(pairs.prompts["prompt"].to_pylist()))
     reasons: Counter[str] = Counter()
-    spent: Counter[str] = Counter()
+    spent = (0, 0)
     rated: set[str] = set()
     try:
         with (
             closing(Answers(folder)) as answers,
             Path(path).open(encoding="utf-8", errors="replace") as lines,
         ):
-            for line in lines:
-                key, answer, usage = _result(line)
+            # in pieces of a limited size: a longer line is no result
+            for line in iter(partial(lines.readline, MAX_REPLY), ""):
+                key, answer, tokens = _result(line)
                 if key is None or key not in keys:
                     reasons["not one of these prompts" if key else "not a result"] += 1
                 elif isinstance(answer, Answer):
@@ -168,8 +189,7 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
                     rated.add(key)
                 else:
                     reasons[answer] += 1
-                for name in ("prompt_tokens", "completion_tokens"):
-                    spent[name] += int(usage.get(name) or 0)
+                spent = spent[0] + tokens[0], spent[1] + tokens[1]
     except OSError as error:
         raise FifaError(f"cannot read the batch: {error.strerror}", where=str(path)) from error
     if not rated:
@@ -179,31 +199,32 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
             where=str(path),
             do="give the pairs and the rater that the batch was written with",
         )
-    tokens = spent["prompt_tokens"], spent["completion_tokens"]
-    return Imported(len(rated), len(keys - rated), dict(reasons), *tokens)
+    return Imported(len(rated), len(keys - rated), dict(reasons), *spent)
 
 
-def _rater(spec: str) -> EndpointRater:
+def _rater(spec: str, max_tokens: int = Compute.max_tokens) -> EndpointRater:
     parsed = RATERS.parse(spec)
     if parsed.name != "openai":
         raise FifaError(f"the rater {spec} is not behind an endpoint", do="openai:MODEL@URL")
-    return EndpointRater(*endpoint_of(parsed))
+    return EndpointRater(*endpoint_of(parsed), max_tokens=max_tokens)
 
 
-def _result(line: str) -> tuple[str | None, Answer | str, dict[str, Any]]:
+def _result(line: str) -> tuple[str | None, Answer | str, tuple[int, int]]:
     """Key, answer (or why there is none) and token counts of a line of results."""
+    none = (0, 0)
     try:
         plain = json.loads(line)
         key = str(plain["custom_id"])
-    except (ValueError, KeyError, TypeError):
-        return None, "not a result", {}
-    response = plain.get("response") or {}
-    status = response.get("status_code", 200)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, "not a result", none
+    found = plain.get("response")
+    response = found if isinstance(found, dict) else {}
+    status, body = response.get("status_code", 200), response.get("body")
     if plain.get("error") or status != 200:
-        return key, f"HTTP {status}" if status != 200 else "error", {}
+        words = words_of(json.dumps(plain.get("error") or body or "").encode())
+        told = "error" if status == 200 else f"HTTP {str(status)[:9]}"
+        return key, f"{told}: {words}" if words else told, none
     try:
-        body = response["body"]
-        text = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return key, "no completion", {}
-    return key, parse_answer(text), body.get("usage") or {}
+        return key, parse_answer(text_of(body)), tokens_of(body)
+    except NoAnswerError as error:
+        return key, str(error), tokens_of(body)
