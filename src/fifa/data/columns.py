@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.data.records import Records
+from fifa.data.records import Records, outside
 
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
 
@@ -63,6 +63,12 @@ class ParquetColumns:
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         return column if pa.types.is_string(kind) and _is_utf8(column) else valid_text(column)
+
+    def reference(self, name: str) -> Text:
+        """A column of paths or URLs as strings, each passed through `outside`."""
+        refs = self.text(name)
+        ours = pc.or_(pc.starts_with(refs, "tar:"), pc.starts_with(refs, "cell:"))
+        return pc.if_else(ours, pc.binary_join_element_wise("./", refs, ""), refs)
 
     def number(self, name: str) -> np.ndarray:
         """A column as float64 [n], NaN where it is no number.
@@ -153,6 +159,11 @@ class RecordColumns:
     def text(self, name: str) -> Text:
         """Strings as they are; null for every other value."""
         return text_array(self.values(name))
+
+    def reference(self, name: str) -> Text:
+        """Paths, URLs and tar members, each passed through `outside`."""
+        values = self.values(name)
+        return text_array(outside(value) if isinstance(value, str) else None for value in values)
 
     def number(self, name: str) -> np.ndarray:
         """Numbers, truth values and text that reads as a number."""

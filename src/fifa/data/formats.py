@@ -188,7 +188,7 @@ def _side(
     """
     nothing = pa.nulls(len(columns.rows), pa.string())
     leaf = _leaf(columns, image) if image else None
-    path = columns.text(leaf) if leaf else nothing
+    path = columns.reference(leaf) if leaf else nothing
     if cells:
         ref = nothing
         place = pc.binary_join_element_wise(
@@ -197,7 +197,7 @@ def _side(
         named = pc.fill_null(pc.match_substring(path, "/" if paths_are_ids else "://"), False)
         found = pc.if_else(named, path, place)
     else:
-        ref = path if leaf else (columns.text(link) if link else nothing)
+        ref = path if leaf else (columns.reference(link) if link else nothing)
         found = _member_keys(columns.file, ref) if columns.kind == "tar" else ref
     return (columns.text(key) if key else found), ref
 

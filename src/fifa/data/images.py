@@ -26,7 +26,7 @@ import xxhash
 
 from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
-from fifa.data.records import tar_ref
+from fifa.data.records import outside, tar_ref
 from fifa.data.source import Root, has_file, inside
 from fifa.data.table import Origin, Pairs
 from fifa.shards.files import column_digest, digest, write_bytes
@@ -203,7 +203,9 @@ def file_images(folder: Path, names: Sequence[str], *, keyed: bool = False) -> I
     nothing = pa.nulls(n, pa.string()).dictionary_encode()
     file = pa.array([""] * n, pa.string()).dictionary_encode()
     return _images(
-        [paths, file, np.arange(n), nothing, paths], root=str(folder.resolve()), keyed=keyed
+        [paths, file, np.arange(n), nothing, pa.array(map(outside, names), pa.large_string())],
+        root=str(folder.resolve()),
+        keyed=keyed,
     )
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from fifa.data.columns import Columns, has, text_array
 from fifa.data.pairs import FilePairs, pair_columns
+from fifa.data.records import outside
 
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
 
@@ -90,7 +91,7 @@ class _Rankings:
         elif not orders or not all(_is_order(order, len(keys)) for order in orders):
             reason = "the ranks do not match the images"
         else:
-            ranks, refs = np.asarray(orders, np.float64), refs or keys
+            ranks, refs = np.asarray(orders, np.float64), refs or [*map(outside, keys)]
             for i, j in combinations(range(len(keys)), 2):
                 # label = (annotators with rank_i < rank_j + half of those with a tie) / annotators
                 label = np.mean(0.5 * (np.sign(ranks[:, j] - ranks[:, i]) + 1.0))
@@ -146,9 +147,10 @@ def two_paths(columns: Columns) -> FilePairs:
         for side in (0, 1):
             keys[side].append(None if bad else images[side])
     texts = [text_array(side) for side in keys]
+    refs = [text_array(key and outside(key) for key in side) for side in keys]
     return FilePairs(
         columns.file,
-        pair_columns(columns.rows, columns.text("prompt"), texts, texts, label),
+        pair_columns(columns.rows, columns.text("prompt"), texts, refs, label),
         scores={name: pa.array(columns.number(name)) for name in numbers},
         wrong=wrong,
     )
@@ -204,7 +206,7 @@ def one_image_a_row(columns: Columns) -> FilePairs:
             named = path if path and "/" in path else f"{columns.file}#{row}:{image}"
             keys[i] = named, f"cell:{row}:{image}"
         elif path:
-            keys[i] = (path, path)
+            keys[i] = (path, outside(path))
         if not np.isfinite(rank[i]) or groups[i] is None or i not in keys:
             found.rejected.append((row, "no rank, prompt_id or image"))
         else:

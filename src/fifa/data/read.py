@@ -18,7 +18,7 @@ from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import Ranked
-from fifa.data.records import read_records
+from fifa.data.records import outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.table import Origin, Pairs
 from fifa.errors import FifaError
@@ -155,6 +155,7 @@ class _Reader:
             prefix = file.path.rpartition("/")[0] if paths else ""
         else:
             prefix = _prefix(folder, file.path, paths)
+        prefix = outside(prefix)
         if prefix:
             columns |= {name: _prefixed(columns[name], f"{prefix}/") for name in names}
 

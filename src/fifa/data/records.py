@@ -60,9 +60,22 @@ def read_records(stream: IO[bytes], kind: str) -> Records:
     return records
 
 
+class Member(str):
+    """A reference that `read_records` made, to a member of a tar file: ``tar:OFFSET+SIZE:NAME``."""
+
+
+def outside(ref: str) -> str:
+    """A reference as a source has it, such that it is none of ours: ``cell:x`` is ``./cell:x``.
+
+    ``tar:`` and ``cell:`` at its beginning say where bytes are; nobody but the readers says so.
+    """
+    ours = ref.startswith(("tar:", "cell:")) and not isinstance(ref, Member)
+    return f"./{ref}" if ours else ref
+
+
 def tar_ref(ref: str) -> tuple[int, int, str] | None:
     """Offset, size and name in a reference to a tar member; None if it is something else."""
-    match = re.fullmatch(r"tar:(\d+)\+(\d+):(.*)", ref, flags=re.DOTALL)
+    match = re.fullmatch(r"tar:([0-9]{1,18})\+([0-9]{1,18}):(.*)", ref, flags=re.DOTALL)
     return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
@@ -164,7 +177,7 @@ class _Sample:
     def put(self, column: str, value: str, member: str) -> None:
         """A member's value; a second one for the same column is a fault, never a replacement."""
         old = self.columns.get(column, value)
-        if old != value and not (column in self.loose and value.startswith("tar:")):
+        if old != value and not (column in self.loose and isinstance(value, Member)):
             self.fault = self.fault or f"{member!r} is a second value of {column!r}"
         self.columns[column] = value
 
@@ -211,7 +224,7 @@ def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Samp
         sample.fault = sample.fault or f"{member.name!r} belongs to another key"
     sample.stem = stem if parts else sample.stem
     if suffix in TAR_IMAGES:
-        ref = f"tar:{member.offset_data}+{member.size}:{member.name}"
+        ref = Member(f"tar:{member.offset_data}+{member.size}:{member.name}")
         sample.put(column, ref, member.name)
     elif member.size <= MAX_MEMBER:
         stream.seek(member.offset_data)
@@ -232,7 +245,7 @@ def _json_member(sample: _Sample, text: str, member: str) -> None:
         sample.fault = sample.fault or f"{member!r} is there twice"
     for name, value in record.items():
         old = sample.columns.setdefault(name, value)
-        if old != value and not str(old).startswith("tar:"):
+        if old != value and not isinstance(old, Member):
             sample.fault = sample.fault or f"{member!r} has a second value of {name!r}"
     sample.loose = frozenset(record)
 
