@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -87,6 +90,8 @@ def test_a_limit_above_the_servers_own_is_left_out() -> None:
         (200, {"choices": {"0": 1}}, "no completion"),
         (200, {"choices": "text"}, "no completion"),
         (200, [], "no completion"),
+        (200, {"detail": f"who is {KEY}"}, r"no completion: who is \["),
+        (200, {"choices": [{"message": {}, "error": {"code": 502}}]}, "error 502 inside"),
     ],
 )
 def test_refusals_stop_the_run_after_a_few_and_are_quoted(
@@ -180,6 +185,26 @@ def test_a_model_that_never_answers_is_given_up() -> None:
     assert "--max-tokens" in str(caught.value)
 
 
+def test_a_page_instead_of_a_reply_is_quoted() -> None:
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.Response(text=f"<html><b>Welcome</b> {KEY}", content_type="text/html")
+
+    with server(handle) as url, pytest.raises(FifaError, match="no JSON: Welcome") as caught:
+        rater(url, attempts=1).rate(PROMPTS)
+    assert KEY not in str(caught.value)
+
+
+def test_a_second_run_of_refused_prompts_is_no_error(tmp_path: Path) -> None:
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        if int(asked(body).split()[1]) % 5 == 4:
+            return web.json_response({"error": "not this one"}, status=400)
+        return good()
+
+    with server(handle) as url:
+        for _ in range(2):
+            assert rater(url, folder=tmp_path).rate(PROMPTS[:15])["flags"].null_count == 3
+
+
 def test_a_second_run_with_nothing_new_is_no_error(tmp_path: Path) -> None:
     async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
         return good() if asked(body) == "a" else web.json_response(completion("no"))
@@ -239,6 +264,33 @@ def test_bodies_have_limits_in_size_and_time(kind: str) -> None:
     assert time.monotonic() - started < 3
     assert sent["requests"] <= 8
     assert sent["bytes"] <= 8 * (MAX_REPLY + (4 << 20))
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n")],
+)
+def test_dripped_headers_have_an_end(start: bytes, drop: bytes) -> None:
+    def drip(peer: socket.socket) -> None:
+        with suppress(OSError), peer:
+            peer.sendall(start)
+            while True:
+                peer.sendall(drop)
+                time.sleep(0.02)
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+    started = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        Thread(target=serve, args=(listening,), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(FifaError, match=r"no whole reply in 0\.2 seconds"):
+            rater(url, timeout=0.2, attempts=1).rate(PROMPTS)
+        listening.shutdown(socket.SHUT_RDWR)
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("url", ["http://[", "http://h:99999/v1", "http://me:hush@/v1"])

@@ -126,6 +126,7 @@ def test_words_are_one_short_line() -> None:
     page = b"<html><style>p{}</style><h1>502 Bad\x1b[31m Gateway</h1>\xff</html>"
     assert words_of(page) == "502 Bad [31m Gateway \ufffd"
     assert len(words_of(b"x" * 100_000)) == 300
+    assert "sk" not in words_of(b" " * 2395 + b"sk-secret-4711", ["sk-secret-4711"])
 
 
 def test_a_hint_names_the_parameter() -> None:

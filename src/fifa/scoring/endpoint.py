@@ -293,7 +293,8 @@ class _Conversation:
         heard = unreadable = False
         for _ in range(self.endpoint.attempts):
             try:
-                answer = self.endpoint.read(text_of(await self._send(client, question, heard)))
+                reply = await self._send(client, question, heard)
+                answer = self.endpoint.read(text_of(reply, self.endpoint.secrets()))
                 heard, unreadable = True, False
             except NoAnswerError as error:
                 answer, unreadable = str(error), error.unreadable
@@ -331,7 +332,8 @@ class _Conversation:
         try:
             plain = json.loads(raw.http_response.content)
         except (ValueError, RecursionError):
-            raise NoAnswerError("the reply is no JSON", unreadable=True) from None
+            words = words_of(raw.http_response.content, self.endpoint.secrets())
+            raise NoAnswerError(f"the reply is no JSON: {words}", unreadable=True) from None
         self.changes |= changes
         tokens_in, tokens_out = tokens_of(plain)
         self.spent["tokens_in"] += tokens_in
@@ -356,7 +358,8 @@ class _Conversation:
         """``reason``, unless so many prompts failed in a row that the endpoint seems lost."""
         endpoint = self.endpoint
         self.failures += 1
-        if self.failures >= (max(DEAD, endpoint.in_flight) if self.answered else DEAD):
+        once = self.answered or self.known
+        if self.failures >= (max(DEAD, endpoint.in_flight) if once else DEAD):
             raise FifaError(
                 f"the endpoint keeps failing: {reason}, {self.failures} prompts in a row",
                 where=f"{endpoint.model} at {endpoint.public_url}",

@@ -149,15 +149,26 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> str:
     """A server's own words in the body of an error: one short line without ``secrets``."""
     plain = _json(body)
     if plain is None:
-        said: Any = body[: 8 * WORDS].decode("utf-8", "replace")
+        said: Any = _hidden(body.decode("utf-8", "replace"), secrets)[: 8 * WORDS]
         if "<" in said:  # a page
             said = re.sub(r"<style.*?(</style>|$)|<[^<>]*>", " ", said, flags=re.DOTALL)
     else:
         said = _message(_error_inside(plain) or plain)
+    return _line(said, secrets)
+
+
+def _hidden(said: str, secrets: Iterable[str]) -> str:
+    """Text without ``secrets``; before it is cut, so that no part of one stays."""
     for secret in filter(None, secrets):
         said = said.replace(secret, "[secret]")
-    line = " ".join("".join(c if c.isprintable() else " " for c in said[: 8 * WORDS]).split())
-    return line if len(line) <= WORDS else line[: WORDS - 1] + "…"
+    return said
+
+
+def _line(said: str, secrets: Iterable[str], most: int = WORDS) -> str:
+    """Text from outside as one short line without ``secrets`` and control characters."""
+    said = _hidden(said, secrets)[: 8 * WORDS]
+    line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _message(plain: Any) -> str:
@@ -192,24 +203,23 @@ def tokens_of(plain: Any) -> tuple[int, int]:
     return known[0], known[1]
 
 
-def text_of(plain: Any) -> str:
+def text_of(plain: Any, secrets: Iterable[str] = ()) -> str:
     """The text that answers in a chat completion (its JSON).
 
     Only text counts: thinking parts, ``reasoning_content``, refusals and calls of tools do not,
     nor does an answer that was cut off.
 
-    Raises `NoAnswerError`.
+    Raises `NoAnswerError`, whose words are without ``secrets``.
     """
     choices = plain.get("choices") if isinstance(plain, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise NoAnswerError("no completion", unreadable=True)
+        words = _line(_message(plain), secrets)
+        raise NoAnswerError("no completion" + (f": {words}" if words else ""), unreadable=True)
     if isinstance(refusal := message.get("refusal"), str) and refusal.strip():
-        raise NoAnswerError(
-            f"the model refuses: {words_of(refusal.encode('utf-8', 'replace'))[:80]}"
-        )
-    finish = str(choice.get("finish_reason") or "")[:40]
+        raise NoAnswerError(f"the model refuses: {_line(refusal, secrets, 80)}")
+    finish = _line(str(choice.get("finish_reason") or ""), secrets, 40)
     if finish.lower() in _CUT:
         raise NoAnswerError("cut off at max_tokens")
     if finish.lower() in _FILTERED:
