@@ -21,7 +21,7 @@ from fifa.errors import FifaError
 from fifa.training.backbones import load_backbone
 from fifa.training.backbones.parts import shapes_in
 from fifa.training.batches import adapters_off
-from fifa.training.checkpoint import add_lora, make_optimizer
+from fifa.training.checkpoint import FACTS, TENSORS, add_lora, make_optimizer
 from fifa.training.job import make_accelerator, run_training
 from fifa.training.metrics import read_stats
 from fifa.training.plan import memory_of, needs_copy
@@ -262,10 +262,25 @@ def test_a_run_folder_is_a_source(shipped, world, tmp_path):
 def test_a_damaged_state_is_told(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
     loop.run()
-    path = tmp_path / "state" / "step-000003" / "state.pt"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FifaError, match=r"(?s)the state cannot be read.*step-000003"):
-        assemble(quick(world), tmp_path).run()
+    tensors, facts = (tmp_path / "state" / "step-000003" / name for name in (TENSORS, FACTS))
+    whole, known = tensors.read_bytes(), facts.read_text()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    damaged = [
+        (cut, known) for cut in (b"", whole[:100], whole[:-1], bytes(flipped), known.encode())
+    ]
+    ahead = known.replace('"step": 3', '"step": 1000000000')
+    for text in ("", "[]", "{}", "[" * 9999, known[:-9], ahead, known.replace('"sums"', '"sum"')):
+        assert text != known
+        damaged.append((whole, text))
+    for data, text in damaged:
+        tensors.write_bytes(data)
+        facts.write_text(text)
+        with pytest.raises(FifaError, match=r"(?s)state.*step-000003"):
+            loop.state.load(tmp_path)
+    tensors.write_bytes(whole)
+    facts.write_text(known)
+    assert loop.state.load(tmp_path).step == 3
 
 
 def test_mapo_needs_no_reference(world, tmp_path):

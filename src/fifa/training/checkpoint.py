@@ -23,10 +23,18 @@ from torch import Tensor
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.shards.files import atomic_folder, atomic_path, read_json, write_json
+from fifa.shards.files import (
+    atomic_folder,
+    atomic_path,
+    content_digest,
+    digest,
+    read_json,
+    write_json,
+)
 from fifa.training.backbones.base import Backbone
 
 STATE = "state"
+TENSORS, FACTS = "state.pt", "state.json"  # of a state
 CHECKPOINTS = "checkpoints"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"  # of the adapter within the denoiser
@@ -173,7 +181,7 @@ def step_name(step: int) -> str:
 
 def latest_state(out: Path) -> Path | None:
     """The newest state in a checkpoint folder; None before the first."""
-    found = sorted((out / STATE).glob("step-*/state.json"))
+    found = sorted((out / STATE).glob(f"step-*/{FACTS}"))
     return found[-1].parent if found else None
 
 
@@ -352,8 +360,9 @@ class TrainState:
         if self.accelerator.is_main_process:
             target = out / STATE / step_name(progress.step)
             with atomic_folder(target) as folder:
-                _save(state, folder / "state.pt")
-                write_json(folder / "state.json", asdict(progress))
+                _save(state, folder / TENSORS)
+                named = _digest(folder, asdict(progress))
+                write_json(folder / FACTS, {**asdict(progress), "digest": named})
             for older in (out / STATE).glob("step-*"):
                 if older != target:
                     shutil.rmtree(older, ignore_errors=True)
@@ -368,9 +377,11 @@ class TrainState:
         if newest is None:
             return Progress()
         try:
-            known = read_json(newest / "state.json", "the state of the training")
+            known = read_json(newest / FACTS, "the state of the training")
+            if known.pop("digest", None) != _digest(newest, known):
+                raise ValueError("its files are not as they were written")
             progress = Progress(**{**known, "sums": tuple(known["sums"])})
-            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(newest / TENSORS, map_location="cpu", weights_only=True)
             weights, average = state["weights"], state["average"]
             optimizer, scaler = state["optimizer"], state["scaler"]
         except (OSError, ValueError, TypeError, RuntimeError, EOFError, KeyError) as error:
@@ -428,6 +439,11 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None
     return TrainState(accelerator, model, optimizer, average)
+
+
+def _digest(state: Path, progress: dict[str, Any]) -> str:
+    """What names a state's tensors and how far it is: a flipped byte in either is noticed."""
+    return digest(content_digest(state / TENSORS), progress)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
