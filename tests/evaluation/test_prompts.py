@@ -138,3 +138,39 @@ def test_seeds_are_a_prompts_own():
     assert len({*first, *second}) == 8
     assert draw_seeds("a", 2, first=2) == first[2:]
     assert all(0 <= seed < 2**32 for seed in first)
+
+
+def test_a_quote_in_a_tsv_swallows_no_line(tmp_path):
+    lines = ["Prompt\tCategory", '"a sign\tArts', "a fox\tAnimals", 'the "sea\tWorld']
+    lines += ['"a ""quoted"" word"\tArts', '"A" and "B"\tArts', 'a dog"\tAnimals', "", "a cat"]
+    path = tmp_path / "a.tsv"
+    path.write_text("\n".join(lines))
+    assert rows(read_prompts(path)) == [
+        ('"a sign', "Arts"),
+        ("a fox", "Animals"),
+        ('the "sea', "World"),
+        ('a "quoted" word', "Arts"),
+        ('"A" and "B"', "Arts"),
+        ('a dog"', "Animals"),
+        ("a cat", None),
+    ]
+
+
+def test_a_quote_that_a_csv_never_closes_is_an_error(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt\n"a sign\na fox\na dog\n')
+    with pytest.raises(FifaError, match="unexpected end of data"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".json", ".jsonl"])
+def test_prompts_in_other_encodings(tmp_path, encoding, suffix):
+    text = {
+        ".txt": "a café\nthe sea",
+        ".json": '["a café", "the sea"]',
+        ".jsonl": '{"prompt": "a café"}\n{"prompt": "the sea"}',
+    }.get(suffix, "prompt\na café\nthe sea\n")
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(text.encode(encoding))
+    assert read_prompts(path).table["prompt"].to_pylist() == ["a café", "the sea"]

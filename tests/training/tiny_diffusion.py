@@ -306,7 +306,7 @@ def write_pairs(path, sizes=(((64, 64), (64, 64)),) * 4, seed=0, **columns):
         **columns,
     }
     complement = [None if label is None else 1.0 - label for label in rows["label_0"] or []]
-    rows = {"label_1": complement or None} | rows
+    rows.setdefault("label_1", complement or None)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: value for name, value in rows.items() if value is not None})
     pq.write_table(table, path, row_group_size=3)

@@ -197,7 +197,7 @@ class RecordColumns:
 
     def numeric(self) -> list[str]:
         """Columns whose every value that is there is a number (in CSV: reads as one)."""
-        loose = self.kind in ("csv", "tar")
+        loose = self.kind in ("csv", "tsv", "tar")
         return [name for name, values in self._columns.items() if _all_numbers(values, loose)]
 
 

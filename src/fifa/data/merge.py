@@ -203,7 +203,7 @@ def _merge(
     columns["label"] = pa.chunked_array([label])
     if len(again):
         votes = columns["votes"].to_numpy().copy()
-        votes[heads] = weight
+        votes[heads] = np.minimum(weight, np.iinfo(np.int32).max)
         columns["votes"] = pa.chunked_array([votes])
     return again
 

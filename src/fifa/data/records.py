@@ -5,15 +5,17 @@ Nothing here raises for bad content: what cannot be read is returned as ``(row, 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+MAX_FIELD = 1 << 24  # characters of a CSV field; longer ones are broken quotes
 MAX_MEMBER = 1 << 20  # bytes of a WebDataset text member; longer ones are no labels or prompts
 
 Row = tuple[int, dict[str, Any] | str]  # a record, or the reason why it is none
@@ -44,13 +46,18 @@ class Records:
 
 
 def read_records(stream: IO[bytes], kind: str) -> Records:
-    """All records of a ``jsonl``, ``json``, ``csv`` or ``tar`` file."""
-    iterate = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tar": _tar}[kind]
+    """All records of a ``jsonl``, ``json``, ``csv``, ``tsv`` or ``tar`` file.
+
+    Text is UTF-8, or UTF-16 or UTF-32 with the mark of it or without.
+    """
+    iterate = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "tar": _tar}[kind]
     records = Records()
-    for row, record in iterate(stream):
+    for row, record in iterate(stream if kind == "tar" else _utf8(stream)):
         if isinstance(record, str):
-            records.rejected.append((row if row >= 0 else None, record))
+            records.rejected.append((row if row >= 0 else None, encodable(record)))
             continue
+        if not all(map(str.isascii, record)):
+            record = {encodable(name): value for name, value in record.items()}
         for name in record:
             if name not in records.columns:
                 records.columns[name] = [None] * len(records.rows)
@@ -73,6 +80,32 @@ def outside(ref: str) -> str:
     return f"./{ref}" if ours else ref
 
 
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text by its first bytes: ``utf-8-sig`` unless they are of wider units."""
+    if start[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    even, odd = start[0:64:2], start[1:64:2]  # Latin letters in UTF-16 are every second byte
+    for zeros, letters, name in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
+        if len(start) >= 4 and 2 * zeros.count(0) > len(zeros) and not letters.count(0):
+            return name
+    return "utf-8-sig"
+
+
+def encodable(text: str) -> str:
+    """The text, lone surrogates (of bytes that are no UTF-8, or of JSON) as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _utf8(stream: IO[bytes]) -> IO[bytes]:
+    name = encoding_of(stream.read(64))
+    stream.seek(0)
+    if name == "utf-8-sig":
+        return stream
+    return io.BytesIO(stream.read().decode(name, "replace").encode("utf-8", "replace"))
+
+
 def tar_ref(ref: str) -> tuple[int, int, str] | None:
     """Offset, size and name in a reference to a tar member; None if it is something else."""
     match = re.fullmatch(r"tar:([0-9]{1,18})\+([0-9]{1,18}):(.*)", ref, flags=re.DOTALL)
@@ -88,10 +121,14 @@ def _jsonl(stream: IO[bytes]) -> Iterator[Row]:
 
 
 def _json(stream: IO[bytes]) -> Iterator[Row]:
-    """A list of records, or (whatever the file is called) one record a line."""
+    """A list of records, one in an object, or (whatever the file is called) one record a line."""
     raw = stream.read()
     start = raw[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if start == b"{":
+        whole = _parse(raw)
+        if isinstance(whole, dict):
+            yield from enumerate(_wrapped(whole))
+            return
         first = raw.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
         if isinstance(_parse(first), dict):
             yield from _jsonl(io.BytesIO(raw))
@@ -105,8 +142,19 @@ def _json(stream: IO[bytes]) -> Iterator[Row]:
     yield from _json_items(text)
 
 
+def _wrapped(whole: dict[str, Any]) -> list[dict[str, Any] | str]:
+    """The records of one object: its only list of records, its columns, or itself."""
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    records = [values for values in lists if values and isinstance(values[0], dict)]
+    if len(records) == 1 and len(lists) == 1:
+        return [_record(value) for value in records[0]]
+    if len(lists) == len(whole) and len({len(values) for values in lists}) == 1:
+        return [dict(zip(whole, row, strict=True)) for row in zip(*lists, strict=True)]
+    return [whole]
+
+
 def _json_items(text: str) -> Iterator[Row]:
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
     position, row = text.index("[") + 1, 0
     while True:
         match = gap.match(text, position)
@@ -129,9 +177,18 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError as error:
         return f"not UTF-8: {_brief(error)}"
     try:
-        return _record(json.loads(text))
+        return _record(json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         return f"broken JSON: {_brief(error)}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:100]!r} is there twice")
+    return found
 
 
 def _record(value: object) -> dict[str, Any] | str:
@@ -139,8 +196,13 @@ def _record(value: object) -> dict[str, Any] | str:
 
 
 def _csv(stream: IO[bytes]) -> Iterator[Row]:
+    """Commas, tabs or semicolons, whichever the header has most of. A tab ends a field, always."""
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
+    head = text.readline(MAX_FIELD)
+    text.seek(0)
+    comma = max(",\t;", key=head.count)
+    reader = tab_rows(text) if comma == "\t" else csv.reader(text, strict=True, delimiter=comma)
     names: list[str] = []
     row = -1
     while True:
@@ -154,6 +216,10 @@ def _csv(stream: IO[bytes]) -> Iterator[Row]:
             continue
         if not names:
             names = cells
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                yield -1, f"two columns are named {twice[0][:100]!r}"
+                break
             continue
         if not cells:
             continue
@@ -163,6 +229,20 @@ def _csv(stream: IO[bytes]) -> Iterator[Row]:
         else:
             yield row, {name: cell or None for name, cell in zip(names, cells, strict=True)}
     text.detach()
+
+
+def tab_rows(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The cells of lines with tabs: a quote is a letter, unless a pair of them holds the cell."""
+    for line in lines:
+        cells = line.rstrip("\r\n").split("\t")
+        yield [_unquoted(cell) for cell in cells] if any(cells) else []
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner:
+        return cell[1:-1].replace('""', '"')
+    return cell
 
 
 @dataclass(slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fifa.data.records import encodable
 from fifa.errors import FifaError
 
 KINDS = {
@@ -16,6 +18,7 @@ KINDS = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".tar": "tar",
 }
 MAGIC = "*?["
@@ -165,10 +168,18 @@ def _find_local(named: str) -> Source:
         kind = KINDS.get(file.suffix.lower())
         if kind is None:
             continue
-        if file != path and not inside(root, file):
-            refused.append((name, "a link that leaves the folder"))
+        try:
+            status = file.stat()
+            fault = "" if stat.S_ISREG(status.st_mode) else "no file that can be read to its end"
+            if file != path and not inside(root, file):
+                fault = "a link that leaves the folder"
+        except (OSError, RuntimeError) as error:  # links in a circle, gone since it was listed
+            fault = f"the file cannot be opened: {getattr(error, 'strerror', None) or error}"
+        if encodable(name) != name:
+            name, fault = encodable(name), "the file's name is no UTF-8: rename it"
+        if fault:
+            refused.append((name, fault))
             continue
-        status = file.stat()
         files.append(SourceFile(name, kind, status.st_size, str(status.st_mtime_ns)))
     files.sort(key=lambda file: file.path)
     return Source(named, Root(str(root.resolve())), tuple(files), tuple(sorted(refused)))

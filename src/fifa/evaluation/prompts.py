@@ -18,6 +18,7 @@ import xxhash
 
 from fifa.console import echo
 from fifa.data.ids import prompt_ids
+from fifa.data.records import encoding_of, tab_rows
 from fifa.errors import FifaError
 
 PROMPTS = pa.schema(
@@ -156,13 +157,11 @@ def _file(source: str) -> Iterator[Item]:
             wanted = [name for name in names if name.lower() in known]
             yield from _rows(names, file.read(columns=wanted).to_pylist(), source)
         elif suffix in (".csv", ".tsv"):
-            text = io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline="")
-            csv.field_size_limit(max(csv.field_size_limit(), len(data)))
-            reader = csv.DictReader(text, delimiter="\t" if suffix == ".tsv" else ",")
-            rows = list(reader)
-            yield from _rows(reader.fieldnames or (), rows, source)
+            names, *cells = [row for row in _cells(_text(data), suffix) if row] or [[]]
+            rows = [dict(zip(names, row, strict=False)) for row in cells]
+            yield from _rows(names, rows, source)
         elif suffix == ".json":
-            yield from _json(json.loads(data), None)
+            yield from _json(json.loads(_text(data)), None)
         else:
             yield from chain.from_iterable(_json_line(line) for line in _lines(data))
     except (ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
@@ -181,9 +180,23 @@ def _bytes(source: str) -> bytes:
         raise FifaError(f"cannot open the prompts: {error}", where=source) from error
 
 
+def _text(data: bytes) -> str:
+    """UTF-8 or UTF-16; bytes that are no UTF-8 become lone surrogates."""
+    name = encoding_of(data)
+    return data.decode(name, "surrogateescape" if name == "utf-8-sig" else "replace")
+
+
+def _cells(text: str, suffix: str) -> Iterator[list[str]]:
+    """The rows of a table. In CSV a quote that nobody closes is an error, in TSV it is a letter."""
+    if suffix == ".tsv":
+        return tab_rows(io.StringIO(text))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    return csv.reader(io.StringIO(text, newline=""), strict=True)
+
+
 def _lines(data: bytes) -> list[str]:
-    """Lines as a text file has them; bytes that are no UTF-8 become lone surrogates."""
-    text = data.decode("utf-8-sig", "surrogateescape")
+    """Lines as a text file has them."""
+    text = _text(data)
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
