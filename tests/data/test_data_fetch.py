@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fifa.data.fetch import FetchError, fetch, is_public
 
@@ -199,7 +201,10 @@ def test_what_comes_fast_and_without_end_is_limited_by_bytes(start: bytes, flood
             send(flood * 10_000)
 
     with raw_server(pour) as url, pytest.raises(FetchError, match="framing"):
-        get(url, timeout=20)
+        fetch(
+            url, max_bytes=300_000, timeout=20, allowed=lambda a: True,
+            resolve=lambda h, p: ["127.0.0.1"],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -223,6 +228,20 @@ def test_what_comes_fast_and_without_end_is_limited_by_bytes(start: bytes, flood
 def test_whatever_a_server_sends_is_that_images_trouble(answer: bytes) -> None:
     with raw_server(lambda send: send(answer)) as url, suppress(FetchError):
         get(url, timeout=2)
+
+
+PARTS = st.sampled_from(
+    [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 302 x\r\n", CHUNKED,
+     b"Location: ", b"http://[", b"//x", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n",
+     b"\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"-1\r\n", b"7"]
+)  # fmt: skip
+
+
+@settings(max_examples=60, derandomize=True)
+@given(st.lists(PARTS | st.binary(max_size=9), max_size=9).map(b"".join))
+def test_any_bytes_are_an_image_or_a_reason(answer: bytes) -> None:
+    with raw_server(lambda send: send(answer)) as url, suppress(FetchError):
+        assert isinstance(get(url, timeout=0.3), bytes)
 
 
 def test_a_chunked_body_is_put_together() -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from endpoint_server import asked, completion, server
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fifa.console import collect_facts
 from fifa.errors import FifaError
@@ -60,9 +62,9 @@ def test_what_newer_models_refuse_is_changed_once() -> None:
         return good()
 
     with server(handle) as url, collect_facts() as facts:
-        assert rater(url, in_flight=1).rate(PROMPTS)["flags"].null_count == 0
+        assert rater(url, in_flight=1).rate(PROMPTS[:20])["flags"].null_count == 0
     assert refused == {"max_tokens": 1, "temperature": 1}
-    assert facts["requests"] == len(PROMPTS) + 2
+    assert facts["requests"] == 20 + 2
 
 
 def test_a_limit_above_the_servers_own_is_left_out() -> None:
@@ -291,6 +293,32 @@ def test_dripped_headers_have_an_end(start: bytes, drop: bytes) -> None:
             rater(url, timeout=0.2, attempts=1).rate(PROMPTS)
         listening.shutdown(socket.SHUT_RDWR)
     assert time.monotonic() - started < 3
+
+
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+KEYS = st.sampled_from(
+    ["choices", "message", "content", "finish_reason", "error", "code", "usage", "detail"]
+)
+PLAIN = st.recursive(LEAF, lambda one: st.lists(one) | st.dictionaries(KEYS, one), max_leaves=9)
+BODY = PLAIN.map(lambda plain: json.dumps(plain).encode()) | st.binary(max_size=30)
+TYPE = st.sampled_from(["application/json", "text/html", "text/plain; charset=zip", "x"])
+
+
+def test_any_reply_is_a_rating_or_an_error_for_people() -> None:
+    now: dict[str, Any] = {}
+
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return web.Response(**now)
+
+    @settings(max_examples=12, derandomize=True, deadline=None)
+    @given(BODY, st.sampled_from([200, 200, 200, 201, 400, 403, 418, 422, 503]), TYPE)
+    def ask(body: bytes, status: int, kind: str) -> None:
+        now.update(body=body, status=status, headers={"Content-Type": kind})
+        with suppress(FifaError):
+            rater(url, attempts=1, in_flight=1).rate(["a", "b"])
+
+    with server(handle) as url:
+        ask()
 
 
 @pytest.mark.parametrize("url", ["http://[", "http://h:99999/v1", "http://me:hush@/v1"])
