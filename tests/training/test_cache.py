@@ -334,3 +334,13 @@ def test_memory_is_flat_in_the_number_of_pairs(tmp_path, backbone, monkeypatch):
 
     growth(80)  # 48 MB of images, held once by the writer of the file
     assert growth(80) < 24
+
+
+def test_captions_that_are_cut_are_counted_and_those_that_then_coincide(tmp_path, backbone, capfd):
+    long = "the cat " * 100
+    captions = [f"{long} one", f"{long} two", f"a dog {long}", "short"]
+    path = write_pairs(tmp_path / "a.parquet", caption=captions)
+    encode(read_training_pairs(path), backbone, tmp_path / "c", resolution=64)
+    told = capfd.readouterr().err
+    assert "3 of 4 captions are longer than the text encoder reads" in told
+    assert "2 of these are then the same as another" in told

@@ -139,3 +139,31 @@ def test_a_run_folder_without_a_subset_says_what_to_do(tmp_path):
     (tmp_path / "recipe.yaml").write_text("read: {source: x}\n")
     with pytest.raises(FifaError, match="fifa export"):
         read_training_pairs(tmp_path)
+
+
+def test_a_pair_of_one_image_teaches_nothing_and_is_counted(tmp_path, capfd):
+    path = write_pairs(tmp_path / "a.parquet", label_0=[1.0] * 4)
+    table = pq.read_table(path)
+    second = table["jpg_1"].to_pylist()
+    second[2] = table["jpg_0"][2].as_py()
+    twin = table.set_column(table.column_names.index("jpg_1"), "jpg_1", pa.array(second))
+    pq.write_table(twin, path)
+    pairs = read_training_pairs(path)
+    assert pairs.caption == [f"the cat number {i}" for i in (0, 1, 3)]
+    assert pairs.dropped == {"same_image": 1}
+    assert "4 rows, 3 pairs with a winner (dropped: 1 same_image)" in capfd.readouterr().err
+    assert images_of(pairs, 2) == (table["jpg_0"][3].as_py(), second[3])
+    pq.write_table(twin.append_column("pair_id", pa.array(list("abcd"))), path)
+    assert read_training_pairs(path).pair_id == ["a", "b", "d"]
+    pq.write_table(twin.slice(2, 1), path)
+    with pytest.raises(FifaError, match=r"no pair with a winner \(dropped: 1 same_image\)"):
+        read_training_pairs(path)
+
+
+def test_pairs_that_contradict_each_other_are_told(tmp_path, capfd):
+    path = write_pairs(tmp_path / "a.parquet", label_0=[1.0] * 4)
+    rows = pq.read_table(path).slice(0, 1).to_pylist() * 3
+    rows[1] = rows[1] | {"label_0": 0.0, "label_1": 1.0}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert len(read_training_pairs(path)) == 3
+    assert "2 pairs say the opposite of another" in capfd.readouterr().err

@@ -217,6 +217,13 @@ def encode(
     batch = batch or images_at_once(backbone, resolution)
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
     prompts = encoder.prompts(captions)
+    cut, alike = backbone.cut_prompts(captions)
+    if cut:
+        note(captions_cut=cut, captions_cut_alike=alike)
+        echo(
+            f"{cut:,} of {len(captions) - 1:,} captions are longer than the text encoder reads and "
+            f"are cut; {alike:,} of these are then the same as another"
+        )
     backbone.release_text()
     images = encoder.images(plan, flips)
     backbone.vae.release()

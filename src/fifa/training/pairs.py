@@ -59,7 +59,7 @@ class TrainingPairs:
         16 hex characters that name the files: their footers, sizes and times.
     dropped
         How many rows are not here, by reason: ``tie``, ``no_label``, ``labels_disagree`` (label_0
-        and label_1 do not sum to 1).
+        and label_1 do not sum to 1), ``same_image`` (winner and loser have the same bytes).
     image_table
         Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
     folder
@@ -117,25 +117,26 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     reasons, winner, first = (np.concatenate(column) for column in zip(*parts, strict=True))
     table = pa.concat_tables(tables)
     kept = np.flatnonzero(reasons == "")
+    if len(kept) == 0:
+        raise _no_pair(source, reasons)
+    images = _images(table.take(kept), files, winner[kept])
+    ids, same, against = _told_apart(table.take(kept), images, ours=folder is not None)
+    reasons[kept[same]] = "same_image"
+    kept = kept[~same]
     dropped = {name: n for name, n in sorted(Counter(reasons.tolist()).items()) if name}
     if dropped:
         listed = ", ".join(f"{count:,} {name}" for name, count in dropped.items())
         echo(f"{table.num_rows:,} rows, {len(kept):,} pairs with a winner (dropped: {listed})")
+    if against:
+        echo(f"{against:,} pairs say the opposite of another: its prompt and images, the other won")
     if len(kept) == 0:
-        raise FifaError("no pair with a winner", where=str(source), do="choose another source")
-    table = table.take(kept)
-    sides = np.stack([winner[kept], 1 - winner[kept]], axis=1).reshape(-1)
-    images = cell_images(
-        files,
-        np.repeat(table["file"].to_numpy(), 2),
-        np.repeat(table["row"].to_numpy(), 2),
-        [IMAGES[side] for side in sides.tolist()],
-    )
+        raise _no_pair(source, reasons)
+    table, ids = table.take(kept), [ids[i] for i in np.flatnonzero(~same).tolist()]
+    images = _images(table, files, winner[kept]) if same.any() else images
     label = np.where(winner[kept] == 0, first[kept], 1 - first[kept]).astype(np.float32)
     weight = _weights(table, str(source))
     margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
-    ids = _ids(table, images)
     note(training_pairs=len(ids), **{f"training_pairs_{k}": v for k, v in dropped.items()})
     return TrainingPairs(
         pair_id=ids,
@@ -258,25 +259,53 @@ def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
     return weight
 
 
-def _ids(table: pa.Table, images: Images) -> list[str]:
-    """The source's pair ids, or hashes of prompt, winner, loser and how often they came before."""
+def _images(table: pa.Table, files: list[Path], winner: npt.NDArray[np.int64]) -> Images:
+    sides = np.stack([winner, 1 - winner], axis=1).reshape(-1)
+    return cell_images(
+        files,
+        np.repeat(table["file"].to_numpy(), 2),
+        np.repeat(table["row"].to_numpy(), 2),
+        [IMAGES[side] for side in sides.tolist()],
+    )
+
+
+def _no_pair(source: str | Path, reasons: npt.NDArray[np.str_]) -> FifaError:
+    counts = Counter(reasons.tolist()).most_common()
+    listed = ", ".join(f"{count:,} {name}" for name, count in counts)
+    why = f" (dropped: {listed})" if listed else ""
+    return FifaError(f"no pair with a winner{why}", where=str(source), do="choose another source")
+
+
+def _told_apart(
+    table: pa.Table, images: Images, *, ours: bool
+) -> tuple[list[str], npt.NDArray[np.bool_], int]:
+    """The pairs' ids, which have the same bytes on both sides, and how many contradict another.
+
+    The ids are the source's, or hashes of prompt, winner, loser and how often they came before. A
+    subset of ``ours`` with ids is believed: the selection has dropped such pairs.
+    """
     given = table["pair_id"]
-    if given.null_count == 0:
-        ids: list[str] = given.to_pylist()
-        twice = [name for name, count in Counter(ids).items() if count > 1]
-        if twice:
-            raise FifaError(f"{len(twice):,} pair ids come twice", where=f"pair {twice[0]}")
-        return ids
+    ids: list[str] = given.to_pylist() if given.null_count == 0 else []
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise FifaError(f"{len(twice):,} pair ids come twice", where=f"pair {twice[0]}")
+    same = np.zeros(len(table), bool)
+    if ids and ours:
+        return ids, same, 0
     bytes_of = (b"" if isinstance(data, BadImage) else data for _, data in read(images))
     made: list[str] = []
     seen: Counter[str] = Counter()
+    against = 0
     with progress("telling pairs apart", len(table)) as advance:
-        for caption in table["caption"].to_pylist():
-            name = digest(caption, next(bytes_of), next(bytes_of))
+        for i, caption in enumerate(table["caption"].to_pylist()):
+            winner, loser = next(bytes_of), next(bytes_of)
+            same[i] = winner == loser != b""
+            name = digest(caption, winner, loser)
             made.append(digest(name, seen[name]) if seen[name] else name)
+            against += seen[digest(caption, loser, winner)] > 0 and not same[i]
             seen[name] += 1
             advance(1)
-    return made
+    return ids or made, same, against
 
 
 def _fingerprint(file: Path) -> list[object]:

@@ -17,7 +17,7 @@ from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.hub import model_digest
 from fifa.models.runtime import Runtime, release_memory, tf32
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, diffusers
+from fifa.training.backbones.parts import ModelFolder, TextEncoder, cut_prompts, diffusers
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -351,6 +351,10 @@ class Backbone:
         if not self._text:
             self._text = self.load_text(self.origin)
         return self._text
+
+    def cut_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """`fifa.training.backbones.parts.cut_prompts`; none where nothing has been encoded now."""
+        return cut_prompts(self._text, prompts) if self._text else (0, 0)
 
     def release_text(self) -> None:
         """Let go of the text encoders' memory; they are loaded again if they have to encode."""

@@ -8,6 +8,7 @@ names; weights come from safetensors files only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -235,6 +236,24 @@ class TextEncoder:
         ids = tokens.input_ids.to(self.model.device)
         with torch.no_grad(), tf32(self.model.device):
             return self.model(ids, attention_mask=mask, **options)
+
+
+def cut_prompts(encoders: Sequence[TextEncoder], prompts: Sequence[str]) -> tuple[int, int]:
+    """How many prompts no encoder reads to their end, and how many of these are then as another.
+
+    Parameters
+    ----------
+    encoders
+        Of one model.
+    prompts
+        All different.
+    """
+    longest = max(encoders, key=lambda encoder: encoder.length)
+    tokens = longest.tokenizer(list(prompts), verbose=False)["input_ids"]
+    read = [tuple(own[: longest.length - 1]) for own in tokens]  # the last one is the end's
+    often = Counter(read)
+    cut = [key for key, own in zip(read, tokens, strict=True) if len(own) > longest.length]
+    return len(cut), sum(often[key] > 1 for key in cut)
 
 
 def clip_text(
