@@ -57,6 +57,12 @@ def test_a_request_is_what_the_api_takes(tmp_path: Path) -> None:
     assert request["url"] == "/v1/chat/completions"
     TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(request["body"])
     assert "a red fox" in str(request["body"]["messages"][-1])
+    write_batch(pairs_of("a red fox"), SPEC, tmp_path / "new.jsonl", reasoning=True)
+    (newer,) = requests_in(tmp_path / "new.jsonl")
+    assert newer["custom_id"] == request["custom_id"]
+    changed = {"max_completion_tokens": request["body"].pop("max_tokens")}
+    del request["body"]["temperature"]
+    assert newer["body"] == {**request["body"], **changed}
 
 
 def test_what_is_no_use_is_counted_with_its_reason(tmp_path: Path) -> None:

@@ -205,7 +205,13 @@ def batch_group() -> None:
 @batch_group.command("write")
 @run_argument
 @click.argument("file", type=PATH)
-def batch_write(run: str, file: Path) -> None:
+@click.option(
+    "--reasoning",
+    is_flag=True,
+    help="For models that refuse max_tokens and a temperature: write max_completion_tokens and no "
+    "temperature.",
+)
+def batch_write(run: str, file: Path, reasoning: bool) -> None:
     """Write the requests of RUN to FILE.
 
     There is one request for every prompt that the rater of RUN has not answered yet.
@@ -217,7 +223,9 @@ def batch_write(run: str, file: Path) -> None:
     opened = open_run(run)
     rater, limit = opened.recipe.score.quality, opened.recipe.compute.max_tokens
     pairs = read_step(opened)
-    count = write_batch(pairs, rater, file, folder=opened.scores, max_tokens=limit)
+    count = write_batch(
+        pairs, rater, file, folder=opened.scores, max_tokens=limit, reasoning=reasoning
+    )
     click.echo(f"{count:,} requests in {file}", err=True)
     click.echo(file)
 

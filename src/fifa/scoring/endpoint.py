@@ -14,7 +14,7 @@ import re
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -320,7 +320,7 @@ class _Conversation:
             request = self.endpoint.request(question)
             if heard:
                 request["temperature"] = RETRY_TEMPERATURE
-            request = _changed(request, changes)
+            request = changed_request(request, changes)
             try:
                 raw = await create(**request)
                 break
@@ -399,8 +399,12 @@ def _leads(url: str, headers: Any) -> str:
         return "no URL"
 
 
-def _changed(request: dict[str, Any], changes: set[str]) -> dict[str, Any]:
-    """``request`` as a server wants it."""
+def changed_request(request: dict[str, Any], changes: Collection[str]) -> dict[str, Any]:
+    """``request`` as a server wants it.
+
+    ``changes``: ``max_completion_tokens`` in place of ``max_tokens``, ``no limit``,
+    ``no temperature``, ``no format``.
+    """
     if "max_completion_tokens" in changes:
         request["max_completion_tokens"] = request.pop("max_tokens")
     gone = {

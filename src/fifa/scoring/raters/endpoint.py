@@ -20,7 +20,7 @@ import pyarrow as pa
 from fifa.config import Compute
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.endpoint import Answers, Endpoint, endpoint_of
+from fifa.scoring.endpoint import Answers, Endpoint, changed_request, endpoint_of
 from fifa.scoring.replies import MAX_REPLY, NoAnswerError, text_of, tokens_of, words_of
 from fifa.scoring.rubric import (
     PARSER,
@@ -124,6 +124,7 @@ def write_batch(
     *,
     folder: Path | None = None,
     max_tokens: int = Compute.max_tokens,
+    reasoning: bool = False,
 ) -> int:
     """Write a request a unique prompt to ``path`` (JSONL); how many were written.
 
@@ -139,8 +140,11 @@ def write_batch(
         The scores folder: prompts whose answers are there already are left out.
     max_tokens
         Tokens that an answer may have, with the thinking before it.
+    reasoning
+        For models that refuse ``max_tokens`` and a temperature: ``max_completion_tokens``, none.
     """
     rater = _rater(spec, max_tokens)
+    changes = ("max_completion_tokens", "no temperature") if reasoning else ()
     prompts = list(dict.fromkeys(pairs.prompts["prompt"].to_pylist()))
     missing = dict(zip(rater.keys(prompts), prompts, strict=True))
     if folder is not None:
@@ -149,7 +153,7 @@ def write_batch(
                 del missing[key]
     with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as out:
         for key, prompt in missing.items():
-            body = rater.request(prompt)
+            body = changed_request(rater.request(prompt), changes)
             request = {"custom_id": key, "method": "POST", "url": ROUTE, "body": body}
             out.write(json.dumps(request, ensure_ascii=False) + "\n")
     return len(missing)
@@ -197,7 +201,8 @@ def read_batch(pairs: Pairs, spec: str, path: Path, *, folder: Path) -> Imported
         raise FifaError(
             f"the batch answers none of the prompts: {why or 'the file is empty'}",
             where=str(path),
-            do="give the pairs and the rater that the batch was written with",
+            do="give the pairs and the rater that the batch was written with; if max_tokens or "
+            "temperature is refused, write it with --reasoning",
         )
     return Imported(len(rated), len(keys - rated), dict(reasons), *spent)
 
