@@ -306,6 +306,25 @@ def test_a_whole_checkpoint_in_one_file_is_no_lora(base, unet, tmp_path):
         find_models(str(file), {})
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": []}),
+        ("vae/config.json", {"scaling_factor": None}),
+        ("unet/config.json", {"downsample_padding": None}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}),
+        ("model_index.json", {"unet": -1}),
+        ("model_index.json", {"text_encoder": ["os", "system"]}),
+    ],
+)
+def test_what_a_folder_says_wrong_is_told(base, tmp_path, file, change):
+    folder = shutil.copytree(base, tmp_path / "model")
+    known = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**known, **change}))
+    with pytest.raises(FifaError, match="cannot load"):
+        make(folder, {}, tmp_path / "run", count=1, seeds=1)
+
+
 def test_images_that_are_not_finite_are_told(base, tmp_path):
     broken = write_part(base, tmp_path / "broken", scale=float("nan"))
     with pytest.raises(FifaError, match="not finite"):

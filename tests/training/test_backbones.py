@@ -507,6 +507,11 @@ def test_a_single_file_is_no_folder(models, tmp_path):
         ("scheduler/scheduler_config.json", {"beta_schedule": "none"}, "no such beta schedule"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ("vae/config.json", {"_class_name": "VQModel"}, "autoencoder of class VQModel"),
+        ("vae/config.json", {"latent_channels": None}, "cannot load the model's vae"),
+        ("vae/config.json", {"scaling_factor": [1]}, "cannot load the model's vae"),
+        ("model_index.json", {"unet": -1}, "lacks its unet: model_index.json"),
+        ("scheduler/scheduler_config.json", {"trained_betas": 1}, "the model's schedule"),
+        ("scheduler/scheduler_config.json", {"beta_end": 1e99}, "the model's schedule"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "channels one by one"),
     ],
 )

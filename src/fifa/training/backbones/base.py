@@ -16,6 +16,7 @@ from torch import Tensor
 from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.hub import model_digest
+from fifa.models.networks import loading
 from fifa.models.runtime import Runtime, release_memory, tf32
 from fifa.training.backbones.parts import ModelFolder, TextEncoder, cut_prompts, diffusers
 
@@ -299,8 +300,10 @@ class Backbone:
         self.settings = folder.settings(self.family.part, diffusers(self.family.denoiser))
         schedule = Flow if self.family.schedule == "flow" else Diffusion
         where = str(folder.path / "scheduler")
-        self.schedule: Diffusion | Flow = schedule(folder.config("scheduler"), where)
-        self.vae = Vae(folder)
+        with loading("the model's schedule", folder.path / "scheduler"):
+            self.schedule: Diffusion | Flow = schedule(folder.config("scheduler"), where)
+        with loading("the model's vae", folder.path / "vae"):
+            self.vae = Vae(folder)
 
     @property
     def denoiser(self) -> torch.nn.Module:

@@ -189,8 +189,11 @@ def open_folder(
             where=str(index),
             do=f"one of {', '.join(PIPELINES)}",
         )
-    parts = [part for part in family.parts if (known.get(part) or [None])[-1] is not None]
-    if any((known.get(part) or [None])[-1] is not None for part in family.optional):
+    named = {
+        part for part, entry in known.items() if isinstance(entry, list) and entry[-1:] != [None]
+    }
+    parts = [part for part in family.parts if part in named]
+    if named.intersection(family.optional):
         parts += family.optional
     return ModelFolder(path, family, tuple(parts), device, dtype, encoding or dtype)
 
