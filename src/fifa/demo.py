@@ -28,6 +28,7 @@ from fifa.moji.world import Scene, asked, caption, render, scenes
 from fifa.run.folder import Run, start_run
 from fifa.run.steps import filter_pairs, load_scores
 from fifa.shards.files import atomic_path, write_text
+from fifa.shards.lock import only_writer
 
 NO_GATES: dict[str, Any] = {
     "unsafe_flags": (),
@@ -73,50 +74,53 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
         "images. Their choices are noisy, like those of people. Here the truth is known, so the\n"
         "claims of FiFA can be checked.\n"
     )
-    run = filter_feedback(out, knobs)
-    subsets: dict[str, Path] = {arm: export_arm(run, arm) for arm in knobs.arms}
-    echo("\nThe share of choices that are right, by the hidden utility (no arm uses it):")
-    _print_right("all", pq.read_table(out / "pairs.parquet"))
-    for arm, folder in subsets.items():
-        files = sorted(folder.glob("data/*.parquet"))
-        _print_right(arm, pa.concat_tables(map(pq.read_table, files)), "_uid")
+    with only_writer(out):
+        run = filter_feedback(out, knobs)
+        subsets: dict[str, Path] = {arm: export_arm(run, arm) for arm in knobs.arms}
+        echo("\nThe share of choices that are right, by the hidden utility (no arm uses it):")
+        _print_right("all", pq.read_table(out / "pairs.parquet"))
+        for arm, folder in subsets.items():
+            files = sorted(folder.glob("data/*.parquet"))
+            _print_right(arm, pa.concat_tables(map(pq.read_table, files)), "_uid")
 
-    _print_chapter(2, f"the same training for {' and '.join(knobs.arms)}")
-    echo(
-        f"  Diffusion-DPO, {knobs.steps} steps of {knobs.batch} pairs. The arms differ in\n"
-        "  their pairs only, so a difference in the results comes from the selection"
-    )
-    tuned = {arm: train_arm(out / "train" / arm, subset, knobs) for arm, subset in subsets.items()}
+        _print_chapter(2, f"the same training for {' and '.join(knobs.arms)}")
+        echo(
+            f"  Diffusion-DPO, {knobs.steps} steps of {knobs.batch} pairs. The arms differ in\n"
+            "  their pairs only, so a difference in the results comes from the selection"
+        )
+        tuned = {
+            arm: train_arm(out / "train" / arm, subset, knobs) for arm, subset in subsets.items()
+        }
 
-    _print_chapter(3, "the same prompts and seeds for every model")
-    prompts = out / "prompts.csv"
-    write_text(prompts, test_prompts(knobs))
-    evaluated = fifa.evaluate(
-        SD,
-        tuned,
-        prompts,
-        out,
-        judges=moji_judges(),
-        scorers=(f"clipscore:{CLIP}",),
-        curve=knobs.curve,
-        seeds=knobs.images,
-        first_seed=1000 * knobs.seed,
-        steps=knobs.sampler_steps,
-        guidance=knobs.guidance,
-        sampler="ddim",
-        batch=64,
-        device="cpu",
-        unsafe_categories=("unsafe",),
-    )
-    write_sheet(out / "picture.png", evaluated.images, out / "evaluate")
+        _print_chapter(3, "the same prompts and seeds for every model")
+        prompts = out / "prompts.csv"
+        write_text(prompts, test_prompts(knobs))
+        evaluated = fifa.evaluate(
+            SD,
+            tuned,
+            prompts,
+            out,
+            judges=moji_judges(),
+            scorers=(f"clipscore:{CLIP}",),
+            curve=knobs.curve,
+            seeds=knobs.images,
+            first_seed=1000 * knobs.seed,
+            steps=knobs.sampler_steps,
+            guidance=knobs.guidance,
+            sampler="ddim",
+            batch=64,
+            device="cpu",
+            unsafe_categories=("unsafe",),
+        )
+        write_sheet(out / "picture.png", evaluated.images, out / "evaluate")
 
-    _print_chapter(4, "the verdict, by the hidden utility (not used to select or train)")
-    for line in verdict([c for c in evaluated.comparisons if c.scale.name == UTILITY]):
-        echo(f"  {line}")
-    report = out / "report.html"
-    echo(f"\nBase and arms side by side, prompts chosen by number: {out / 'picture.png'}")
-    echo(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
-    return report
+        _print_chapter(4, "the verdict, by the hidden utility (not used to select or train)")
+        for line in verdict([c for c in evaluated.comparisons if c.scale.name == UTILITY]):
+            echo(f"  {line}")
+        report = out / "report.html"
+        echo(f"\nBase and arms side by side, prompts chosen by number: {out / 'picture.png'}")
+        echo(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
+        return report
 
 
 def recipe_of(knobs: Demo) -> Recipe:

@@ -52,8 +52,10 @@ def read_command(out: Path, **options: Any) -> None:
     from fifa.config import Recipe
     from fifa.run.folder import start_run
     from fifa.run.steps import echo_read, read_step
+    from fifa.shards.lock import only_writer
 
-    echo_read(read_step(start_run(out, chosen(Recipe(), options))))
+    with only_writer(out):
+        echo_read(read_step(start_run(out, chosen(Recipe(), options))))
     click.echo(out / "pairs.parquet")
 
 
@@ -67,13 +69,16 @@ def score_command(out: Path | None, **options: Any) -> None:
     from fifa.config import Recipe
     from fifa.run.folder import open_run, revised, start_run
     from fifa.run.steps import read_step, score_step
+    from fifa.shards.lock import only_writer
 
-    if out is None:
-        run = open_run(options.pop("source") or "")
-        run = revised(run, chosen(run.recipe, options, only=("score", "compute")))
-    else:
-        run = start_run(out, chosen(Recipe(), options))
-    score_step(run, read_step(run))
+    source = options.pop("source") if out is None else ""
+    with only_writer(open_run(source or "").folder if out is None else out):
+        if out is None:
+            run = open_run(source or "")
+            run = revised(run, chosen(run.recipe, options, only=("score", "compute")))
+        else:
+            run = start_run(out, chosen(Recipe(), options))
+        score_step(run, read_step(run))
     click.echo(run.scores)
 
 
@@ -86,9 +91,11 @@ def select_command(run: str, **options: Any) -> None:
     """
     from fifa.run.folder import open_run, revised
     from fifa.run.steps import select_step
+    from fifa.shards.lock import only_writer
 
-    opened = open_run(run)
-    select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
+    with only_writer(open_run(run).folder):
+        opened = open_run(run)  # as nobody changes it any more
+        select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
     click.echo(opened.folder / "selection.parquet")
 
 
@@ -102,8 +109,10 @@ def export_command(run: str, out: Path | None) -> None:
     """
     from fifa.run.folder import open_run
     from fifa.run.steps import export_step
+    from fifa.shards.lock import only_writer
 
-    click.echo(export_step(open_run(run), out))
+    with only_writer(open_run(run).folder):
+        click.echo(export_step(open_run(run), out))
 
 
 @cli.command("rebuild")
@@ -241,10 +250,12 @@ def batch_read(run: str, file: Path) -> None:
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
     from fifa.scoring.raters.endpoint import read_batch
+    from fifa.shards.lock import only_writer
 
     opened = open_run(run)
     rater = opened.recipe.score.quality
-    click.echo(read_batch(read_step(opened), rater, file, folder=opened.scores), err=True)
+    with only_writer(opened.folder):
+        click.echo(read_batch(read_step(opened), rater, file, folder=opened.scores), err=True)
 
 
 @cli.command("demo", cls=KnobCommand, knobs="Demo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -35,6 +36,7 @@ from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
 from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.shards.files import make_folder, sweep, write_text
+from fifa.shards.lock import only_writer
 
 KNOBS = "evaluation.yaml"
 
@@ -132,7 +134,19 @@ def run_evaluation(
 ) -> Evaluated:
     """Generate, measure and compare in a run folder; see `evaluate`."""
     out = Path(out)
-    asked = evaluation
+    with ExitStack() as held:
+        held.enter_context(only_writer(out))
+        if (out / FOLDER).is_dir():  # where people may be voting
+            held.enter_context(only_writer(out / FOLDER))
+        return _run(evaluation, out, judges, compute)
+
+
+def _run(
+    asked: Evaluate,
+    out: Path,
+    judges: Sequence[Judge] | Mapping[str, Any] | None,
+    compute: Compute | None,
+) -> Evaluated:
     if asked.measure.scorers == ("none",):
         asked = changed(asked, scorers=())
     compute = compute or Compute(device=asked.generate.device)

@@ -36,6 +36,7 @@ from fifa.selection.choose import select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
 from fifa.shards.files import read_json, take_rows, write_json
+from fifa.shards.lock import only_writer
 
 FETCHED = "fetched"  # a folder of the run
 Integers = npt.NDArray[np.integer[Any]]
@@ -69,17 +70,20 @@ def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
     """
     from fifa.reporting.page import write_report
 
-    run = start_run(out, recipe)
-    pairs = read_step(run)
-    echo_read(pairs)
-    scores = score_step(run, pairs)
-    with TemporaryFile(dir=run.folder) as file:  # an image that was looked at is exported from it
-        door = kept(_door(run), file)
-        selection = select_step(run, pairs, scores, door)
-        results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
-        echo(f"subset: {export_step(run, **results, door=door)}")
-    echo(f"report: {write_report(run.folder, **results)}")
-    return run
+    with only_writer(out):
+        run = start_run(out, recipe)
+        pairs = read_step(run)
+        echo_read(pairs)
+        scores = score_step(run, pairs)
+        with TemporaryFile(
+            dir=run.folder
+        ) as file:  # an image that was looked at is exported from it
+            door = kept(_door(run), file)
+            selection = select_step(run, pairs, scores, door)
+            results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
+            echo(f"subset: {export_step(run, **results, door=door)}")
+        echo(f"report: {write_report(run.folder, **results)}")
+        return run
 
 
 def train(

@@ -23,6 +23,7 @@ import yaml
 from fifa.errors import FifaError
 
 PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` removes it
+LOCK = ".fifa-lock"  # of `fifa.shards.lock`
 ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
 MAX_JSON = 1 << 30  # bytes of a file that is read whole into memory
 MAX_YAML = 1 << 24  # recipes are a few hundred bytes, and YAML is slow to read
@@ -173,7 +174,7 @@ def check_free(out: Path, what: str) -> None:
     """Raise `FifaError` for a file, or a folder with files in it, which are no ``what``."""
     if not out.exists():
         return
-    if not out.is_dir() or any(not path.name.startswith(PREFIX) for path in out.iterdir()):
+    if not out.is_dir() or any(not path.name.startswith((PREFIX, LOCK)) for path in out.iterdir()):
         raise FifaError(
             f"the folder is not empty and holds no {what}",
             where=str(out),
@@ -211,15 +212,20 @@ def take_rows(path: Path, rows: npt.ArrayLike, columns: list[str] | None = None)
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place when the block ends well."""
+    """A temporary folder beside ``path`` that takes its place when the block ends well.
+
+    It is locked meanwhile, so that no `sweep` takes it for one that was left behind.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
+        handle = os.open(temporary, os.O_RDONLY)
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
+        lock(handle)
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _sync(file)
@@ -235,7 +241,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise
         raise cannot_write(path, failed) from error
     finally:
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed, or its process ends; False if another has.
+
+    True as well where the system or the file system has no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 def reserve(path: Path) -> None:
@@ -258,9 +281,22 @@ def sweep(folder: Path) -> None:
     for pattern in (f"{PREFIX}*", f"*/{PREFIX}*"):
         for path in Path(folder).glob(pattern):
             if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+                _remove_left(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove a temporary folder that nobody writes into any more."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        if lock(handle):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def cannot_write(path: Path, error: OSError) -> FifaError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import check_free, make_folder, sweep, write_text
+from fifa.shards.lock import only_writer
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
@@ -75,6 +76,11 @@ def run_training(train: Train, out: str | Path) -> Path:
     """
     out = Path(out)
     accelerator = make_accelerator(train)
+    with only_writer(out) if accelerator.is_main_process else nullcontext():
+        return _run(train, out, accelerator)
+
+
+def _run(train: Train, out: Path, accelerator: Any) -> Path:
     if accelerator.is_main_process:
         start_folder(train, out)
     accelerator.wait_for_everyone()

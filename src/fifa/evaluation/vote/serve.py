@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from fifa.config import Vote
 from fifa.console import echo
 from fifa.errors import FifaError
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.results import count_votes
 from fifa.models.optional import require
+from fifa.shards.lock import only_writer
 
 
 def serve_votes(
@@ -41,12 +43,20 @@ def serve_votes(
     """
     for module in ("starlette", "uvicorn", "python_multipart"):
         require(module, "vote")
+    options = options or Vote()
+    folder = Path(run) / FOLDER
+    with only_writer(folder) if folder.is_dir() else nullcontext():
+        _serve(run, options, new_invitation, show_link)
+
+
+def _serve(
+    run: str | Path, options: Vote, new_invitation: bool, show_link: Callable[[str], None]
+) -> None:
     import uvicorn
 
     from fifa.evaluation.vote.app import create_app
     from fifa.evaluation.vote.guard import INVITATION, OWNER, is_loopback
 
-    options = options or Vote()
     host, names = options.host, options.allow_hosts
     ballot = Ballot(run, options)
     tokens = None

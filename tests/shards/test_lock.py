@@ -1,0 +1,111 @@
+"""One writer a folder: named while it lives, forgotten when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from click.testing import CliRunner
+
+from fifa.cli import cli
+from fifa.config import Recipe
+from fifa.errors import FifaError
+from fifa.run.folder import start_run
+from fifa.shards.files import LOCK, PREFIX, atomic_folder, sweep
+from fifa.shards.lock import only_writer
+
+
+@contextmanager
+def another_process(hold: Callable[[], object]) -> Iterator[int]:
+    """The pid of a process that holds what ``hold`` returns, until it is killed."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with hold():  # type: ignore[attr-defined]
+            os.write(tell, b"!")
+            signal.pause()
+    os.close(tell)
+    try:
+        assert os.read(ready, 1) == b"!"
+        yield pid
+    finally:
+        os.close(ready)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_second_writer_is_refused_by_name_and_a_killed_one_locks_nothing(tmp_path) -> None:
+    folder = tmp_path / "run"
+    with another_process(lambda: only_writer(folder)) as pid:
+        for _ in range(2):
+            with pytest.raises(FifaError, match=f"process {pid} on .* is writing here"):
+                only_writer(folder).__enter__()
+    assert (folder / LOCK).exists()  # it was killed, and its file stays
+    with only_writer(folder):
+        assert (folder / LOCK).exists()
+    assert not (folder / LOCK).exists()
+
+
+def test_a_thread_may_take_its_folder_again_and_another_may_not(tmp_path) -> None:
+    found: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with only_writer(tmp_path):
+                pass
+        except FifaError as error:
+            found.append(error)
+
+    with only_writer(tmp_path), only_writer(tmp_path / "." / "x" / ".."):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        with only_writer(tmp_path / "inside"):
+            pass
+    assert len(found) == 1 and str(os.getpid()) in str(found[0])
+
+
+def test_a_folder_in_which_nothing_was_written_goes_again(tmp_path) -> None:
+    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "a"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("filter", "none.parquet", "--out", "RUN"),
+        ("read", "none.parquet", "--out", "RUN"),
+        ("score", "none.parquet", "--out", "RUN"),
+        ("score", "RUN"),
+        ("select", "RUN"),
+        ("export", "RUN"),
+        ("demo", "--out", "RUN"),
+        ("train", "none.parquet", "--model", "none", "--out", "RUN"),
+        ("evaluate", "--base", "b", "--tuned", "t", "--prompts", "p.txt", "--out", "RUN"),
+    ],
+)
+def test_commands_leave_the_folder_of_another_process_alone(tmp_path, command) -> None:
+    run = start_run(tmp_path / "run", Recipe()).folder
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with another_process(lambda: only_writer(run)) as pid:
+        words = [str(run) if word == "RUN" else word for word in command]
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code != 0
+        assert f"process {pid} on" in str(done.exception or "") + done.output
+        after = {path: path.read_bytes() for path in run.iterdir() if path.name != LOCK}
+    assert after == before
+
+
+def test_a_sweep_leaves_a_folder_that_is_being_written(tmp_path) -> None:
+    (tmp_path / f"{PREFIX}dead").mkdir()
+    with another_process(lambda: atomic_folder(tmp_path / "subset")):
+        (living,) = (path for path in tmp_path.iterdir() if path.name != f"{PREFIX}dead")
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == [living]
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
