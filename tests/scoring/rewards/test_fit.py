@@ -1,10 +1,12 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from feedback import write_feedback
+from safetensors.torch import load_file, save_file
 from tiny_models import write_clip
 from transformers import ViTConfig, ViTModel
 
@@ -177,3 +179,31 @@ def test_what_is_no_reward_is_refused(tmp_path):
         load_proxy(tmp_path)
     with pytest.raises(FifaError, match="no such image encoder"):
         make_image_encoder("efficientnet-b7", Runtime())
+
+
+def test_a_damaged_reward_is_told(feedback, tmp_path):
+    pairs, options = feedback
+    train_reward(pairs, tmp_path, options)
+    settings, head = tmp_path / "reward.json", tmp_path / "head.safetensors"
+    whole, known = settings.read_text(), json.loads(settings.read_text())
+    texts = ["", "[]", "null", "[" * 9999, whole[:-9], '{"format": ' + "9" * 5000 + "}"]
+    for side in ("image", "text"):
+        wrong = (1, [], {}, {"spec": 1, "identity": {}}, {"spec": "", "identity": []})
+        texts += [json.dumps({**known, side: value}) for value in wrong]
+        texts.append(json.dumps({key: value for key, value in known.items() if key != side}))
+    texts += [json.dumps({**known, key: []}) for key in ("format", "kind", "image")]
+    for text in texts:
+        settings.write_text(text)
+        with pytest.raises(FifaError, match=re.escape(str(tmp_path))):
+            load_proxy(tmp_path)
+    settings.write_text(whole)
+    tensors = load_file(head)
+    for damaged, said in (
+        ({**tensors, "extra": tensors["image"] + 0}, r"1 unused \(extra\)"),
+        ({name: t for name, t in tensors.items() if name != "prompt"}, r"1 missing \(prompt\)"),
+        ({**tensors, "image_bias": tensors["image_bias"][:0]}, "shapes do not fit"),
+        ({**tensors, "prompt": tensors["prompt"].flatten()}, "shapes do not fit"),
+    ):
+        save_file(damaged, head)
+        with pytest.raises(FifaError, match=said):
+            _ = load_proxy(tmp_path)._head

@@ -20,6 +20,7 @@ from fifa.config import Reward
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import MODEL_FILES
+from fifa.models.networks import named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.encoders import Encoder, make_encoder
@@ -86,7 +87,9 @@ class HeadReward:
 
     def __init__(self, folder: Path, settings: dict[str, Any], runtime: Runtime) -> None:
         self.runtime, self._weights = runtime, folder / HEAD
-        image, text = settings["image"], settings["text"]
+        image, text = (_encoder(settings, side, folder) for side in ("image", "text"))
+        if image is None:
+            raise _damaged("it names no image encoder", folder)
         self._images: ImageEncoder = make_image_encoder(_found(folder, image["spec"]), runtime)
         _check_same(image["identity"], self._images.identity, folder)
         self._texts: Encoder | None = None
@@ -139,9 +142,17 @@ class HeadReward:
     @cached_property
     def _head(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = read_weights(self._weights)
-        missing = {"image", "image_bias", "prompt", "prompt_bias"} - set(tensors)
-        if missing:
-            raise FifaError(f"the head lacks {min(missing)}", where=str(self._weights))
+        wanted = {"image", "image_bias", "prompt", "prompt_bias"}
+        if wanted != set(tensors):
+            raise FifaError(
+                "the weights are not those of the head: "
+                + named_keys(missing=wanted - set(tensors), unused=set(tensors) - wanted),
+                where=str(self._weights),
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        (_, *one), (_, *two) = shapes["image"] or (0,), shapes["prompt"] or (0,)
+        if (tuple(one), tuple(two)) != (shapes["image_bias"], shapes["prompt_bias"]):
+            raise FifaError(f"the head's shapes do not fit: {shapes}", where=str(self._weights))
         return {name: tensor.to(self.runtime.device) for name, tensor in tensors.items()}
 
 
@@ -305,6 +316,26 @@ def _carried(folder: Path, spec: str) -> str:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     return f"{name}:{ENCODERS}/{local.name}"
+
+
+def _encoder(settings: dict[str, Any], side: str, folder: Path) -> dict[str, Any] | None:
+    """What ``reward.json`` says of an encoder; None for a head without it."""
+    known = settings.get(side)
+    if known is None and side in settings:
+        return None
+    plain = isinstance(known, dict)
+    if plain and isinstance(known.get("spec"), str) and isinstance(known.get("identity"), dict):
+        found: dict[str, Any] = known
+        return found
+    raise _damaged(f"it does not say which {side} encoder", folder)
+
+
+def _damaged(why: str, folder: Path) -> FifaError:
+    return FifaError(
+        f"the reward model is damaged: {why}",
+        where=str(folder / SETTINGS),
+        do="copy it again, or train one: fifa reward train SOURCE --out FOLDER",
+    )
 
 
 def _found(folder: Path, spec: str) -> str:
