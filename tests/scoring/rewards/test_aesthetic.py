@@ -50,5 +50,5 @@ def test_a_head_for_another_clip_is_refused(predictor, tmp_path):
     del state["layers.7.bias"]
     save_file(state, tmp_path / "head.safetensors")
     model = load_reward(f"aesthetic:{tmp_path}", device="cpu")
-    with pytest.raises(FifaError, match=r"no 7\.bias"):
+    with pytest.raises(FifaError, match=r"1 missing \(7\.bias"):
         score(model, [""], images()[:1])

@@ -323,11 +323,10 @@ def _encoder(settings: dict[str, Any], side: str, folder: Path) -> dict[str, Any
     known = settings.get(side)
     if known is None and side in settings:
         return None
-    plain = isinstance(known, dict)
-    if plain and isinstance(known.get("spec"), str) and isinstance(known.get("identity"), dict):
-        found: dict[str, Any] = known
-        return found
-    raise _damaged(f"it does not say which {side} encoder", folder)
+    found: dict[str, Any] = known if isinstance(known, dict) else {}
+    if not isinstance(found.get("spec"), str) or not isinstance(found.get("identity"), dict):
+        raise _damaged(f"it does not say which {side} encoder", folder)
+    return found
 
 
 def _damaged(why: str, folder: Path) -> FifaError:

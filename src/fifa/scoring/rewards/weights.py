@@ -12,6 +12,7 @@ from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_folder
+from fifa.models.networks import named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import Tensor
 
@@ -130,9 +131,9 @@ def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
         raise FifaError(
             f"the weights do not fit: {str(error).splitlines()[-1].strip()}", where=str(where)
         ) from error
-    wrong = [*(f"no {key}" for key in missing), *(f"{key} too much" for key in unexpected)]
-    if wrong:
-        raise FifaError(f"the weights do not fit: {', '.join(wrong[:3])}", where=str(where))
+    if missing or unexpected:
+        wrong = named_keys(missing=missing, unused=unexpected)
+        raise FifaError(f"the weights do not fit: {wrong}", where=str(where))
 
 
 def linear_head(
