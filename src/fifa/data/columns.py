@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.data.records import Records, outside
+from fifa.errors import FifaError
 
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
 
@@ -93,10 +94,37 @@ class ParquetColumns:
         """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
         kind = self._type(name)
         if pa.types.is_struct(kind):
-            return "struct"
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return "cell"
-        return "text"
+            fields = [kind.field(i).name for i in range(kind.num_fields)]
+            if not {"bytes", "path"} & set(fields):
+                raise FifaError(
+                    f"column {name!r} is a struct of {', '.join(fields)}, not of bytes or path",
+                    where=self.file,
+                    do="write the images' files (JPEG, PNG or WEBP) as bytes, or their paths",
+                )
+            return "struct" if "path" in fields else "cell"
+        binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+        return "cell" if any(is_binary(kind) for is_binary in binary) else "text"
+
+    def lacks_bytes(self, name: str) -> np.ndarray:
+        """The rows of an image column without bytes; bytes are read where only some have them."""
+        leaf = self._leaves.get(name, self._leaves.get(f"{name}.bytes"))
+        parts = [np.empty(0, bool)]
+        opened = pq.ParquetFile(self._source, metadata=self._metadata, pre_buffer=False)
+        for group in range(self._metadata.num_row_groups):
+            rows = self._metadata.row_group(group).num_rows
+            stats = leaf is not None and self._metadata.row_group(group).column(leaf).statistics
+            nulls = stats.null_count if stats and stats.has_null_count else 0
+            lacks = np.full(rows, nulls == rows)
+            if 0 < nulls < rows:
+                path = self._metadata.schema.column(leaf).path
+                batches = opened.iter_batches(64, row_groups=[group], columns=[path])
+                tops = [pa.table([batch[0]], ["top"])["top"] for batch in batches]
+                inner = path.split(".")[1:]
+                found = [pc.struct_field(top, inner) if inner else top for top in tops]
+                lacks = np.concatenate([np.asarray(top.is_null()) for top in found])
+            parts.append(lacks)
+        opened.close()
+        return np.concatenate(parts)
 
     def holds_bytes(self, name: str) -> bool:
         """True if the image column has bytes in at least one row.
@@ -186,6 +214,10 @@ class RecordColumns:
     def holds_bytes(self, name: str) -> bool:
         """Never: text holds no image bytes."""
         return False
+
+    def lacks_bytes(self, name: str) -> np.ndarray:
+        """Every row."""
+        return np.ones(len(self.rows), bool)
 
     def extra(self, name: str) -> pa.Array:
         """Lists of numbers if any value is a list."""

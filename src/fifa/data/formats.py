@@ -99,7 +99,7 @@ class Layout:
         keys, links, images = (
             _present(columns, names) for names in (self.keys, self.links, self.images)
         )
-        cells = images if images and all(_is_cell(columns, name) for name in images) else None
+        is_cell = [images is not None and _is_cell(columns, name) for name in images or ("", "")]
         reads = (*self.reads, *(name for name in NOT_COUNTED if name in columns.names))
         known = {self.prompt, *self.needs, *reads, *self.ignore, *self.images}
         known |= {*(self.keys or ()), *(self.links or ()), *carried.values()}
@@ -108,7 +108,7 @@ class Layout:
         wanted = [self.prompt, *self.needs, *numbers, *carried.values(), *(keys or ())]
         wanted += [name for name in reads if name in columns.names]
         wanted += [leaf for leaf in (_leaf(columns, name) for name in images or ()) if leaf]
-        wanted += () if cells else (links or ())
+        wanted += () if all(is_cell) else (links or ())
         columns.load(wanted, prompt=self.prompt)
         uncounted = not_counted(columns)
         labels = self.label(columns)
@@ -118,7 +118,7 @@ class Layout:
         sides = [
             _side(
                 columns,
-                cells,
+                is_cell[side],
                 *(names and names[side] for names in (keys, images, links)),
                 paths_are_ids=self.paths_are_ids,
             )
@@ -136,10 +136,10 @@ class Layout:
             ),
             scores={name: pa.array(columns.number(name)) for name in numbers}
             | {name: columns.extra(column) for name, column in carried.items()},
-            wrong=labels.wrong,
+            wrong=labels.wrong | _written_out(sides[0][1], 0) | _written_out(sides[1][1], 1),
             swaps=side_pairs([*numbers, *carried]) if self.winner_first else [],
             winner_first=self.winner_first,
-            cells=cells,
+            cells=images if any(is_cell) else None,
         )
 
 
@@ -172,7 +172,7 @@ def _leaf(columns: Columns, name: str) -> str | None:
 
 def _side(
     columns: Columns,
-    cells: tuple[str, str] | None,
+    is_cell: bool,
     key: str | None,
     image: str | None,
     link: str | None,
@@ -189,17 +189,26 @@ def _side(
     nothing = pa.nulls(len(columns.rows), pa.string())
     leaf = _leaf(columns, image) if image else None
     path = columns.reference(leaf) if leaf else nothing
-    if cells:
-        ref = nothing
+    if is_cell and image:
         place = pc.binary_join_element_wise(
             f"{columns.file}#", pa.array(columns.rows).cast(pa.string()), f":{image}", ""
         )
         named = pc.fill_null(pc.match_substring(path, "/" if paths_are_ids else "://"), False)
-        found = pc.if_else(named, path, place)
+        lacks = columns.lacks_bytes(image) if leaf else np.zeros(len(nothing), bool)
+        bare = pa.array(lacks & np.asarray(path.is_valid()))  # only a path, among rows with bytes
+        ref = pc.if_else(bare, path, nothing)
+        found = pc.if_else(pc.or_(named, bare), path, place)
     else:
         ref = path if leaf else (columns.reference(link) if link else nothing)
         found = _member_keys(columns.file, ref) if columns.kind == "tar" else ref
     return (columns.text(key) if key else found), ref
+
+
+def _written_out(refs: Text, side: int) -> dict[int, str]:
+    """The rows whose image is text: a ``data:`` URL, or base64 of a PNG, JPEG or WEBP."""
+    found = np.asarray(pc.fill_null(pc.match_substring_regex(refs, BASE64), False))
+    reason = f"image {side} is base64 text: write it to a file, or as bytes into Parquet"
+    return dict.fromkeys(np.flatnonzero(found).tolist(), reason)
 
 
 def _member_keys(file: str, refs: Text) -> pa.Array:
@@ -207,6 +216,7 @@ def _member_keys(file: str, refs: Text) -> pa.Array:
     return pa.array([f"{file}#{member[2]}" if member else None for member in members], pa.string())
 
 
+BASE64 = "^(data:|iVBORw0KGgo|/9j/4|UklGR)"
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 RESPONSE_STATUS = "preference.responses.status"

@@ -56,6 +56,8 @@ class FilePairs:
         The columns with image bytes; None without.
     rejected
         Rows that are no pairs.
+    groups
+        The prompts' ids of rankings of which a row is one image.
     prompts, pairs, images, high
         By `finish`: `fifa.data.ids.prompt_hashes` of the prompt column's dictionary, which is in
         order of first appearance, uint64 [2, m]; `fifa.data.ids.pair_hashes`, uint64 [2, n]; the
@@ -71,6 +73,7 @@ class FilePairs:
     winner_first: bool = False
     cells: tuple[str, str] | None = None
     rejected: Rejected = field(default_factory=list)
+    groups: frozenset[str] = frozenset()
     prompts: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     images: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))

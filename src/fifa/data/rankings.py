@@ -222,6 +222,7 @@ def one_image_a_row(columns: Columns) -> FilePairs:
         )
     pairs = found.file_pairs(columns.file, sorted(ratings))
     pairs.cells = (image, image) if cell else None
+    pairs.groups = frozenset(members)
     return pairs
 
 

@@ -148,16 +148,22 @@ class _Reader:
 
     def _place(self, file: SourceFile, columns: dict[str, Text]) -> None:
         """Relative paths from the root: they are beside the file, or in a folder beside it."""
-        folder, names = self.root.folder, ("image_0_ref", "image_1_ref")
-        some = columns[names[0]].slice(0, 200).to_pylist()
-        paths = [ref for ref in some if ref and is_path(ref)][:20]
-        if folder is None or not paths:
-            prefix = file.path.rpartition("/")[0] if paths else ""
-        else:
-            prefix = _prefix(folder, file.path, paths)
-        prefix = outside(prefix)
-        if prefix:
-            columns |= {name: _prefixed(columns[name], f"{prefix}/") for name in names}
+        folder = self.root.folder
+        for name in ("image_0_ref", "image_1_ref"):
+            refs = columns[name]
+            some = refs.drop_null().slice(0, 200).to_pylist()
+            paths = [ref for ref in some if ref and is_path(ref)][:20]
+            if folder is None or not paths:
+                prefix = file.path.rpartition("/")[0] if paths else ""
+            else:
+                prefix = _prefix(folder, file.path, paths)
+                plain = [path.replace("\\", "/") for path in paths]
+                if plain != paths and not _there(folder, prefix, paths):  # written on Windows
+                    prefix = _prefix(folder, file.path, plain)
+                    if _there(folder, prefix, plain):
+                        refs = pc.replace_substring(refs, "\\", "/")
+            prefix = outside(prefix)
+            columns[name] = _prefixed(refs, f"{prefix}/") if prefix else refs
 
 
 def is_path(ref: str) -> bool:
@@ -171,10 +177,14 @@ def _prefix(root: Path, file: str, paths: list[str]) -> str:
     for base in dict.fromkeys((parent, "")):
         for name in ("", "images", stem, "image"):
             prefix = "/".join(part for part in (base, name) if part)
-            for path in paths:
-                if has_file(root, f"{prefix}/{path}" if prefix else path):
-                    return prefix
+            if _there(root, prefix, paths):
+                return prefix
     return parent
+
+
+def _there(root: Path, prefix: str, paths: list[str]) -> bool:
+    """True if one of the paths is a file below the prefix."""
+    return any(has_file(root, f"{prefix}/{path}" if prefix else path) for path in paths)
 
 
 def _prefixed(refs: Text, prefix: str) -> Text:
@@ -189,6 +199,7 @@ def _file_pairs(
 ) -> Iterator[FilePairs]:
     """Every file's pairs, in order, read a few files ahead; all files have one format."""
     forms: Counter[str] = Counter()
+    rankings: dict[str, str] = {}  # the file in which each was met last
     yield from (FilePairs(path, rejected=[(None, why)]) for path, why in found.refused)
     files = iter(found.files)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -205,9 +216,21 @@ def _file_pairs(
                     where=found.named,
                     do="name one with --format, or a glob that matches one",
                 )
+            begun = [group for group in own.groups if group in rankings]
+            if begun:
+                own.rejected.append((None, _goes_on(begun, rankings[begun[0]])))
+            rankings |= dict.fromkeys(own.groups, own.file)
             advance(1)
             yield own
     reader.name = next(iter(forms), reader.name)
+
+
+def _goes_on(groups: list[str], file: str) -> str:
+    """Why images of one prompt in two files are not compared with each other: a row says so."""
+    return (
+        f"{len(groups):,} rankings began in another file (prompt_id {groups[0][:100]!r} in {file});"
+        " the images there are not compared with those here: put each prompt into one file"
+    )
 
 
 def _unknown(columns: Columns, explained: bool) -> Rejected:

@@ -1,0 +1,134 @@
+"""Images where people's programs put them: a row's bytes if there are any, else its path."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fifa.data import read_pairs
+from fifa.data.images import pair_images, read
+from fifa.errors import FifaError
+
+N = 4
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def png(i: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def images_of(path: Path) -> list[object]:
+    """The bytes behind every slot of the pairs, as numbers of the pictures where they are known."""
+    pairs = read_pairs(path)
+    assert pairs.table["row"].to_pylist() == list(range(N))
+    number = {png(i): i for i in range(2 * N)}
+    found = dict(read(pair_images(pairs.table, pairs.origin)))
+    return [number.get(found[i], found[i]) for i in range(2 * N)]  # type: ignore[call-overload]
+
+
+def write(path: Path, cells: list[pa.Array], group: int = N) -> None:
+    columns = {"prompt": [f"p{i}" for i in range(N)], "label": [1.0, 0.0] * 2}
+    table = pa.table(columns | {f"image_{side}": cells[side] for side in (0, 1)})
+    pq.write_table(table, path, row_group_size=group)
+
+
+def struct(side: int, with_bytes: set[int], kind: pa.DataType = STRUCT) -> pa.Array:
+    rows = [
+        {"bytes": png(2 * i + side) if i in with_bytes else None, "path": f"{i}_{side}.png"}
+        for i in range(N)
+    ]
+    return pa.array(rows, kind)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for i in range(2 * N):
+        (tmp_path / "images" / f"{i // 2}_{i % 2}.png").write_bytes(png(i))
+    return tmp_path
+
+
+@pytest.mark.parametrize("group", [1, 2, N])
+@pytest.mark.parametrize("there", [(0, 1, 2, 3), (0, 1), (3,), (1, 2), ()])
+def test_every_row_has_its_bytes_or_its_path(folder: Path, there: tuple[int], group: int) -> None:
+    write(folder / "a.parquet", [struct(side, set(there)) for side in (0, 1)], group)
+    assert images_of(folder) == list(range(2 * N))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_bytes_on_one_side_and_paths_on_the_other(folder: Path, turned: bool) -> None:
+    def cells(side: int) -> pa.Array:
+        paths = pa.array([f"images/{i}_{side}.png" for i in range(N)])
+        return struct(side, set(range(N))) if side == turned else paths
+
+    write(folder / "a.parquet", [cells(0), cells(1)])
+    assert images_of(folder) == list(range(2 * N))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.struct([("bytes", pa.binary())]),
+        pa.struct([("path", pa.string()), ("bytes", pa.binary()), ("width", pa.int32())]),
+        pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+    ],
+)
+def test_every_arrow_type_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    def cells(side: int) -> pa.Array:
+        raw = [png(2 * i + side) for i in range(N)]
+        return pa.array([{"bytes": one} for one in raw] if pa.types.is_struct(kind) else raw, kind)
+
+    write(tmp_path / "a.parquet", [cells(0), cells(1)])
+    assert images_of(tmp_path) == list(range(2 * N))
+
+
+def test_a_struct_of_other_fields_is_named(tmp_path: Path) -> None:
+    cells = pa.array([{"origin": "x", "height": 8, "data": b"rgb"}] * N)
+    write(tmp_path / "a.parquet", [cells, cells])
+    with pytest.raises(FifaError, match="'image_0' is a struct of origin, height, data"):
+        read_pairs(tmp_path)
+
+
+def test_paths_of_windows_are_paths(folder: Path) -> None:
+    rows = [
+        {"prompt": f"p{i}", "label": i % 2} | {f"image_{k}": rf"images\{i}_{k}.png" for k in (0, 1)}
+        for i in range(N)
+    ]
+    (folder / "a.json").write_text(json.dumps(rows))
+    assert images_of(folder) == list(range(2 * N))
+
+
+def test_images_as_text_are_no_paths(tmp_path: Path) -> None:
+    texts = ["data:image/png;base64,iVBO", "iVBORw0KGgoAAAA", "/9j/4AAQSkZJRg", "UklGRiQAAABXRUJQ"]
+    rows = [{"prompt": t, "image_0": t, "image_1": "a.png", "label": 1} for t in [*texts, "b.png"]]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pairs = read_pairs(tmp_path)
+    assert pairs.table["prompt"].to_pylist() == ["b.png"]
+    assert set(pairs.rejected["reason"].to_pylist()) == {
+        "image 0 is base64 text: write it to a file, or as bytes into Parquet"
+    }
+
+
+def test_a_ranking_in_two_files_is_told(tmp_path: Path) -> None:
+    rows = [
+        {"prompt_id": "x", "prompt": "p", "rank": i, "image_path": f"{i}.png"} for i in range(4)
+    ]
+    for name, part in (("a", rows[:2]), ("b", rows[2:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 2
+    (told,) = pairs.rejected.to_pylist()
+    assert told["file"] == "b.json"
+    assert "1 rankings began in another file (prompt_id 'x' in a.json)" in told["reason"]
