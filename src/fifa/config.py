@@ -691,7 +691,8 @@ class Vote(Knobs):
     question
         The question above the images.
     seed
-        Seed for the comparisons that are drawn, and for the order and sides that each voter sees.
+        Seed for the comparisons that are drawn. The order and sides that each voter sees come from
+        a secret that is kept with the votes.
     host
         The address to listen on. With another address than this machine's own, visitors need the
         link that is printed.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from vote_worlds import make_run
 
+from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.comparisons import CHECK, COMPARE, GAP, REPEAT, draw_trials
 
 SHARES = st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.5, 1.0])
@@ -65,3 +68,32 @@ def test_repeats_and_checks_come_early_as_well_as_late() -> None:
         types = Counter(trial.type for trial in part)
         assert types[REPEAT] >= 4
         assert types[CHECK] >= 4
+
+
+def deck(ballot: Ballot, voter: str) -> list[tuple[str, int]]:
+    """What a new voter of this ballot is dealt."""
+    ballot.register(voter, None)
+    place = ballot.store.place(voter)
+    trials = []
+    while place.trials:
+        trials.append((place.trials[0].comparison, place.trials[0].left))
+        assert ballot.store.vote(voter, place.position, "tie")
+        place = ballot.store.place(voter)
+    return trials
+
+
+def test_the_deck_is_a_secret_of_the_run_and_a_restart_deals_the_same(tmp_path) -> None:
+    run = make_run(tmp_path / "run", prompts=8, seeds=2, size=16)
+    fresh = shutil.copytree(run, tmp_path / "fresh")
+    first = deck(Ballot(run), "one")
+    again = shutil.copytree(run, tmp_path / "again")  # with its votes
+    dealt = deck(Ballot(run), "two")
+    assert dealt == deck(Ballot(again), "two")
+    assert dealt != first
+    deck(Ballot(fresh), "one")
+    assert dealt != deck(Ballot(fresh), "two")
+    keys = Ballot(run).asked
+    for voter in range(400):  # what an earlier version dealt, by a seed and a number
+        trials = draw_trials(keys, np.random.default_rng([0, voter]))
+        guess = [(trial.comparison, trial.left) for trial in trials]
+        assert guess not in (first, dealt)

@@ -115,12 +115,21 @@ class Ballot:
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:32]
 
     def register(self, who: str, name: str | None) -> None:
-        """Draw the trials of a new voter; nothing for one who is known."""
+        """Draw the trials of a new voter; nothing for one who is known.
+
+        Order and sides come from a secret that is kept with the votes: nobody can work out which
+        model is where, and a server that starts again deals the same.
+        """
         options = self.options
 
         def draw(voter: int) -> list[Trial]:
-            rng = np.random.default_rng([options.seed, voter])
-            return draw_trials(self.asked, rng, repeats=options.repeats, checks=options.checks)
+            order, sides = (
+                np.random.default_rng(int(self.sign("deck", stream, str(voter)), 16))
+                for stream in ("order", "sides")
+            )
+            return draw_trials(
+                self.asked, order, sides, repeats=options.repeats, checks=options.checks
+            )
 
         self.store.register(who, name, draw)
 

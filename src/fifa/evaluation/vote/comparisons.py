@@ -185,7 +185,12 @@ class Trial:
 
 
 def draw_trials(
-    keys: Sequence[str], rng: np.random.Generator, *, repeats: float = 0, checks: float = 0
+    keys: Sequence[str],
+    rng: np.random.Generator,
+    hidden: np.random.Generator | None = None,
+    *,
+    repeats: float = 0,
+    checks: float = 0,
 ) -> list[Trial]:
     """Every comparison once, in random order and on random sides.
 
@@ -193,14 +198,15 @@ def draw_trials(
     ----------
     keys
         The comparisons' keys.
-    rng
-        Of the voter.
+    rng, hidden
+        Of the voter: for the order, which voters see, and for the sides, which they must not
+        work out from it (default: of the same).
     repeats, checks
         So many repeats and checks for every comparison, from 0 to 1. They are spread over the
         whole order, so that a voter who stops early has seen some.
     """
     n = len(keys)
-    order, sides = rng.permutation(n).tolist(), rng.integers(0, 2, n).tolist()
+    order, sides = rng.permutation(n).tolist(), (hidden or rng).integers(0, 2, n).tolist()
     gap = min(GAP, max(1, n // 2))
     again, check = _due(repeats, rng), _due(checks, rng)
     trials: list[Trial] = []
