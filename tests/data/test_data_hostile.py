@@ -8,6 +8,8 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from PIL import Image
 
 from fifa.data import decode
 from fifa.data.decode import BadImage, check_image, open_image
+from fifa.data.images import BATCH, BATCH_BYTES, _rows_at_once, cell_images, read
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 GREY = np.full((64, 64, 3), 128, np.uint8)  # ends as an image without data does: decoded twice
@@ -138,3 +141,37 @@ def test_what_good_files_have_comes_in() -> None:
     texts = chunk(b"tEXt", b"a\0b") * 100
     at = PNG.index(b"IDAT") - 4
     assert open_image(PNG[:at] + texts + pieces + chunk(b"IEND")).tobytes() == expected
+
+
+def written(path, values: list[bytes], rows: int, **options: object) -> pq.ParquetFile:
+    """A column of ``rows`` cells, each the next of ``values``."""
+    cells = pa.array([values[i % len(values)] for i in range(rows)], pa.binary())
+    pq.write_table(pa.table({"jpg_0": cells}), path, **options)
+    return pq.ParquetFile(path)
+
+
+def test_cells_that_unpack_to_far_more_than_their_file_are_not_unpacked(tmp_path) -> None:
+    path = tmp_path / "bomb.parquet"
+    written(path, [bytes(70 << 20)], 2, compression="zstd")
+    assert path.stat().st_size < 20_000
+    before = pa.total_allocated_bytes()
+    found = read(cell_images([path], np.zeros(2, np.int64), np.arange(2), ["jpg_0"] * 2))
+    reasons = [data.reason for _, data in found]
+    assert all("its cells unpack from" in reason for reason in reasons)
+    assert len(reasons) == 2
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_batch_holds_as_many_rows_as_fit_for_certain(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    photo = [rng.bytes(20_000) for _ in range(100)]
+    for options in ({}, {"compression": "zstd"}, {"use_dictionary": False}):
+        group = written(tmp_path / "a.parquet", photo, 100, **options).metadata.row_group(0)
+        assert _rows_at_once(group, ["jpg_0"]) == BATCH
+    large = [rng.bytes(30 << 20)]
+    path = tmp_path / "b.parquet"  # one value of a dictionary, in every row
+    group = written(path, large, 8, dictionary_pagesize_limit=1 << 30).metadata.row_group(0)
+    rows = _rows_at_once(group, ["jpg_0"])
+    assert 1 <= rows <= BATCH_BYTES // (30 << 20)
+    found = read(cell_images([path], np.zeros(8, np.int64), np.arange(8), ["jpg_0"] * 8))
+    assert all(data == large[0] for _, data in found)
