@@ -14,6 +14,8 @@ from fifa.models.runtime import out_of_memory
 from fifa.shards.files import read_json
 
 LIBRARIES = ("diffusers", "transformers")
+# Of older checkpoints: what is no weight, and computed today
+COMPUTED = ("position_ids", "inv_freq", "masked_bias")
 NAMED = 3  # keys of each kind in a message
 
 
@@ -75,10 +77,13 @@ def check_keys(network: Any, found: Mapping[str, Iterable[str]], folder: Path) -
     missing = [key for key in found["missing_keys"] if "pooler" not in key]
     whole = type(network).__module__.startswith("diffusers")
     parts = {name for name, _ in network.named_children()}
+    # of a checkpoint with a head, the body's names begin with it
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
     unused = [
         key
         for key in found["unexpected_keys"]
-        if (whole or key.partition(".")[0] in parts) and not key.endswith("position_ids")
+        if (whole or key.removeprefix(prefix).partition(".")[0] in parts)
+        and not key.endswith(COMPUTED)
     ]
     if missing or unused:
         raise FifaError(
