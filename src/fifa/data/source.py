@@ -120,10 +120,12 @@ def find_files(source: str | Path) -> Source:
         raise FifaError("no source given", do="name a file, folder, glob, hf:// id or URL")
     found = _find_remote(named) if is_url(named) else _find_local(named)
     if not found.files and not found.refused:
+        packed = named.endswith((".gz", ".zip", ".zst", ".bz2", ".xz"))
+        unpack = "unpack it first (gzip -d, unzip): " if packed else ""
         raise FifaError(
             "nothing to read here",
             where=str(source),
-            do=f"it needs files that end in {', '.join(KINDS)}",
+            do=f"{unpack}it needs files that end in {', '.join(KINDS)}",
         )
     return found
 
