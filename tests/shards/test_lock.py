@@ -109,3 +109,15 @@ def test_a_sweep_leaves_a_folder_that_is_being_written(tmp_path) -> None:
         assert list(tmp_path.iterdir()) == [living]
     sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_evaluates_where_people_vote_and_nobody_opens_a_second_vote(tmp_path) -> None:
+    run = start_run(tmp_path / "run", Recipe()).folder
+    (run / "evaluate").mkdir()
+    evaluate = ("evaluate", "--base", "b", "--tuned", "t", "--prompts", "p.txt", "--out", str(run))
+    with another_process(lambda: only_writer(run / "evaluate")) as pid:
+        for command in (evaluate, ("vote", str(run))):
+            done = CliRunner().invoke(cli, command)
+            assert f"process {pid} on" in str(done.exception or "") + done.output
+        with only_writer(run):  # the run itself is free to be selected from
+            pass
