@@ -131,6 +131,10 @@ class ModelEncoder:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """Pooling, prefix, case and token limit, from the folder's own files."""
+        with loading("the encoder's settings", self.folder):
+            return self._read_settings()
+
+    def _read_settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"pooling": "mean", "prefix": "", "lower": False}
         modules = _read(self.folder / "modules.json", list)
         if self.tower == "text":
@@ -145,6 +149,8 @@ class ModelEncoder:
             512,
         ]
         settings["max_tokens"] = min(limit for limit in limits if limit)
+        if settings["max_tokens"] < 1:
+            raise ValueError(f"it reads {settings['max_tokens']} tokens")
         return settings
 
     @property

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +173,20 @@ def test_odd_devices_precisions_and_processors_are_refused(clip, tmp_path):
         load_reward(f"pickscore:{tmp_path / 'm'}", device="cpu")
     CLIPImageProcessorPil().save_pretrained(tmp_path / "m")
     load_reward(f"pickscore:{tmp_path / 'm'}", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"text_config": "x"}),
+        ("config.json", {"vision_config": -1}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+        ("tokenizer_config.json", {"model_max_length": -1}),
+    ],
+)
+def test_what_a_folder_says_wrong_is_told(tmp_path, file, change):
+    write_clip(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(FifaError, match="settings"):
+        load_reward(f"pickscore:{tmp_path}", device="cpu").prompt_features(["a"])

@@ -13,6 +13,7 @@ import numpy as np
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest, model_folder
+from fifa.models.networks import loading
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor, best_dtype
 from fifa.models.transformer import ModelEncoder, load_model
@@ -103,7 +104,8 @@ class ImageTower:
             raise FifaError(
                 f"this is a {config.get('model_type')} model, not a CLIP", where=str(folder)
             )
-        self.side = int((config.get("vision_config") or config).get("image_size", 224))
+        with loading("the model's settings", folder):
+            self.side = int((config.get("vision_config") or config).get("image_size", 224))
         self.preprocess: Preprocess = partial(PREPROCESSING[preprocessing], size=self.side)
         # on CUDA half precision is the weights' too: autocast would read and write twice as much
         cuda = runtime.device.partition(":")[0] == "cuda"
