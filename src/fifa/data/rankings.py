@@ -84,6 +84,8 @@ class _Rankings:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             reason = "no prompt"
+        elif isinstance(keys, str):
+            reason = "a row an image, where this format has a row a prompt with all its images"
         elif not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
             reason = "an image is missing"
         elif not 2 <= len(keys) <= MAX_IMAGES:
