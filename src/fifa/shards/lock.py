@@ -68,8 +68,9 @@ def _lock(folder: Path) -> int:
     command = " ".join([Path(sys.argv[0]).name.removesuffix(".py"), *sys.argv[1:2]])[:100]
     since = datetime.now(UTC).isoformat(timespec="seconds")
     who = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
-    os.ftruncate(handle, 0)
-    os.write(handle, json.dumps(who).encode("utf-8", "backslashreplace"))
+    with suppress(OSError):  # on a full disk it locks all the same, and has no name
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(who).encode("utf-8", "backslashreplace"))
     return handle
 
 
