@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 LOG_FILE = "log.jsonl"  # in a run folder: a line a step, with its facts
@@ -44,6 +45,12 @@ def note(**facts: object) -> None:
 def echo(text: str) -> None:
     """A line for the person at the terminal (standard error: results go to standard output)."""
     print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def echo_once(text: str) -> None:
+    """`echo`, the first time that a process says it."""
+    echo(text)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fifa.console import echo, note, quiet
+from fifa.console import echo_once, note, quiet
 from fifa.errors import FifaError
 from fifa.models.hub import model_digest
 from fifa.models.networks import load_network, loading
@@ -179,7 +179,7 @@ class ModelEncoder:
             model_class = transformers.CLIPTextModelWithProjection
         elif config.is_encoder_decoder:
             model_class = transformers.AutoModelForTextEncoding
-        echo(f"{self.name}: {self._device}, {self.precision}")
+        echo_once(f"{self.name}: {self._device}, {self.precision}")
         model = load_model(model_class, folder, self.precision)
         return tokenizer, model.eval().to(self._device), self._device
 

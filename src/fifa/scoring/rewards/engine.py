@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.config import Compute
-from fifa.console import echo, note
+from fifa.console import echo, echo_once, note
 from fifa.data.images import FACTS, Images, Integers, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -291,7 +291,8 @@ class Engine:
         shards = [Shard(key(part), len(part), part) for part in _parts(n, self.shard)]
         runtime = runtime_of(model)
         many = images_at_a_time(self.compute, runtime.device)
-        echo(f"{model.name}: {runtime.device}, {runtime.precision}, {many} images at a time")
+        where = f"{runtime.device}, {runtime.precision}"
+        echo_once(f"{model.name}: {where}, {many} images at a time")
         tables = self._run(f"images through {model.name}", ledger, shards, prepare)
         rewards = np.empty(len(image), np.float32)
         reasons: dict[int, str] = {}
