@@ -89,24 +89,21 @@ def test_processes_that_are_killed_at_any_moment_change_nothing():
     found = images(160)
     expected = results(found, Decoders(SMALL, 1))
     pool = Decoders(SMALL, 2, apart=True)
-    over, kills = threading.Event(), []
+    kills = []
 
     def kill() -> None:
-        while not over.wait(0.7):
-            for process in list(pool._processes)[:1]:
-                os.kill(process._popen.pid, signal.SIGKILL)
-                kills.append(process)
+        for process in list(pool._processes)[:1]:
+            os.kill(process._popen.pid, signal.SIGKILL)
+            kills.append(process)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        for process in range(3):
-            done = [x for _, x in decode_images(found, pool)]
-            time.sleep(0.3 * process)
-    finally:
-        over.set()
-        killer.join()
-        pool.close()
+    list(decode_images(found[:4], pool))  # its processes are there
+    for number in range(3):  # one death a time: an image survives no second one
+        timer = threading.Timer(0.02 * number, kill)
+        timer.start()
+        done = [x for _, x in decode_images(found, pool)]
+        timer.cancel()
+        timer.join()
+    pool.close()
     kept = [x.reason if isinstance(x, BadImage) else (x.dtype, x.tobytes()) for x in done]
     assert kept == expected
     assert kills

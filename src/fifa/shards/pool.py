@@ -109,6 +109,9 @@ class Worker:
         return _keep(key, finished, ledger)
 
 
+PATIENCE = 3  # deaths of worker processes in a row, without a finished shard between them
+
+
 class LocalPool:
     """This machine.
 
@@ -157,9 +160,8 @@ class LocalPool:
 
     def _in_processes(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         waiting = iter(shards)
-        progressed = True
-        while progressed:
-            progressed = False
+        deaths = 0  # since a shard was last finished: the first may come before any is
+        while deaths < PATIENCE:
             taken: dict[str, Keyed] = {}  # and not finished
             running: set[Future[str]] = set()
             try:
@@ -173,9 +175,10 @@ class LocalPool:
                     for job in done:
                         key = job.result()
                         del taken[key]
-                        progressed = True
+                        deaths = 0
                         yield key
             except BrokenProcessPool:
+                deaths += 1
                 waiting = chain(list(taken.values()), waiting)
                 self.close()
         raise FifaError(

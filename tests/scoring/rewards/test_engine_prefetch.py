@@ -111,12 +111,14 @@ def test_scores_are_the_same_bytes_in_threads_in_processes_and_in_processes_that
     monkeypatch.setattr(worker, "choose_decoders", told)
     for name, cores in (("threads", 2), ("processes", 8), ("dying", 8)):
         monkeypatch.setattr(decoders, "cores", lambda cores=cores: cores)
-        over = threading.Event()
+        over, number = threading.Event(), len(pools)
 
-        def kill(over=over):
-            while not over.wait(0.3):
-                for process in list(pools[-1]._processes) if pools else ():
-                    os.kill(process._popen.pid, signal.SIGKILL)
+        def kill(over=over, number=number):  # once: an image survives no second death
+            while not over.wait(0.05):
+                if len(pools) > number and (alive := list(pools[-1]._processes)):
+                    for process in alive:
+                        os.kill(process._popen.pid, signal.SIGKILL)
+                    return
 
         killer = threading.Thread(target=kill)
         if name == "dying":
