@@ -42,6 +42,29 @@ def shipped(tmp_path_factory):
 
 
 @pytest.fixture
+def mount_disk(tmp_path):
+    """Mounts a small disk in memory, ``8m`` or ``1m`` large, which takes the right to do so."""
+    folder = tmp_path / "disk"
+    mounted = []
+
+    def mount(size):
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount here")
+        if done.returncode != 0:
+            pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for disk in mounted:  # lazily: what is mapped from there is let go when it is collected
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
 def memory(tmp_path):
     """A folder in memory if there is one: many runs would wait for the disk most of the time."""
     if not os.access("/dev/shm", os.W_OK):

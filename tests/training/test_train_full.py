@@ -1,7 +1,6 @@
 """A disk that is full while it trains: told clearly, and the same command goes on with room."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,20 +10,8 @@ from fifa.cli import main
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A small disk in memory, which takes the right to mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    if done.returncode != 0:
-        pytest.skip(f"a small disk cannot be mounted: {done.stderr.strip()}")
-    yield folder
-    # lazily: shards of the cache are mapped until they are collected
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def disk(mount_disk):
+    return mount_disk("8m")
 
 
 @pytest.mark.parametrize(("method", "step"), [("lora", 64 << 10), ("full", 640 << 10)])

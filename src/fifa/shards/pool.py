@@ -29,6 +29,8 @@ from fifa.console import progress
 from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
 
+PATIENCE = 3  # deaths of worker processes in a row, without a finished shard between them
+
 Keyed = tuple[str, Any]  # the key of a shard, and what the step is given
 
 
@@ -107,9 +109,6 @@ class Worker:
         with self._turn:
             finished = self.step.finish(begun)
         return _keep(key, finished, ledger)
-
-
-PATIENCE = 3  # deaths of worker processes in a row, without a finished shard between them
 
 
 class LocalPool:
