@@ -119,16 +119,3 @@ def test_images_as_text_are_no_paths(tmp_path: Path) -> None:
     assert set(pairs.rejected["reason"].to_pylist()) == {
         "image 0 is base64 text: write it to a file, or as bytes into Parquet"
     }
-
-
-def test_a_ranking_in_two_files_is_told(tmp_path: Path) -> None:
-    rows = [
-        {"prompt_id": "x", "prompt": "p", "rank": i, "image_path": f"{i}.png"} for i in range(4)
-    ]
-    for name, part in (("a", rows[:2]), ("b", rows[2:])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(part))
-    pairs = read_pairs(tmp_path)
-    assert len(pairs) == 2
-    (told,) = pairs.rejected.to_pylist()
-    assert told["file"] == "b.json"
-    assert "1 rankings began in another file (prompt_id 'x' in a.json)" in told["reason"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fifa.data.images import pair_images, read
 from fifa.data.read import read_pairs
-from fifa.data.records import outside, tar_ref
+from fifa.data.records import OURS, out_of_file, outside, tar_ref
 from fifa.errors import FifaError
 
 
@@ -30,6 +30,7 @@ def picture(seed: int) -> bytes:
 REFS = [
     *("cell:x", "cell:abc:jpg_0", "cell:0:image_0", "cell:", "cell:9999999999999999999999:image_0"),
     *("tar:99999999999999999999+5:x", "tar:0+67108864:x", "tar:0+100:x", "tar:", "tar:0+5:a://b"),
+    *("in:1:x:cell:0:jpg_0", "in:9999999:x", "in:"),
 ]
 
 
@@ -105,5 +106,6 @@ def test_members_are_still_found_and_folders_may_be_named_like_references(tmp_pa
 @settings(max_examples=30)
 @given(st.one_of(st.sampled_from(REFS), st.text()))
 def test_nothing_spelt_outside_is_a_reference_of_ours(text: str) -> None:
-    assert not outside(text).startswith(("tar:", "cell:"))
+    assert not outside(text).startswith(OURS)
     assert tar_ref(outside(text)) is None
+    assert out_of_file(outside(text))[0] is None

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.data.records import Records, outside
+from fifa.data.records import OURS, Records, outside
 from fifa.errors import FifaError
 
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
@@ -68,7 +68,7 @@ class ParquetColumns:
     def reference(self, name: str) -> Text:
         """A column of paths or URLs as strings, each passed through `outside`."""
         refs = self.text(name)
-        ours = pc.or_(pc.starts_with(refs, "tar:"), pc.starts_with(refs, "cell:"))
+        ours = pc.match_substring_regex(refs, "^" + "|^".join(OURS))
         if not pc.any(ours).as_py():  # joining every row takes its time
             return refs
         return pc.if_else(ours, pc.binary_join_element_wise("./", refs, ""), refs)

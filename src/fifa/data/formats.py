@@ -278,7 +278,8 @@ def _weighted_results(columns: Columns) -> Labels:
     wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
     negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
     wrong |= dict.fromkeys(negative, "negative votes")
-    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=total > 0), wrong)
+    good = (total > 0) & np.isfinite(total)
+    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=good), wrong)
 
 
 def _best_index(columns: Columns) -> Labels:

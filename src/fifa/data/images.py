@@ -26,7 +26,7 @@ import xxhash
 
 from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
-from fifa.data.records import outside, tar_ref
+from fifa.data.records import out_of_file, outside, tar_ref
 from fifa.data.source import Root, has_file, inside
 from fifa.data.table import Origin, Pairs
 from fifa.shards.files import column_digest, digest, write_bytes
@@ -162,6 +162,12 @@ def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> I
         second = side ^ table["swapped"].take(at).to_numpy(zero_copy_only=False).astype(np.int64)
         names = pa.DictionaryArray.from_arrays(second.astype(np.int32), list(origin.cells))
         column = pc.if_else(ref.is_null(), names.cast(pa.string()), column)
+    file = table["file"].take(at).cast(pa.string()).combine_chunks()
+    other = pc.fill_null(pc.starts_with(ref, "in:"), False)
+    if pc.any(other).as_py():  # in:LENGTH:FILE:REF, in a file that is not the pair's
+        files, refs = zip(*map(out_of_file, ref.filter(other).to_pylist()), strict=True)
+        file = pc.replace_with_mask(file, other, pa.array(files, file.type))
+        ref = pc.replace_with_mask(ref, other, pa.array(refs, ref.type))
     named = pc.fill_null(pc.starts_with(ref, "cell:"), False)
     if pc.any(named).as_py():  # cell:ROW:COLUMN, a cell of another row
         parts = [name.split(":", 2) for name in ref.filter(named).to_pylist()]
@@ -169,7 +175,6 @@ def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> I
         own[named.to_numpy(zero_copy_only=False)] = [int(number) for _, number, _ in parts]
         column = pc.replace_with_mask(column, named, pa.array([name for *_, name in parts]))
         ref = pc.if_else(named, pa.scalar(None, ref.type), ref)
-    file = table["file"].take(at).cast(pa.string()).combine_chunks()
     return _images(
         [sides("image_{}"), file.dictionary_encode(), own, column.dictionary_encode(), ref],
         root=origin.root,
@@ -228,7 +233,7 @@ def has_pixels(table: pa.Table, origin: Origin) -> bool:
         return True
     root = Root(origin.root)
     for ref in table["image_0_ref"].drop_null()[:100].to_pylist():
-        if tar_ref(ref) or ("://" not in ref and root.folder is None):
+        if tar_ref(out_of_file(ref)[1]) or ("://" not in ref and root.folder is None):
             return True
         if "://" not in ref and root.folder is not None and has_file(root.folder, ref):
             return True

@@ -56,8 +56,9 @@ class FilePairs:
         The columns with image bytes; None without.
     rejected
         Rows that are no pairs.
-    groups
-        The prompts' ids of rankings of which a row is one image.
+    members
+        Rows that are one image of a ranking each (`fifa.data.rankings.join`): the ranking's hash,
+        row, rank, prompt, key and reference, then ratings.
     prompts, pairs, images, high
         By `finish`: `fifa.data.ids.prompt_hashes` of the prompt column's dictionary, which is in
         order of first appearance, uint64 [2, m]; `fifa.data.ids.pair_hashes`, uint64 [2, n]; the
@@ -73,7 +74,7 @@ class FilePairs:
     winner_first: bool = False
     cells: tuple[str, str] | None = None
     rejected: Rejected = field(default_factory=list)
-    groups: frozenset[str] = frozenset()
+    members: pa.Table | None = None
     prompts: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     images: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))

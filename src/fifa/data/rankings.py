@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from fifa.data.columns import Columns, has, text_array
-from fifa.data.pairs import FilePairs, pair_columns
-from fifa.data.records import outside
+from fifa.data.ids import fold_prompt
+from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
+from fifa.data.records import encodable, in_file, outside
 
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
+NEAR = 50_000  # images whose rankings are made into pairs at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class _Rankings:
         orders: Sequence[Any],
         refs: Sequence[str | None] | None = None,
         scores: Sequence[dict[str, float]] | None = None,
-    ) -> None:
+    ) -> str:
         """One prompt's images, ranked by people, or the reason why that is no ranking.
 
         The label of a pair is the share of annotators who rank side 0 better. ``orders`` are an
@@ -84,10 +88,14 @@ class _Rankings:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             reason = "no prompt"
+        elif encodable(prompt) != prompt:
+            reason = NO_TEXT
+        elif len(prompt.encode()) > MAX_PROMPT:
+            reason = f"the prompt has more than {MAX_PROMPT:,} bytes"
         elif isinstance(keys, str):
             reason = "a row an image, where this format has a row a prompt with all its images"
-        elif not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
-            reason = "an image is missing"
+        elif not isinstance(keys, list) or not all(map(_is_key, keys)):
+            reason = "an image is missing, or its name is too long or no text"
         elif not 2 <= len(keys) <= MAX_IMAGES:
             reason = f"{len(keys)} images of this prompt, where 2 to {MAX_IMAGES} make a ranking"
         elif not orders or not all(_is_order(order, len(keys)) for order in orders):
@@ -100,8 +108,14 @@ class _Rankings:
                 images = (keys[i], keys[j], refs[i], refs[j])
                 self.pairs.append((row, prompt, *images, label, len(ranks)))
                 self.scores.append((scores[i], scores[j]) if scores else ({}, {}))
-            return
-        self.rejected.append((row, reason))
+            return ""
+        return reason
+
+    def take(self, row: int, prompt: Any, keys: Any, orders: Sequence[Any]) -> None:
+        """`add` a row that is a ranking, or reject it."""
+        reason = self.add(row, prompt, keys, orders)
+        if reason:
+            self.rejected.append((row, reason))
 
     def file_pairs(self, file: str, names: Sequence[str] = ()) -> FilePairs:
         """All pairs, with the scores of these names.
@@ -172,7 +186,7 @@ def ranked_paths(columns: Columns) -> FilePairs:
         orders = [note.get("rank") if isinstance(note, dict) else None for note in notes or ()]
         if not orders and "rank" in values:
             orders = [values["rank"][i]]
-        found.add(int(columns.rows[i]), prompt, paths, orders)
+        found.take(int(columns.rows[i]), prompt, paths, orders)
     return found.file_pairs(columns.file)
 
 
@@ -182,12 +196,15 @@ def generations(columns: Columns) -> FilePairs:
     found = _Rankings()
     values = (columns.values(name) for name in ("prompt", "generations", "ranking"))
     for row, prompt, images, order in zip(columns.rows.tolist(), *values, strict=True):
-        found.add(row, prompt, images, [order])
+        found.take(row, prompt, images, [order])
     return found.file_pairs(columns.file)
 
 
 def one_image_a_row(columns: Columns) -> FilePairs:
-    """ImageRewardDB: the images of one prompt_id make a ranking, with ratings of each."""
+    """ImageRewardDB: the images of one prompt_id make a ranking, with ratings of each.
+
+    They may be in several files, so here they become `FilePairs.members`: `join` makes the pairs.
+    """
     image = _first(columns, "image_path", "image")
     form = columns.image(image)
     cell = form != "text" and columns.holds_bytes(image)
@@ -196,36 +213,124 @@ def one_image_a_row(columns: Columns) -> FilePairs:
     wanted = ["prompt_id", "prompt", "rank", *ratings]
     columns.load(wanted if form == "cell" else [*wanted, leaf])
     paths = [None] * len(columns.rows) if form == "cell" else columns.values(leaf)
-    prompts, groups = columns.values("prompt"), columns.values("prompt_id")
+    prompts, groups = columns.text("prompt").to_pylist(), columns.values("prompt_id")
     rank = columns.number("rank")
-    numbers = {name: columns.number(name) for name in ratings}
-    found = _Rankings()
-    members: dict[str, list[int]] = {}
-    keys: dict[int, tuple[str, str | None]] = {}
+    own = FilePairs(columns.file, cells=(image, image) if cell else None)
+    kept, names, found = [], [], []
     for i, row in enumerate(columns.rows.tolist()):
         path = paths[i] if isinstance(paths[i], str) and paths[i] else None
         if cell:
             named = path if path and "/" in path else f"{columns.file}#{row}:{image}"
-            keys[i] = named, f"cell:{row}:{image}"
-        elif path:
-            keys[i] = (path, outside(path))
-        if not np.isfinite(rank[i]) or groups[i] is None or i not in keys:
-            found.rejected.append((row, "no rank, prompt_id or image"))
+            path, ref = named, f"cell:{row}:{image}"
         else:
-            members.setdefault(str(groups[i]), []).append(i)
-    for own in members.values():
-        found.add(
-            int(columns.rows[own[0]]),
-            prompts[own[0]],
-            [keys[i][0] for i in own],
-            [[float(rank[i]) for i in own]],
-            [keys[i][1] for i in own],
-            [{name: float(values[i]) for name, values in numbers.items()} for i in own],
-        )
-    pairs = found.file_pairs(columns.file, sorted(ratings))
-    pairs.cells = (image, image) if cell else None
-    pairs.groups = frozenset(members)
-    return pairs
+            ref = outside(path or "")
+        group = _group(groups[i])
+        if not -1e9 < rank[i] < 1e9 or group is None or not _is_key(path):
+            own.rejected.append((row, "no rank, prompt_id or image"))
+        elif not isinstance(prompts[i], str) or not prompts[i].strip():
+            own.rejected.append((row, NO_TEXT))
+        else:
+            kept.append(i)
+            names.append((prompts[i], path, ref))
+            found.append(xxhash.xxh3_128_digest(f"{group}\0{fold_prompt(prompts[i])}".encode()))
+    texts = zip(("prompt", "key", "ref"), list(zip(*names, strict=True)) or [()] * 3, strict=True)
+    own.members = pa.table(
+        {
+            "group": pa.array(found, pa.binary(16)),
+            "row": columns.rows[kept],
+            "rank": rank[kept],
+            **{name: pa.array(values, pa.string()) for name, values in texts},
+            **{name: columns.number(name)[kept] for name in sorted(ratings)},
+        }
+    )
+    return own
+
+
+def _group(value: Any) -> str | None:
+    """A prompt's id as it is compared: 7 is "7", also where a column with gaps made it 7.0."""
+    if value is None or value != value:
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def join(files: Sequence[FilePairs]) -> Iterator[FilePairs]:
+    """The pairs of rankings whose images are rows, each ranking whole, wherever its images are.
+
+    A ranking is a ``prompt_id`` together with its prompt, and stands where its first image does.
+    An image of n in it is in n - 1 pairs, so n images make n (n - 1) / 2 of them, and
+
+        rows = images of rankings + rejected,  pairs + merged = the sum of n (n - 1) / 2.
+
+    Memory holds a record an image of all files (some 250 bytes), less than its pairs will have.
+    """
+    tables = [own.members for own in files if own.members is not None]
+    table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({"row": []})
+    if not len(table):
+        return
+    for i, name in enumerate(table.column_names):  # the texts of all files may have over 2 GB
+        if pa.types.is_string(table[name].type):
+            table = table.set_column(i, name, table[name].cast(pa.large_string()))
+    file = np.repeat(np.arange(len(files)), [len(own.members or ()) for own in files])
+    group = np.frombuffer(b"".join(table["group"].to_pylist()), np.dtype("V16"))
+    _, first, number = np.unique(group, return_index=True, return_inverse=True)
+    place = first[number.reshape(-1)]  # of every image, where its ranking begins
+    order = np.argsort(place, kind="stable")
+    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
+    ends = [*starts[1:].tolist(), len(order)]
+    ratings = table.column_names[6:]
+    begun = file[place[order[starts]]].tolist()
+    rankings = zip(begun, starts.tolist(), ends, strict=True)
+    lot = groupby(rankings, key=lambda ranking: (ranking[0], ranking[1] // NEAR))
+    for (home, _), some in lot:
+        own = list(some)
+        low = own[0][1]
+        rows = order[low : own[-1][2]]
+        images = table.take(pa.array(rows)).to_pylist()
+        for image, number_ in zip(images, file[rows].tolist(), strict=True):
+            image["file"] = files[number_].file
+        made = _Rankings()
+        rejected: dict[str, Rejected] = defaultdict(list)
+        for _, start, end in own:
+            _rank(made, images[start - low : end - low], ratings, rejected)
+        pairs = made.file_pairs(files[home].file, ratings)
+        pairs.cells = next((own.cells for own in files if own.cells), None)
+        yield pairs
+        yield from (FilePairs(name, rejected=rows) for name, rows in rejected.items())
+
+
+def _rank(
+    found: _Rankings,
+    images: list[dict[str, Any]],
+    ratings: Sequence[str],
+    rejected: dict[str, Rejected],
+) -> None:
+    """The pairs of one ranking; every image that is in none is rejected by its row."""
+    once: dict[str, dict[str, Any]] = {}
+    for image in images:
+        before = once.setdefault(image["key"], image)
+        if before is not image:
+            other = "" if before["rank"] == image["rank"] else " with another rank"
+            why = f"the prompt has this image{other} already, in row {before['row']} of "
+            rejected[image["file"]].append((image["row"], why + before["file"]))
+    own = list(once.values())
+    reason = found.add(
+        own[0]["row"],
+        own[0]["prompt"],
+        [image["key"] for image in own],
+        [[image["rank"] for image in own]],
+        [in_file(image["ref"], image["file"], own[0]["file"]) for image in own],
+        [{name: image[name] for name in ratings} for image in own],
+    )
+    for image in own if reason else ():
+        rejected[image["file"]].append((image["row"], reason))
+
+
+def _is_key(key: Any) -> bool:
+    return (
+        isinstance(key, str)
+        and 0 < len(encodable(key).encode()) <= MAX_KEY
+        and encodable(key) == key
+    )
 
 
 def _is_order(order: Any, n: int) -> bool:

@@ -17,8 +17,8 @@ from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
 from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
-from fifa.data.rankings import Ranked
-from fifa.data.records import outside, read_records
+from fifa.data.rankings import Ranked, join
+from fifa.data.records import OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.table import Origin, Pairs
 from fifa.errors import FifaError
@@ -29,7 +29,7 @@ FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
-VERSION = 4  # of the way a source becomes pairs; part of every fingerprint
+VERSION = 5  # of the way a source becomes pairs; part of every fingerprint
 
 
 def read_pairs(
@@ -125,7 +125,16 @@ class _Reader:
             return "", FilePairs(file.path, rejected=reasons)
         own = form.read(columns, self.carried)
         own.rejected += rejected
-        self._place(file, own.columns)
+        if own.members is not None:
+            placed = self._placed(file, own.members["key"], own.members["ref"])
+            for at, column in zip((4, 5), placed, strict=True):
+                name = own.members.column_names[at]
+                own.members = own.members.set_column(at, name, column)
+            return form.name, own
+        for side in (0, 1):
+            key, ref = f"image_{side}", f"image_{side}_ref"
+            placed = self._placed(file, own.columns[key], own.columns[ref])
+            own.columns[key], own.columns[ref] = placed
         return form.name, finish(own)
 
     def _columns(self, file: SourceFile) -> tuple[Columns, Rejected]:
@@ -146,29 +155,35 @@ class _Reader:
                 return form
         return None
 
-    def _place(self, file: SourceFile, columns: dict[str, Text]) -> None:
-        """Relative paths from the root: they are beside the file, or in a folder beside it."""
-        folder = self.root.folder
-        for name in ("image_0_ref", "image_1_ref"):
-            refs = columns[name]
-            some = refs.drop_null().slice(0, 200).to_pylist()
-            paths = [ref for ref in some if ref and is_path(ref)][:20]
-            if folder is None or not paths:
-                prefix = file.path.rpartition("/")[0] if paths else ""
-            else:
-                prefix = _prefix(folder, file.path, paths)
-                plain = [path.replace("\\", "/") for path in paths]
-                if plain != paths and not _there(folder, prefix, paths):  # written on Windows
-                    prefix = _prefix(folder, file.path, plain)
-                    if _there(folder, prefix, plain):
-                        refs = pc.replace_substring(refs, "\\", "/")
-            prefix = outside(prefix)
-            columns[name] = _prefixed(refs, f"{prefix}/") if prefix else refs
+    def _placed(self, file: SourceFile, keys: Text, refs: Text) -> tuple[Text, Text]:
+        """Relative paths from the root: they are beside the file, or in a folder beside it.
+
+        A path below the file's own folder is that folder's: ``test/0.png`` and ``train/0.png`` are
+        two images, though either file says ``0.png``, and so are their keys.
+        """
+        folder, given = self.root.folder, refs
+        some = refs.drop_null().slice(0, 200).to_pylist()
+        paths = [ref for ref in some if ref and is_path(ref)][:20]
+        if folder is None or not paths:
+            prefix = file.path.rpartition("/")[0] if paths else ""
+        else:
+            prefix = _prefix(folder, file.path, paths)
+            plain = [path.replace("\\", "/") for path in paths]
+            if plain != paths and not _there(folder, prefix, paths):  # written on Windows
+                prefix = _prefix(folder, file.path, plain)
+                if _there(folder, prefix, plain):
+                    refs = pc.replace_substring(refs, "\\", "/")
+        parent = file.path.rpartition("/")[0]
+        if parent and f"{prefix}/".startswith(f"{parent}/"):
+            same = pc.fill_null(pc.equal(keys, given), False)
+            keys = pc.if_else(same, _prefixed(given, f"{parent}/"), keys)
+        prefix = outside(prefix)
+        return keys, _prefixed(refs, f"{prefix}/") if prefix else refs
 
 
 def is_path(ref: str) -> bool:
     """True for a reference that is a path relative to the root (no URL, tar member or cell)."""
-    return "://" not in ref and not ref.startswith(("tar:", "cell:", "/"))
+    return "://" not in ref and not ref.startswith((*OURS, "/"))
 
 
 def _prefix(root: Path, file: str, paths: list[str]) -> str:
@@ -190,7 +205,7 @@ def _there(root: Path, prefix: str, paths: list[str]) -> bool:
 def _prefixed(refs: Text, prefix: str) -> Text:
     if not len(refs) or refs.null_count == len(refs):
         return refs
-    whole = pc.match_substring_regex(refs, "^/|^tar:|^cell:|://")
+    whole = pc.match_substring_regex(refs, f"^/|^{'|^'.join(OURS)}|://")
     return pc.if_else(whole, refs, pc.binary_join_element_wise(prefix, refs, ""))
 
 
@@ -199,7 +214,7 @@ def _file_pairs(
 ) -> Iterator[FilePairs]:
     """Every file's pairs, in order, read a few files ahead; all files have one format."""
     forms: Counter[str] = Counter()
-    rankings: dict[str, str] = {}  # the file in which each was met last
+    ranked: list[FilePairs] = []  # files of which a row is one image of a ranking
     yield from (FilePairs(path, rejected=[(None, why)]) for path, why in found.refused)
     files = iter(found.files)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -216,21 +231,12 @@ def _file_pairs(
                     where=found.named,
                     do="name one with --format, or a glob that matches one",
                 )
-            begun = [group for group in own.groups if group in rankings]
-            if begun:
-                own.rejected.append((None, _goes_on(begun, rankings[begun[0]])))
-            rankings |= dict.fromkeys(own.groups, own.file)
+            if own.members is not None:
+                ranked.append(own)
             advance(1)
             yield own
+    yield from map(finish, join(ranked))
     reader.name = next(iter(forms), reader.name)
-
-
-def _goes_on(groups: list[str], file: str) -> str:
-    """Why images of one prompt in two files are not compared with each other: a row says so."""
-    return (
-        f"{len(groups):,} rankings began in another file (prompt_id {groups[0][:100]!r} in {file});"
-        " the images there are not compared with those here: put each prompt into one file"
-    )
 
 
 def _unknown(columns: Columns, explained: bool) -> Rejected:

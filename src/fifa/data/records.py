@@ -24,6 +24,7 @@ Row = tuple[int, dict[str, Any] | str]  # a record, or the reason why it is none
 TAR_NAMES = {"original_prompt": "caption", "prompt": "caption", "txt": "caption"}
 TAR_IMAGES = {"jpg", "jpeg", "png", "webp"}
 TAR_TEXT = {"txt", "cls", "json"}
+OURS = ("tar:", "cell:", "in:")  # what references begin with that readers make
 
 
 @dataclass
@@ -74,10 +75,27 @@ class Member(str):
 def outside(ref: str) -> str:
     """A reference as a source has it, such that it is none of ours: ``cell:x`` is ``./cell:x``.
 
-    ``tar:`` and ``cell:`` at its beginning say where bytes are; nobody but the readers says so.
+    `OURS` at its beginning say where bytes are; nobody but the readers says so.
     """
-    ours = ref.startswith(("tar:", "cell:")) and not isinstance(ref, Member)
+    ours = ref.startswith(OURS) and not isinstance(ref, Member)
     return f"./{ref}" if ours else ref
+
+
+def in_file(ref: str, file: str, home: str) -> str:
+    """A reference for a pair of the file ``home``: ``in:LENGTH:FILE:REF`` if it is into another.
+
+    Paths and URLs are the same everywhere.
+    """
+    return f"in:{len(file)}:{file}:{ref}" if file != home and ref.startswith(OURS) else ref
+
+
+def out_of_file(ref: str) -> tuple[str | None, str]:
+    """The other file and the reference into it of what `in_file` made; (None, ref) otherwise."""
+    match = re.match(r"in:([0-9]{1,6}):", ref)
+    if not match:
+        return None, ref
+    end = match.end() + int(match[1])
+    return ref[match.end() : end], ref[end + 1 :]
 
 
 def encoding_of(start: bytes) -> str:

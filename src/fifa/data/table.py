@@ -20,7 +20,8 @@ PAIRS = pa.schema(
         ("prompt_index", pa.int32()),  # the prompt's row in `Pairs.prompts`
         ("image_0", pa.string()),  # the image's key
         ("image_1", pa.string()),
-        # path or URL; tar:OFFSET+SIZE:NAME; cell:ROW:COLUMN; null: in the row's own cell
+        # path or URL; tar:OFFSET+SIZE:NAME; cell:ROW:COLUMN; null: in the row's own cell;
+        # in:LENGTH:FILE:REF is REF in another file
         ("image_0_ref", pa.string()),
         ("image_1_ref", pa.string()),
         ("file", pa.dictionary(pa.int32(), pa.string())),  # the source file of the row

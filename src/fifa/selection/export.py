@@ -24,7 +24,7 @@ from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Door, Found, has_pixels, pair_images, read
 from fifa.data.read import read_pairs
-from fifa.data.records import tar_ref
+from fifa.data.records import OURS
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_files
@@ -109,7 +109,7 @@ def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> p
 def _named(refs: pa.ChunkedArray) -> pa.Array:
     # where a cell or a tar member lies is the source's business; a URL or a path is a name
     def name(ref: str | None) -> str | None:
-        return None if ref is None or ref.startswith("cell:") or tar_ref(ref) else ref
+        return None if ref is None or ref.startswith(OURS) else ref
 
     return pa.array(map(name, refs.to_pylist()), pa.string())
 

@@ -1,0 +1,192 @@
+"""Every row that a reader meets is in a pair, merged into one or rejected, whatever is in it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fifa.data import read_pairs
+from fifa.data.read import FORMATS
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+
+Rows = list[dict[str, Any]]
+RATES = {"weighted_results_image1_preference": 1.0, "weighted_results_image2_preference": 0.5}
+UIDS = {"image_0_uid": "u", "image_1_uid": "v"}
+RESULT = {"images": {"prompt": "p", "image_1": "a", "image_2": "b"}}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("rapidata", {"prompt": "p", "image1": "a", "image2": "b"} | RATES),
+    (
+        "rapidata",
+        {"prompt": "p", "image1": "a", "image2": "b", "votes_image1": 3, "votes_image2": 1},
+    ),
+    (
+        "genai-arena",
+        {"prompt": "p", "left_image": "a", "right_image": "b", "vote_type": "leftvote"},
+    ),
+    ("open-image-preferences", RESULT | {"preference": {"responses": ["image_1"]}}),
+    ("hpdv3", {"prompt": "p", "path1": "a", "path2": "b", "choice_dist": [3, 1], "tie_case": 0}),
+    ("pickapic", {"caption": "p", "jpg_0": "a", "jpg_1": "b", "label_0": 1, "label_1": 0} | UIDS),
+    ("diffusers", {"caption": "p", "jpg_0": "a", "jpg_1": "b", "label_0": 1, "has_label": True}),
+    ("mj-bench", {"caption": "p", "image0": "a", "image1": "b", "label": 1}),
+    (
+        "open-image-preferences",
+        {"prompt": "p", "chosen": "a", "rejected": "b"}
+        | {"chosen_model": "m", "rejected_model": "n", "category": "c"},
+    ),
+    ("chosen-rejected", {"prompt": "p", "chosen": "a", "rejected": "b"}),
+    ("columns", {"prompt": "p", "image_0": "a", "image_1": "b", "label": 0.5, "status": "done"}),
+    ("hpdv2", {"prompt": "p", "file_path": ["a", "b"], "human_preference": [1, 0]}),
+]
+RANKINGS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "hpdv2",
+        {"prompt": "p", "image_path": ["a", "b", "c"], "raw_annotations": [{"rank": [1, 2, 3]}]},
+    ),
+    ("hpdv2", {"prompt": "p", "image_path": ["a", "b"], "rank": [2, 1]}),
+    ("imagereward", {"prompt": "p", "generations": ["a", "b", "c"], "ranking": [1, 1, 2]}),
+]
+IMAGES = {"prompt_id": "x", "prompt": "p", "rank": 1, "image_path": "a"}
+NUMBERS = [0, 1, 2.5, -1, float("nan"), float("inf"), True, 10**400, None, [1, 0], {"rank": [1]}]
+TEXTS = ["", " ", "\x1c", "\u3000", "b", "1", "\ud800", "a" * 5000, "p" * 100_001, "draft", [], {}]
+NAMES = [
+    "cell:0:jpg_0",
+    "tar:0+5:x",
+    "in:1:a:b",
+    "https://a.b/c",
+    "data:,",
+    "iVBORw0KGgo",
+    ["a"] * 2,
+]
+ODD = st.sampled_from([*NUMBERS, *TEXTS, *NAMES])
+
+
+def rows_of(row: dict[str, Any]) -> st.SearchStrategy[list[Rows]]:
+    """One to three files of rows like this one, some values of which are odd."""
+    odd = st.dictionaries(st.sampled_from(sorted(row)), ODD, max_size=2)
+    some = st.one_of(odd, st.just({}), st.just({"prompt": "q"} if "prompt" in row else {}))
+    return st.lists(st.lists(some.map(lambda o: row | o), max_size=6), min_size=1, max_size=3)
+
+
+def write(folder: Path, files: list[Rows], kind: str) -> None:
+    """As JSON lines, Parquet or CSV; the first where the rows' types are none of a table's."""
+    for i, rows in enumerate(files):
+        try:
+            if kind == "parquet":
+                pq.write_table(pa.Table.from_pylist(rows), folder / f"{i}.parquet")
+                continue
+            if kind == "csv" and rows:
+                with (folder / f"{i}.csv").open("w", encoding="utf-8") as file:
+                    table = csv.DictWriter(file, list(rows[0]))
+                    table.writeheader()
+                    table.writerows(rows)
+                continue
+        except (pa.ArrowException, ValueError, TypeError, OverflowError):
+            (folder / f"{i}.{kind}").unlink(missing_ok=True)
+        (folder / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def met(pairs: Pairs) -> Counter[tuple[str, int | None]]:
+    """How often each row is in a pair, or rejected."""
+    some = [*pairs.table.to_pylist(), *pairs.rejected.to_pylist()]
+    return Counter((row["file"], row["row"]) for row in some)
+
+
+def read(files: list[Rows], kind: str, name: str | None = None) -> Pairs | None:
+    """The pairs; none where the whole source is refused, in words that can be printed."""
+    with TemporaryDirectory() as folder:
+        write(Path(folder), files, kind)
+        try:
+            return read_pairs(folder, name)
+        except FifaError as error:
+            str(error).encode()
+            return None
+
+
+def test_no_format_is_left_out() -> None:
+    tried = {name for name, _ in (*LAYOUTS, *RANKINGS)} | {"imagereward"}
+    assert tried == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "row"), LAYOUTS)
+@settings(max_examples=12, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+def test_rows_are_pairs_merged_or_rejected(name: str, row: dict[str, Any], kind, data) -> None:
+    files = data.draw(rows_of(row))
+    pairs = read(files, kind, name)
+    if pairs is None:
+        return
+    nothing = sum(1 for rows in pairs.rejected.to_pylist() if rows["row"] is None)
+    assert pairs.origin.rows == len(pairs) + pairs.origin.merged + len(pairs.rejected)
+    assert set(met(pairs).values()) == {1}
+    if not nothing:  # no file as a whole
+        assert pairs.origin.rows == sum(map(len, files))
+    assert all(0 <= label <= 1 for label in pairs.table["label"].to_pylist())
+
+
+@pytest.mark.parametrize(("name", "row"), RANKINGS)
+@settings(max_examples=12, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet"]))
+def test_rows_are_rankings_or_rejected(name: str, row: dict[str, Any], kind, data) -> None:
+    """Rows = rankings + rejected, and rankings of n images make n (n - 1) / 2 pairs each."""
+    files = data.draw(rows_of(row))
+    pairs = read(files, kind, name)
+    if pairs is None:
+        return
+    rejected = {(one["file"], one["row"]) for one in pairs.rejected.to_pylist()}
+    assert len(rejected) == len(pairs.rejected)
+    if any(number is None for _, number in rejected):
+        return
+    total = 0
+    for i, rows in enumerate(files):
+        for j, one in enumerate(rows):
+            images = one.get("image_path", one.get("generations"))
+            if not rejected & {(f"{i}.{end}", j) for end in ("jsonl", "parquet")}:
+                total += len(images) * (len(images) - 1) // 2
+    assert len(pairs) + pairs.origin.merged == total
+
+
+@settings(max_examples=30, derandomize=True)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 2), st.sampled_from(["p", "q", "P "]), st.integers(0, 5))
+            .map(lambda t: IMAGES | {"prompt_id": t[0], "prompt": t[1], "image_path": f"{t[2]}"})
+            .flatmap(
+                lambda r: st.dictionaries(st.sampled_from(sorted(r)), ODD, max_size=1).map(r.__or__)
+            ),
+            max_size=8,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from(["jsonl", "parquet", "csv"]),
+)
+def test_images_are_in_a_ranking_or_rejected(files: list[Rows], kind: str) -> None:
+    """Rows = images of rankings + rejected: an image of n is in n - 1 pairs."""
+    pairs = read(files, kind, "imagereward")
+    if pairs is None:
+        return
+    rejected = Counter((one["file"], one["row"]) for one in pairs.rejected.to_pylist())
+    assert set(rejected.values()) <= {1}
+    if any(number is None for _, number in rejected):
+        return
+    groups: dict[str, set[str]] = {}
+    for one in pairs.table.to_pylist():
+        # of one place: the file and row of a ranking's first image
+        own = groups.setdefault((one["prompt_index"], one["file"], one["row"]), set())
+        own |= {one["image_0"], one["image_1"]}
+    images = sum(map(len, groups.values()))
+    assert pairs.origin.merged > 0 or images + len(pairs.rejected) == sum(map(len, files))
+    total = sum(len(own) * (len(own) - 1) // 2 for own in groups.values())
+    assert pairs.origin.merged > 0 or len(pairs) == total
