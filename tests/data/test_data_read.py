@@ -130,7 +130,12 @@ def test_links_out_of_the_folder_are_refused_and_counted(folder: Path, tmp_path:
     pairs = read_pairs(folder)
     assert "p50" not in pairs.table["prompt"].to_pylist()
     assert pairs.rejected.to_pylist() == [
-        {"file": "link.parquet", "row": None, "reason": "a link that leaves the folder"}
+        {"file": "link.parquet", "row": None, "reason": "a link that leaves the folder"},
+        {
+            "file": "outside",
+            "row": None,
+            "reason": "a link to a folder: name that folder as a source",
+        },
     ]
     assert pairs.origin.merged == 3
 
@@ -211,7 +216,7 @@ def test_csv_rows_break_one_by_one(tmp_path: Path) -> None:
     assert pairs.rejected["row"].to_pylist() == [1, 2, 3, 4]
     found = pairs.rejected["reason"].to_pylist()
     assert found[0] == "3 cells where the header has 4"
-    assert found[2] == "no prompt, or no valid text"
+    assert found[2].startswith("the prompt is not UTF-8")
 
 
 def test_parquet_with_bytes_that_are_no_utf8(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from fifa.data import read_pairs
+from fifa.data import read_pairs, records, source
 from fifa.errors import FifaError
 
 ROWS = [
@@ -81,6 +85,75 @@ def test_what_is_no_file_is_refused_and_counted(tmp_path: Path) -> None:
     pairs = read_pairs(tmp_path)
     assert len(pairs) == 2
     assert pairs.rejected["file"].to_pylist() == ["b.csv", "c.csv", "d.csv", "e\\udcff.csv"]
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """The bounds of what is read at once, at a sixteenth."""
+    monkeypatch.setattr(records, "MAX_LINE", 4 << 20)
+    monkeypatch.setattr(source, "UNPACKED", (100, 4 << 20))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("start", [b"", b"prompt,image_0,image_1,label\n", b"[", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "tar", "parquet"])
+def test_ten_gigabytes_of_nothing_end_soon(tmp_path: Path, kind: str, start: bytes) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(start)
+    os.truncate(path, 10 << 30)
+    began = time.process_time()
+    with pytest.raises(FifaError) as error:
+        read_pairs(path)
+    str(error.value).encode()
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.usefixtures("small")
+def test_a_hole_ends_its_file_and_no_row_before_it(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.jsonl", "b.json"):
+        path = tmp_path / name
+        text = FILES["a.json"][:-1] + "," if name == "b.json" else FILES[name] + "\n"
+        path.write_text(text)
+        os.truncate(path, 1 << 27)
+    (tmp_path / "b.json").write_text(FILES["a.json"][:-1] + ",")
+    pairs = read_pairs(tmp_path)
+    assert (len(pairs), pairs.origin.merged) == (2, 4)
+    assert pairs.rejected["file"].to_pylist() == ["a.csv", "a.jsonl", "b.json"]
+    assert set(pairs.rejected["row"].to_pylist()) == {2}
+
+
+@pytest.mark.usefixtures("small")
+def test_gzip_is_read_within_bounds(tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode("utf-16")))
+    (tmp_path / "z.CSV.GZ").write_bytes(gzip.compress(CSV.encode() + b"\n" * (20 << 20)))
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(CSV.encode())[:-9])
+    (tmp_path / "none.csv.gz").write_bytes(CSV.encode())
+    (tmp_path / "b.tar.gz").write_bytes(b"")
+    pairs = read_pairs(tmp_path)
+    assert (len(pairs), pairs.origin.merged) == (2, 2 * len(FILES) - 2)
+    reasons = {row["file"]: row["reason"] for row in pairs.rejected.to_pylist()}
+    assert sorted(reasons) == ["cut.csv.gz", "none.csv.gz", "z.CSV.GZ"]
+    assert "unpacks to over" in reasons["z.CSV.GZ"]
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe"])
+def test_a_pipe_or_device_is_no_source(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FifaError, match="a pipe, socket or device"):
+        read_pairs(tmp_path / name)
+
+
+def test_a_list_of_one_text_is_that_text(tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"prompt": ["a cat"]}, ROWS[1] | {"prompt": ["a", "b"]}, ROWS[1]]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "b.parquet")
+    pairs = read_pairs(tmp_path)
+    assert pairs.table["prompt"].to_pylist() == ["a cat", "plain"]
+    assert pairs.table["votes"].to_pylist() == [2, 1]
+    assert set(pairs.rejected["reason"].to_pylist()) == {
+        "a list of 2 prompts: which one the people saw is not known"
+    }
 
 
 def test_more_votes_than_fit_are_as_many_as_fit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ bytes are never read: only whether they are there (from Parquet's statistics).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO, Any, TypeAlias
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.data.records import OURS, Records, outside
+from fifa.data.records import NOT_UTF8, OURS, WRITTEN_OUT, Member, Records, outside
 from fifa.errors import FifaError
 
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
@@ -57,13 +58,22 @@ class ParquetColumns:
     def text(self, name: str) -> Text:
         """A column as strings (the prompt maybe dictionary-encoded), null for no valid text.
 
-        Bytes and large strings are taken as strings where they are UTF-8.
+        Bytes and large strings are taken as strings where they are UTF-8, and a list of one text as
+        that text.
         """
         column = self._column(name)
         kind = column.type
+        if _is_list(kind):
+            return text_array(map(only, column.to_pylist()))
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         return column if pa.types.is_string(kind) and _is_utf8(column) else valid_text(column)
+
+    def no_texts(self, name: str) -> dict[int, str]:
+        """The rows whose text is a list of several, and what that is."""
+        if not _is_list(self._type(name)):
+            return {}
+        return _several(self._column(name).to_pylist())
 
     def reference(self, name: str) -> Text:
         """A column of paths or URLs as strings, each passed through `outside`."""
@@ -104,8 +114,23 @@ class ParquetColumns:
                     do="write the images' files (JPEG, PNG or WEBP) as bytes, or their paths",
                 )
             return "struct" if "path" in fields else "cell"
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-        return "cell" if any(is_binary(kind) for is_binary in binary) else "text"
+        is_cell = any(is_binary(kind) for is_binary in binary) or self._is_written_out(name, kind)
+        return "cell" if is_cell else "text"
+
+    def _is_written_out(self, name: str, kind: pa.DataType) -> bool:
+        """True for a column of text that begins with an image as base64."""
+        leaf = self._leaves.get(name)
+        if leaf is None or not _is_text(kind) or not self._metadata.num_row_groups:
+            return False
+        first = self._metadata.row_group(0).column(leaf)
+        if first.total_uncompressed_size < 40 * min(first.num_values, 100):
+            return False
+        with pq.ParquetFile(self._source, metadata=self._metadata, pre_buffer=False) as opened:
+            batch = next(opened.iter_batches(16, row_groups=[0], columns=[name]), None)
+        texts = () if batch is None else batch[0].to_pylist()
+        return any(isinstance(text, str) and text.startswith(WRITTEN_OUT) for text in texts)
 
     def lacks_bytes(self, name: str) -> np.ndarray:
         """The rows of an image column without bytes; bytes are read where only some have them."""
@@ -187,12 +212,29 @@ class RecordColumns:
         """Nothing to do: records are read whole."""
 
     def text(self, name: str) -> Text:
-        """Strings as they are; null for every other value."""
-        return text_array(self.values(name))
+        """Strings as they are, and of lists of one; null for every other value."""
+        values = map(only, self.values(name))
+        return text_array(None if isinstance(value, Member) else value for value in values)
+
+    def no_texts(self, name: str) -> dict[int, str]:
+        """The rows whose text is a list of several, or no UTF-8."""
+        return _several(self.values(name))
 
     def reference(self, name: str) -> Text:
-        """Paths, URLs and tar members, each passed through `outside`."""
+        """Paths, URLs and tar members, each passed through `outside`.
+
+        Of ``NAME.path`` a row's bytes count first, where they are text that has a place; a row that
+        is no object is a path itself.
+        """
         values = self.values(name)
+        top, _, last = name.rpartition(".")
+        if last == "path" and name not in self._columns:
+            written = self.values(f"{top}.bytes")
+            values = [
+                b if isinstance(b, Member) else v for b, v in zip(written, values, strict=True)
+            ]
+            whole = self.values(top)
+            values = [w if isinstance(w, str) else v for w, v in zip(whole, values, strict=True)]
         return text_array(outside(value) if isinstance(value, str) else None for value in values)
 
     def number(self, name: str) -> np.ndarray:
@@ -248,6 +290,31 @@ def _is_number(kind: pa.DataType) -> bool:
     return any(is_type(kind) for is_type in is_one)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_text(kind) for is_text in texts)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_list(kind) for is_list in lists)
+
+
+def only(value: Any) -> Any:
+    """The one item of a list; everything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _several(values: list[Any]) -> dict[int, str]:
+    wrong = {}
+    for i, value in enumerate(map(only, values)):
+        if isinstance(value, list):
+            wrong[i] = f"a list of {len(value)} prompts: which one the people saw is not known"
+        elif isinstance(value, str) and not value.isascii() and re.search("[\udc80-\udcff]", value):
+            wrong[i] = f"the prompt is {NOT_UTF8}"
+    return wrong
+
+
 def text_array(values: Iterable[Any]) -> pa.Array:
     """The values that are text as strings, null for every other one and for lone surrogates."""
     texts = [value if isinstance(value, str) else None for value in values]
@@ -266,8 +333,7 @@ def valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
             texts = _one_chunk(valid_text(pa.chunked_array([part.dictionary])))
             parts.append(pa.DictionaryArray.from_arrays(part.indices.cast(pa.int32()), texts))
         return pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.string()))
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any(is_text(kind) for is_text in (*texts, pa.types.is_binary, pa.types.is_large_binary)):
+    if not _is_text(kind) and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
         return pa.chunked_array([pa.nulls(len(column), pa.string())])
     column = column.cast(options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
     try:

@@ -26,7 +26,7 @@ from fifa.data.labels import (
 )
 from fifa.data.pairs import FilePairs, pair_columns, side_pairs
 from fifa.data.rankings import Ranked, generations, one_image_a_row, ranked_paths, two_paths
-from fifa.data.records import tar_ref
+from fifa.data.records import WRITTEN_OUT, tar_ref
 from fifa.errors import FifaError
 
 
@@ -136,7 +136,10 @@ class Layout:
             ),
             scores={name: pa.array(columns.number(name)) for name in numbers}
             | {name: columns.extra(column) for name, column in carried.items()},
-            wrong=labels.wrong | _written_out(sides[0][1], 0) | _written_out(sides[1][1], 1),
+            wrong=labels.wrong
+            | columns.no_texts(self.prompt)
+            | _written_out(sides[0][1], 0)
+            | _written_out(sides[1][1], 1),
             swaps=side_pairs([*numbers, *carried]) if self.winner_first else [],
             winner_first=self.winner_first,
             cells=images if any(is_cell) else None,
@@ -200,23 +203,31 @@ def _side(
         found = pc.if_else(pc.or_(named, bare), path, place)
     else:
         ref = path if leaf else (columns.reference(link) if link else nothing)
-        found = _member_keys(columns.file, ref) if columns.kind == "tar" else ref
+        found = _keys(columns, ref)
     return (columns.text(key) if key else found), ref
 
 
 def _written_out(refs: Text, side: int) -> dict[int, str]:
     """The rows whose image is text: a ``data:`` URL, or base64 of a PNG, JPEG or WEBP."""
-    found = np.asarray(pc.fill_null(pc.match_substring_regex(refs, BASE64), False))
+    found = np.asarray(pc.fill_null(pc.match_substring_regex(refs, WRITTEN), False))
     reason = f"image {side} is base64 text: write it to a file, or as bytes into Parquet"
     return dict.fromkeys(np.flatnonzero(found).tolist(), reason)
 
 
-def _member_keys(file: str, refs: Text) -> pa.Array:
-    members = (tar_ref(ref or "") for ref in refs.to_pylist())
-    return pa.array([f"{file}#{member[2]}" if member else None for member in members], pa.string())
+def _keys(columns: Columns, refs: Text) -> Text:
+    """References as keys: ``FILE#NAME`` for what is in the file; in a tar nothing else counts."""
+    if columns.kind != "tar" and not pc.any(pc.starts_with(refs, "tar:")).as_py():
+        return refs
+    texts = refs.to_pylist()
+    places = [tar_ref(ref or "") for ref in texts]
+    named = [
+        f"{columns.file}#{place.name}" if place else None if columns.kind == "tar" else ref
+        for ref, place in zip(texts, places, strict=True)
+    ]
+    return pa.array(named, pa.string())
 
 
-BASE64 = "^(data:|iVBORw0KGgo|/9j/4|UklGR)"
+WRITTEN = f"^({'|'.join(WRITTEN_OUT)})"
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 RESPONSE_STATUS = "preference.responses.status"

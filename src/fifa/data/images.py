@@ -6,7 +6,9 @@ Whatever has images (pairs, the cells of Parquet files, files in a folder) becom
 
 from __future__ import annotations
 
+import binascii
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +28,7 @@ import xxhash
 
 from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
-from fifa.data.records import out_of_file, outside, tar_ref
+from fifa.data.records import Place, out_of_file, outside, tar_ref
 from fifa.data.source import Root, has_file, inside
 from fifa.data.table import Origin, Pairs
 from fifa.shards.files import column_digest, digest, write_bytes
@@ -424,6 +426,10 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
     for part in rest:
         value = value.get(part) if isinstance(value, dict) else None
     value = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(value, str):
+        value = _from_text(value.encode("utf-8", "replace"))
+        if isinstance(value, BadImage):
+            return value
     if not isinstance(value, bytes) or not value:
         return BadImage("the cell is empty")
     return value if len(value) <= MAX_BYTES else BadImage(f"more than {MAX_BYTES:,} bytes")
@@ -455,15 +461,13 @@ def _from_refs(
             yield from zip((i for i, _ in window), answers, strict=True)
 
 
-def _from_tar(
-    root: Root, file: str, members: list[tuple[tuple[int, int, str], int]]
-) -> Iterator[Found]:
+def _from_tar(root: Root, file: str, members: list[tuple[Place, int]]) -> Iterator[Found]:
     left = deque(members)
     try:
         with root.open(file) as stream:
             while left:
-                (offset, size, _), i = left[0]
-                data = _member_bytes(stream, offset, size)
+                place, i = left[0]
+                data = _member_bytes(stream, place)
                 left.popleft()
                 yield i, data
     except OSError as error:
@@ -471,12 +475,29 @@ def _from_tar(
         yield from ((i, BadImage(reason)) for _, i in left)
 
 
-def _member_bytes(stream: IO[bytes], offset: int, size: int) -> bytes | BadImage:
-    if size > MAX_BYTES:
-        return BadImage(f"more than {MAX_BYTES:,} bytes")
-    stream.seek(offset)
-    data = stream.read(size)
-    return data if len(data) == size else BadImage("the tar file ends within the image")
+def _member_bytes(stream: IO[bytes], place: Place) -> bytes | BadImage:
+    most = 4 * MAX_BYTES // 3 + 1000 if place.base64 else MAX_BYTES
+    if place.size > most:
+        return BadImage(f"more than {most:,} bytes")
+    stream.seek(place.offset)
+    data = stream.read(place.size)
+    if len(data) < place.size:
+        return BadImage("the file ends within the image")
+    return _from_text(data) if place.base64 else data
+
+
+def _from_text(text: bytes) -> bytes | BadImage:
+    """The bytes that base64, or a ``data:`` URL of it, stands for; JSON may have escaped it."""
+    if text.startswith(b"data:"):
+        head, comma, text = text.partition(b",")
+        if not comma or not head.lower().rstrip().endswith(b";base64"):
+            return BadImage("a data: URL that is not base64")
+    text = re.sub(rb"\\u002f|\\/", b"/", re.sub(rb"\\[nrt]|\s", b"", text), flags=re.IGNORECASE)
+    text = text.translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
+    except binascii.Error as error:
+        return BadImage(f"broken base64: {error}")
 
 
 def _url_bytes(fetched: Path | None, url: str) -> bytes | BadImage:

@@ -157,7 +157,9 @@ def _clean(own: FilePairs) -> None:
         reasons |= dict.fromkeys(long, f"the name of image {side} is over {MAX_KEY:,} bytes")
     reasons |= own.wrong
     columns["prompt"] = encoded(columns["prompt"])
-    reasons |= _prompt_faults(columns["prompt"])
+    for i, reason in _prompt_faults(columns["prompt"]).items():
+        if reason != NO_TEXT or i not in own.wrong:  # a format may know more
+            reasons[i] = reason
     if reasons:
         stays = np.ones(len(own), bool)
         stays[list(reasons)] = False

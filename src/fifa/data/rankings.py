@@ -15,7 +15,7 @@ import xxhash
 from fifa.data.columns import Columns, has, text_array
 from fifa.data.ids import fold_prompt
 from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
-from fifa.data.records import encodable, in_file, outside
+from fifa.data.records import encodable, in_file, outside, tar_ref
 
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
 NEAR = 50_000  # images whose rankings are made into pairs at a time
@@ -180,7 +180,7 @@ def ranked_paths(columns: Columns) -> FilePairs:
     values = {name: columns.values(name) for name in given}
     found = _Rankings()
     for i, (prompt, paths) in enumerate(
-        zip(columns.values("prompt"), columns.values(images), strict=True)
+        zip(columns.text("prompt").to_pylist(), columns.values(images), strict=True)
     ):
         notes = values["raw_annotations"][i] if "raw_annotations" in values else None
         orders = [note.get("rank") if isinstance(note, dict) else None for note in notes or ()]
@@ -194,8 +194,9 @@ def generations(columns: Columns) -> FilePairs:
     """ImageReward's own json: generations and their ranking."""
     columns.load(["prompt", "generations", "ranking"])
     found = _Rankings()
-    values = (columns.values(name) for name in ("prompt", "generations", "ranking"))
-    for row, prompt, images, order in zip(columns.rows.tolist(), *values, strict=True):
+    values = (columns.values(name) for name in ("generations", "ranking"))
+    texts = columns.text("prompt").to_pylist()
+    for row, prompt, images, order in zip(columns.rows.tolist(), texts, *values, strict=True):
         found.take(row, prompt, images, [order])
     return found.file_pairs(columns.file)
 
@@ -224,6 +225,8 @@ def one_image_a_row(columns: Columns) -> FilePairs:
             path, ref = named, f"cell:{row}:{image}"
         else:
             ref = outside(path or "")
+            place = tar_ref(ref)
+            path = f"{columns.file}#{place.name}" if place else path
         group = _group(groups[i])
         if not -1e9 < rank[i] < 1e9 or group is None or not _is_key(path):
             own.rejected.append((row, "no rank, prompt_id or image"))
@@ -232,7 +235,9 @@ def one_image_a_row(columns: Columns) -> FilePairs:
         else:
             kept.append(i)
             names.append((prompts[i], path, ref))
-            found.append(xxhash.xxh3_128_digest(f"{group}\0{fold_prompt(prompts[i])}".encode()))
+            found.append(
+                xxhash.xxh3_128_digest(f"{encodable(group)}\0{fold_prompt(prompts[i])}".encode())
+            )
     texts = zip(("prompt", "key", "ref"), list(zip(*names, strict=True)) or [()] * 3, strict=True)
     own.members = pa.table(
         {

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa.console import note, progress
@@ -162,6 +164,10 @@ class _Reader:
         two images, though either file says ``0.png``, and so are their keys.
         """
         folder, given = self.root.folder, refs
+        files = pc.fill_null(pc.starts_with(refs, "file://"), False)
+        if pc.any(files).as_py():
+            paths = [unquote(urlsplit(ref).path) for ref in refs.filter(files).to_pylist()]
+            refs = pc.replace_with_mask(refs, files, pa.array(map(outside, paths), refs.type))
         some = refs.drop_null().slice(0, 200).to_pylist()
         paths = [ref for ref in some if ref and is_path(ref)][:20]
         if folder is None or not paths:

@@ -13,10 +13,20 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from itertools import chain
+from typing import IO, Any, NamedTuple, cast
 
 MAX_FIELD = 1 << 24  # characters of a CSV field; longer ones are broken quotes
 MAX_MEMBER = 1 << 20  # bytes of a WebDataset text member; longer ones are no labels or prompts
+MAX_LINE = 64 << 20  # bytes of a line, or of one record of a JSON list
+MAX_WHOLE = 1 << 30  # bytes of a JSON object that holds all records: it is read at once
+NOT_UTF8 = "not UTF-8: convert the file first (iconv -f WINDOWS-1252 -t UTF-8 FILE)"
+# how images begin that are written as text: data: URLs, base64 of PNG, JPEG and WEBP
+WRITTEN_OUT = ("data:", "iVBORw0KGgo", "/9j/4", "_9j_4", "UklGR")
+BASE64 = re.compile(
+    r"(?:data:[^,\s]{0,200};base64,)?[A-Za-z0-9+/_=\s-]{30,}", re.ASCII | re.IGNORECASE
+)
+IN_BYTES = re.compile(rb"data:|iVBORw0KGgo|[/_]9j\\?[/_]4|UklGR")
 
 Row = tuple[int, dict[str, Any] | str]  # a record, or the reason why it is none
 
@@ -51,9 +61,11 @@ def read_records(stream: IO[bytes], kind: str) -> Records:
 
     Text is UTF-8, or UTF-16 or UTF-32 with the mark of it or without.
     """
-    iterate = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "tar": _tar}[kind]
+    iterate = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv}
     records = Records()
-    for row, record in iterate(stream if kind == "tar" else _utf8(stream)):
+    if not isinstance(stream, io.BufferedIOBase):  # those of fsspec have no bounded readline
+        stream = io.BufferedReader(cast(io.RawIOBase, stream))
+    for row, record in _tar(stream) if kind == "tar" else iterate[kind](*_utf8(stream)):
         if isinstance(record, str):
             records.rejected.append((row if row >= 0 else None, encodable(record)))
             continue
@@ -69,7 +81,19 @@ def read_records(stream: IO[bytes], kind: str) -> Records:
 
 
 class Member(str):
-    """A reference that `read_records` made, to a member of a tar file: ``tar:OFFSET+SIZE:NAME``."""
+    """A reference that `read_records` made, to bytes in the file.
+
+    ``tar:OFFSET+SIZE:NAME`` is a member of a tar file, ``tar:OFFSET+SIZE+base64:NAME`` text.
+    """
+
+
+class Place(NamedTuple):
+    """What such a reference says."""
+
+    offset: int
+    size: int
+    name: str
+    base64: bool
 
 
 def outside(ref: str) -> str:
@@ -116,48 +140,148 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _utf8(stream: IO[bytes]) -> IO[bytes]:
+def _utf8(stream: IO[bytes]) -> tuple[IO[bytes], bool]:
+    """The text in UTF-8, and whether it is the file's own bytes."""
     name = encoding_of(stream.read(64))
     stream.seek(0)
     if name == "utf-8-sig":
-        return stream
-    return io.BytesIO(stream.read().decode(name, "replace").encode("utf-8", "replace"))
+        return stream, True
+    return io.BufferedReader(_Recoded(stream, name)), False
 
 
-def tar_ref(ref: str) -> tuple[int, int, str] | None:
-    """Offset, size and name in a reference to a tar member; None if it is something else."""
-    match = re.fullmatch(r"tar:([0-9]{1,18})\+([0-9]{1,18}):(.*)", ref, flags=re.DOTALL)
-    return (int(match[1]), int(match[2]), match[3]) if match else None
+class _Recoded(io.RawIOBase):
+    """A stream of text in another encoding, as UTF-8."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream, self._left = stream, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True  # to the beginning
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._left = b""
+        self._decoder.reset()
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            data = self._stream.read(1 << 16)
+            self._left = self._decoder.decode(data, not data).encode("utf-8", "replace")
+            if not data:
+                break
+        part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
 
 
-def _jsonl(stream: IO[bytes]) -> Iterator[Row]:
-    row = 0
-    for line in stream:
-        if line.strip():
-            yield row, _parse(line)
-            row += 1
+def tar_ref(ref: str) -> Place | None:
+    """Where the bytes are that a `Member` refers to; None if it is something else."""
+    form = r"tar:([0-9]{1,18})\+([0-9]{1,18})(\+base64)?:(.*)"
+    match = re.fullmatch(form, ref, flags=re.DOTALL)
+    return Place(int(match[1]), int(match[2]), match[4], bool(match[3])) if match else None
 
 
-def _json(stream: IO[bytes]) -> Iterator[Row]:
+class _Finder:
+    """Puts references to their places in the file for images written as text.
+
+    The strings of ``raw``, which begins at the file's byte ``start``, are met in its order, so each
+    byte is looked at once.
+    """
+
+    def __init__(self, raw: bytes | bytearray, start: int) -> None:
+        self._raw, self._start, self._at = raw, start, 0
+
+    def placed(self, value: Any) -> Any:
+        """The value with `Member` for such texts, where they stand in the file as they are."""
+        if isinstance(value, dict):
+            return {name: self.placed(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.placed(each) for each in value]
+        if not isinstance(value, str) or not value.startswith(WRITTEN_OUT):
+            return value
+        if not BASE64.fullmatch(value):
+            return value
+        forms = (value, json.dumps(value)[1:-1])
+        for form in dict.fromkeys((*forms, *(form.replace("/", "\\/") for form in forms))):
+            at = self._raw.find(form.encode(), self._at)
+            if at >= 0:
+                self._at = at + len(form)
+                place = self._start + at
+                return Member(f"tar:{place}+{len(form)}+base64:{place}.base64")
+        return value
+
+
+def _placed(value: Any, raw: bytes | bytearray, start: int | None) -> Any:
+    """As `_Finder.placed`; nothing is placed in a file that is recoded (``start`` None)."""
+    if start is None or not IN_BYTES.search(raw):
+        return value
+    return _Finder(raw, start).placed(value)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a stream; raises `ValueError` for one that is none of a text table."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line of more than {MAX_LINE:,} bytes: no text table")
+        yield line
+
+
+def _jsonl(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
+    row = at = 0
+    try:
+        for line in _lines(stream):
+            if line.strip():
+                yield row, _placed(_parse(line), line, at if placed else None)
+                row += 1
+            at += len(line)
+    except ValueError as error:
+        yield row or -1, f"broken from here to the end of the file: {error}"
+
+
+def _json(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
     """A list of records, one in an object, or (whatever the file is called) one record a line."""
-    raw = stream.read()
-    start = raw[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if start == b"{":
-        whole = _parse(raw)
+    first = stream.read(MAX_LINE)
+    start = first[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    stream.seek(0)
+    if b"\0" in first:
+        yield -1, "not JSON: it has NUL bytes"
+        return
+    del first
+    if start == b"[":
+        yield from _json_items(stream, placed)
+    elif start != b"{":
+        yield -1, "not a JSON list of records"
+    elif _is_lines(stream):
+        stream.seek(0)
+        yield from _jsonl(stream, placed)
+    else:
+        stream.seek(0)
+        raw = stream.read(MAX_WHOLE + 1)
+        if len(raw) > MAX_WHOLE:
+            yield -1, f"one JSON object of more than {MAX_WHOLE:,} bytes: write a record a line"
+            return
+        whole = _placed(_parse(raw), raw, 0 if placed else None)
         if isinstance(whole, dict):
             yield from enumerate(_wrapped(whole))
-            return
-        first = raw.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
-        if isinstance(_parse(first), dict):
-            yield from _jsonl(io.BytesIO(raw))
-            return
-    if start != b"[":
-        yield -1, "not a JSON list of records"
-        return
-    # bytes that are no UTF-8 become lone surrogates: they spoil their own record only
-    text = raw.decode("utf-8-sig", "surrogateescape")
-    del raw
-    yield from _json_items(text)
+        else:
+            yield -1, f"not a JSON list of records: {whole}"
+
+
+def _is_lines(stream: IO[bytes]) -> bool:
+    """True if the first line is a record, and not all there is."""
+    line = b"\n"
+    while line and not line.strip(b"\xef\xbb\xbf \t\r\n"):
+        line = stream.readline(MAX_LINE)
+    if not isinstance(_parse(line), dict):
+        return False
+    while line := stream.readline(MAX_LINE):
+        if line.strip():
+            return True
+    return False
 
 
 def _wrapped(whole: dict[str, Any]) -> list[dict[str, Any] | str]:
@@ -171,29 +295,43 @@ def _wrapped(whole: dict[str, Any]) -> list[dict[str, Any] | str]:
     return [whole]
 
 
-def _json_items(text: str) -> Iterator[Row]:
-    decoder, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
-    position, row = text.index("[") + 1, 0
+def _json_items(stream: IO[bytes], placed: bool) -> Iterator[Row]:
+    """The items of a list, one after the other: memory holds the largest, up to `MAX_LINE`."""
+    items, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
+    # bytes that are no UTF-8 become lone surrogates: they spoil their own record only
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text, ended = decoder.decode(stream.read(1 << 16)), False
+    start, row = text.index("[") + 1, 0
+    byte, known = 0, 0  # the file's byte at which text[known] is
     while True:
-        match = gap.match(text, position)
-        position = match.end() if match else position
-        if text[position : position + 1] == "]":
+        match = gap.match(text, start)
+        start = match.end() if match else start
+        byte, known = byte + len(text[known:start].encode("utf-8", "surrogateescape")), start
+        if text[start : start + 1] == "]":
             return
+        value, end, fault = None, len(text), ""
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, end = items.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            # what follows a break cannot be told apart, so it is one rejected row
-            yield row, f"broken JSON from here to the end of the file: {_brief(error)}"
+            fault = _brief(error)
+        if end == len(text) and not ended and end - start <= MAX_LINE:
+            more = stream.read(max(1 << 16, end - start))
+            ended = not more
+            text, start, known = text[start:] + decoder.decode(more, ended), 0, 0
+            continue
+        if fault:  # what follows a break cannot be told apart, so it is one rejected row
+            yield row, f"broken JSON from here to the end of the file: {fault}"
             return
-        yield row, _record(value)
-        row += 1
+        raw = text[start:end].encode("utf-8", "surrogateescape")
+        yield row, _record(_placed(value, raw, byte if placed else None))
+        start, row = end, row + 1
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return f"not UTF-8: {_brief(error)}"
+        return f"{NOT_UTF8}: {_brief(error)}"
     try:
         return _record(json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
@@ -213,31 +351,42 @@ def _record(value: object) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _csv(stream: IO[bytes]) -> Iterator[Row]:
+def _csv(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
     """Commas, tabs or semicolons, whichever the header has most of. A tab ends a field, always."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
-    head = text.readline(MAX_FIELD)
-    text.seek(0)
-    comma = max(",\t;", key=head.count)
-    reader = tab_rows(text) if comma == "\t" else csv.reader(text, strict=True, delimiter=comma)
+    record = bytearray()  # the bytes of the record under way
+    lines = _text_lines(stream, record)
+    at = 0  # where it begins in the file
     names: list[str] = []
     row = -1
+    reader: Iterator[list[str]] | None = None
     while True:
+        at += len(record)
+        record.clear()
         try:
+            if reader is None:
+                head = next(lines)
+                comma = max(",\t;", key=head.count)
+                whole = chain([head], lines)
+                reader = tab_rows(whole)
+                if comma != "\t":
+                    reader = csv.reader(whole, strict=True, delimiter=comma)
             cells = next(reader)
         except StopIteration:
-            break
+            return
         except csv.Error as error:
             row += 1
             yield row, f"broken CSV: {_brief(error)}"
             continue
+        except ValueError as error:
+            yield (row + 1 if names else -1), f"broken from here to the end of the file: {error}"
+            return
         if not names:
             names = cells
             twice = [name for name in names if name and names.count(name) > 1]
             if twice:
                 yield -1, f"two columns are named {twice[0][:100]!r}"
-                break
+                return
             continue
         if not cells:
             continue
@@ -245,8 +394,19 @@ def _csv(stream: IO[bytes]) -> Iterator[Row]:
         if len(cells) != len(names):
             yield row, f"{len(cells)} cells where the header has {len(names)}"
         else:
+            cells = _placed(cells, record, at if placed else None)
             yield row, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-    text.detach()
+
+
+def _text_lines(stream: IO[bytes], record: bytearray) -> Iterator[str]:
+    """Lines as text, also those that only a carriage return ends; their bytes go to ``record``."""
+    for line in _lines(stream):
+        parts = [line]
+        if b"\r" in line[:-2]:
+            parts = re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", line)
+        for part in parts:
+            record += part
+            yield part.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def tab_rows(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -303,7 +463,7 @@ def _tar(stream: IO[bytes]) -> Iterator[Row]:
             continue
         if "caption" in sample.columns and "label_0" not in sample.columns:
             sample.columns.setdefault("prompt", sample.columns["caption"])
-        yield row, {"__key__": key, **sample.columns}
+        yield row, {"__key__": encodable(key), **sample.columns}
     if broken:
         yield (len(samples) if samples else -1), broken
 
@@ -322,7 +482,7 @@ def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Samp
         sample.fault = sample.fault or f"{member.name!r} belongs to another key"
     sample.stem = stem if parts else sample.stem
     if suffix in TAR_IMAGES:
-        ref = Member(f"tar:{member.offset_data}+{member.size}:{member.name}")
+        ref = Member(f"tar:{member.offset_data}+{member.size}:{encodable(member.name)}")
         sample.put(column, ref, member.name)
     elif member.size <= MAX_MEMBER:
         stream.seek(member.offset_data)

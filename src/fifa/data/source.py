@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import stat
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from fifa.data.records import encodable
 from fifa.errors import FifaError
@@ -21,7 +23,9 @@ KINDS = {
     ".tsv": "tsv",
     ".tar": "tar",
 }
+PACKED = ".gz"  # behind the ending of a text file
 MAGIC = "*?["
+UNPACKED = 100, 64 << 20  # times its bytes, or bytes: no table, but something made to fill memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Root:
         A remote file is read in blocks of some MB; ``read_ahead=False`` asks for no byte but those
         wanted, where what lies between them is large and is not.
         """
+        if path.lower().endswith(PACKED):
+            return cast(IO[bytes], _Unpacked(self._open(path, read_ahead)))
+        return self._open(path, read_ahead)
+
+    def _open(self, path: str, read_ahead: bool) -> IO[bytes]:
         if self.folder is not None:
             return (self.folder / path).open("rb")
         system, full = _remote(self.name(path))
@@ -74,6 +83,33 @@ class Root:
             full, "rb", **({} if read_ahead else {"cache_type": "none"})
         )
         return opened
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that does not unpack to any number of bytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self.myfileobj = cast(Any, file)  # closed with it
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._most = max(UNPACKED[0] * size, UNPACKED[1])
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._bounded(super().read, size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._bounded(super().readline, size)
+
+    def _bounded(self, get: Callable[[int], bytes], size: int | None) -> bytes:
+        most = self._most + 1 - self.tell()
+        try:
+            data = get(most if size is None or size < 0 else min(size, most))
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"broken gzip: {error}") from error
+        if self.tell() > self._most:
+            raise OSError(f"it unpacks to over {self._most:,} bytes: too many for its size")
+        return data
 
 
 @dataclass(frozen=True)
@@ -98,6 +134,16 @@ class Source:
     refused: tuple[tuple[str, str], ...] = ()
 
 
+def kind_of(name: str) -> str | None:
+    """One of the values of `KINDS` by a file's name; None for a file that is not read."""
+    path = Path(name.lower())
+    kind = KINDS.get(path.suffix)
+    if path.suffix == PACKED:
+        kind = KINDS.get(Path(path.stem).suffix)
+        return None if kind in ("parquet", "tar") else kind
+    return kind
+
+
 def is_url(name: str) -> bool:
     """True for ``scheme://...``."""
     scheme, separator, _ = name.partition("://")
@@ -120,12 +166,12 @@ def find_files(source: str | Path) -> Source:
         raise FifaError("no source given", do="name a file, folder, glob, hf:// id or URL")
     found = _find_remote(named) if is_url(named) else _find_local(named)
     if not found.files and not found.refused:
-        packed = named.endswith((".gz", ".zip", ".zst", ".bz2", ".xz"))
+        packed = named.endswith((".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz"))
         unpack = "unpack it first (gzip -d, unzip): " if packed else ""
         raise FifaError(
             "nothing to read here",
             where=str(source),
-            do=f"{unpack}it needs files that end in {', '.join(KINDS)}",
+            do=f"{unpack}it needs files that end in {', '.join(KINDS)}, or as text in {PACKED}",
         )
     return found
 
@@ -161,13 +207,22 @@ def _find_local(named: str) -> Source:
         fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in MAGIC))
         root = Path(*parts[:fixed]) if fixed else Path()
         pattern = "/".join(parts[fixed:])
-        paths = [match for match in root.glob(pattern) if match.is_file()]
+        paths = [match for match in root.glob(pattern) if not match.is_dir()]
+    elif path.exists():
+        raise FifaError(
+            "a pipe, socket or device, where a file is read more than once",
+            where=named,
+            do="write it to a file first",
+        )
     else:
         raise FifaError("no such file or folder", where=named)
     files, refused = [], []
     for file in paths:
         name = file.relative_to(root).as_posix()
-        kind = KINDS.get(file.suffix.lower())
+        kind = kind_of(name)
+        if file.is_symlink() and file.is_dir():
+            refused.append((encodable(name), "a link to a folder: name that folder as a source"))
+            continue
         if kind is None:
             continue
         try:
@@ -191,6 +246,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] not in "._"]
         yield from (Path(parent) / name for name in names if name[0] not in "._")
+        yield from (path for name in folders if (path := Path(parent) / name).is_symlink())
 
 
 def _find_remote(named: str) -> Source:
@@ -214,7 +270,7 @@ def _find_remote(named: str) -> Source:
     for full, info in listed.items():
         name = full.removeprefix(prefix)
         hidden = any(part[0] in "._" for part in name.split("/") if part)
-        kind = KINDS.get(Path(name.partition("?")[0]).suffix.lower())
+        kind = kind_of(name.partition("?")[0])
         if kind is None or (hidden and len(listed) > 1) or info.get("type") == "directory":
             continue
         size = info.get("size")
