@@ -20,13 +20,17 @@ import time
 from pathlib import Path
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Every file of a run that has to be the same: all but the log and what it feeds."""
-    changing = {"log.jsonl", "report.html"}
+# What says when something was done, or how long it took, and so is never the same twice
+TIMES = ("log.jsonl", "report.html", "*.sqlite")
+TRAINING_TIMES = ("README.md", "train.json", "stats.jsonl", "logs/*", "state/*/state.json")
+
+
+def contents(run: Path, but: tuple[str, ...] = TIMES) -> dict[str, bytes]:
+    """Every file of a run that has to be the same: all but those that tell times."""
     return {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in changing and path.suffix != ".sqlite"
+        if path.is_file() and not any(path.relative_to(run).match(name) for name in but)
     }
 
 
@@ -54,10 +58,11 @@ def kill_and_resume(
     Raises `SystemExit` if a run that is not killed fails.
     """
     draw = random.Random(seed)
+    but = TIMES + (TRAINING_TIMES if command == "train" else ())
     begun = time.monotonic()
     finish(start(command, options, folder / "unbroken"))
     duration = time.monotonic() - begun
-    expected = contents(folder / "unbroken")
+    expected = contents(folder / "unbroken", but)
     results = []
     for number in range(kills):
         moment = draw.uniform(0, duration)
@@ -68,7 +73,7 @@ def kill_and_resume(
         process.communicate()
         if not chain or number == kills - 1:
             finish(start(command, options, out))
-            found = contents(out)
+            found = contents(out, but)
             differ = [n for n in sorted({*expected, *found}) if expected.get(n) != found.get(n)]
             results.append((moment, differ))
     return results
