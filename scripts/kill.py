@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 # What says when something was done, or how long it took, and so is never the same twice
 TIMES = ("log.jsonl", "report.html", "*.sqlite")
 TRAINING_TIMES = ("README.md", "train.json", "stats.jsonl", "logs/*", "state/*/state.json")
