@@ -1,7 +1,9 @@
 """Each family against diffusers' own: the same embeddings, noise, targets and predictions."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -508,10 +510,12 @@ def test_a_single_file_is_no_folder(models, tmp_path):
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ("vae/config.json", {"_class_name": "VQModel"}, "autoencoder of class VQModel"),
         ("vae/config.json", {"latent_channels": None}, "cannot load the model's vae"),
-        ("vae/config.json", {"scaling_factor": [1]}, "cannot load the model's vae"),
+        ("vae/config.json", {"scaling_factor": [1]}, r"vae: scaling_factor is \[1\]"),
         ("model_index.json", {"unet": -1}, "lacks its unet: model_index.json"),
         ("scheduler/scheduler_config.json", {"trained_betas": 1}, "the model's schedule"),
         ("scheduler/scheduler_config.json", {"beta_end": 1e99}, "the model's schedule"),
+        ("scheduler/scheduler_config.json", {"beta_end": 5.0}, "no shares of noise"),
+        ("scheduler/scheduler_config.json", {"beta_start": float("nan")}, "no shares of noise"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "channels one by one"),
     ],
 )
@@ -521,6 +525,46 @@ def test_what_a_folder_says_wrong_is_told(models, tmp_path, file, change, messag
     (folder / file).write_text(json.dumps({**known, **change}))
     with pytest.raises(FifaError, match=message):
         load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change", "message"),
+    [
+        ("sd15", "unet", {"time_embedding_dim": 24}, "of another shape"),
+        ("sd15", "unet", {"layers_per_block": 2}, r"missing \(down_blocks"),
+        ("sd15", "unet", {"encoder_hid_dim": 9, "encoder_hid_dim_type": "text_proj"}, "do not fit"),
+        ("sd15", "unet", {"norm_num_groups": 7}, "do not fit: num_channels"),
+        ("sd15", "unet", {"attention_head_dim": 0}, "do not fit"),
+        ("sdxl", "unet", {"addition_time_embed_dim": 9}, "do not fit"),
+        ("sd3", "transformer", {"pos_embed_max_size": 2}, "do not fit: Height"),
+        ("flux-dev", "transformer", {"axes_dims_rope": [4, 4, 4]}, "do not fit"),
+        ("flux-dev", "transformer", {"num_single_layers": 2}, r"missing \(single_transformer"),
+        ("flux-schnell", "transformer", {"guidance_embeds": True}, "missing"),
+    ],
+)
+def test_a_prediction_is_rehearsed_before_anything_is_loaded(
+    models, tmp_path, kind, file, change, message, loaded
+):
+    folder = shutil.copytree(models[kind], tmp_path / "model")
+    path = folder / file / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(FifaError, match=message):
+        load_backbone(folder).rehearse(64)
+    assert not loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_fits_is_rehearsed_without_a_word(models, kind, loaded):
+    load_backbone(models[kind]).rehearse(64)
+    assert not loaded
+
+
+def test_words_that_an_encoder_does_not_know_are_told(models, backbones):
+    (text,) = backbones["sd15"].text
+    few = text.model.config.__class__(**{**text.model.config.to_dict(), "vocab_size": 20})
+    small = dataclasses.replace(text, model=SimpleNamespace(config=few))
+    with pytest.raises(FifaError, match="the text encoder knows 20"):
+        small(["the cat"])
 
 
 def test_a_folder_that_is_no_model(tmp_path):

@@ -19,7 +19,9 @@ from fifa.config import RECIPE_FILE
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.stats import Number
+from fifa.models.families import PIPELINES
 from fifa.models.hub import MODEL_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
+from fifa.models.joints import check_joints
 from fifa.models.optional import require
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import digest, files_digest, read_json, read_json_lines, read_yaml
@@ -132,10 +134,12 @@ def name_checkpoints(paths: Sequence[str]) -> dict[str, str]:
 def find_pipeline(model: str) -> Path:
     """The folder of a pipeline in diffusers' layout: local as it is, or a hub id's files.
 
-    Raises `FifaError` for one that is not there, or that brings code of its own.
+    Raises `FifaError` for one that is not there, that brings code of its own, or whose parts do
+    not fit together.
     """
     path = pipeline_folder(model)
-    class_name(path)
+    if family := PIPELINES.get(class_name(path)):
+        check_joints(path, family)
     return path
 
 
@@ -178,6 +182,9 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
         return found("lora", folder / LORA)
     for part in (*(folder / part for part in PARTS), folder):
         if (part / "config.json").is_file() and part_name(part):
+            family = PIPELINES.get(class_name(base.base))
+            if family and part_name(part) == family.part:
+                check_joints(base.base, family, part)
             return found("part", part)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:

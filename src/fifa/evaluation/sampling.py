@@ -18,7 +18,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model, class_name, part_name
 from fifa.models.families import PIPELINES
-from fifa.models.networks import load_network, load_parts, loading, named_keys
+from fifa.models.networks import load_network, load_parts, named_keys, working
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, make_runtime, out_of_memory, tf32
 from fifa.shards.files import read_json
@@ -213,7 +213,8 @@ def make_images(
     vae: Any = getattr(pipe, "vae", None)
     try:
         place = Path(str(getattr(pipe, "name_or_path", "")))
-        with tf32(pipe.device), loading("settings that make an image", place):
+        fits = "check --width, --height and --sampler, and that all parts are of one model"
+        with tf32(pipe.device), working("the model cannot make an image", place, fits):
             found = pipe(prompt=prompts, generator=noise, **options).images
     finally:
         if tensors:  # SDXL's is float32 where memory ran out while it decoded

@@ -8,7 +8,7 @@ defaults of an evaluation and the texts about them are all read from here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
@@ -100,6 +100,10 @@ class Family:
         float16.
     activations
         What computing takes beside the weights, if it was measured.
+    joints
+        Settings of the denoiser, each with those of other parts, ``PART.SETTING``, whose sum it is.
+    requires
+        Settings of the denoiser, each with the values that it may have, the usual one first.
     """
 
     name: str
@@ -118,6 +122,8 @@ class Family:
     distilled: Distilled | None = None
     half_vae: bool = False
     activations: Activations | None = None
+    joints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def sampling(self, config: Mapping[str, Any]) -> tuple[int, float]:
         """Steps and guidance of a model whose denoiser has this ``config.json``."""
@@ -135,6 +141,13 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 JOINT_ATTENTION = tuple(
     f"attn.{name}" for name in (*ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 )
+
+LATENT = ("vae.latent_channels",)
+CHANNELS = {"in_channels": LATENT, "out_channels": LATENT}
+NO_CLASSES = {"class_embed_type": (None,), "num_class_embeds": (None,)}
+TEXTS = ("text_encoder", "text_encoder_2")
+WIDTHS = tuple(f"{part}.hidden_size" for part in TEXTS)
+PROJECTIONS = tuple(f"{part}.projection_dim" for part in TEXTS)
 
 # half_vae: SimpleTuner's VAEs compute in bfloat16 by default, but for SDXL's own (#394 there: take
 # the fixed one). diffusers' scripts for SD, SD3 and FLUX give the VAE the training's 16-bit type,
@@ -162,6 +175,8 @@ FAMILIES = (
             vae=VAE,
             prompt=3_095_168,
         ),
+        joints={"cross_attention_dim": WIDTHS[:1], **CHANNELS},
+        requires={"addition_embed_type": (None, "text"), **NO_CLASSES},
     ),
     Family(
         name="sdxl",
@@ -184,6 +199,16 @@ FAMILIES = (
             vae=VAE,
             prompt=8_005_248,
         ),
+        joints={
+            "cross_attention_dim": WIDTHS,
+            # the pooled prompt, and six numbers of sizes and crop
+            "projection_class_embeddings_input_dim": (
+                PROJECTIONS[1],
+                *("unet.addition_time_embed_dim",) * 6,
+            ),
+            **CHANNELS,
+        },
+        requires={"addition_embed_type": ("text_time",), **NO_CLASSES},
     ),
     Family(
         name="sd3",
@@ -208,6 +233,11 @@ FAMILIES = (
             vae=VAE,
             prompt=113_264_640,
         ),
+        joints={
+            "joint_attention_dim": ("text_encoder_3.d_model",),
+            "pooled_projection_dim": PROJECTIONS,
+            **CHANNELS,
+        },
     ),
     Family(
         name="flux",
@@ -237,6 +267,12 @@ FAMILIES = (
             vae=VAE,
             prompt=302_026_752,
         ),
+        joints={
+            "joint_attention_dim": ("text_encoder_2.d_model",),
+            "pooled_projection_dim": WIDTHS[:1],
+            "in_channels": LATENT * 4,  # of 2 x 2 patches
+        },
+        requires={"patch_size": (1, None)},
         distilled=Distilled("FLUX schnell", lacks="guidance_embeds", steps=4),
     ),
 )

@@ -149,6 +149,16 @@ def loading(what: str, where: Path, do: str | None = None) -> Iterator[None]:
 
     Memory that runs out is not the files' fault, and comes as it is.
     """
+    with working(f"cannot load {what}", where, do):
+        yield
+
+
+@contextmanager
+def working(failure: str, where: Path, do: str | None = None) -> Iterator[None]:
+    """Whatever a library raises for networks or settings that do not fit, as a `FifaError`.
+
+    ``failure`` says what then went wrong. Memory that runs out comes as it is.
+    """
     try:
         yield
     except FifaError:
@@ -157,4 +167,4 @@ def loading(what: str, where: Path, do: str | None = None) -> Iterator[None]:
         if out_of_memory(error):
             raise
         brief = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-        raise FifaError(f"cannot load {what}: {brief}", where=str(where), do=do) from error
+        raise FifaError(f"{failure}: {brief}", where=str(where), do=do) from error

@@ -28,6 +28,7 @@ from fifa.console import echo, note, progress
 from fifa.data.images import look, read
 from fifa.data.prefetch import Prefetch, batched, decode_images
 from fifa.errors import FifaError
+from fifa.models.networks import working
 from fifa.models.optional import require
 from fifa.models.runtime import DTYPES, SHARE, Parts, free_bytes, pinned
 from fifa.shards.files import atomic_path, digest, write_table
@@ -396,6 +397,7 @@ class Encoder:
         chunks = list(plan.chunks(self._rows(numbers)))
         keys = [[plan.keys[i] for i in chunk] for chunk in chunks]
         device, vae = self.backbone.device, self.backbone.vae
+        place = self.backbone.folder / "vae"
         parts = Parts("image")
         threads = cores()
         with ThreadPoolExecutor(threads) as pool:
@@ -419,7 +421,8 @@ class Encoder:
                 def moments(part: slice) -> Tensors:
                     there = pixels[part].to(device, non_blocking=True)
                     # from bytes to [-1, 1]
-                    return {"moments": vae.moments(there.float() / 127.5 - 1)}
+                    with working("the VAE cannot encode images", place):
+                        return {"moments": vae.moments(there.float() / 127.5 - 1)}
 
                 return parts.run(moments, len(pixels), self.batch)
 
@@ -440,8 +443,11 @@ class Encoder:
                 yield chunk[start : start + most]
 
         def encoded(batch: Sequence[str]) -> Iterator[Tensors]:
-            encode = self.backbone.encode_prompts
-            return parts.run(lambda part: encode(batch[part]), len(batch), most)
+            def encode(part: slice) -> Tensors:
+                with working("the text encoders cannot encode prompts", self.backbone.folder):
+                    return self.backbone.encode_prompts(batch[part])
+
+            return parts.run(encode, len(batch), most)
 
         return self._fill("prompts", chunks, [list(chunk) for chunk in chunks], batches, encoded)
 

@@ -29,11 +29,13 @@ from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, write_card
 from fifa.training.pairs import read_training_pairs
 from fifa.training.plan import Plan, memory_of
+from fifa.training.resize import Resize
 from fifa.training.samples import Samples
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
+MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was made for
 TRAIN_FILE = "train.yaml"
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
@@ -220,10 +222,9 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     weights = dtype if train.method == "lora" and not sharded else "float32"
     device = accelerator.device
     backbone = load_backbone(train.model, device=device, dtype=weights, compute=dtype)
-    # what the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX
-    side = backbone.settings.get("sample_size")
-    native = side * backbone.vae.factor if isinstance(side, int) else 1024
-    resolution = train.resolution or native
+    resolution = train.resolution or native_resolution(backbone)
+    Resize(resolution, backbone.pixels_per_latent, train.buckets)  # says what does not fit
+    backbone.rehearse(resolution)
     shards = accelerator.num_processes if sharded else 1
     plan = Plan(
         train,
@@ -240,6 +241,22 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
     return Job(train, accelerator, pairs, backbone, plan, cache)
+
+
+def native_resolution(backbone: Backbone) -> int:
+    """What the model was made for: 512 pixels a side for SD1.5, 1,024 for SDXL, SD3, FLUX."""
+    side = backbone.settings.get("sample_size")
+    if isinstance(side, list) and side and side == side[:1] * len(side):
+        side = side[0]
+    if "sample_size" not in backbone.settings:  # FLUX
+        return 1024
+    if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= MOST_LATENTS:
+        raise FifaError(
+            f"the model does not say what size it was made for: sample_size is {side!r}"[:200],
+            where=str(backbone.folder / backbone.family.part),
+            do="give --resolution",
+        )
+    return side * backbone.vae.factor
 
 
 def check_pairs(train: Train, pairs: Any, processes: int) -> None:

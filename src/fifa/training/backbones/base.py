@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
@@ -16,12 +17,21 @@ from torch import Tensor
 from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.hub import model_digest
-from fifa.models.networks import loading
+from fifa.models.networks import loading, named_keys, working
 from fifa.models.runtime import Runtime, release_memory, tf32
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, cut_prompts, diffusers
+from fifa.shards.files import digest
+from fifa.training.backbones.parts import (
+    ModelFolder,
+    TextEncoder,
+    cut_prompts,
+    diffusers,
+    shapes_in,
+)
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
+FITTING = "take all parts from one model, with the settings that belong to their weights"
+_rehearsed: set[str] = set()
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
@@ -64,6 +74,12 @@ class Diffusion:
         # alpha_bar_t = prod_{s <= t} (1 - beta_s), float32 [T]
         self.alphas: Tensor = known.alphas_cumprod
         self.steps = len(self.alphas)
+        if not (self.steps and bool(((known.betas >= 0) & (known.betas < 1)).all())):  # NaN is none
+            raise FifaError(
+                f"the betas are no shares of noise: {betas}",
+                where=where,
+                do="take the scheduler_config.json that belongs to the model",
+            )
 
     def draw_time(self, generator: torch.Generator) -> Tensor:
         """A timestep, uniform in [0, T), int64."""
@@ -109,8 +125,8 @@ class Flow:
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
         shift = float(config.get("shift", 1.0))
-        if not shift > 0:
-            raise FifaError(f"the scheduler's shift is {shift}, not above 0", where=where)
+        if not 0 < shift < math.inf:
+            raise FifaError(f"the scheduler's shift is {shift}, not a number above 0", where=where)
         self.shift = 1.0 if config.get("use_dynamic_shifting") else shift
         self.steps = int(config.get("num_train_timesteps", 1000))
 
@@ -377,6 +393,39 @@ class Backbone:
         other = copy.copy(self)
         other.denoiser = denoiser
         return other
+
+    def rehearse(self, resolution: int) -> None:
+        """Raise `FifaError` unless a prediction for images of this side can be made.
+
+        Shapes alone are computed, and compared with those of the weights: nothing is loaded. Once
+        in a process for the same settings, shapes and side.
+        """
+        part, side = self.family.part, resolution // self.vae.factor
+        where, config = self.folder / part, self.origin.config(part)
+        there, shape = shapes_in(where), (2, self.vae.channels, side, side)
+        with working("the parts of the model do not fit", where, FITTING):
+            prompts = {name: (2, *one) for name, one in self.prompt_shapes().items()}
+            key = digest(self.family.name, config, there, shape, prompts)
+            if key in _rehearsed:
+                return
+            time = self.schedule.draw_time(torch.Generator()).expand(2).to("meta")
+            with torch.device("meta"), torch.no_grad():
+                other = self.with_denoiser(diffusers(self.family.denoiser).from_config(config))
+                other.device = torch.device("meta")
+                text = {name: torch.empty(one) for name, one in prompts.items()}
+                made = other.predict(torch.empty(shape), time, text, torch.empty(2, 6))
+            if made.shape != shape:
+                raise ValueError(f"{tuple(made.shape)} is predicted for latents of {shape}")
+        needed = {name: tuple(value.shape) for name, value in other.denoiser.state_dict().items()}
+        differ = [name for name in needed.keys() & there if needed[name] != there[name]]
+        if differ or needed.keys() - there:
+            raise FifaError(
+                "the weights are not those of the network: "
+                + named_keys(missing=needed.keys() - there, **{"of another shape": differ}),
+                where=str(where),
+                do=FITTING,
+            )
+        _rehearsed.add(key)
 
     def inputs(self, tensors: Tensors) -> Tensors:
         """``tensors`` on the device, in the floating type of the denoiser's weights."""

@@ -22,6 +22,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
 from fifa.models.hub import pipeline_folder, weight_files
+from fifa.models.joints import check_joints
 from fifa.models.networks import load_network, loading
 from fifa.models.optional import require
 from fifa.models.runtime import tf32
@@ -54,7 +55,7 @@ class ModelFolder:
     encoding: torch.dtype
 
     def check(self) -> None:
-        """Raise `FifaError` unless all parts are there, with whole files of weights.
+        """Raise `FifaError` unless all parts are there, fit together, and have whole weights.
 
         Of the weights only headers are read: a part is loaded when it is needed, hours later.
         """
@@ -72,6 +73,7 @@ class ModelFolder:
             if part != "scheduler" and not weight_files(folder).paths:
                 raise self._lacks(part, f"{part} has no safetensors (pickled weights stay closed)")
             shapes_in(folder)
+        check_joints(self.path, self.family)
 
     def model(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> Any:
         """A network of the folder: frozen, in evaluation mode, on the device.
@@ -233,6 +235,12 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         )
+        words, found = self.model.config.vocab_size, int(tokens.input_ids.max())
+        if found >= words:  # on a GPU it would end the process
+            raise FifaError(
+                f"the tokenizer gives word {found:,}, the text encoder knows {words:,}",
+                do="take both from one model",
+            )
         mask = None
         if getattr(self.model.config, "use_attention_mask", False):
             mask = tokens.attention_mask.to(self.model.device)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fifa.errors import FifaError
+from fifa.models.networks import loading
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.backbones.parts import (
     ModelFolder,
@@ -30,8 +32,11 @@ class StableDiffusion3(Backbone):
 
     def __init__(self, folder: ModelFolder) -> None:
         super().__init__(folder)
-        self.patch = int(self.settings["patch_size"])
-        self.text_width = int(self.settings["joint_attention_dim"])
+        with loading("the model's transformer", folder.path / folder.family.part):
+            self.patch = int(self.settings["patch_size"])
+            self.text_width = int(self.settings["joint_attention_dim"])
+            if self.patch < 1:
+                raise ValueError(f"its patch_size is {self.patch}")
 
     def load_text(self, folder: ModelFolder) -> list[TextEncoder]:
         """Two CLIPs', and T5's if the folder has it."""
@@ -58,6 +63,13 @@ class StableDiffusion3(Backbone):
         """As `encode_prompts` has them, from the configurations."""
         folder = self.origin
         (length, one, first), (_, two, second) = (clip_sizes(folder, n) for n in ("", "_2"))
+        if one + two > self.text_width:
+            raise FifaError(
+                f"the text encoders give {one} + {two} numbers, the transformer takes "
+                f"{self.text_width}",
+                where=str(folder.path),
+                do="take all of its parts from one model",
+            )
         shapes: dict[str, tuple[int, ...]] = {
             "clip": (length, one + two),
             "pooled": (first + second,),
