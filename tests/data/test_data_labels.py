@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from commands import fifa
 from fifa.data import read_pairs
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
@@ -181,3 +183,60 @@ def test_answers_that_the_tool_does_not_count(tmp_path: Path) -> None:
     assert pairs.table["label"].to_pylist() == [1, 0]
     assert pairs.table["votes"].to_pylist() == [1, 1]
     assert pairs.rejected["reason"].to_pylist() == ["no submitted responses"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *("63%", "0,5", "1,000", "2/3", "1_0", "0x1", "1st", [0, 1]),
+        *("tie", "Both bad", "both_good", "draw", "neither", "equal"),
+    ],
+)
+@pytest.mark.parametrize("name", ["label", "va/(va+vb)", "va>vb"])
+def test_one_value_in_another_notation_refuses_the_file(tmp_path: Path, odd: object, name) -> None:
+    seen = [1, 0, 1, odd] if isinstance(odd, str) else [odd, 1]
+    path = table(tmp_path / "a.jsonl", label=seen, va=seen, vb=[1] * len(seen))
+    with pytest.raises(FifaError, match=r"seen: .*" + re.escape(str(odd).lower())):
+        read(path, label=name)
+    rows = [
+        {"caption": "p", "jpg_0": f"{i}a", "jpg_1": f"{i}b", "label_0": value}
+        for i, value in enumerate(seen)
+    ]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    with pytest.raises(FifaError, match="label_0 is not on a scale"):
+        read_pairs(tmp_path / "b.json")
+
+
+def test_no_value_and_no_number_are_rejected_one_by_one(tmp_path: Path) -> None:
+    none = [None, "", "NaN", "n/a", " null ", float("nan"), float("inf"), "-inf", 10**400, "maybe"]
+    good = [1, " 0 ", "True", "1e-1", False, "+1", -0.0, 1 + 1e-9, "0.50", 1, 1]
+    pairs = read(table(tmp_path / "a.jsonl", label=[*none, *good]), label="label")
+    assert len(pairs.rejected) == len(none)
+    expected = [1, 0, 1, 0.1, 0, 1, 0, 1, 0.5, 1, 1]
+    assert pairs.table["label"].to_pylist() == pytest.approx(expected)
+
+
+def test_one_bad_row_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = '{"prompt": "p", "image_0": "a", "image_1": "b", "label": %s}\n'
+    for name in "abcdefghijkl":
+        (tmp_path / f"{name}.jsonl").write_text(row % 1 * 1000 + row % (7 if name == "l" else 0))
+    with pytest.raises(FifaError, match=r"seen: 1 \(1,000\), 7 \(1\)"):
+        read_pairs(tmp_path)
+    assert fifa("read", tmp_path, "--out", "run").returncode != 0
+    assert not list(tmp_path.glob("run/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("column", "gone"),
+    [
+        *[("status", "Rejected"), ("response_status", "TIMED-OUT"), ("is_valid", False)],
+        *[("is_skipped", True), ("annotation_status", "draft"), ("was_canceled", "true")],
+    ],
+)
+def test_a_column_that_says_what_does_not_count(tmp_path: Path, column: str, gone: object) -> None:
+    kept = {"is_valid": True, "is_skipped": False, "was_canceled": "false"}.get(column, "approved")
+    path = table(tmp_path / "a.jsonl", label=[1, 0], **{column: [kept, gone]})
+    pairs = read(path, label="label")
+    assert pairs.table["label"].to_pylist() == [1]
+    assert f"the source does not count it: {column} is" in pairs.rejected["reason"][0].as_py()

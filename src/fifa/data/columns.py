@@ -393,7 +393,7 @@ def as_number(value: object) -> float:
     """Numbers, truth values and text that reads as one; NaN for everything else."""
     if isinstance(value, str):
         value = {"true": "1", "false": "0"}.get(value.strip().lower(), value)
-    if isinstance(value, int | float | str):
+    if isinstance(value, int | float) or (isinstance(value, str) and "_" not in value):
         with suppress(ValueError, OverflowError):
             return float(value)
     return float("nan")

@@ -18,6 +18,7 @@ from fifa.data.labels import (
     NOT_COUNTED,
     Labels,
     first_wins,
+    label_numbers,
     not_counted,
     on_scale,
     own_label,
@@ -273,7 +274,7 @@ def _two_labels(columns: Columns) -> Labels:
     second, labelled = (
         columns.number(name) if name in columns.names else None for name in ("label_1", "has_label")
     )
-    labels = two_labels(columns.number("label_0"), second, labelled, columns.file)
+    labels = two_labels(label_numbers(columns, "label_0"), second, labelled, columns.file)
     if "label_votes" not in columns.names:
         return labels
     votes = columns.number("label_votes")
@@ -283,8 +284,8 @@ def _two_labels(columns: Columns) -> Labels:
 
 def _weighted_results(columns: Columns) -> Labels:
     """Rapidata: the annotators' weights for either image, label = p1 / (p1 + p2)."""
-    first = columns.number("weighted_results_image1_preference")
-    second = columns.number("weighted_results_image2_preference")
+    first = label_numbers(columns, "weighted_results_image1_preference")
+    second = label_numbers(columns, "weighted_results_image2_preference")
     total = first + second
     wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
     negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
@@ -295,7 +296,7 @@ def _weighted_results(columns: Columns) -> Labels:
 
 def _best_index(columns: Columns) -> Labels:
     """MJ-Bench: the label is the index of the better image."""
-    index = on_scale(Labels(columns.number("label"), {}), columns.file).value
+    index = on_scale(Labels(label_numbers(columns, "label"), {}), columns.file).value
     bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
     return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
 

@@ -15,10 +15,16 @@ from fifa.data.columns import Columns, as_number
 from fifa.errors import FifaError
 
 CLOSE = 1e-6  # what a share may be off by rounding
+_STATUS = {"discarded", "draft", "pending", "skipped", "cancelled", "canceled", "rejected"}
+_STATUS |= {"invalid", "expired", "returned", "timed-out", "timed_out"}
 NOT_COUNTED = {  # columns of annotation tools, and the values of answers that nobody gave
-    "status": {"discarded", "draft", "pending", "skipped", "cancelled"},
-    "was_cancelled": {"1"},
+    **dict.fromkeys(("status", "response_status", "annotation_status"), _STATUS),
+    **{name: {"1"} for name in ("was_cancelled", "was_canceled", "is_discarded", "is_skipped")},
+    "is_valid": {"0"},
 }
+# Text among numbers that means a number, or a tie: 63%, 0,5, 1,000, 2/3, both bad
+SAYS = re.compile(r"[-+]?\d[\w.,/' ]*%?|(tie|draw|equal|same|both|neither).*")
+NO_VALUE = {"", "nan", "none", "null", "n/a", "na"}
 OTHER_SCALES = (
     "a label is the probability that people prefer image_0: 1, 0, 0.5 for a tie, or a share. With "
     "prompt=...,image_0=...,image_1=... --columns also reads label=COLUMN:FIRST/SECOND/TIE "
@@ -59,7 +65,8 @@ def on_scale(
     beyond[list(labels.wrong)] = False
     if beyond.any():
         raise other_scale(column, value[np.isfinite(value)].tolist(), where, do)
-    return replace(labels, value=np.clip(value, 0.0, 1.0))
+    value = np.where(np.isfinite(value), value, np.nan)  # an infinite label is none
+    return replace(labels, value=np.clip(value, 0.0, 1.0) + 0.0)
 
 
 def other_scale(
@@ -140,7 +147,7 @@ def first_wins(columns: Columns) -> Labels:
 
 def vote_share(columns: Columns, first: str, second: str) -> Labels:
     """label = v1 / (v1 + v2), from two columns of counts, votes = v1 + v2."""
-    one, two = columns.number(first), columns.number(second)
+    one, two = label_numbers(columns, first), label_numbers(columns, second)
     votes = one + two
     good = (one >= 0) & (two >= 0) & (votes > 0) & (votes < 2**31)
     wrong = dict.fromkeys(np.flatnonzero(~good).tolist(), "negative votes, or none")
@@ -149,7 +156,9 @@ def vote_share(columns: Columns, first: str, second: str) -> Labels:
 
 
 def _larger(columns: Columns, first: str, second: str) -> Labels:
-    return Labels(0.5 * (np.sign(columns.number(first) - columns.number(second)) + 1.0), {})
+    one, two = label_numbers(columns, first), label_numbers(columns, second)
+    one, two = (np.where(np.isfinite(each), each, np.nan) for each in (one, two))
+    return Labels(0.5 * (np.sign(one - two) + 1.0), {})
 
 
 def _named(columns: Columns, column: str, meaning: dict[str, float]) -> Labels:
@@ -171,15 +180,26 @@ def _named(columns: Columns, column: str, meaning: dict[str, float]) -> Labels:
 
 
 def _share(columns: Columns, column: str) -> Labels:
-    label = columns.number(column)
-    odd = np.flatnonzero(np.isnan(label))
-    if len(odd):
+    return Labels(label_numbers(columns, column), {})
+
+
+def label_numbers(columns: Columns, column: str) -> npt.NDArray[np.float64]:
+    """A column of numbers, NaN where there is none.
+
+    Raises `FifaError` where other values are half of them, and where one means a number or a tie in
+    another notation (`SAYS`): to drop these rows alone would drop ties, or those with most votes.
+    """
+    found = columns.number(column)
+    odd = np.flatnonzero(np.isnan(found)).tolist()
+    if odd:
         values = columns.values(column)
-        given = [value for value in values if value not in (None, "") and value == value]
-        others = [values[i] for i in odd.tolist() if isinstance(values[i], str) and values[i]]
-        others = [value for value in others if value.strip().lower() != "nan"]
+        given = [value for value in values if _is_given(value)]
+        others = [values[i] for i in odd if _is_given(values[i])]
+        texts = (value.strip().lower() for value in others if isinstance(value, str))
+        if any(SAYS.fullmatch(text[:100]) for text in texts):
+            raise other_scale(column, given, columns.file)
         _refuse_half(columns, column, given, others)
-    return Labels(label, {})
+    return found
 
 
 def _refuse_half(
@@ -188,6 +208,12 @@ def _refuse_half(
     given = [value for value in values if value is not None]
     if others and 2 * len(others) >= len(given):
         raise other_scale(column, given, columns.file)
+
+
+def _is_given(value: object) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() not in NO_VALUE
+    return value is not None and value == value
 
 
 def not_counted(columns: Columns) -> dict[int, str]:
