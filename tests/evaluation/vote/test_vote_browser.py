@@ -93,8 +93,8 @@ def images(page: Any) -> list[str]:
 def votes(run: Path, number: int = 0) -> list[str]:
     """The answers of a voter, the last one to join if not given."""
     store = VoteStore(run / "evaluate" / FILE)
-    number = number or max(store.voters())
-    return [vote.answer for vote in store.votes() if vote.voter == number]
+    number = number or max(store.read().voters)
+    return [vote.answer for vote in store.read().votes if vote.voter == number]
 
 
 def mouse(page: Any, answer: str) -> None:
@@ -153,7 +153,7 @@ def test_a_person_votes_20_pairs_by_mouse_and_by_keys(browser: Any, tmp_path: Pa
         expect(page.locator("table").first).to_contain_text("tuned-secret")
     answers[-1] = "tie"
     assert votes(run) == answers
-    assert VoteStore(run / "evaluate" / FILE).voters() == {1: "Ada"}
+    assert VoteStore(run / "evaluate" / FILE).read().voters == {1: "Ada"}
 
 
 def test_two_voters_at_once_on_their_own_sides(
@@ -163,16 +163,18 @@ def test_two_voters_at_once_on_their_own_sides(
     with voter(browser, link) as one, voter(browser, link) as two:
         start(one)
         start(two)
-        seen: list[list[list[str]]] = [[], []]
+        seen: list[list[list[bytes]]] = [[], []]
         for number in range(1, 5):
             for who, page in enumerate((one, two)):
                 at(page, number)
-                seen[who].append(images(page))
+                seen[who].append(
+                    [page.request.get(link.rstrip("/") + src).body() for src in images(page)]
+                )
             one.keyboard.press("ArrowLeft")
             two.keyboard.press("ArrowRight")
         for page in (one, two):
             expect(page.get_by_role("heading")).to_have_text("Thank you")
-    last = max(VoteStore(run / "evaluate" / FILE).voters())
+    last = max(VoteStore(run / "evaluate" / FILE).read().voters)
     assert votes(run, last - 1) == ["left"] * 4
     assert votes(run, last) == ["right"] * 4
     assert seen[0] != seen[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fifa.data.decode import BadImage
 from fifa.data.images import pair_images, read
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
+from fifa.evaluation.vote import store
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.export import export_votes
 from fifa.run.steps import filter_pairs
@@ -138,8 +140,36 @@ def test_without_votes_that_count_nothing_is_written(ballot: Ballot, tmp_path: P
 def test_an_image_that_has_changed_is_not_exported(ballot: Ballot, tmp_path: Path) -> None:
     vote(ballot, "Ada", person(), votes=1)
     image = ballot.showing("Ada").images[0]
-    ballot.image(image)
-    (file,) = ballot.store.digests()
+    ballot.image("Ada", image)
+    (file,) = ballot.store.read().digests
     (ballot.folder / file).write_bytes(draw("coral", "square", shaky=True, seed=999))
     with pytest.raises(FifaError, match="1 images have changed"):
         export_votes(ballot.folder.parent, tmp_path / "votes.parquet")
+
+
+class Between(dict[str, str]):
+    """Queries between which people go on voting."""
+
+    def __init__(self, queries: dict[str, str], meanwhile: Callable[[], object]) -> None:
+        super().__init__(queries)
+        self.meanwhile = meanwhile
+
+    def items(self) -> Iterator[tuple[str, str]]:  # type: ignore[override]
+        for query in super().items():
+            yield query
+            self.meanwhile()
+
+
+def test_an_export_is_of_one_moment_while_people_vote(
+    ballot: Ballot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = cast(ballot)
+    votes = sum(map(len, outcomes.values()))
+    new = iter(f"late {i}" for i in range(99))
+    late = Between(store.QUERIES, lambda: vote(ballot, next(new), person(), votes=2))
+    monkeypatch.setattr(store, "QUERIES", late)
+    done = export_votes(ballot.folder.parent, tmp_path / "votes.parquet")
+    assert done.votes == votes
+    assert sum(pq.read_table(tmp_path / "votes.parquet")["label_votes"].to_pylist()) == votes
+    late.meanwhile = lambda: None
+    assert len(ballot.store.read().voters) == 3 + 4  # they were heard all the same

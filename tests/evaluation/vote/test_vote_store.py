@@ -36,8 +36,8 @@ def test_a_voter_goes_on_where_they_were(store: VoteStore) -> None:
     assert again is not None
     assert (again.position, again.total) == (1, 3)
     assert again.trials == tuple(trials_of(3)[1:])
-    assert store.voters() == {1: "Ada"}
-    assert store.comparisons() == {"k": ONE}
+    assert store.read().voters == {1: "Ada"}
+    assert store.read().comparisons == {"k": ONE}
 
 
 def test_a_vote_for_another_card_changes_nothing(store: VoteStore) -> None:
@@ -49,7 +49,7 @@ def test_a_vote_for_another_card_changes_nothing(store: VoteStore) -> None:
     assert not store.vote("x", 0, "right")  # a second tab that is behind
     assert store.vote("x", 1, "tie")
     assert not store.vote("x", 2, "left")  # after the last
-    assert [vote.answer for vote in store.votes()] == ["left", "tie"]
+    assert [vote.answer for vote in store.read().votes] == ["left", "tie"]
 
 
 def test_undo_takes_the_last_vote_back_once(store: VoteStore) -> None:
@@ -60,7 +60,7 @@ def test_undo_takes_the_last_vote_back_once(store: VoteStore) -> None:
     assert store.undo("x", 2)
     assert not store.undo("x", 2)  # pressed twice
     assert store.vote("x", 1, "right")
-    assert [vote.answer for vote in store.votes()] == ["left", "right"]
+    assert [vote.answer for vote in store.read().votes] == ["left", "right"]
     with sqlite3.connect(store.path) as db:  # what was taken back is still told
         kept = db.execute("select answer, undone from vote order by id").fetchall()
     db.close()
@@ -71,14 +71,14 @@ def test_the_chosen_image_does_not_depend_on_the_side(store: VoteStore) -> None:
     store.register("x", None, lambda number: trials_of(4))
     for i, answer in enumerate(["left", "left", "right", "tie"]):
         store.vote("x", i, answer)
-    assert [vote.chosen for vote in store.votes()] == [0, 1, 1, None]
+    assert [vote.chosen for vote in store.read().votes] == [0, 1, 1, None]
 
 
 def test_other_answers_are_refused_by_the_file_itself(store: VoteStore) -> None:
     store.register("x", None, lambda number: trials_of(1))
     with pytest.raises(FifaError, match="cannot be kept"):
         store.vote("x", 0, "both")
-    assert store.votes() == []
+    assert store.read().votes == []
 
 
 def test_many_voters_and_double_clicks_at_once(store: VoteStore) -> None:
@@ -96,8 +96,8 @@ def test_many_voters_and_double_clicks_at_once(store: VoteStore) -> None:
         clicks = [pool.submit(clicker, answer) for answer in ("left", "right")]
         assert [future.result() for future in people] == [10] * 6
         first, second = [future.result() for future in clicks]
-    assert len(store.votes()) == 65
-    assert len({(vote.voter, vote.position) for vote in store.votes()}) == 65
+    assert len(store.read().votes) == 65
+    assert len({(vote.voter, vote.position) for vote in store.read().votes}) == 65
     assert all(a or b for a, b in zip(first, second, strict=True))
 
 
@@ -117,7 +117,7 @@ def test_a_changed_image_is_noticed(store: VoteStore) -> None:
     assert store.remember("a.png", "1")
     assert store.remember("a.png", "1")
     assert not store.remember("a.png", "2")
-    assert store.digests() == {"a.png": "1"}
+    assert store.read().digests == {"a.png": "1"}
 
 
 def test_a_file_that_holds_no_votes(tmp_path: Path) -> None:

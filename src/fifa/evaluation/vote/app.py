@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.guard import Guard, read_cookies, set_cookie
+from fifa.evaluation.vote.guard import MAX_BODY, Guard, read_cookies, set_cookie
+from fifa.evaluation.vote.pictures import Picture
 from fifa.evaluation.vote.results import count_votes, voter_name
 from fifa.evaluation.vote.store import ANSWERS
 from fifa.formatting import page_templates
@@ -29,6 +39,9 @@ STATIC = {
     "icon.svg": "image/svg+xml",
 }
 MAX_NAME = 60  # characters of a voter's name
+MAX_FIELDS = 8  # of a form
+PIECE = 1 << 17  # bytes of a picture that are sent at a time
+MAKERS = 4  # threads that make and find pictures
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class _Pages:
         self.ballot, self.cookie, self.public = ballot, cookie, public
         self.templates = page_templates(HERE / "templates")
         self.templates.filters["voter"] = voter_name
+        self.makers = asyncio.Semaphore(MAKERS)
 
     async def vote_page(self, request: Request) -> Response:
         """The next pair, the welcome before the first or the thanks after the last."""
@@ -126,18 +140,24 @@ class _Pages:
         return response
 
     async def image(self, request: Request) -> Response:
-        """An image that somebody votes on."""
+        """A picture that this visitor votes on; there is none for anybody else."""
+        who, image = self._visitor(request).who, request.path_params["image"]
         try:
-            data = await run_in_threadpool(self.ballot.image, request.path_params["image"])
+            async with self.makers:  # waiting for pictures takes no thread from votes
+                picture = await run_in_threadpool(self.ballot.image, who, image)
         except KeyError:
             raise HTTPException(404, "no such image") from None
         # The name belongs to these bytes for ever: a changed image is refused
-        kept = {"Cache-Control": "private, max-age=86400, immutable"}
-        return Response(data, media_type="image/png", headers=kept)
+        headers = {
+            "Cache-Control": "private, max-age=86400, immutable",
+            "Vary": "Cookie",
+            "Content-Length": str(picture.size),
+        }
+        return StreamingResponse(_pieces(picture), media_type="image/png", headers=headers)
 
     async def results(self, request: Request) -> Response:
         """What the votes say so far."""
-        found = await run_in_threadpool(count_votes, self.ballot.store)
+        found = await run_in_threadpool(lambda: count_votes(self.ballot.store.read()))
         return self._page("results", results=found, question=self.ballot.options.question)
 
     def _visitor(self, request: Request) -> Visitor:
@@ -149,9 +169,12 @@ class _Pages:
 
     async def _form(self, request: Request) -> tuple[Visitor, dict[str, str]]:
         """The fields of a form that a page of ours made for this visitor; 403 otherwise."""
-        form = await request.form(max_fields=8)
-        fields = {name: value for name, value in form.items() if isinstance(value, str)}
-        visitor = self._visitor(request)
+        body = b""
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY:  # whatever its headers say
+                raise HTTPException(413, "This is too long.")
+        fields, visitor = _fields(body), self._visitor(request)
         if not (
             visitor.known
             and secrets.compare_digest(fields.get("token", "").encode(), visitor.token.encode())
@@ -171,6 +194,25 @@ class _Pages:
     def _page(self, name: str, **values: Any) -> Response:
         text = self.templates.get_template(f"{name}.html.j2").render(values)
         return Response(text, media_type="text/html")
+
+
+async def _pieces(picture: Picture) -> AsyncIterator[bytes]:
+    """A picture's bytes, `PIECE` at a time: who reads slowly holds no more of them."""
+    for at in range(0, picture.size, PIECE):
+        yield picture.read(at, PIECE)
+
+
+def _fields(body: bytes) -> dict[str, str]:
+    """The fields of a form, each named once."""
+    try:
+        found = parse_qsl(
+            body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
+        )
+    except ValueError as error:
+        raise HTTPException(400, f"this is no form of {MAX_FIELDS} fields in UTF-8") from error
+    if len(dict(found)) < len(found):
+        raise HTTPException(400, "a field comes twice")
+    return dict(found)
 
 
 def _position(fields: dict[str, str]) -> int:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import struct
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ import xxhash
 
 from fifa.config import Vote
 from fifa.console import progress
-from fifa.data.decode import BadImage, open_image
 from fifa.data.images import file_images, look
 from fifa.errors import FifaError
-from fifa.evaluation.generate import FOLDER, png
+from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.vote.comparisons import (
     CHECK,
     Comparison,
@@ -31,15 +29,13 @@ from fifa.evaluation.vote.comparisons import (
     load_comparisons,
     read_file,
 )
+from fifa.evaluation.vote.pictures import Picture, Pictures, canonical_png, scrambled_png
 from fifa.evaluation.vote.store import FILE, VoteStore
 from fifa.formatting import shorten
 
 LONGEST = 2000  # characters of a prompt
-KEPT_IMAGES = 64  # ready to be sent, in memory
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What a viewer needs; texts, EXIF and times stay out
-CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"IDAT", b"IEND"}
-TILES = 8  # a side
+SIDES = ("l", "r")  # in a picture's id
+IMAGE_ID = re.compile(r"([0-9]{1,9})([lr])[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Showing:
     prompt
         Of the two images; "" at the end.
     images
-        Ids of the left and the right one; none at the end.
+        Ids of the left and the right one; none at the end. They are this voter's alone.
     upcoming
         Ids of the next pair's, to be loaded ahead.
     """
@@ -99,15 +95,9 @@ class Ballot:
         self._check_same(every)
         self.store.add_comparisons(asked)
         self.asked = [one.key for one in asked]
-        self.comparisons = self.store.comparisons()
+        self.comparisons = self.store.read().comparisons
         self._key = self.store.secret("key").encode()
-        self._images = {
-            self._id(name, broken): (name, broken)
-            for one in self.comparisons.values()
-            for name in (one.file_0, one.file_1)
-            for broken in (False, True)
-        }
-        self.image = lru_cache(KEPT_IMAGES)(self._image)
+        self._pictures = Pictures(self.folder)
 
     def sign(self, *parts: str) -> str:
         """32 hex characters that only this file of votes can make of ``parts``."""
@@ -139,33 +129,46 @@ class Ballot:
         if place is None:
             return None
         prompt = self.comparisons[place.trials[0].comparison].prompt if place.trials else ""
-        now, upcoming = [*map(self._pair, place.trials), (), ()][:2]
+        ids = [self._ids(who, place.position + i) for i in range(len(place.trials))]
+        now, upcoming = [*ids, (), ()][:2]
         return Showing(place.position, place.total, shorten(prompt, LONGEST), now, upcoming)
 
-    def _image(self, image: str) -> bytes:
-        """The PNG with this id; KeyError if there is none."""
-        name, broken = self._images[image]
+    def image(self, who: str, image: str) -> Picture:
+        """The picture that goes by this id for the voter called ``who``; KeyError if none does."""
+        found = IMAGE_ID.fullmatch(image)
+        if not found or not hmac.compare_digest(image, self._id(who, int(found[1]), found[2])):
+            raise KeyError(image)
+        trial = self.store.trial(who, int(found[1]))
+        if trial is None:
+            raise KeyError(image)
+        name, broken = self._file(trial, SIDES.index(found[2]))
+        return self._pictures.get((name, broken), lambda: self._make(name, broken))
+
+    def _make(self, name: str, broken: bool) -> bytes:
         data = read_file(self.folder, name)
         if not self.store.remember(name, xxhash.xxh3_128_hexdigest(data)):
             raise _changed([name], self.folder)
-        return scrambled_png(data) if broken else anonymous_png(data)
+        return scrambled_png(data) if broken else canonical_png(data)
 
-    def _id(self, name: str, broken: bool) -> str:
-        return self.sign("image", name, "broken" if broken else "")
+    def _ids(self, who: str, position: int) -> tuple[str, ...]:
+        return tuple(self._id(who, position, side) for side in SIDES)
 
-    def _pair(self, trial: Trial) -> tuple[str, str]:
+    def _id(self, who: str, position: int, side: str) -> str:
+        """What the picture there is called: something else for everybody, and at every place."""
+        return f"{position}{side}{self.sign('image', who, str(position), side)}"
+
+    def _file(self, trial: Trial, side: int) -> tuple[str, bool]:
+        """The file of the picture on a side (0 is left), and whether it is destroyed."""
         one = self.comparisons[trial.comparison]
-        files = (one.file_0, one.file_1)
         if trial.type == CHECK:
-            file = files[trial.image]
-            intact, broken = self._id(file, False), self._id(file, True)
-            return (intact, broken) if trial.left == 0 else (broken, intact)
-        return self._id(files[trial.left], False), self._id(files[1 - trial.left], False)
+            return (one.file_0, one.file_1)[trial.image], side != trial.left
+        return (one.file_0, one.file_1)[trial.left ^ side], False
 
     def _check_same(self, every: Sequence[Comparison]) -> None:
         """Votes belong to the pictures that they were cast for."""
         known = {one.key: one for one in every}
-        gone = [one for one in self.store.comparisons().values() if known.get(one.key) != one]
+        said = self.store.read()
+        gone = [one for one in said.comparisons.values() if known.get(one.key) != one]
         if gone:
             raise FifaError(
                 f"{len(gone):,} comparisons that people were asked for are not in the index "
@@ -173,12 +176,11 @@ class Ballot:
                 where=str(self.store.path),
                 do=f"evaluate into another folder, or move {FILE} away to start again",
             )
-        changed_images(self.store, self.folder)
+        changed_images(said.digests, self.folder)
 
 
-def changed_images(store: VoteStore, folder: Path) -> None:
+def changed_images(digests: dict[str, str], folder: Path) -> None:
     """Raise `FifaError` if an image that was shown is another one by now."""
-    digests = store.digests()
     with progress("checking the images that were voted on", len(digests)) as advance:
         facts = look(file_images(folder, list(digests)), sizes=False, done=advance)
     found = zip(digests, facts["content"].to_pylist(), strict=True)
@@ -193,50 +195,3 @@ def _changed(names: Sequence[str], folder: Path) -> FifaError:
         where=str(folder),
         do=f"evaluate into another folder, or move {FILE} away to start again",
     )
-
-
-def anonymous_png(data: bytes) -> bytes:
-    """The image as PNG without metadata: a generator may write its model's name into it.
-
-    A PNG keeps its compressed pixels as they are; others are decoded. Raises `FifaError` where
-    the bytes are no image that `fifa.data.decode.open_image` lets in.
-    """
-    pixels = _pixels(data)
-    return _without_metadata(data) if data.startswith(SIGNATURE) else png(pixels, 1)
-
-
-def scrambled_png(data: bytes) -> bytes:
-    """The image with its tiles shuffled under heavy noise: nobody who looks prefers it.
-
-    The same bytes give the same image. PNG, of the same size. Raises as `anonymous_png` does.
-    """
-    pixels = _pixels(data)
-    rng = np.random.default_rng(xxhash.xxh3_64_intdigest(data))
-    high, wide = max(1, pixels.shape[0] // TILES), max(1, pixels.shape[1] // TILES)
-    down, across = pixels.shape[0] // high, pixels.shape[1] // wide
-    covered = pixels[: down * high, : across * wide]
-    tiles = covered.reshape(down, high, across, wide, 3).swapaxes(1, 2).reshape(-1, high, wide, 3)
-    mixed = rng.permutation(tiles).reshape(down, across, high, wide, 3).swapaxes(1, 2)
-    pixels[: down * high, : across * wide] = mixed.reshape(down * high, across * wide, 3)
-    noise = rng.integers(0, 256, pixels.shape, np.uint8)
-    return png(np.where(rng.random((*pixels.shape[:2], 1)) < 0.5, noise, pixels), 1)
-
-
-def _pixels(data: bytes) -> np.ndarray:
-    try:
-        return np.array(open_image(data).convert("RGB"))
-    except BadImage as error:
-        raise FifaError(f"an image cannot be shown: {error}") from error
-
-
-def _without_metadata(data: bytes) -> bytes:
-    kept, at = [SIGNATURE], len(SIGNATURE)
-    while at + 12 <= len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        chunk, end = data[at + 4 : at + 8], at + 12 + size  # length, name, data, checksum
-        if chunk in CHUNKS:
-            kept.append(data[at:end])
-        at = end
-        if chunk == b"IEND":
-            break
-    return b"".join(kept)

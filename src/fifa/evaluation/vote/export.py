@@ -72,15 +72,16 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
     """
     folder, path = Path(run) / FOLDER, Path(path)
     store = VoteStore(folder / FILE)
-    changed_images(store, folder)
-    results = count_votes(store, everybody=everybody)
-    counted = counted_votes(store.votes(), results.voters)
+    said = store.read()  # one moment of it, where people go on voting
+    changed_images(said.digests, folder)
+    results = count_votes(said, everybody=everybody)
+    counted = counted_votes(said.votes, results.voters)
     outcomes: dict[str, list[float]] = defaultdict(list)
     for vote in counted:
         outcomes[vote.trial.comparison].append(outcome(vote))
     if not outcomes:
         raise FifaError("no vote counts yet", where=str(store.path), do="run `fifa vote RUN`")
-    rows = _rows(folder, store.comparisons(), outcomes)
+    rows = _rows(folder, said.comparisons, outcomes)
     with (
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, COLUMNS, compression="zstd") as writer,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 4096  # bytes of a request; a vote has about 200
+MAX_QUERY = 8  # fields of an address; a link has one
 YEAR = 365 * 24 * 3600
 INVITATION = "invitation"  # of the address that voters are given
 OWNER = "owner"  # of the address of the results
@@ -83,7 +87,8 @@ class Guard:
                     headers[name] = value
             await send(message)
 
-        await (refusal or self.app)(scope, receive, sealed)
+        with suppress(ClientDisconnect):  # then nobody waits for an answer
+            await (refusal or self.app)(scope, receive, sealed)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -108,7 +113,10 @@ class Guard:
         """None for who may come in; sets the cookie and takes the token out of the address."""
         if self.tokens is None:
             return None
-        query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=8)
+        try:
+            query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=MAX_QUERY)
+        except ValueError:
+            return _refuse(400, f"An address has at most {MAX_QUERY} fields here.")
         given = {name: query.pop(name)[0] for name in (OWNER, INVITATION) if name in query}
         if given and scope["method"] in ("GET", "HEAD"):
             for name, token in given.items():
@@ -165,17 +173,24 @@ def _bad_post(headers: Headers) -> Response | None:
     A form's Origin is "null" under the referrer policy; then the form's own token has to do,
     which the pages check in any case.
     """
-    origin = headers.get("origin", "null")
-    foreign = origin != "null" and urlsplit(origin).netloc != headers.get("host")
+    foreign = _foreign(headers.get("origin", "null"), headers.get("host"))
     if foreign or headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return _refuse(403, "This came from another site.")
-    if not headers.get("content-length", "").isdigit():
+    length = headers.get("content-length", "")
+    if not re.fullmatch("[0-9]+", length) or "transfer-encoding" in headers:
         return _refuse(411, "The length is missing.")
-    if int(headers["content-length"]) > MAX_BODY:
+    if len(length) > 9 or int(length) > MAX_BODY:
         return _refuse(413, "This is too long.")
     if headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
         return _refuse(415, "Only forms are read.")
     return None
+
+
+def _foreign(origin: str, host: str | None) -> bool:
+    try:
+        return origin != "null" and urlsplit(origin).netloc != host
+    except ValueError:
+        return True
 
 
 def _refuse(status: int, text: str) -> Response:

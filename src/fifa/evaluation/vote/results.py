@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.stats import WinRate, alpha, by_category, win_rate
 from fifa.evaluation.vote.comparisons import CHECK, COMPARE, REPEAT, Comparison
-from fifa.evaluation.vote.store import FILE, Vote, VoteStore
+from fifa.evaluation.vote.store import FILE, Snapshot, Vote, VoteStore
 from fifa.formatting import number, percent, shorten
 from fifa.scoring.rewards.metrics import wilson
 
@@ -145,14 +145,13 @@ def vote_results(run: str | Path, *, everybody: bool = False) -> Results:
     FifaError
         Where nobody has voted yet.
     """
-    return count_votes(VoteStore(Path(run) / FOLDER / FILE), everybody=everybody)
+    return count_votes(VoteStore(Path(run) / FOLDER / FILE).read(), everybody=everybody)
 
 
-def count_votes(store: VoteStore, *, everybody: bool = False) -> Results:
-    """`vote_results` of a file of votes."""
-    comparisons = store.comparisons()
-    votes = store.votes()
-    names, of_voter = store.voters(), defaultdict[int, list[Vote]](list)
+def count_votes(said: Snapshot, *, everybody: bool = False) -> Results:
+    """`vote_results` of what a file of votes says."""
+    comparisons, votes, names = said.comparisons, said.votes, said.voters
+    of_voter = defaultdict[int, list[Vote]](list)
     for vote in votes:
         of_voter[vote.voter].append(vote)
     voters = [_voter(n, names[n], own, everybody) for n, own in sorted(of_voter.items())]

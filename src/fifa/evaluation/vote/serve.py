@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from fifa.config import Vote
 from fifa.console import echo
@@ -41,7 +42,7 @@ def serve_votes(
     FifaError
         As `Ballot` does, and where the address cannot be listened on.
     """
-    for module in ("starlette", "uvicorn", "python_multipart"):
+    for module in ("starlette", "uvicorn"):
         require(module, "vote")
     options = options or Vote()
     folder = Path(run) / FOLDER
@@ -52,8 +53,6 @@ def serve_votes(
 def _serve(
     run: str | Path, options: Vote, new_invitation: bool, show_link: Callable[[str], None]
 ) -> None:
-    import uvicorn
-
     from fifa.evaluation.vote.app import create_app
     from fifa.evaluation.vote.guard import INVITATION, OWNER, is_loopback
 
@@ -71,20 +70,36 @@ def _serve(
     show_link(f"{base}/" + (f"?{INVITATION}={tokens[INVITATION]}" if tokens else ""))
     show_link(f"{base}/results" + (f"?{OWNER}={tokens[OWNER]}" if tokens else ""))
     echo(f"{len(ballot.asked):,} comparisons to vote on; stop with Ctrl-C, votes are kept")
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,  # it would write the invitation down
-        server_header=False,
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        h11_max_incomplete_event_size=16_384,
-    )
     with listening, suppress(KeyboardInterrupt):  # which is how it is meant to end
-        uvicorn.Server(config).run(sockets=[listening])
-    found = count_votes(ballot.store)
+        server_of(app).run(sockets=[listening])
+    found = count_votes(ballot.store.read())
     echo(f"{found.votes:,} votes of {found.counted:,} voters; fifa vote results {run}")
+
+
+def server_of(app: Any, most: int | None = None, **limits: float) -> Any:
+    """uvicorn with limits on connections: `fifa.evaluation.vote.connections`.
+
+    ``most`` is found from the system if it is not given; ``limits`` go to `connections`.
+    """
+    import uvicorn
+
+    from fifa.evaluation.vote.connections import connections, most_connections
+
+    most = most or most_connections()
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="error",  # a warning a bad request would fill disks
+            access_log=False,  # it would write the invitation down
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="none",
+            http=connections(most, **limits),
+            backlog=128,  # so many come in at once, before any is dropped
+            h11_max_incomplete_event_size=16_384,
+        )
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fifa.errors import FifaError
 from fifa.evaluation.vote.comparisons import Comparison, Trial
@@ -41,6 +40,14 @@ create table vote (
     foreign key (voter, position) references trial (voter, position));
 create unique index one_vote on vote (voter, position) where undone = 0;
 """
+QUERIES = {
+    "comparisons": "select * from comparison order by rowid",
+    "votes": "select vote.voter, vote.position, type, comparison, left, image, answer, at "
+    "from vote join trial using (voter, position) where undone = 0 "
+    "order by vote.voter, vote.position",
+    "voters": "select id, name from voter order by id",
+    "digests": "select file, digest from image order by file",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,28 @@ class Vote:
         return self.trial.left if self.answer == "left" else 1 - self.trial.left
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a file of votes said at one moment, whoever votes meanwhile.
+
+    Parameters
+    ----------
+    comparisons
+        All that anybody was asked for, by key.
+    votes
+        Those that stand, by voter and position.
+    voters
+        The name of every voter, by number.
+    digests
+        The images that were shown, and the digest of their bytes then.
+    """
+
+    comparisons: dict[str, Comparison]
+    votes: list[Vote]
+    voters: dict[int, str | None]
+    digests: dict[str, str]
+
+
 class VoteStore:
     """The file of all votes. Threads and processes may use it at the same time.
 
@@ -101,18 +130,26 @@ class VoteStore:
                 raise FifaError("nobody has voted here yet", where=str(path), do="fifa vote RUN")
             _touch(path)
         with self._open() as db:
-            db.execute("pragma journal_mode = wal")
-        with self._change() as db:
             (version,) = db.execute("pragma user_version").fetchone()
-            if not version and not db.execute("select 1 from sqlite_master").fetchone():
-                for statement in SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"pragma user_version = {FORMAT}")
-                version = FORMAT
+            if not version:
+                db.execute("pragma journal_mode = wal")
+        if not version:
+            version = self._begin()
         if version != FORMAT:
             raise FifaError(
                 "not a file of votes that this version of fifa can read", where=str(path)
             )
+
+    def _begin(self) -> int:
+        """Make the tables where there are none; gives the format's version."""
+        with self._change() as db:
+            (version,) = db.execute("pragma user_version").fetchone()
+            if version or db.execute("select 1 from sqlite_master").fetchone():
+                return int(version)
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"pragma user_version = {FORMAT}")
+        return FORMAT
 
     def secret(self, name: str, *, renew: bool = False) -> str:
         """A random text of 128 bits that is kept under ``name``."""
@@ -131,15 +168,6 @@ class VoteStore:
                 "insert or ignore into comparison values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 map(astuple, comparisons),
             )
-
-    def comparisons(self) -> dict[str, Comparison]:
-        """All comparisons that anybody was asked for, by key."""
-        rows = self._rows("select * from comparison order by rowid")
-        return {row[0]: Comparison(*row) for row in rows}
-
-    def digests(self) -> dict[str, str]:
-        """The images that were shown, and the digest of their bytes then."""
-        return dict(self._rows("select file, digest from image order by file"))
 
     def remember(self, file: str, digest: str) -> bool:
         """Keep the digest of an image that is shown; False if it was another one before."""
@@ -208,22 +236,27 @@ class VoteStore:
             )
             return True
 
-    def votes(self) -> list[Vote]:
-        """All votes that stand, by voter and position."""
-        rows = self._rows(
-            "select vote.voter, vote.position, type, comparison, left, image, answer, at "
-            "from vote join trial using (voter, position) where undone = 0 "
-            "order by vote.voter, vote.position"
-        )
-        return [Vote(row[0], row[1], Trial(*row[2:6]), *row[6:]) for row in rows]
-
-    def voters(self) -> dict[int, str | None]:
-        """The name of every voter, by number."""
-        return dict(self._rows("select id, name from voter order by id"))
-
-    def _rows(self, query: str) -> list[Any]:
+    def trial(self, who: str, position: int) -> Trial | None:
+        """What the voter called ``who`` sees at a position; None if there is nothing."""
         with self._open() as db:
-            return db.execute(query).fetchall()
+            found = db.execute(
+                "select type, comparison, left, image from trial join voter on voter.id = voter "
+                "where who = ? and position = ?",
+                (who, position),
+            ).fetchone()
+        return Trial(*found) if found else None
+
+    def read(self) -> Snapshot:
+        """The whole file as it is at one moment."""
+        with self._open() as db:
+            db.execute("begin")  # a reader of a write-ahead log sees one state to its end
+            ask = {name: db.execute(query).fetchall() for name, query in QUERIES.items()}
+        return Snapshot(
+            {row[0]: Comparison(*row) for row in ask["comparisons"]},
+            [Vote(row[0], row[1], Trial(*row[2:6]), *row[6:]) for row in ask["votes"]],
+            dict(ask["voters"]),
+            dict(ask["digests"]),
+        )
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
