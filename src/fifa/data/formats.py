@@ -27,7 +27,7 @@ from fifa.data.labels import (
 )
 from fifa.data.pairs import FilePairs, pair_columns, side_pairs
 from fifa.data.rankings import Ranked, generations, one_image_a_row, ranked_paths, two_paths
-from fifa.data.records import WRITTEN_OUT, tar_ref
+from fifa.data.records import TAR_NAMES, WRITTEN_OUT, tar_ref
 from fifa.errors import FifaError
 
 
@@ -451,3 +451,10 @@ FORMATS: tuple[Layout | Ranked, ...] = (
     Layout("chosen-rejected", "prompt", ("chosen", "rejected"), first_wins, winner_first=True),
     own_layout({}),
 )
+
+
+def known_columns() -> frozenset[str]:
+    """Every column that a format with a row a pair reads, and WebDataset's names for some."""
+    layouts = [form for form in FORMATS if isinstance(form, Layout)]
+    some = [(form.prompt, *form.images, *form.needs, *form.reads) for form in layouts]
+    return frozenset().union(TAR_NAMES, *some, *(form.keys or () for form in layouts))

@@ -20,7 +20,7 @@ from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import Ranked, join
-from fifa.data.records import OURS, outside, read_records
+from fifa.data.records import DOTTED, OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.table import Origin, Pairs
 from fifa.errors import FifaError
@@ -30,6 +30,7 @@ FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 
 AHEAD = 8  # files that are open at a time
 THREADS = 3
+KEY = "__key__"  # WebDataset's name of a sample's key
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
 VERSION = 5  # of the way a source becomes pairs; part of every fingerprint
 
@@ -50,7 +51,8 @@ def read_pairs(
         For a table of your own: the names of its ``prompt``, ``image_0``, ``image_1`` and
         ``label`` columns (the label is the probability that a person prefers image_0, or one of
         the forms in `fifa.data.labels.OTHER_SCALES`). Any other name keeps a column of numbers,
-        or of lists of numbers, under that name.
+        or of lists of numbers, under that name. ``__key__`` is ``dots`` where the keys of a
+        WebDataset tar have dots in them.
 
     Returns
     -------
@@ -102,7 +104,14 @@ class _Reader:
     def __init__(self, root: Root, format: str | None, columns: dict[str, str]) -> None:
         self.root = root
         self.name = format or ""
-        self.carried = {name: c for name, c in columns.items() if name not in PAIR_COLUMNS}
+        self._dots = frozenset[str]()
+        if KEY in columns:
+            if columns[KEY] != "dots":
+                raise FifaError(f"{KEY} is {columns[KEY]!r}", do=f"say {DOTTED}, or leave it out")
+            self._dots = formats.known_columns() | set(columns.values())
+        self.carried = {
+            name: column for name, column in columns.items() if name not in (*PAIR_COLUMNS, KEY)
+        }
         own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
         self._own = own_layout(own) if own or format == "columns" else None
         if self._own:
@@ -146,7 +155,7 @@ class _Reader:
             opened = name if local else self.root.open(file.path, read_ahead=file.size < BLOCK)
             return ParquetColumns(opened, file.path), []
         with self.root.open(file.path) as stream:
-            records = read_records(stream, file.kind)
+            records = read_records(stream, file.kind, self._dots)
         return RecordColumns(records, file.kind, file.path), records.rejected
 
     def _form(self, columns: Columns) -> Layout | Ranked | None:

@@ -34,6 +34,7 @@ Row = tuple[int, dict[str, Any] | str]  # a record, or the reason why it is none
 TAR_NAMES = {"original_prompt": "caption", "prompt": "caption", "txt": "caption"}
 TAR_IMAGES = {"jpg", "jpeg", "png", "webp"}
 TAR_TEXT = {"txt", "cls", "json"}
+DOTTED = "--columns __key__=dots"  # how a user says that a tar's keys have dots in them
 OURS = ("tar:", "cell:", "in:")  # what references begin with that readers make
 
 
@@ -56,16 +57,17 @@ class Records:
     rejected: list[tuple[int | None, str]] = field(default_factory=list)
 
 
-def read_records(stream: IO[bytes], kind: str) -> Records:
+def read_records(stream: IO[bytes], kind: str, dots: frozenset[str] = frozenset()) -> Records:
     """All records of a ``jsonl``, ``json``, ``csv``, ``tsv`` or ``tar`` file.
 
-    Text is UTF-8, or UTF-16 or UTF-32 with the mark of it or without.
+    Text is UTF-8, or UTF-16 or UTF-32 with the mark of it or without. In a tar whose keys have
+    dots, ``dots`` are the names of columns: what stands before one of them is the key.
     """
     iterate = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv}
     records = Records()
     if not isinstance(stream, io.BufferedIOBase):  # those of fsspec have no bounded readline
         stream = io.BufferedReader(cast(io.RawIOBase, stream))
-    for row, record in _tar(stream) if kind == "tar" else iterate[kind](*_utf8(stream)):
+    for row, record in _tar(stream, dots) if kind == "tar" else iterate[kind](*_utf8(stream)):
         if isinstance(record, str):
             records.rejected.append((row if row >= 0 else None, encodable(record)))
             continue
@@ -440,7 +442,7 @@ class _Sample:
         self.columns[column] = value
 
 
-def _tar(stream: IO[bytes]) -> Iterator[Row]:
+def _tar(stream: IO[bytes], dots: frozenset[str]) -> Iterator[Row]:
     """WebDataset: members that share a name up to the first dot are one sample.
 
     Only headers and small text members are read; an image becomes a reference to its bytes. A
@@ -454,12 +456,17 @@ def _tar(stream: IO[bytes]) -> Iterator[Row]:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header
                 if member.isreg():
-                    _member(stream, member, samples)
+                    _member(stream, member, samples, dots)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         broken = f"broken or compressed tar: {_brief(error)}"
     for row, (key, sample) in enumerate(samples.items()):
         if sample.fault:
-            yield row, f"sample {key[:100]!r} (a name up to its first dot): {sample.fault[:300]}"
+            upto, more = (
+                ("", "")
+                if dots
+                else (" (a name up to its first dot)", f"; {DOTTED} if it is longer")
+            )
+            yield row, f"sample {key[:100]!r}{upto}: {sample.fault[:300]}{more}"
             continue
         if "caption" in sample.columns and "label_0" not in sample.columns:
             sample.columns.setdefault("prompt", sample.columns["caption"])
@@ -468,10 +475,16 @@ def _tar(stream: IO[bytes]) -> Iterator[Row]:
         yield (len(samples) if samples else -1), broken
 
 
-def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Sample]) -> None:
+def _member(
+    stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Sample], dots: frozenset[str]
+) -> None:
     folder, slash, name = member.name.rpartition("/")
     key, _, extension = name.partition(".")
     *parts, suffix = extension.split(".")
+    if dots:
+        key, _, suffix = name.rpartition(".")
+        before, _, last = key.rpartition(".")
+        key, parts = (before, [last]) if before and last in dots else (key, [])
     suffix = suffix.lower()
     column = parts[-1] if parts else suffix
     sample = samples.setdefault(folder + slash + key, _Sample())
@@ -481,7 +494,9 @@ def _member(stream: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Samp
     if parts and stem != (stem if sample.stem is None else sample.stem):
         sample.fault = sample.fault or f"{member.name!r} belongs to another key"
     sample.stem = stem if parts else sample.stem
-    if suffix in TAR_IMAGES:
+    if member.issparse():
+        sample.fault = sample.fault or f"{member.name!r} has holes"
+    elif suffix in TAR_IMAGES:
         ref = Member(f"tar:{member.offset_data}+{member.size}:{encodable(member.name)}")
         sample.put(column, ref, member.name)
     elif member.size <= MAX_MEMBER:
