@@ -18,6 +18,7 @@ from fifa.data import rankings as module
 from fifa.data import read_pairs
 from fifa.data.images import pair_images, read
 from fifa.data.table import Pairs
+from fifa.errors import FifaError
 
 
 def picture(i: int) -> bytes:
@@ -132,3 +133,26 @@ def test_images_of_two_folders_are_two_images_though_their_paths_are_the_same(tm
         row = {"prompt": "p", "image_0": "0.png", "image_1": "1.png", "label": 1}
         (tmp_path / folder / "metadata.jsonl").write_text(json.dumps(row))
     assert labels(read_pairs(tmp_path)) == {(3, 4): 1.0, (1, 2): 1.0}
+
+
+def test_a_table_with_a_row_an_image_is_read_by_its_columns(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"p{i % 2}", "file": f"{i}.png", "mos": score, "place": score and -score}
+        for i, score in enumerate([3.5, 1, 2.5, 1, 3.5, None, 0.5])
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows[:3]))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[3:])))
+    with pytest.raises(FifaError, match="image=file,score=mos pairs the images of each prompt"):
+        read_pairs(tmp_path)
+    own = {"prompt": "text", "image": "file", "score": "mos"}
+    pairs = read_pairs(tmp_path, columns=own)
+    assert len(pairs) == 6 + 1
+    assert pairs.rejected.to_pylist()[0]["reason"] == "no rank, prompt_id or image"
+    for row in pairs.table.to_pylist():
+        zero, one = row["mos_0"], row["mos_1"]
+        assert row["label"] == (0.5 if zero == one else float(zero > one))
+        assert zero == rows[int(row["image_0"][0])]["mos"]
+    by_rank = {"prompt": "text", "image": "file", "rank": "place"}
+    assert read_pairs(tmp_path, columns=by_rank).table["label"].equals(pairs.table["label"])
+    with pytest.raises(FifaError, match="no column 'nix'"):
+        read_pairs(tmp_path, columns=own | {"image": "nix"})

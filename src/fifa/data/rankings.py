@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations, groupby
 from typing import Any
 
@@ -16,6 +17,7 @@ from fifa.data.columns import Columns, has, text_array
 from fifa.data.ids import fold_prompt
 from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
 from fifa.data.records import encodable, in_file, outside, tar_ref
+from fifa.errors import FifaError
 
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
 NEAR = 50_000  # images whose rankings are made into pairs at a time
@@ -201,54 +203,78 @@ def generations(columns: Columns) -> FilePairs:
     return found.file_pairs(columns.file)
 
 
-def one_image_a_row(columns: Columns) -> FilePairs:
+def one_image_a_row(columns: Columns, own: dict[str, str] | None = None) -> FilePairs:
     """ImageRewardDB: the images of one prompt_id make a ranking, with ratings of each.
 
     They may be in several files, so here they become `FilePairs.members`: `join` makes the pairs.
+    ``own`` are the columns of a table of the user's own, as for `own_rankings`.
     """
-    image = _first(columns, "image_path", "image")
+    names = own or {"prompt_id": "prompt_id", "prompt": "prompt", "rank": "rank"}
+    image = names.get("image") or _first(columns, "image_path", "image")
+    lacks = [name for name in names.values() if not has(columns, name)]
+    if lacks:
+        has_ = ", ".join(sorted(columns.names))
+        raise FifaError(f"no column {lacks[0]!r}", where=columns.file, do=f"it has {has_}")
+    number, sign = (names["rank"], 1.0) if "rank" in names else (names["score"], -1.0)
+    id_ = names.get("prompt_id", names["prompt"])
     form = columns.image(image)
     cell = form != "text" and columns.holds_bytes(image)
     leaf = f"{image}.path" if form == "struct" else image
     ratings = [name for name in columns.numeric() if name.endswith("_rating")]
-    wanted = ["prompt_id", "prompt", "rank", *ratings]
+    ratings = [number] if own else ratings
+    wanted = [id_, names["prompt"], number, *ratings]
     columns.load(wanted if form == "cell" else [*wanted, leaf])
-    paths = [None] * len(columns.rows) if form == "cell" else columns.values(leaf)
-    prompts, groups = columns.text("prompt").to_pylist(), columns.values("prompt_id")
-    rank = columns.number("rank")
-    own = FilePairs(columns.file, cells=(image, image) if cell else None)
-    kept, names, found = [], [], []
+    paths = [None] * len(columns.rows) if form == "cell" else columns.reference(leaf).to_pylist()
+    prompts = columns.text(names["prompt"]).to_pylist()
+    groups = columns.values(id_) if "prompt_id" in names else [""] * len(prompts)
+    rank = sign * columns.number(number)
+    pairs = FilePairs(columns.file, cells=(image, image) if cell else None)
+    kept, texts, found = [], [], []
     for i, row in enumerate(columns.rows.tolist()):
         path = paths[i] if isinstance(paths[i], str) and paths[i] else None
         if cell:
             named = path if path and "/" in path else f"{columns.file}#{row}:{image}"
             path, ref = named, f"cell:{row}:{image}"
         else:
-            ref = outside(path or "")
+            ref = path or ""
             place = tar_ref(ref)
             path = f"{columns.file}#{place.name}" if place else path
         group = _group(groups[i])
         if not -1e9 < rank[i] < 1e9 or group is None or not _is_key(path):
-            own.rejected.append((row, "no rank, prompt_id or image"))
+            pairs.rejected.append((row, "no rank, prompt_id or image"))
         elif not isinstance(prompts[i], str) or not prompts[i].strip():
-            own.rejected.append((row, NO_TEXT))
+            pairs.rejected.append((row, NO_TEXT))
         else:
             kept.append(i)
-            names.append((prompts[i], path, ref))
+            texts.append((prompts[i], path, ref))
             found.append(
                 xxhash.xxh3_128_digest(f"{encodable(group)}\0{fold_prompt(prompts[i])}".encode())
             )
-    texts = zip(("prompt", "key", "ref"), list(zip(*names, strict=True)) or [()] * 3, strict=True)
-    own.members = pa.table(
+    by_column = list(zip(*texts, strict=True)) or [()] * 3
+    pairs.members = pa.table(
         {
             "group": pa.array(found, pa.binary(16)),
             "row": columns.rows[kept],
             "rank": rank[kept],
-            **{name: pa.array(values, pa.string()) for name, values in texts},
+            **dict(zip(("prompt", "key", "ref"), map(text_array, by_column), strict=True)),
             **{name: columns.number(name)[kept] for name in sorted(ratings)},
         }
     )
-    return own
+    return pairs
+
+
+def own_rankings(columns: dict[str, str]) -> Ranked | None:
+    """A table of the user's own with a row an image; None where ``columns`` says nothing of it.
+
+    It names the columns ``image`` and ``score`` (more is better) or ``rank`` (less is), maybe
+    ``prompt`` and ``prompt_id``: the images of a prompt are compared in pairs.
+    """
+    one = columns.keys() & {"score", "rank"}
+    if "image" not in columns or len(one) != 1 or columns.keys() & {"image_0", "image_1", "label"}:
+        return None
+    kept = {name: columns[name] for name in ("prompt_id", "image", *one) if name in columns}
+    own = {"prompt": columns.get("prompt", "prompt"), **kept}
+    return Ranked("columns", (), partial(one_image_a_row, own=own))
 
 
 def _group(value: Any) -> str | None:

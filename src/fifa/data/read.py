@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
 from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
-from fifa.data.rankings import Ranked, join
+from fifa.data.rankings import Ranked, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.table import Origin, Pairs
@@ -113,7 +114,11 @@ class _Reader:
             name: column for name, column in columns.items() if name not in (*PAIR_COLUMNS, KEY)
         }
         own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
-        self._own = own_layout(own) if own or format == "columns" else None
+        self._own: Layout | Ranked | None = own_rankings(columns)
+        if self._own:
+            self.carried = {}
+        elif own or format == "columns":
+            self._own = own_layout(own)
         if self._own:
             self.name = "columns"
 
@@ -258,8 +263,21 @@ def _unknown(columns: Columns, explained: bool) -> Rejected:
     """Why a file has no format; nothing if its rows have been rejected already."""
     if columns.names:
         some = ", ".join(sorted(columns.names)[:20])
-        return [(None, f"no known format has these columns: {some}")]
+        looks = _one_image(columns)
+        return [(None, f"no known format has these columns: {some}{looks}")]
     return [] if explained else [(None, "the file is empty")]
+
+
+def _one_image(columns: Columns) -> str:
+    """What to say to a table with one image and a number in each row."""
+    images = [name for name in sorted(columns.names) if re.search(r"image|img|path|url|file", name)]
+    numbers = [name for name in columns.numeric() if not re.search(r"id$|index|^seed$", name)]
+    if len(images) != 1 or not numbers:
+        return ""
+    return (
+        f" (it looks like a row an image: --columns prompt=...,image={images[0]},score={numbers[0]}"
+        " pairs the images of each prompt, and rank=... where less is better)"
+    )
 
 
 def _nothing(found: Source, pairs: Pairs) -> FifaError:
@@ -274,5 +292,5 @@ def _nothing(found: Source, pairs: Pairs) -> FifaError:
         f"no pairs: {reason}" + (f" ({count:,} times)" if count > 1 else ""),
         where=f"{found.named}, {place['file']}"
         + ("" if place["row"] is None else f", row {place['row']}"),
-        do=do if "columns" in reason else None,
+        do=do if "columns" in reason and "--columns" not in reason else None,
     )
