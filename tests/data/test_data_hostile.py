@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fifa.data import decode
-from fifa.data.decode import BadImage, check_image, open_image
+from fifa.data.decode import BadImage, check_image, image_size, open_image
 from fifa.data.images import BATCH, BATCH_BYTES, _rows_at_once, cell_images, read
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -90,7 +92,7 @@ def test_steps_through_a_jpeg_are_bounded_wherever_and_whatever_is_put_in(
         "end": len(data) - 2,
     }
     at, body = where[place], b"".join(pieces)
-    data = data[:at] + body * (150_000 // len(body)) + data[at:]
+    data = data[:at] + body * (60_000 // len(body)) + data[at:]
     Counted.made.clear()
     try:
         check_image(data)
@@ -98,11 +100,11 @@ def test_steps_through_a_jpeg_are_bounded_wherever_and_whatever_is_put_in(
         assert error.reason
     for file in Counted.made:
         assert file.reads <= decode.READS + 1
-        assert file.total <= 2 * len(data) + 1000  # each byte once, the first for its format
+        assert file.total <= 2 * len(data) + 100_000  # each byte once, what is put in for more data
     assert len(Counted.made) <= 3  # the image, with more data, and perhaps in full
     steps = 0
     try:
-        for _ in decode._markers(data):
+        for _ in decode._markers(data, 64 * 64):
             steps += 1
     except BadImage:
         pass
@@ -128,6 +130,63 @@ JPEG, PNG = encoded(PIXELS, "JPEG"), encoded(PIXELS, "PNG")
 def test_a_file_with_more_parts_than_anybody_needs_is_refused(data, reason) -> None:
     with pytest.raises(BadImage, match=reason):
         check_image(data)
+
+
+PROGRESSIVE = encoded(GREY, "JPEG", progressive=True)
+
+
+@pytest.mark.parametrize("data", [JPEG, PROGRESSIVE, encoded(GREY, "JPEG")])
+@pytest.mark.parametrize(
+    ("fill", "reason"), [(b"\xff", "mostly"), (b"\xff\0", "mostly"), (b"a", "far more data")]
+)
+def test_data_that_no_picture_needs_are_not_decoded(data, fill, reason, monkeypatch) -> None:
+    monkeypatch.setattr(decode, "MAX_SPARE", 10_000)
+    last = min(data.rindex(b"\xff\xda") + 14, len(data) - 2)
+    for at in (data.index(b"\xff\xda") + 14, last, len(data) - 2):
+        with pytest.raises(BadImage, match=reason):
+            check_image(data[:at] + fill * (200_000 // len(fill)) + data[at:])
+
+
+def test_a_strange_exif_is_no_warning_a_tag(tmp_path) -> None:
+    tags = b"".join(struct.pack("<HHLL", i, 7, 60_000, 8) for i in range(5000))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 5000) + tags
+    (tmp_path / "a.jpg").write_bytes(JPEG[:2] + segment(0xE1, exif) + JPEG[2:])
+    code = "import sys; from fifa.data.decode import *; check_image(open(sys.argv[1], 'rb').read())"
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.jpg")], capture_output=True, check=True
+    )
+    assert (found.stdout, found.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "options", "reason"),
+    [
+        ("JPEG", 6001, {}, "more than 36,000,000 pixels"),
+        ("JPEG", 3800, {"progressive": True}, "several scans with more than 14,000,000 pixels"),
+        ("PNG", 6001, {}, "more than 36,000,000 pixels"),
+        ("WEBP", 3600, {}, "more than 10,000,000 pixels"),
+    ],
+)
+def test_pixels_that_take_more_than_200_mb_are_refused_by_the_header(kind, side, options, reason):
+    data = bytearray(encoded(PIXELS, kind, **options))
+    at = {"JPEG": lambda: re.search(rb"\xff[\xc0\xc2]", data).start() + 5, "PNG": lambda: 16}
+    if kind == "WEBP":
+        data[26:30] = struct.pack("<HH", side, side)
+    else:
+        form = ">II" if kind == "PNG" else ">HH"
+        struct.pack_into(form, data, at[kind](), side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29])) if kind == "PNG" else data[29:33]
+    for look in (check_image, image_size):
+        with pytest.raises(BadImage, match=reason):
+            look(bytes(data))
+
+
+def test_scans_are_few_where_pixels_are_many() -> None:
+    data = encoded(np.full((3000, 4000, 3), 200, np.uint8), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    assert image_size(data) == (3000, 4000)
+    with pytest.raises(BadImage, match="more than 16 scans"):
+        image_size(data[:at] + 10 * data[at:-2] + data[-2:])
 
 
 def test_what_good_files_have_comes_in() -> None:

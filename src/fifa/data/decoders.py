@@ -38,7 +38,7 @@ R = TypeVar("R")
 FEW = 4  # cores: up to so many decode in threads
 SPARED = 2  # cores that are left to whoever uses the images
 MOST = 32  # processes
-PATIENCE = 300.0  # seconds that an image may take; 64 megapixels in 100 scans take a minute
+PATIENCE = 300.0  # seconds that an image may take, on a machine that does much else; one is enough
 PIPE = 1 << 18  # bytes: the pixels of an image, so that an answer needs no second look
 
 _REQUEST = struct.Struct("<qQ")  # row, bytes
