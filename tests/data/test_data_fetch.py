@@ -83,6 +83,21 @@ def test_without_leave_nothing_on_this_machine_is_asked(port: int) -> None:
     assert not Handler.hosts
 
 
+SPELLINGS = """
+    127.1 2130706433 0x7f000001 0x7f.1 0177.1 017700000001 127.0.0.1. localhost. LOCALHOST 0 0x0
+    [::ffff:7f00:1] [::127.0.0.1] [::1%25lo] [fe80::1%25lo] [64:ff9b::7f00:1] [2002:7f00:1::]
+    0xa9fea9fe 2852039166 0251.0376.0251.0376 10.1 192.168.257 \uff11\uff12\uff17.0.0.1
+    127\u30020\u30020\u30021 \u2460\u2461\u2466.0.0.1
+    x@127.0.0.1 127.0.0.1:80@8.8.8.8 127.0.0.1%00.example
+"""
+
+
+@pytest.mark.parametrize("host", SPELLINGS.split())
+def test_however_an_address_is_spelled_it_is_checked(host: str) -> None:
+    with pytest.raises(FetchError, match=r"not on the public|cannot resolve|user name"):
+        fetch(f"http://{host}/a.png", max_bytes=1000, timeout=5)
+
+
 def test_one_private_address_among_public_ones_is_enough_to_refuse(port: int) -> None:
     with pytest.raises(FetchError, match=r"10\.0\.0\.1"):
         fetch(
@@ -289,7 +304,9 @@ PRIVATE = """
     0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 169.254.169.254 172.16.0.1 192.168.1.1 192.0.2.1
     198.18.0.1 224.0.0.1 240.0.0.1 255.255.255.255 :: ::1 ::ffff:10.0.0.1 ::ffff:127.0.0.1
     fe80::1 fe80::1%eth0 fc00::1 fec0::1 ff02::1 64:ff9b::a00:1 2002:a00:1:: 2001:0:1::1
-    2001:db8::1 64:ff9b:1::1 nonsense
+    2001:db8::1 64:ff9b:1::1 192.0.0.8 192.0.0.170 192.88.99.1 203.0.113.5 3fff::1 5f00::1 100::1
+    2001:2::1 2001:20::1 ::127.0.0.1 ::ffff:0:10.0.0.1 ::ffff:100.64.0.1 64:ff9b::a9fe:a9fe 4000::1
+    1.2.3 0x7f.1 127.0.0.01 nonsense
 """
 
 

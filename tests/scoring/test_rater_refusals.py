@@ -88,6 +88,8 @@ def test_a_limit_above_the_servers_own_is_left_out() -> None:
         (200, {"error": {"message": "bad tenant", "code": 400}}, "error 400 inside a reply: bad"),
         (200, {"error": "no model loaded"}, "error 400 inside a reply: no model loaded"),
         (402, {"error": {"message": "no credits"}}, "HTTP 402: no credits"),
+        (599, {"error": {"message": f"oh {KEY}"}}, r"HTTP 599: oh \["),
+        (200, {"code": 500, "message": "oh"}, "error 500 inside a reply: oh"),
         (422, {"detail": [{"loc": ["body", "x"], "msg": "odd"}]}, "HTTP 422: body.x: odd"),
         (200, {"choices": {"0": 1}}, "no completion"),
         (200, {"choices": "text"}, "no completion"),
@@ -112,21 +114,37 @@ def test_refusals_stop_the_run_after_a_few_and_are_quoted(
     assert sum(count.values()) <= 14
 
 
+@pytest.mark.parametrize("after", ["\xff", "nan", "-1", "Wed, 99 Oct 99999999 7:28 x"])
+def test_odd_times_to_wait_are_none(after: str) -> None:
+    times = 0
+
+    async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
+        nonlocal times
+        times += 1
+        if times > 1:
+            return good()
+        return web.json_response({}, status=429, headers={"Retry-After": after})
+
+    with server(handle) as url:
+        assert rater(url, max_retries=1, attempts=1).rate(["a"])["flags"].to_pylist() == [""]
+
+
 def test_an_error_inside_a_reply_is_backed_off_from() -> None:
     times = 0
 
     async def handle(request: web.Request, body: dict[str, Any]) -> web.Response:
         nonlocal times
         times += 1
-        if times <= 2:
-            error = {"code": [429, "rate_limit_exceeded"][times - 1], "message": "slow down"}
-            return web.json_response({"error": error}, headers={"retry-after-ms": "1"})
+        if times <= 3:
+            error = {"code": [429, "rate_limit_exceeded", 429][times - 1], "message": "slow down"}
+            plain = error if times == 3 else {"error": error}
+            return web.json_response(plain, headers={"retry-after-ms": "1"})
         return good()
 
     with server(handle) as url, collect_facts() as facts:
-        assert rater(url, max_retries=2, attempts=1).rate(["a"])["flags"].to_pylist() == [""]
-    assert times == 3
-    assert facts["retries"] == 2
+        assert rater(url, max_retries=3, attempts=1).rate(["a"])["flags"].to_pylist() == [""]
+    assert times == 4
+    assert facts["retries"] == 3
 
 
 def test_what_one_prompt_is_refused_for_does_not_stop_the_others(
@@ -227,7 +245,7 @@ def test_a_redirect_is_refused_and_nothing_is_sent_there() -> None:
     with server(handle) as target:
 
         async def redirect(request: web.Request, body: dict[str, Any]) -> web.Response:
-            where = target.replace("127.0.0.1", "me:hush@localhost") + "/chat/completions?k=hush"
+            where = target.replace("127.0.0.1", "me:hush@localhost") + f"/{KEY}/chat?k=hush"
             return web.Response(status=307, headers={"Location": where})
 
         with server(redirect) as url, pytest.raises(FifaError, match="elsewhere") as caught:
@@ -235,6 +253,7 @@ def test_a_redirect_is_refused_and_nothing_is_sent_there() -> None:
     assert not there
     assert "http://localhost:" in str(caught.value)
     assert "hush" not in str(caught.value)
+    assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["long", "gzip", "drip", "drip error"])
@@ -311,7 +330,7 @@ def test_any_reply_is_a_rating_or_an_error_for_people() -> None:
         return web.Response(**now)
 
     @settings(max_examples=12, derandomize=True, deadline=None)
-    @given(BODY, st.sampled_from([200, 200, 200, 201, 400, 403, 418, 422, 503]), TYPE)
+    @given(BODY, st.sampled_from([200, 200, 200, 201, 400, 403, 418, 422, 503, 599]), TYPE)
     def ask(body: bytes, status: int, kind: str) -> None:
         now.update(body=body, status=status, headers={"Content-Type": kind})
         with suppress(FifaError):

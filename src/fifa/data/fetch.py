@@ -24,6 +24,13 @@ TIMEOUT = 30.0  # seconds for one image, redirects and all
 CHUNK = 1 << 16
 FRAMING = 1 << 20  # bytes that headers may take, beside as many for chunks as the image has
 
+UNICAST = ipaddress.ip_network("2000::/3")  # of IPv6
+# IANA's special-purpose registries beyond what every Python's `is_global` knows
+SPECIAL = [
+    ipaddress.ip_network(network)
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20")
+]
+
 Resolve = Callable[[str, int], Sequence[str]]
 Allowed = Callable[[str], bool]
 
@@ -41,9 +48,9 @@ def addresses(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """True for an address on the public internet.
 
-    False for private, loopback, link-local, shared, reserved and multicast ranges, for the same
-    ranges inside an IPv4-mapped IPv6 address, and for addresses that tunnel to an IPv4 address
-    (6to4, Teredo, NAT64).
+    False for private, loopback, link-local, shared, reserved, documentation and multicast ranges,
+    for the same ranges inside an IPv4-mapped IPv6 address, for all of IPv6 that is not assigned as
+    global unicast, and for what tunnels to an IPv4 address (6to4, Teredo, NAT64).
     """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -52,12 +59,10 @@ def is_public(address: str) -> bool:
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped is not None:
             return is_public(str(parsed.ipv4_mapped))
-        nat64 = parsed in ipaddress.ip_network("64:ff9b::/32")
-        if parsed.sixtofour or parsed.teredo or nat64 or parsed.is_site_local:
+        if parsed not in UNICAST:
             return False
-    return parsed.is_global and not (
-        parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified
-    )
+    special = any(parsed in network for network in SPECIAL)
+    return parsed.is_global and not (special or parsed.is_multicast or parsed.is_reserved)
 
 
 def fetch(

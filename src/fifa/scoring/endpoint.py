@@ -31,13 +31,14 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.scoring.replies import (
     INSIDE,
-    UNUSABLE,
+    NO_REPLY,
     NoAnswerError,
     bounded_client,
     hint_of,
     public_url,
     text_of,
     tokens_of,
+    without_secrets,
     words_of,
 )
 from fifa.scoring.specs import Spec
@@ -300,7 +301,7 @@ class _Conversation:
                 answer, unreadable = str(error), error.unreadable
                 heard = heard or not unreadable
             except openai.APIStatusError as error:
-                if error.status_code != UNUSABLE:
+                if NO_REPLY not in error.response.headers:
                     return self._refused(error)
                 answer, unreadable = words_of(error.response.content), True
             except openai.APIConnectionError:
@@ -333,7 +334,8 @@ class _Conversation:
             plain = json.loads(raw.http_response.content)
         except (ValueError, RecursionError):
             words = words_of(raw.http_response.content, self.endpoint.secrets())
-            raise NoAnswerError(f"the reply is no JSON: {words}", unreadable=True) from None
+            reason = f"the reply is no JSON: {words}" if words else "the reply is empty"
+            raise NoAnswerError(reason, unreadable=True) from None
         self.changes |= changes
         tokens_in, tokens_out = tokens_of(plain)
         self.spent["tokens_in"] += tokens_in
@@ -378,7 +380,8 @@ class _Conversation:
             raise FifaError(
                 f"the endpoint sends prompts elsewhere (HTTP {status}), which is refused",
                 where=at,
-                do="correct the URL; it was led to " + _leads(endpoint.url, headers),
+                do="correct the URL; it was led to "
+                + without_secrets(_leads(endpoint.url, headers), endpoint.secrets())[:300],
             ) from None
         if status in (400, 403, 413, 422) and THIS_PROMPT.search(hint_of(error.response.content)):
             return told
@@ -394,7 +397,7 @@ class _Conversation:
 def _leads(url: str, headers: Any) -> str:
     """Where a redirect leads, without secrets."""
     try:
-        return public_url(urljoin(url, headers.get("location", "")))[:300]
+        return public_url(urljoin(url, headers.get("location", "")))
     except ValueError:
         return "no URL"
 

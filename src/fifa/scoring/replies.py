@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 MAX_REPLY = 2 << 20  # bytes; an answer with 32,000 tokens of thinking takes some 200,000
 WORDS = 300  # characters of a server's own words that are quoted
 UNUSABLE = 599  # our status for a reply that is no use and that the client must not ask for again
+NO_REPLY = "x-no-reply"  # our header on such a reply: a server may answer with any status
 INSIDE = "x-error-inside"  # our header on an error that came with the status 200
 TOKENS = ("prompt_tokens", "completion_tokens")
 KEPT = ("retry-after", "retry-after-ms", "location")
@@ -85,9 +86,10 @@ def bounded_client(base: Any, seconds: float, spent: Counter[str]) -> Any:
                 why = f"no whole reply in {seconds:g} seconds"
             if why:
                 made = made or _response_class(base)
-                headers = {"x-should-retry": "false"}
+                headers = {"x-should-retry": "false", NO_REPLY: "yes"}
                 return made(UNUSABLE, headers=headers, content=why.encode(), request=request)
-            headers = {name: reply.headers[name] for name in KEPT if name in reply.headers}
+            kept = {name: reply.headers.get(name, "") for name in KEPT}
+            headers = {name: value for name, value in kept.items() if value and value.isascii()}
             status, error = reply.status_code, None
             if status == 200 and (error := _error_inside(_json(body))) is not None:
                 status, headers[INSIDE] = _status(error), "yes"
@@ -131,17 +133,26 @@ def _error_inside(plain: Any) -> Any:
     if plain.get("object") == "error":
         return plain
     choices = plain.get("choices")
+    if choices is None and not plain.get("error") and _number(plain.get("code")):
+        return plain
     if not plain.get("error") and isinstance(choices, list) and choices:
         return (isinstance(choices[0], dict) and choices[0].get("error")) or None
     return plain.get("error") or None
+
+
+def _number(code: Any) -> int:
+    """The HTTP status of an error that a code is, as a number or in digits; 0 for none."""
+    digits = str(code)[:9] if isinstance(code, int | str) else ""
+    number = int(digits) if digits.isascii() and digits.isdigit() else 0
+    return number if 400 <= number < UNUSABLE else 0
 
 
 def _status(error: Any) -> int:
     """The HTTP status that an error inside a body stands for."""
     code = error.get("code") if isinstance(error, dict) else None
     kind = error.get("type") if isinstance(error, dict) else None
-    if str(code).isascii() and str(code).isdigit() and 400 <= int(str(code)[:9]) < UNUSABLE:
-        return int(str(code))
+    if number := _number(code):
+        return number
     return 429 if re.search("rate_?limit|overloaded", f"{code} {kind}", re.IGNORECASE) else 400
 
 
@@ -149,7 +160,7 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> str:
     """A server's own words in the body of an error: one short line without ``secrets``."""
     plain = _json(body)
     if plain is None:
-        said: Any = _hidden(body.decode("utf-8", "replace"), secrets)[: 8 * WORDS]
+        said: Any = without_secrets(body.decode("utf-8", "replace"), secrets)[: 8 * WORDS]
         if "<" in said:  # a page
             said = re.sub(r"<style.*?(</style>|$)|<[^<>]*>", " ", said, flags=re.DOTALL)
     else:
@@ -157,7 +168,7 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> str:
     return _line(said, secrets)
 
 
-def _hidden(said: str, secrets: Iterable[str]) -> str:
+def without_secrets(said: str, secrets: Iterable[str]) -> str:
     """Text without ``secrets``; before it is cut, so that no part of one stays."""
     for secret in filter(None, secrets):
         said = said.replace(secret, "[secret]")
@@ -166,7 +177,7 @@ def _hidden(said: str, secrets: Iterable[str]) -> str:
 
 def _line(said: str, secrets: Iterable[str], most: int = WORDS) -> str:
     """Text from outside as one short line without ``secrets`` and control characters."""
-    said = _hidden(said, secrets)[: 8 * WORDS]
+    said = without_secrets(said, secrets)[: 8 * WORDS]
     line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
@@ -224,13 +235,16 @@ def text_of(plain: Any, secrets: Iterable[str] = ()) -> str:
         raise NoAnswerError("cut off at max_tokens")
     if finish.lower() in _FILTERED:
         raise NoAnswerError("stopped by a content filter")
-    text = _joined(message.get("content"))
+    content = message.get("content")
+    text = _joined(content)
     if text.strip():
         return text
     if message.get("tool_calls") or message.get("function_call"):
         raise NoAnswerError("a call of a tool instead of text")
-    if any(message.get(name) for name in ("reasoning_content", "reasoning", "content")):
+    if _thoughts(content) or message.get("reasoning_content") or message.get("reasoning"):
         raise NoAnswerError("reasoning without an answer")
+    if content and not text:
+        raise NoAnswerError("content that is no text")
     raise NoAnswerError("empty answer" + (f" ({finish})" if finish not in ("", "stop") else ""))
 
 
@@ -240,6 +254,13 @@ def _joined(content: Any) -> str:
         return content if isinstance(content, str) else ""
     parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+def _thoughts(content: Any) -> bool:
+    """True where a content has parts of thinking."""
+    parts = content if isinstance(content, list) else []
+    kinds = {str(part.get("type")) for part in parts if isinstance(part, dict)}
+    return bool(kinds & {"thinking", "reasoning", "redacted_thinking"})
 
 
 def without_thinking(text: str) -> str | None:
