@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from commands import fifa
 from fifa.data import read_pairs, records, source
 from fifa.errors import FifaError
 
@@ -126,14 +129,17 @@ def test_a_hole_ends_its_file_and_no_row_before_it(tmp_path: Path) -> None:
 def test_gzip_is_read_within_bounds(tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode("utf-16")))
-    (tmp_path / "z.CSV.GZ").write_bytes(gzip.compress(CSV.encode() + b"\n" * (20 << 20)))
+    (tmp_path / "z.CSV.GZ").write_bytes(
+        gzip.compress(CSV.encode() + (b"x" * 999 + b"\n") * (20 << 10))
+    )
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(CSV.encode())[:-9])
     (tmp_path / "none.csv.gz").write_bytes(CSV.encode())
     (tmp_path / "b.tar.gz").write_bytes(b"")
     pairs = read_pairs(tmp_path)
     assert (len(pairs), pairs.origin.merged) == (2, 2 * len(FILES) - 2)
     reasons = {row["file"]: row["reason"] for row in pairs.rejected.to_pylist()}
-    assert sorted(reasons) == ["cut.csv.gz", "none.csv.gz", "z.CSV.GZ"]
+    assert sorted(reasons) == ["b.tar.gz", "cut.csv.gz", "none.csv.gz", "z.CSV.GZ"]
+    assert reasons["b.tar.gz"] == "packed: unpack it first (gzip -d, unzip)"
     assert "unpacks to over" in reasons["z.CSV.GZ"]
 
 
@@ -142,6 +148,41 @@ def test_a_pipe_or_device_is_no_source(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FifaError, match="a pipe, socket or device"):
         read_pairs(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a" * 5000, "cannot be opened: File name too long"),
+        ("a\0b", "cannot be opened"),
+        ("~nobody/a", "no such file"),
+        ("caf\udce9", "no UTF-8"),
+        ("zip://a.csv::https://a.b/c.zip", "a source within a source"),
+        ("{}/loop", "cannot be opened|no such file"),
+        ("{}/file/x.csv", "cannot be opened: Not a directory"),
+    ],
+)
+def test_what_cannot_be_a_source_is_told(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FifaError, match=says) as error:
+        read_pairs(name.format(tmp_path))
+    str(error.value).encode()
+
+
+def test_messages_can_be_printed_wherever_they_go(tmp_path: Path) -> None:
+    (tmp_path / "ä").mkdir()
+    row = '{"prompt": "p", "image_0": "a", "image_1": "b", "label": "\\ud800é"}\n'
+    (tmp_path / "ä" / "ö.jsonl").write_text(row)
+    ascii_ = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ascii_ |= {"PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "fifa", "read", ".", "--out", "run"]
+    done = subprocess.run(words, cwd=tmp_path / "ä", env=ascii_, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"error: no pairs" in done.stderr
+    assert b"Traceback" not in done.stderr
+    told = fifa("read", tmp_path, "--out", "caf\udce9")
+    assert (told.returncode, "this is no UTF-8" in told.stderr) == (1, True)
 
 
 def test_a_list_of_one_text_is_that_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ __all__ = ["cli", "main"]
 def main() -> None:
     """Run the command line; a mistake of the user is reported without a traceback."""
     try:
+        _check_text(sys.argv[1:])
         cli(standalone_mode=False)
     except FifaError as error:
         click.echo(f"error: {error}", err=True)
@@ -38,3 +39,15 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues from here", err=True)
         sys.exit(130)
+
+
+def _check_text(words: list[str]) -> None:
+    """Refuse words with bytes that are no UTF-8: libraries below could not open such files."""
+    for word in words:
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        if shown != word:
+            raise FifaError(
+                "this is no UTF-8",
+                where=shown,
+                do="rename the file, or set PYTHONUTF8=1 where the locale has another encoding",
+            )

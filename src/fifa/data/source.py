@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from fifa.data.records import encodable
 from fifa.errors import FifaError
@@ -24,6 +25,8 @@ KINDS = {
     ".tar": "tar",
 }
 PACKED = ".gz"  # behind the ending of a text file
+ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".rar")
+UNPACK = "unpack it first (gzip -d, unzip)"
 MAGIC = "*?["
 UNPACKED = 100, 64 << 20  # times its bytes, or bytes: no table, but something made to fill memory
 
@@ -72,7 +75,7 @@ class Root:
         wanted, where what lies between them is large and is not.
         """
         if path.lower().endswith(PACKED):
-            return cast(IO[bytes], _Unpacked(self._open(path, read_ahead)))
+            return io.BufferedReader(_Unpacked(self._open(path, read_ahead)), 1 << 16)
         return self._open(path, read_ahead)
 
     def _open(self, path: str, read_ahead: bool) -> IO[bytes]:
@@ -85,31 +88,38 @@ class Root:
         return opened
 
 
-class _Unpacked(gzip.GzipFile):
+class _Unpacked(io.RawIOBase):
     """A gzip file that does not unpack to any number of bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self.myfileobj = cast(Any, file)  # closed with it
-        size = file.seek(0, os.SEEK_END)
+        self._file = file
+        self._most = max(UNPACKED[0] * file.seek(0, os.SEEK_END), UNPACKED[1])
         file.seek(0)
-        self._most = max(UNPACKED[0] * size, UNPACKED[1])
+        self._gzip = gzip.GzipFile(fileobj=file, mode="rb")
 
-    def read(self, size: int | None = -1) -> bytes:
-        return self._bounded(super().read, size)
+    def readable(self) -> bool:
+        return True
 
-    def readline(self, size: int | None = -1) -> bytes:
-        return self._bounded(super().readline, size)
+    def seekable(self) -> bool:
+        return True
 
-    def _bounded(self, get: Callable[[int], bytes], size: int | None) -> bytes:
-        most = self._most + 1 - self.tell()
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._gzip.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            data = get(most if size is None or size < 0 else min(size, most))
+            data = self._gzip.read(len(buffer))
         except (EOFError, zlib.error) as error:
             raise OSError(f"broken gzip: {error}") from error
-        if self.tell() > self._most:
+        if self._gzip.tell() > self._most:
             raise OSError(f"it unpacks to over {self._most:,} bytes: too many for its size")
-        return data
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._gzip.close()
+        self._file.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -164,10 +174,14 @@ def find_files(source: str | Path) -> Source:
         named = named.removeprefix("file://")
     if not named:
         raise FifaError("no source given", do="name a file, folder, glob, hf:// id or URL")
+    if "::" in named and is_url(named):
+        do = "unpack the archive, or copy the files, first"
+        raise FifaError("a source within a source is not read", where=named, do=do)
+    if encodable(named) != named:
+        raise FifaError("the source's name is no UTF-8", where=encodable(named), do="rename it")
     found = _find_remote(named) if is_url(named) else _find_local(named)
     if not found.files and not found.refused:
-        packed = named.endswith((".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz"))
-        unpack = "unpack it first (gzip -d, unzip): " if packed else ""
+        unpack = f"{UNPACK}: " if named.lower().endswith(ARCHIVES) else ""
         raise FifaError(
             "nothing to read here",
             where=str(source),
@@ -197,7 +211,14 @@ def has_file(root: Path, path: str) -> bool:
 
 
 def _find_local(named: str) -> Source:
-    path = Path(named).expanduser()
+    try:
+        path = Path(named).expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise FifaError(f"the source cannot be opened: {why}", where=named[:300]) from error
     if path.is_file():
         root, paths = path.parent, [path]
     elif path.is_dir():
@@ -224,6 +245,9 @@ def _find_local(named: str) -> Source:
             refused.append((encodable(name), "a link to a folder: name that folder as a source"))
             continue
         if kind is None:
+            stem = Path(file.stem.lower())
+            if file.suffix.lower() in ARCHIVES and (stem.suffix in KINDS or file.suffix == ".tgz"):
+                refused.append((encodable(name), f"packed: {UNPACK}"))
             continue
         try:
             status = file.stat()
