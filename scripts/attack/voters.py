@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
@@ -121,12 +121,18 @@ class Load:
 
     posts: int = 0
     refused: int = 0
-    unheard: int = 0  # posts without an answer: the server was killed
+    unheard: int = 0  # votes without an answer: the server was killed
+    lost: int = 0  # nonsense without an answer
     accepted: set[tuple[str, int]] = field(default_factory=set)  # voter's name, position
     taken: int = 0  # nonsense that was accepted
     redealt: int = 0  # pairs that were others after a restart
     seconds: list[float] = field(default_factory=list)
     stored: set[tuple[str, int]] = field(default_factory=set)
+
+    def read(self, run: Path) -> None:
+        """Read what the file of votes holds by now."""
+        said = VoteStore(run / "evaluate" / FILE).read()
+        self.stored = {(str(said.voters[vote.voter]), vote.position) for vote in said.votes}
 
     def text(self, kills: int) -> str:
         """One row."""
@@ -151,11 +157,10 @@ class Person:
         """Vote to the end, whatever the server does."""
         while True:
             line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-            with suppress(OSError, http.client.HTTPException):
+            with closing(line), suppress(OSError, http.client.HTTPException):
                 if self._votes(line):
                     return
-            line.close()
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def _ask(self, line: http.client.HTTPConnection, method: str, path: str, **more: str) -> str:
         headers = FORM | {"Cookie": self.cookie} | ({"Origin": more.pop("origin")}
@@ -202,6 +207,7 @@ class Person:
                 with self.lock:
                     self.into.posts += 1
                     self.into.unheard += not wrong
+                    self.into.lost += bool(wrong)
                 raise
             with self.lock:
                 self.into.posts += 1
@@ -232,8 +238,7 @@ def load(run: Path, voters: int, kills: int, seed: int) -> Load:
             else:
                 for thread in threads:
                     thread.join(600)
-    said = VoteStore(run / "evaluate" / FILE).read()
-    into.stored = {(str(said.voters[vote.voter]), vote.position) for vote in said.votes}
+    into.read(run)
     return into
 
 

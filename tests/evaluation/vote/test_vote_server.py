@@ -20,6 +20,7 @@ import httpx2
 import pytest
 from vote_worlds import make_run
 
+from attack.voters import Load, Person, free_port
 from commands import fifa
 from fifa.cli import main
 from fifa.evaluation.vote.store import FILE, VoteStore
@@ -89,6 +90,31 @@ def test_a_server_killed_between_votes_loses_none(tmp_path: Path) -> None:
     assert sum(heard) >= 3
     votes = VoteStore(run / "evaluate" / FILE).read().votes
     assert [vote.position for vote in votes] == list(range(len(votes)))
+
+
+def test_what_many_voters_heard_is_kept_whatever_kills_the_server(tmp_path: Path) -> None:
+    run = make_run(tmp_path, prompts=5, seeds=1, size=8)
+    into, lock, port = Load(), threading.Lock(), free_port()
+    people = [Person(f"voter {i}", port, 0, into, lock) for i in range(8)]
+    threads = [threading.Thread(target=one.run, daemon=True) for one in people]
+    for kill in range(3):
+        with served(run, "--port", port) as (process, *_):
+            if not kill:
+                for thread in threads:
+                    thread.start()
+            while kill < 2 and len(into.accepted) < 12 * (kill + 1):
+                assert process.is_alive(), run.with_name("said.txt").read_text()
+                time.sleep(0.01)
+            if kill == 2:
+                for thread in threads:
+                    thread.join(120)
+        assert run.with_name("said.txt").read_text().count("\n") <= 3  # two links, how to stop
+    into.read(run)
+    assert len(into.accepted) <= 40 == len(into.stored)
+    assert into.accepted <= into.stored
+    assert len(into.stored - into.accepted) <= into.unheard
+    assert (into.taken, into.redealt) == (0, 0)
+    assert into.refused == into.posts - into.unheard - len(into.accepted) - into.lost
 
 
 def test_ctrl_c_ends_well_and_tells_how_to_go_on(tmp_path: Path) -> None:
