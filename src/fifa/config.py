@@ -91,14 +91,18 @@ class Knobs:
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @classmethod
-    def from_yaml(cls: type[K], path: Path) -> K:
+    def from_yaml(cls: type[K], path: Path, *, sealed: bool = False) -> K:
         """The knobs in a YAML file; what the file leaves out has its default.
 
-        Raises `FifaError` for text that is no YAML, unknown knobs and values out of range.
+        ``sealed``: it has to be as fifa wrote it. Raises `FifaError` for text that is no YAML,
+        a file without any knob, unknown knobs and values out of range.
         """
         from fifa.shards.files import read_yaml  # pyarrow, which no help text needs
 
-        return build(cls, read_yaml(path, "the recipe"), where=str(path))
+        values = read_yaml(path, "the recipe", sealed=sealed)
+        if not values:
+            raise FifaError("the recipe is empty", where=str(path), do="mend it, or name another")
+        return build(cls, values, where=str(path))
 
     def to_yaml(self) -> str:
         """The knobs as YAML; ``from_yaml`` gives the same ones back."""
@@ -863,12 +867,12 @@ def preset(name: str) -> Train:
     return PRESETS[name]()
 
 
-def build(cls: type[T], values: object, *, where: str) -> T:
-    """A ``cls`` from plain values; `FifaError` names every knob that is wrong."""
+def build(cls: type[T], values: object, *, where: str, what: str = "the recipe") -> T:
+    """A ``cls`` from plain values; `FifaError` names every knob of ``what`` that is wrong."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise _wrong(error, where) from error
+        raise _wrong(error, where, what) from error
 
 
 def changed(old: K, **values: Any) -> K:
@@ -903,14 +907,14 @@ def _flat(one: Any) -> dict[str, Any]:
     return found
 
 
-def _wrong(error: ValidationError, where: str) -> FifaError:
+def _wrong(error: ValidationError, where: str, what: str = "the recipe") -> FifaError:
     wrong = []
     for item in error.errors():
-        name = ".".join(map(str, item["loc"])) or "recipe"
+        name = ".".join(map(str, item["loc"])) or what.removeprefix("the ")
         known = item["type"] != "unexpected_keyword_argument"
         given = f", not {item['input']!r}" if known and _is_short(item["input"]) else ""
         wrong.append(f"{name}: {item['msg']}{given}")
-    return FifaError(f"the recipe is not valid: {'; '.join(wrong)}", where=where)
+    return FifaError(f"{what} is not valid: {'; '.join(wrong)}", where=where)
 
 
 def _is_short(value: object) -> bool:

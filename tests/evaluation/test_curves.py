@@ -8,6 +8,7 @@ from drawn import draw_index, measured
 from fifa.config import Read, Recipe, Score
 from fifa.evaluation.models import Model, cost_of, find_models, read_training, run_scorers
 from fifa.evaluation.win_rates import learning_curves, steps_of, time_to_match
+from fifa.shards.files import sealed_line
 
 STEPS = (10, 20, 30, 40)
 
@@ -49,7 +50,7 @@ def write_run(folder):
         {"step": "select", "seconds": 0.5},
         {"step": "generate", "seconds": 1000.0},
     ]
-    (folder / "log.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps) + '{"st')
+    (folder / "log.jsonl").write_text("".join(map(sealed_line, steps)) + '{"st')
     return folder
 
 

@@ -1,7 +1,6 @@
 """Run folders made by hand, so that the page is tested against numbers that are known."""
 
 import io
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -11,9 +10,9 @@ from PIL import Image
 from fifa.config import Read, Recipe, Score, Select
 from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs, save_pairs
 from fifa.run.folder import FORMAT, STAMP
-from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, scored_once
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, array_once, scored_once
 from fifa.selection.table import REASONS, selection_table, write_selection
-from fifa.shards.files import write_json
+from fifa.shards.files import sealed_line, write_json, write_yaml
 
 HOSTILE = '<script>alert("x")</script> & \u202ereversed'
 
@@ -80,7 +79,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         scored_once(scores / name, lambda _, scored=scored: scored)
     vectors = rng.normal(size=(prompts, 8)) + np.eye(8)[np.arange(prompts) % 3] * 4
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    np.save(scores / "embeddings-minilm-0.npy", vectors.astype(np.float16))
+    array_once(scores / "embeddings-minilm-0.npy", lambda _: [vectors.astype(np.float16)], prompts)
 
     mean = sum(d) / max(scorers, 1)
     importance = np.abs(mean) + 0.2 * rating[prompt_index] + entropy[prompt_index]
@@ -118,7 +117,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         "diversity": index["diversity"],
     }
     write_selection(folder, selection_table(table["pair_id"], codes, columns), used)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    write_yaml(folder / "recipe.yaml", recipe.to_yaml())
     steps = [
         {"step": "read", "started": "2025-01-02T03:04:05+00:00", "seconds": 0.4, "pairs": pairs},
         {
@@ -130,9 +129,7 @@ def make_run(folder, *, pairs=400, scorers=2, images=None, seed=0, keep=80, sour
         },
         {"step": "score", "started": "2025-01-02T03:08:06+00:00", "seconds": 1, "tokens_in": 34},
     ]
-    (folder / "log.jsonl").write_text(
-        "\n".join(map(json.dumps, steps)) + '\n{"step": "sel', "utf-8"
-    )
+    (folder / "log.jsonl").write_text("".join(map(sealed_line, steps)) + '{"step": "sel', "utf-8")
     return codes
 
 

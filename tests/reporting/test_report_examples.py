@@ -11,7 +11,7 @@ from fifa.data.decode import BadImage
 from fifa.data.table import load_pairs
 from fifa.reporting.examples import choose_rows, load_examples, thumbnail
 from fifa.reporting.numbers import columns_of
-from fifa.reporting.selection import load_selection
+from fifa.selection.table import load_selection
 
 
 def loaded(folder):

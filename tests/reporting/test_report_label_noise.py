@@ -4,7 +4,7 @@ from report_runs import make_run
 from fifa.data.table import load_pairs
 from fifa.reporting.numbers import columns_of, label_noise
 from fifa.reporting.page import write_report
-from fifa.reporting.selection import load_selection
+from fifa.selection.table import load_selection
 
 
 def loaded(run):

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -15,9 +14,9 @@ from fifa.data.table import load_pairs
 from fifa.errors import FifaError
 from fifa.reporting import numbers
 from fifa.reporting.page import read_log, write_report
-from fifa.reporting.selection import load_selection
 from fifa.scoring.rewards.metrics import agreement
-from fifa.shards.files import take_rows
+from fifa.selection.table import load_selection
+from fifa.shards.files import sealed_line, take_rows, write_table
 
 MARGINS = hnp.arrays(
     np.float32,
@@ -163,15 +162,18 @@ def test_rejected_rows_are_counted_by_reason_with_the_first_of_them():
 
 def test_the_log_counts_the_lines_it_cannot_read_and_leaves_the_report_out(tmp_path):
     path = tmp_path / "log.jsonl"
-    lines = [{"step": "read", "seconds": 1.5}, {"step": "report", "seconds": 2}, ["odd"]]
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": "sel')
+    lines = [{"step": "read", "seconds": 1.5}, {"step": "report", "seconds": 2}]
+    text = "".join(sealed_line(line) for line in lines)
+    path.write_text(
+        text + text.replace("1.5", "2.5").partition("\n")[0] + '\n["odd"]\n{"step": "sel'
+    )
     steps, broken = read_log(path)
     assert [entry["step"] for entry in steps] == ["read"]
-    assert broken == 2
+    assert broken == 3  # one was changed, one is no object, one was cut short
 
 
 def test_a_run_without_a_selection_is_refused(tmp_path):
-    with pytest.raises(FifaError, match="no selection"):
+    with pytest.raises(FifaError, match="nothing has been selected"):
         load_selection(tmp_path)
 
 
@@ -188,6 +190,6 @@ def test_the_columns_are_those_of_the_tables(tmp_path):
 def test_a_selection_of_other_pairs_is_refused(tmp_path):
     make_run(tmp_path, pairs=60, keep=10)
     path = tmp_path / "selection.parquet"
-    pq.write_table(pq.read_table(path)[:-1], path)
+    write_table(path, pq.read_table(path)[:-1])
     with pytest.raises(FifaError, match="59"):
         write_report(tmp_path)

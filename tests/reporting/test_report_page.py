@@ -12,7 +12,7 @@ from fifa.errors import FifaError
 from fifa.reporting import page
 from fifa.reporting.page import write_report
 from fifa.scoring.table import Scores
-from fifa.shards.files import write_table
+from fifa.shards.files import sealed_line, write_table, write_yaml
 
 
 class Page(HTMLParser):
@@ -111,7 +111,8 @@ def test_what_is_in_memory_gives_the_bytes_of_the_files(tmp_path, run, text):
 def test_another_report_in_the_log_does_not_change_the_page(tmp_path, run, text):
     copy = shutil.copytree(run, tmp_path / "copy")
     log = (copy / "log.jsonl").read_text("utf-8")
-    line = '{"step": "report", "started": "2026-01-01T00:00:00+00:00", "seconds": 3.0}\n'
+    entry = {"step": "report", "started": "2026-01-01T00:00:00+00:00", "seconds": 3.0}
+    line = sealed_line(entry)
     (copy / "log.jsonl").write_text(line + log, "utf-8")
     assert write_report(copy).read_text("utf-8") == text
 
@@ -195,7 +196,7 @@ def test_a_run_with_nothing_but_a_selection(tmp_path):
     shutil.rmtree(tmp_path / "scores")
     (tmp_path / "log.jsonl").unlink()
     recipe = Recipe(score=Score(quality="none", diversity="none"), select=Select(keep=3))
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    write_yaml(tmp_path / "recipe.yaml", recipe.to_yaml())
     told = Page(write_report(tmp_path).read_text("utf-8")).text
     assert "a curve needs 20" in told
     assert "no prompt embeddings" in told
@@ -205,14 +206,14 @@ def test_a_run_with_nothing_but_a_selection(tmp_path):
 @pytest.mark.parametrize("knobs", [{"strategy": "consensus"}, {"min_agreement": 0.5}])
 def test_agreement_by_construction_is_not_sold_as_evidence(tmp_path, run, knobs):
     copy = shutil.copytree(run, tmp_path / "copy")
-    (copy / "recipe.yaml").write_text(Recipe(select=Select(keep=80, **knobs)).to_yaml(), "utf-8")
+    write_yaml(copy / "recipe.yaml", Recipe(select=Select(keep=80, **knobs)).to_yaml())
     assert "is no evidence" in write_report(copy).read_text("utf-8")
 
 
 def test_a_recipe_that_is_newer_than_the_selection_is_told(tmp_path, run, text):
     assert "changed after this selection" not in text
     copy = shutil.copytree(run, tmp_path / "copy")
-    (copy / "recipe.yaml").write_text(Recipe(select=Select(keep=79)).to_yaml(), "utf-8")
+    write_yaml(copy / "recipe.yaml", Recipe(select=Select(keep=79)).to_yaml())
     assert "changed after this selection" in write_report(copy).read_text("utf-8")
 
 

@@ -1,6 +1,8 @@
+import base64
 import io
 import json
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -17,7 +19,10 @@ from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
 from fifa.selection import export as subset_module
 from fifa.selection.export import COLUMNS, export, plan_shards, rebuild
+from fifa.shards.files import read_json, write_json
+from fifa.training.pairs import read_training_pairs
 
+ZEROS = base64.b64encode(bytes(48)).decode()  # 12 numbers of 4 bytes
 SPEC = "column:good_0,good_1"
 
 
@@ -298,6 +303,98 @@ def test_a_file_that_is_no_subset_cannot_be_rebuilt(tmp_path):
     path.write_text("[]")
     with pytest.raises(FifaError, match=r"not a subset\.json"):
         rebuild(path, tmp_path / "again")
+
+
+def edited(path, change):
+    """``subset.json`` as somebody would write it who knows of its digest."""
+    known = read_json(path, "the subset")
+    change(known)
+    write_json(path, known, sealed=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:9/a.parquet",
+        "https://example.org/a.parquet",
+        "HTTP://10.0.0.1/a.parquet",
+        "zip://a.parquet::http://169.254.169.254/a.zip",
+        "simplecache::http://[::1]/a.parquet",
+        "hf://datasets/a/b::http://127.0.0.1/x",
+        "s3://bucket/a.parquet",
+        "memory://a.parquet",
+        "hf://datasets/someone/feedback",
+    ],
+)
+@pytest.mark.parametrize("allow_download", [False, True])
+def test_a_file_does_not_choose_whom_we_ask(source, tmp_path, address, allow_download, monkeypatch):
+    run(source, tmp_path / "subset")
+    path = edited(
+        tmp_path / "subset/subset.json",
+        lambda known: known["recipe"]["read"].update(source=address),
+    )
+    asked = []
+
+    def open_url(named, **options):
+        asked.append(named)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", open_url)
+    with pytest.raises(FifaError) as caught:
+        rebuild(path, tmp_path / "again", allow_download=allow_download)
+    on_hub = allow_download and address == "hf://datasets/someone/feedback"
+    assert asked == ([address] if on_hub else [])
+    if "::http://[" not in address:  # that one is no address to fsspec either
+        assert on_hub or "is an address" in str(caught.value)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda known: known["columns"].update(weight=ZEROS), "weights in the file are none"),
+        (lambda known: known["columns"].update(rank=ZEROS), "ranks in the file do not ascend"),
+        (lambda known: known["columns"].update(margin=ZEROS), "margins, weights or digests in the"),
+        (lambda known: known.update(digest="0" * 16), "margins, weights or digests in the file"),
+        (lambda known: known["columns"].update(weight="?"), "has not 12 numbers in each column"),
+        (lambda known: known["columns"].pop("margin"), "has not 12 numbers in each column"),
+        (lambda known: known.update(content=""), "has not 12 numbers in each column"),
+        (lambda known: known.update(pair_id=[]), "has not 0 numbers in each column"),
+        (lambda known: known.update(pair_id=7), "the subset is not valid: pair_id"),
+        (lambda known: known.pop("versions"), "the subset is not valid: versions"),
+        (
+            lambda known: known["recipe"]["select"].update(keep=-1),
+            "the recipe is not valid: select",
+        ),
+        (lambda known: known.update(fifa_subset=1), r"not a subset\.json that this version"),
+    ],
+)
+def test_what_a_subset_file_says_of_itself_has_to_be_so(source, tmp_path, change, message):
+    run(source, tmp_path / "subset")
+    path = edited(tmp_path / "subset/subset.json", change)
+    with pytest.raises(FifaError, match=message) as caught:
+        rebuild(path, tmp_path / "again")
+    assert "subset.json" in str(caught.value.where)
+    assert "pyarrow" not in str(caught.value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_damaged_subset_is_named_by_those_who_read_it(source, tmp_path):
+    run(source, tmp_path / "subset")
+    (file,) = (tmp_path / "subset/data").iterdir()
+    for path in (file, tmp_path / "subset/subset.json"):
+        data = path.read_bytes()
+        path.write_bytes(data[:500] + bytes([data[500] ^ 1]) + data[501:])
+        for named in (tmp_path / "subset", file):
+            with pytest.raises(FifaError, match=re.escape(path.name)):
+                read_pairs(named)
+        with pytest.raises(FifaError, match=re.escape(path.name)):
+            read_training_pairs(tmp_path / "subset")
+        path.write_bytes(data)
+    file.unlink()
+    with pytest.raises(FifaError, match="the file is missing"):
+        read_training_pairs(tmp_path / "subset")
 
 
 def test_many_shards_hold_the_same_rows_in_the_same_order(source, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def save_run(folder, pairs, scores):
         write_table(folder / "scores" / index["margins"][name], table)
     write_table(folder / "scores" / "quality.parquet", scores.quality)
     write_table(folder / "scores" / "diversity.parquet", scores.diversity)
-    write_json(folder / "scores.json", index)
+    write_json(folder / "scores.json", index, sealed=True)
 
 
 def select_folder(folder, knobs, *memory):

@@ -41,6 +41,18 @@ def test_a_finished_shard_is_not_done_again(ledger):
     assert asked == [shard for i, shard in enumerate(SHARDS) if i != 2]
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:40] + b"?" + data[41:]]
+)
+def test_a_damaged_shard_is_made_again_and_said(ledger, damage, capsys):
+    squares_of(run_shards("squares", Squares, ALL, ledger))
+    system, path = ledger._system()
+    file = f"{path}/{KEYS[1]}.parquet"
+    system.pipe_file(file, damage(system.cat_file(file)))
+    assert squares_of(run_shards("squares", Squares, ALL, ledger)) == EXPECTED
+    assert f"{KEYS[1]}.parquet is damaged: made again" in capsys.readouterr().err
+
+
 def test_the_next_shard_begins_before_this_one_is_finished(tmp_path):
     events = []
 

@@ -23,6 +23,7 @@ from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import Ranked, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
+from fifa.data.subset import check_subset
 from fifa.data.table import Origin, Pairs
 from fifa.errors import FifaError
 from fifa.shards.files import digest
@@ -70,6 +71,9 @@ def read_pairs(
     if format is not None and format not in FORMATS:
         raise FifaError(f"no format {format!r}", do=f"take one of {', '.join(FORMATS)}")
     found = find_files(source)
+    if (folder := found.root.folder) is not None:
+        for place in (folder, folder.parent):  # the subset was named, or its files
+            check_subset(place)
     reader = _Reader(found.root, format, columns)
     with progress("reading files", len(found.files)) as advance:
         pairs = merge(_file_pairs(reader, found, advance))

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fifa.errors import FifaError
-from fifa.shards.files import column_digest, write_table
+from fifa.shards.files import column_digest, read_table, write_table
 
 PAIRS = pa.schema(
     [
@@ -115,10 +114,18 @@ def save_pairs(pairs: Pairs, folder: Path) -> None:
 
 def load_origin(folder: Path) -> Origin:
     """The origin of the pairs in ``folder``; raises `FifaError` if there are none yet."""
-    path = folder / FILES["table"]
-    if not path.exists():
+    return _origin(_read(folder, "table", []), folder)
+
+
+def _read(folder: Path, name: str, columns: list[str] | None = None) -> pa.Table:
+    path = folder / FILES[name]
+    if name == "table" and not path.exists():
         raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
-    metadata = pq.read_schema(path).metadata or {}
+    return read_table(path, columns, do=f"run `fifa score {folder}`: it reads the source again")
+
+
+def _origin(table: pa.Table, folder: Path) -> Origin:
+    path, metadata = folder / FILES["table"], table.schema.metadata or {}
     plain = json.loads(metadata.get(b"fifa.origin", b"null"))
     if plain is None:
         raise FifaError("not a table of pairs that fifa wrote", where=str(path))
@@ -129,17 +136,6 @@ def load_origin(folder: Path) -> Origin:
 
 def load_pairs(folder: Path, columns: list[str] | None = None) -> Pairs:
     """What `save_pairs` wrote; ``columns`` of the table only, if given."""
-    origin = load_origin(folder)
-    try:
-        return Pairs(
-            table=pq.read_table(folder / FILES["table"], columns=columns),
-            prompts=pq.read_table(folder / FILES["prompts"]),
-            rejected=pq.read_table(folder / FILES["rejected"]),
-            origin=origin,
-        )
-    except (OSError, pa.ArrowInvalid) as error:
-        raise FifaError(
-            f"cannot read the run's pairs: {error}",
-            where=str(folder),
-            do=f"remove {FILES['table']} there: the next command reads the source again",
-        ) from error
+    table = _read(folder, "table", columns)
+    prompts, rejected = (_read(folder, name) for name in ("prompts", "rejected"))
+    return Pairs(table, prompts, rejected, _origin(table, folder))

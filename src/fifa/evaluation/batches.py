@@ -28,14 +28,21 @@ Batches = tuple[tuple[int, int], ...]
 
 def kept_batches(folder: Path, key: str) -> Batches | None:
     """What `keep_batches` wrote into an evaluation's folder; None if there is nothing."""
-    found = read_json(folder / FILE, "how many images are made together", missing={}).get(key)
+    found = read_json(
+        folder / FILE, "how many images are made together", missing={}, sealed=True
+    ).get(key)
     return found and tuple((int(row), int(size)) for row, size in found)
 
 
 def keep_batches(folder: Path, key: str, batches: Batches) -> None:
     """Keep the batches of the images that ``key`` names: a base model and its settings."""
-    known = read_json(folder / FILE, "how many images are made together", missing={})
-    write_json(folder / FILE, {**known, key: batches})
+    write_json(folder / FILE, {**_known(folder), key: batches}, sealed=True)
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    what = "how many images are made together"
+    known: dict[str, Any] = read_json(folder / FILE, what, missing={}, sealed=True)
+    return known
 
 
 def halved(batches: Batches, row: int, count: int) -> Batches:

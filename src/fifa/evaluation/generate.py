@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from fifa.config import Evaluate
@@ -36,7 +35,7 @@ from fifa.evaluation.models import Model
 from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.sampling import PipelineLoader, Settings, make_images
 from fifa.models.runtime import out_of_memory, release_memory
-from fifa.shards.files import digest, sweep, write_bytes, write_table
+from fifa.shards.files import digest, read_table, sweep, write_bytes, write_table
 from fifa.shards.pool import cores
 
 FOLDER = "evaluate"  # in the run folder
@@ -197,12 +196,7 @@ def read_index(folder: Path, index: str = INDEX) -> pa.Table:
             where=str(path),
             do="run `fifa evaluate` first: it makes them",
         )
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
-        raise FifaError(
-            "the index of the images cannot be read", where=str(path), do="run `fifa evaluate`"
-        ) from error
+    table = read_table(path, do="run the same `fifa evaluate` again: it makes the index again")
     if "category" not in table.column_names:
         table = table.append_column("category", pa.nulls(len(table), pa.string()))
     lacks = [name for name in IMAGES.names if name not in table.column_names]

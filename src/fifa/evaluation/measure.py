@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.console import echo
@@ -34,7 +33,7 @@ from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.features import image_features
 from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.specs import REWARDS
-from fifa.shards.files import write_table
+from fifa.shards.files import read_table, write_table
 
 MEASURES = "measures.parquet"
 DIVERSITY = "diversity.parquet"
@@ -199,10 +198,12 @@ def load_measured(folder: Path, suffix: str = "") -> Measured:
             where=str(folder),
             do="run the same `fifa evaluate` to its end",
         )
-    table = pq.read_table(path)
+    again = "run the same `fifa evaluate` again: it makes it again"
+    table = read_table(path, do=again)
     plain = json.loads((table.schema.metadata or {}).get(b"fifa.scales", b"[]"))
     scales = tuple(Scale(**entry) for entry in plain)
-    return Measured(table, scales, pq.read_table(folder / with_suffix(DIVERSITY, suffix)))
+    diversity = read_table(folder / with_suffix(DIVERSITY, suffix), do=again)
+    return Measured(table, scales, diversity)
 
 
 def with_suffix(name: str, suffix: str) -> str:

@@ -304,7 +304,8 @@ def read_training(model: Model) -> Training:
 
 def run_scorers(run: Path) -> list[str]:
     """The specs of the reward models in a run folder's recipe; none without a recipe."""
-    return _margins(read_yaml(run / RECIPE_FILE, "the recipe", missing={}))
+    ours = (run / "run.json").is_file()
+    return _margins(read_yaml(run / RECIPE_FILE, "the recipe", missing={}, sealed=ours))
 
 
 def number(value: Any) -> float:
@@ -327,7 +328,7 @@ def is_picked(spec: str, picked: Sequence[str]) -> bool:
 def _log(path: Path) -> dict[str, dict[str, float]]:
     """Seconds and tokens by step; a step that ran twice counts twice: it was paid for."""
     found: dict[str, dict[str, float]] = {}
-    for line in read_json_lines(path)[0]:
+    for line in read_json_lines(path, sealed=True)[0]:
         name, seconds = line.get("step"), number(line.get("seconds"))
         if not isinstance(name, str) or isnan(seconds):
             continue

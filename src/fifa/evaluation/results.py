@@ -33,7 +33,8 @@ from fifa.evaluation.win_rates import (
     rewards,
     safety,
 )
-from fifa.shards.files import write_bytes
+from fifa.shards.files import write_sealed_json
+from fifa.shards.sealed import check_whole
 
 RESULTS = "results.json"
 
@@ -163,7 +164,7 @@ def make_results(
 
 def save_results(folder: Path, results: Results) -> None:
     """Write what `load_results` reads into an evaluation's ``folder``."""
-    write_bytes(folder / RESULTS, _FILE.dump_json(results, indent=1) + b"\n")
+    write_sealed_json(folder / RESULTS, _FILE.dump_json(results, indent=1).decode())
 
 
 def load_results(folder: Path) -> Results:
@@ -190,6 +191,7 @@ def load_results(folder: Path) -> Results:
             if begun
             else "make one: fifa evaluate --base MODEL --tuned CHECKPOINT --prompts FILE --out RUN",
         )
+    check_whole(path, "run the same `fifa evaluate` again: it makes it again")
     try:
         return _FILE.validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

@@ -20,10 +20,11 @@ from fifa.evaluation.results import RESULTS, is_evaluated
 from fifa.formatting import count, interval, number, page_templates, percent, seconds, shorten
 from fifa.reporting.evaluation import evaluation_context
 from fifa.reporting.figures import draw_learning, draw_wins, role
-from fifa.reporting.selection import load_scores, load_selection, selection_context
+from fifa.reporting.selection import load_scores, selection_context
 from fifa.scoring.table import Scores
-from fifa.selection.table import SELECTION_FILE
+from fifa.selection.table import SELECTION_FILE, load_selection
 from fifa.shards.files import read_json_lines, write_text
+from fifa.shards.lock import only_writer
 
 HERE = Path(__file__).parent
 STEPS_SHOWN = 30
@@ -60,11 +61,18 @@ def write_report(
         If the folder is no run, or nothing is selected or evaluated in it yet.
     """
     folder = Path(run_folder)
+    with only_writer(folder):
+        return _write_report(folder, pairs, scores, selection)
+
+
+def _write_report(
+    folder: Path, pairs: Pairs | None, scores: Scores | None, selection: pa.Table | None
+) -> Path:
     selected, evaluated = (folder / SELECTION_FILE).is_file(), is_evaluated(folder)
     context: dict[str, Any] = {"evaluation": None, "filtered": selected or not evaluated}
     context["title"] = shorten(folder.resolve().name, 80)
     if context["filtered"]:
-        recipe = Recipe.from_yaml(folder / RECIPE_FILE)
+        recipe = Recipe.from_yaml(folder / RECIPE_FILE, sealed=True)
         pairs = load_pairs(folder) if pairs is None else pairs
         selection = load_selection(folder) if selection is None else selection
         if scores is None:
@@ -94,7 +102,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     Lines of the report step itself are left out, so that writing the page again does not
     change it.
     """
-    entries, broken = read_json_lines(path)
+    entries, broken = read_json_lines(path, sealed=True)
     timed = [entry for entry in entries if isinstance(entry.get("seconds"), int | float)]
     steps = [entry for entry in timed if entry.get("step") != "report"]
     return steps, broken + len(entries) - len(timed)

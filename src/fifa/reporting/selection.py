@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fifa.config import Recipe
 from fifa.data.table import Pairs
@@ -23,10 +22,10 @@ from fifa.reporting.numbers import label_noise
 from fifa.scoring.margin import committee
 from fifa.scoring.rewards.metrics import agreement, by_margin
 from fifa.scoring.specs import ENCODERS
-from fifa.scoring.table import Scores, score_facts, score_path
+from fifa.scoring.table import Scores, map_array, score_facts, score_path
 from fifa.selection.readable import UNREADABLE_FILE
 from fifa.selection.strategies import STRATEGIES
-from fifa.selection.table import SELECTION_FILE
+from fifa.shards.files import read_table
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
 LISTED = 100  # ids of likely mislabelled pairs
@@ -57,23 +56,14 @@ COMPONENTS = {
 }
 
 
-def load_selection(folder: Path) -> pa.Table:
-    """The selection of the run in ``folder``; `FifaError` if nothing has been selected yet."""
-    path = folder / SELECTION_FILE
-    if not path.exists():
-        raise FifaError(
-            "the run has no selection yet", where=str(folder), do="run `fifa select` on it"
-        )
-    return pq.read_table(path)
-
-
 def load_scores(scores: Path, selection: pa.Table, recipe: Recipe) -> Scores:
     """The scores that a selection was made of, as it says itself, as far as they are there."""
     used = _made_with(selection)
 
     def load(name: str | None, columns: list[str]) -> pa.Table | None:
         path = scores / name if name else None
-        return pq.read_table(path, columns=columns) if path and path.exists() else None
+        again = f"run `fifa score {scores.parent}`: it makes it again"
+        return read_table(path, columns, do=again) if path and path.exists() else None
 
     margins = used.get("margin", {})
     names = sorted(margins, key=[*recipe.score.margin, *margins].index)
@@ -155,7 +145,8 @@ def _funnel(folder: Path, pairs: Pairs, columns: numbers.Columns) -> dict[str, A
     unreadable = folder / UNREADABLE_FILE
     details = {"rejected": numbers.count_rejected(pairs.rejected)}
     if unreadable.exists():
-        details["unreadable_image"] = numbers.count_rejected(pq.read_table(unreadable), examples=0)
+        lost = read_table(unreadable, do=f"run `fifa select {folder}`: it makes it again")
+        details["unreadable_image"] = numbers.count_rejected(lost, examples=0)
 
     def lines(left: int, named: dict[str, tuple[int, str]]) -> list[dict[str, Any]]:
         found = []
@@ -257,7 +248,7 @@ def _embeddings(scores: Path, spec: str, prompts: int) -> numbers.Floats | None:
     start = score_path(scores, "embeddings", name).stem.rpartition("-")[0]
     for path in sorted(scores.glob("embeddings-*.npy")):
         if path.stem.rpartition("-")[0] == start:
-            vectors: numbers.Floats = np.load(path, mmap_mode="r", allow_pickle=False)
+            vectors: numbers.Floats = map_array(path)
             if len(vectors) == prompts:
                 return vectors
     return None

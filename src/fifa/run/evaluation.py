@@ -35,7 +35,7 @@ from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
 from fifa.scoring.rewards.image_encoders import make_image_encoder
-from fifa.shards.files import make_folder, sweep, write_text
+from fifa.shards.files import make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
 
 KNOBS = "evaluation.yaml"
@@ -190,7 +190,7 @@ def start(out: Path, evaluation: Evaluate) -> Path:
     make_folder(folder)
     sweep(folder)
     (folder / RESULTS).unlink(missing_ok=True)  # it is there only where all else agrees with it
-    write_text(folder / KNOBS, evaluation.to_yaml())
+    write_yaml(folder / KNOBS, evaluation.to_yaml())
     return folder
 
 

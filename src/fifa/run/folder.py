@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,18 @@ from fifa.console import LOG_FILE, collect_facts
 from fifa.data.table import FILES
 from fifa.errors import FifaError
 from fifa.selection.table import SELECTION_FILE
-from fifa.shards.files import cannot_write, check_free, read_json, sweep, write_json, write_text
+from fifa.shards.files import (
+    cannot_write,
+    check_free,
+    read_json,
+    sealed_line,
+    sweep,
+    write_json,
+    write_yaml,
+)
 
 STAMP = "run.json"  # says that a folder is a run, and in which format
-FORMAT = 2  # 1 had no stamp
+FORMAT = 3  # 1 had no stamp, 2 no digests
 SCORES_INDEX = "scores.json"  # which files of scores the recipe asked for
 # What a section's step leaves last; until then the section may change
 RESULTS = {"read": FILES["table"], "score": SCORES_INDEX, "select": SELECTION_FILE}
@@ -50,9 +57,9 @@ def check_run(folder: str | Path) -> None:
     folder = Path(folder)
     stamp = read_json(folder / STAMP, "the run's format", missing={"format": 1})
     ours = (folder / RECIPE_FILE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
-    if ours and stamp.get("format") != FORMAT:
+    if ours and stamp != {"format": FORMAT}:
         raise FifaError(
-            "the run was made by another version of fifa",
+            f"the run was made by another version of fifa, or its {STAMP} is damaged",
             where=str(folder),
             do="run the command again, into another folder",
         )
@@ -73,7 +80,7 @@ def begin(folder: str | Path) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from error
     sweep(folder)
-    write_json(folder / STAMP, {"format": FORMAT})
+    write_json(folder / STAMP, {"format": FORMAT}, sealed=True)
     return folder
 
 
@@ -83,7 +90,7 @@ def open_run(folder: str | Path) -> Run:
     check_run(folder)
     if not (folder / RECIPE_FILE).is_file():
         raise FifaError("not a run folder", where=str(folder), do="make one with `fifa filter`")
-    return Run(folder, Recipe.from_yaml(folder / RECIPE_FILE))
+    return Run(folder, Recipe.from_yaml(folder / RECIPE_FILE, sealed=True))
 
 
 def start_run(folder: str | Path, recipe: Recipe) -> Run:
@@ -94,7 +101,8 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
     """
     folder = Path(folder)
     check_run(folder)
-    there = Recipe.from_yaml(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else recipe
+    begun = any((folder / name).exists() for name in (RECIPE_FILE, FILES["table"]))
+    there = Recipe.from_yaml(folder / RECIPE_FILE, sealed=True) if begun else recipe
     differences = [
         difference
         for difference in there.differences(recipe)
@@ -128,7 +136,7 @@ def revised(run: Run, recipe: Recipe) -> Run:
         (run.folder / SCORES_INDEX).unlink(missing_ok=True)
     if (recipe.score, recipe.select) != (there.score, there.select):
         (run.folder / SELECTION_FILE).unlink(missing_ok=True)
-    write_text(run.folder / RECIPE_FILE, recipe.to_yaml())
+    write_yaml(run.folder / RECIPE_FILE, recipe.to_yaml())
     return Run(run.folder, recipe)
 
 
@@ -142,6 +150,6 @@ def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
     try:
         with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({**line, **facts}, ensure_ascii=False, default=str) + "\n")
+            log.write(sealed_line({**line, **facts}))
     except OSError as error:
         raise cannot_write(folder / LOG_FILE, error) from error

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,10 @@ from fifa.scoring import score
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_files
 from fifa.selection.choose import select
 from fifa.selection.readable import select_readable
-from fifa.selection.table import SELECTION_FILE, reason_counts, write_selection
-from fifa.shards.files import read_json, take_rows, write_json
+from fifa.selection.table import load_selection, reason_counts, write_selection
+from fifa.shards.files import read_json, read_table, take_rows, write_json
 from fifa.shards.lock import only_writer
+from fifa.shards.sealed import DamagedError, check_whole
 
 FETCHED = "fetched"  # a folder of the run
 Integers = npt.NDArray[np.integer[Any]]
@@ -150,7 +150,8 @@ def read_step(run: Run) -> Pairs:
 
     Raises `FifaError` if the source has other pairs or labels than the run has read.
     """
-    if not (run.folder / FILES["table"]).exists():
+    known = _known_pairs(run.folder)
+    if known is None:
         with log_step(run.folder, "read") as facts:
             pairs = _read(run.recipe)
             save_pairs(pairs, run.folder)
@@ -161,8 +162,10 @@ def read_step(run: Run) -> Pairs:
                 "merged": pairs.origin.merged,
                 "rejected": pairs.rejected.num_rows,
             }
-    elif not _is_untouched(pairs := load_pairs(run.folder)):
-        known, pairs = pairs, _read(run.recipe)
+    elif _is_untouched(known):
+        pairs = known
+    else:
+        pairs = _read(run.recipe)
         if (pairs.pairs_digest, pairs.table["label"]) != (known.pairs_digest, known.table["label"]):
             raise FifaError(
                 "the source has changed since this run read it",
@@ -171,6 +174,17 @@ def read_step(run: Run) -> Pairs:
             )
         save_pairs(pairs, run.folder)
     return pairs
+
+
+def _known_pairs(folder: Path) -> Pairs | None:
+    """The pairs that were read; None where there are none yet, or they are damaged."""
+    if not (folder / FILES["table"]).exists():
+        return None
+    try:
+        return load_pairs(folder)
+    except DamagedError as error:
+        echo(f"{error.where} is damaged: the source is read again")
+        return None
 
 
 def _read(recipe: Recipe) -> Pairs:
@@ -214,7 +228,7 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
         step=partial(log_step, run.folder),
     )
 
-    write_json(run.folder / SCORES_INDEX, score_files(scores))
+    write_json(run.folder / SCORES_INDEX, score_files(scores), sealed=True)
     return scores
 
 
@@ -223,7 +237,9 @@ def load_scores(run: Run) -> Scores:
     index = _scores_index(run)
 
     def table(name: str | None, schema: pa.Schema, base: str) -> pa.Table | None:
-        return _scores(run.scores / name, schema, run.folder / FILES[base]) if name else None
+        if name is None:
+            return None
+        return _scores(run.scores / name, schema, run.folder / FILES[base], _again(run))
 
     return Scores(
         margins={spec: table(name, MARGIN, "table") for spec, name in index["margins"].items()},
@@ -234,12 +250,18 @@ def load_scores(run: Run) -> Scores:
 
 def _scores_index(run: Run) -> dict[str, Any]:
     """The files in ``scores/``: ``margins`` by their specs, ``quality`` and ``diversity``."""
-    index: dict[str, Any] = read_json(run.folder / SCORES_INDEX, "the list of scores", missing={})
-    if not index:
+    path = run.folder / SCORES_INDEX
+    if not path.exists():
         raise FifaError(
             "the run has no scores yet", where=str(run.folder), do="run `fifa score` on it"
         )
+    check_whole(path, _again(run))
+    index: dict[str, Any] = read_json(path, "the list of scores", sealed=True)
     return index
+
+
+def _again(run: Run) -> str:
+    return f"run `fifa score {run.folder}`: it makes again what is missing"
 
 
 def select_step(
@@ -310,16 +332,12 @@ def export_step(
     """
     from fifa.selection.export import export
 
-    path = run.folder / SELECTION_FILE
-    if not path.exists():
-        raise FifaError(
-            "nothing has been selected yet", where=str(run.folder), do="run `fifa select` on it"
-        )
+    selection = load_selection(run.folder) if selection is None else selection
     folder = out or run.subset
     with log_step(run.folder, "export"):
         export(
             load_pairs(run.folder) if pairs is None else pairs,
-            pq.read_table(path) if selection is None else selection,
+            selection,
             load_scores(run) if scores is None else scores,
             folder,
             recipe=run.recipe,
@@ -340,8 +358,10 @@ def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:
     """What choosing pairs reads of a run: ten million pairs are selected in seconds."""
     origin = load_origin(run.folder)
     with ThreadPoolExecutor() as pool:
-        table = pool.submit(_read_columns, run.folder / FILES["table"], NEEDED)
-        prompts = pool.submit(_read_columns, run.folder / FILES["prompts"], ["prompt_id"])
+        table = pool.submit(_read_columns, run.folder / FILES["table"], NEEDED, _again(run))
+        prompts = pool.submit(
+            _read_columns, run.folder / FILES["prompts"], ["prompt_id"], _again(run)
+        )
         scores = load_scores(run)
         return Pairs(table=table.result(), prompts=prompts.result(), origin=origin), scores
 
@@ -360,7 +380,7 @@ def _unreadable(
     from fifa.scoring.rewards.engine import unreadable_path
 
     listed = [path for name in margins if (path := unreadable_path(run.scores / name)).exists()]
-    images = [pq.read_table(path)["image"] for path in listed]
+    images = [read_table(path, ["image"], do=_again(run))["image"] for path in listed]
     keys = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.string())
     if len(keys) == 0:
         return []
@@ -378,15 +398,16 @@ def _columns(
     if pairs is not None:
         table = pairs.table.select(names)
         return table if rows is None else table.take(rows)
-    return _read_columns(path, names) if rows is None else take_rows(path, rows, names)
+    return _read_columns(path, names, _again(run)) if rows is None else take_rows(path, rows, names)
 
 
-def _scores(path: Path, schema: pa.Schema, base: Path) -> pa.Table:
+def _scores(path: Path, schema: pa.Schema, base: Path, do: str) -> pa.Table:
     """A score table; without its ids where they are those of ``base``, row by row."""
     key, *columns = schema.names
-    with _named_errors(path):
-        known = _same_rows(path, base, key)
-    return _read_columns(path, columns if known else [key, *columns])
+    for file in (path, base):
+        check_whole(file, do)
+    known = _same_rows(path, base, key)
+    return _read_columns(path, columns if known else [key, *columns], do)
 
 
 def _same_rows(first: Path, second: Path, column: str) -> bool:
@@ -414,18 +435,9 @@ def _bounds(file: pq.ParquetFile, column: str) -> list[tuple[int, Any, Any]] | N
     return [(rows, known.min, known.max) for rows, known in found]
 
 
-def _read_columns(path: Path, columns: list[str]) -> pa.Table:
+def _read_columns(path: Path, columns: list[str], do: str) -> pa.Table:
     # The whole file at once, in one chunk a column: neither here nor later are ids copied.
-    with _named_errors(path), pq.ParquetFile(path, pre_buffer=False) as file:
+    check_whole(path, do)
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         known = set(file.schema_arrow.names)
         return file.read([name for name in columns if name in known])
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise FifaError(
-            f"cannot read a table: {error}", where=str(path), do="score again with `fifa score`"
-        ) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fifa.config import Compute
 from fifa.console import echo
@@ -21,9 +21,10 @@ from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
 from fifa.scoring.specs import RATERS
 from fifa.scoring.table import NUMERIC, QUALITY, score_path, scored_once, source_columns
-from fifa.shards.files import digest
+from fifa.shards.files import digest, read_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
+from fifa.shards.sealed import DamagedError
 
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
 
@@ -157,7 +158,9 @@ def prompt_quality(
     identity = (rater.identity, *prompts_identity(prompts))
     path = folder and score_path(folder, "quality", rater.name, *identity)
     if path is not None and path.exists():
-        unrated = pq.read_table(path, columns=["flags"])["flags"].null_count
+        unrated = 0
+        with suppress(DamagedError):  # then it is made again as a whole
+            unrated = read_table(path, ["flags"])["flags"].null_count
         if unrated:  # the others' answers are kept, so only these are asked for
             echo(f"asking again for {unrated:,} prompts that could not be rated before")
             path.unlink()

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fifa.config import Score
+from fifa.console import echo
 from fifa.data.table import PAIRS, Pairs
-from fifa.shards.files import atomic_path, digest, write_table
+from fifa.shards.files import atomic_path, digest, read_table, write_table
 from fifa.shards.ledger import Ledger
+from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, seal
 
 NUMERIC = (pa.types.is_floating, pa.types.is_integer)
 MARGIN = pa.schema(
@@ -84,8 +85,13 @@ def scored_once(
     """
     ledger = Ledger.beside(path, store)
     if path is not None and path.exists():
-        ledger.forget()  # a run may have been killed before it did
-        return pq.read_table(path)
+        try:
+            table = read_table(path)
+        except DamagedError:
+            echo(f"{path} is damaged: made again")
+        else:
+            ledger.forget()  # a run may have been killed before it did
+            return table
     table = make(ledger)
     known = {**score_facts(table), **(facts or {}), "file": path.name if path else None}
     table = table.replace_schema_metadata({"fifa.score": json.dumps(known, sort_keys=True)})
@@ -129,9 +135,20 @@ def array_once(
     ledger = Ledger.beside(path, store)
     if path is None:
         return np.concatenate(list(make(ledger)))
-    if not path.exists():
+    try:
+        mapped = map_array(path)
+    except DamagedError:
+        if path.exists():
+            echo(f"{path} is damaged: made again")
         _write_array(path, rows, iter(make(ledger)))
+        mapped = map_array(path)
     ledger.forget()
+    return mapped
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """The array that `array_once` wrote, mapped; `DamagedError` where there is no such file."""
+    check_whole(path, "score again with `fifa score`")
     mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
 
@@ -158,8 +175,10 @@ def _write_array(path: Path, n: int, parts: Iterator[np.ndarray]) -> None:
     """
     first = np.ascontiguousarray(next(parts))
     header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (n, *first.shape[1:])}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.write(first.tobytes())
         for part in parts:
             file.write(part.tobytes())
+        file.write(f"{SEAL}: {BLANK}".encode())  # behind what `np.load` reads
+        seal(file)

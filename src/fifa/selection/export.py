@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from fifa.config import Read, Recipe, Score, Select, build
 from fifa.console import echo, note, progress
@@ -25,6 +26,8 @@ from fifa.data.decode import BadImage
 from fifa.data.images import Door, Found, has_pixels, pair_images, read
 from fifa.data.read import read_pairs
 from fifa.data.records import OURS
+from fifa.data.source import is_url
+from fifa.data.subset import SUBSET_FILE
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_files
@@ -38,6 +41,8 @@ from fifa.shards.files import (
     write_json,
     write_text,
 )
+from fifa.shards.lock import only_writer
+from fifa.shards.sealed import check_whole
 
 Integers = npt.NDArray[np.int64]
 Contents = npt.NDArray[np.uint64]
@@ -47,6 +52,7 @@ GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
 GROUP_ROWS = 1024
 
 IMAGES = ("jpg_0", "jpg_1")
+_OURS = re.compile(r"subset\.json|README\.md|data(/train-\d{5}-of-\d{5}(-[0-9a-f]{16}\.parquet)?)?")
 FROM_SELECTION = [name for name in SELECTION.names if name not in ("pair_id", "status", "reason")]
 COLUMNS = pa.schema(
     [
@@ -258,8 +264,52 @@ def _with_images(part: pa.Table, cells: list[tuple[bytes, bytes]]) -> pa.Table:
     return pa.Table.from_arrays([*columns, *part.columns], schema=COLUMNS)
 
 
-SUBSET_FILE = "subset.json"
-FORMAT = 1  # of subset.json
+FORMAT = 2  # of subset.json; 1 had no digest of its own
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What is in ``subset.json``.
+
+    Parameters
+    ----------
+    fifa_subset
+        The format of the file.
+    pairs, images, digest
+        As in `Exported`.
+    files
+        ``name``, ``bytes`` and ``xxh3_128`` of each Parquet file.
+    versions
+        Of what wrote it.
+    recipe
+        How the pairs were read, scored and selected.
+    source
+        ``source``, ``format`` and ``fingerprint`` of the pairs' `Origin`.
+    scores
+        `score_files`.
+    reasons
+        `reason_counts` of the selection.
+    pair_id
+        The pairs by rank.
+    content
+        uint64 [pairs] in base64, see `write_shards`.
+    columns
+        `FROM_SELECTION`, [pairs] each, in base64.
+    """
+
+    fifa_subset: Literal[2]
+    pairs: Annotated[int, Field(ge=1)]
+    images: bool
+    digest: str
+    files: list[dict[str, str | int]]
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    source: dict[str, str]
+    scores: dict[str, Any]
+    reasons: dict[str, int]
+    pair_id: list[str]
+    content: str
+    columns: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -389,33 +439,25 @@ def rebuild(
         their place.
     """
     path, folder = Path(subset_json), Path(folder)
-    known = _load(path)
-    recipe: Recipe = build(Recipe, known["recipe"], where=str(path))
+    known = load_subset(path)
+    was = build(Recipe, known.recipe, where=str(path)).read
+    columns = {name: _unpacked(path, known, name) for name in FROM_SELECTION}
+    _check_values(path, columns)
     _refuse_foreign(folder)
-    was = recipe.read
+    if source is None and is_url(was.source) and not was.source.startswith("file://"):
+        _refuse_address(path, was.source, allow_download)
     pairs = read_pairs(source or was.source, was.format, columns=was.columns)
-    rows = _rows(pairs, known["pair_id"])
-    if known["images"] and not (allow_download or has_pixels(pairs.table, pairs.origin)):
+    rows = _rows(pairs, known.pair_id)
+    if known.images and not (allow_download or has_pixels(pairs.table, pairs.origin)):
         raise FifaError(
             "the subset has images, and this source only has their URLs",
             where=pairs.origin.source,
             do="name a source with images, or add --allow-download",
         )
-    columns = {
-        field.name: _unpacked(known["columns"][field.name], field.type, len(rows))
-        for field in COLUMNS
-        if field.name in FROM_SELECTION
-    }
-    facts = {name: known[name] for name in ("recipe", "source", "scores", "reasons")}
-    door = partial(read, allow_download=allow_download) if known["images"] else None
-    check = partial(_refuse_changed, pairs, known)
-    exported = _write(folder, pairs, rows, columns, facts, door, check)
-    if exported.digest != known["digest"]:
-        echo(
-            f"every pair is the same, but the files are not byte for byte: they were written by "
-            f"pyarrow {known['versions']['pyarrow']}, and this is {pa.__version__}"
-        )
-    return exported
+    facts = {name: getattr(known, name) for name in ("recipe", "source", "scores", "reasons")}
+    door = partial(read, allow_download=allow_download) if known.images else None
+    check = partial(_refuse_changed, path, pairs, known)
+    return _write(folder, pairs, rows, columns, facts, door, check)
 
 
 def _write(
@@ -425,16 +467,16 @@ def _write(
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
     door: Door | None,
-    check: Callable[[Contents], None] = lambda content: None,
+    check: Callable[[Contents, str], None] = lambda content, digest: None,
 ) -> Exported:
     """The subset of some rows; without ``door`` it has references instead of images."""
     from fifa import __version__
 
     table = subset_rows(pairs, rows, columns)
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
-    with atomic_folder(folder) as made:
+    with only_writer(folder, beside=True), atomic_folder(folder) as made:
         files, content = write_shards(made, pairs, rows, table, door)
-        check(content)
+        check(content, digest(files))
         subset = {
             "fifa_subset": FORMAT,
             "pairs": len(rows),
@@ -448,7 +490,7 @@ def _write(
             "columns": {name: _packed(columns[name]) for name in FROM_SELECTION},
         }
         write_text(made / "README.md", dataset_card(subset))
-        write_json(made / SUBSET_FILE, subset)
+        write_json(made / SUBSET_FILE, subset, sealed=True)
     size = sum(file["bytes"] for file in files)
     note(subset_pairs=len(rows), subset_bytes=size, subset_images=door is not None)
     if door is None:
@@ -472,15 +514,55 @@ def _rows(pairs: Pairs, names: list[str]) -> Integers:
     return np.asarray(rows.to_numpy(), np.int64)
 
 
-def _refuse_changed(pairs: Pairs, known: dict[str, Any], content: Contents) -> None:
-    """Raises `FifaError` where a pair's content is not what it was."""
-    then = np.frombuffer(base64.b64decode(known["content"]), "<u8")
+def _refuse_changed(path: Path, pairs: Pairs, known: Subset, content: Contents, now: str) -> None:
+    """Raises `FifaError` where a pair's content, or what is written of it, is not what it was."""
+    then = _numbers(path, known.content, "<u8", len(content))
     changed = np.flatnonzero(then != content)
     if len(changed):
         raise FifaError(
             f"{len(changed):,} of the subset's {len(then):,} pairs have changed in the source",
-            where=f"{pairs.origin.source}; the first is pair {known['pair_id'][int(changed[0])]}",
+            where=f"{pairs.origin.source}; the first is pair {known.pair_id[int(changed[0])]}",
             do="name the data set as it was with --source",
+        )
+    written_by = known.versions.get("pyarrow")
+    if now == known.digest:
+        return
+    if written_by == pa.__version__:
+        raise FifaError(
+            "the margins, weights or digests in the file are not those that it was written with",
+            where=str(path),
+            do="take the file from where the subset was made",
+        )
+    echo(
+        f"every pair is the same, but the files are not byte for byte: they were written by "
+        f"pyarrow {written_by}, and this is {pa.__version__}"
+    )
+
+
+def _refuse_address(path: Path, address: str, allow_download: bool) -> None:
+    """Raise `FifaError` for an address that a file names, but for data sets on the hub.
+
+    Whoever wrote the file may mean a machine that only we can reach. The hub's own is asked
+    where downloads are allowed; any other is for the user to name.
+    """
+    on_hub = address.startswith("hf://datasets/") and "::" not in address
+    if not (on_hub and allow_download):
+        also = ", or add --allow-download" if on_hub else ""
+        raise FifaError(
+            "the subset's source is an address, and a file is not asked where to fetch from",
+            where=f"{path} names {address[:500]}",
+            do=f"if you trust the address, name it with --source{also}",
+        )
+
+
+def _check_values(path: Path, columns: dict[str, pa.Array]) -> None:
+    """Raise `FifaError` for ranks and weights that no selection has."""
+    rank, weight = (np.asarray(columns[name].fill_null(0)) for name in ("rank", "weight"))
+    if rank[0] < 1 or (np.diff(rank) < 1).any():
+        raise FifaError("the ranks in the file do not ascend from 1", where=str(path))
+    if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
+        raise FifaError(
+            "the weights in the file are none: not finite, negative, or all 0", where=str(path)
         )
 
 
@@ -494,20 +576,26 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        _load(folder / SUBSET_FILE)
+        load_subset(folder / SUBSET_FILE)
     except FifaError as error:
-        raise FifaError(
-            "the folder is not empty and holds no subset of fifa's",
-            where=str(folder),
-            do="choose another folder",
-        ) from error
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        if not {SUBSET_FILE, "data"} <= names or not all(map(_OURS.fullmatch, names)):
+            raise FifaError(
+                "the folder is not empty and holds no subset of fifa's",
+                where=str(folder),
+                do="choose another folder",
+            ) from error
+        echo(f"{folder / SUBSET_FILE} is damaged: made again")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_subset(path: Path) -> Subset:
+    """What `export` wrote into ``subset.json``; `DamagedError` where it is not as it was then."""
     known = read_json(path, "the subset", object)
     if not isinstance(known, dict) or known.get("fifa_subset") != FORMAT:
         raise FifaError("not a subset.json that this version of fifa reads", where=str(path))
-    return known
+    again = "take it from where the subset was made, or export the subset again"
+    check_whole(path, again)
+    return build(Subset, known, where=str(path), what="the subset")
 
 
 def _packed(column: pa.Array) -> str:
@@ -516,9 +604,18 @@ def _packed(column: pa.Array) -> str:
     return base64.b64encode(values.astype(kind).tobytes()).decode()
 
 
-def _unpacked(text: str, kind: pa.DataType, n: int) -> pa.Array:
-    integer = pa.types.is_integer(kind)
-    values = np.frombuffer(base64.b64decode(text), "<i4" if integer else "<f4")
-    if len(values) != n:
-        raise FifaError("subset.json is damaged: a column has the wrong length")
+def _unpacked(path: Path, known: Subset, name: str) -> pa.Array:
+    kind = COLUMNS.field(name).type
+    number = "<i4" if pa.types.is_integer(kind) else "<f4"
+    values = _numbers(path, known.columns.get(name, ""), number, len(known.pair_id))
     return pa.array(values, kind, from_pandas=True)
+
+
+def _numbers(path: Path, text: str, kind: str, n: int) -> npt.NDArray[Any]:
+    try:
+        values: npt.NDArray[Any] = np.frombuffer(base64.b64decode(text), kind)
+    except ValueError:
+        values = np.empty(0)
+    if not n or len(values) != n:
+        raise FifaError(f"the file has not {n:,} numbers in each column", where=str(path))
+    return values

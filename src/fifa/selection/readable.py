@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from fifa.console import note, progress
+from fifa.console import echo, note, progress
 from fifa.data.images import Door, Images
 from fifa.data.prefetch import decode_images
-from fifa.shards.files import write_table
+from fifa.shards.files import read_table, write_table
+from fifa.shards.sealed import DamagedError
 
 UNREADABLE = pa.schema([("pair_id", pa.string()), ("side", pa.int8()), ("reason", pa.string())])
 UNREADABLE_FILE = "unreadable.parquet"
@@ -62,12 +62,22 @@ def select_readable(
         selection = choose(bad["pair_id"].unique().to_pylist())
 
 
+def _known(path: Path) -> pa.Table:
+    """The verdicts that were kept."""
+    try:
+        return read_table(path)
+    except DamagedError:
+        if path.exists():
+            echo(f"{path} is damaged: made again")
+        return UNREADABLE.empty_table()
+
+
 def _unreadable(load: Load, selection: pa.Table, folder: Path, door: Door) -> pa.Table:
     """Decode both images of every selected pair: `UNREADABLE`, the sides that failed."""
     rows = np.flatnonzero(pc.equal(selection["status"].cast(pa.string()), "selected"))
     ids = selection["pair_id"].take(rows)
     path = folder / CHECKED_FILE
-    known = pq.read_table(path) if path.exists() else UNREADABLE.empty_table()
+    known = _known(path)
     fresh = rows[~pc.is_in(ids, value_set=known["pair_id"].combine_chunks()).to_numpy()]
     with progress("decoding the selected images", len(fresh)) as advance:
         for start in range(0, len(fresh), BATCH):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fifa.shards.files import write_table
+from fifa.errors import FifaError
+from fifa.shards.files import read_table, write_table
 
 SELECTION_FILE = "selection.parquet"
 # Gates in the order in which they are asked; a pair has the reason of the first that stops it.
@@ -59,6 +60,16 @@ def write_selection(folder: Path, selection: pa.Table, made_of: dict[str, Any]) 
         row_group_size=1 << 20,
     )
     return selection
+
+
+def load_selection(folder: Path) -> pa.Table:
+    """The selection of the run in ``folder``; `FifaError` if nothing has been selected yet."""
+    path = folder / SELECTION_FILE
+    if not path.exists():
+        raise FifaError(
+            "nothing has been selected yet", where=str(folder), do="run `fifa select` on it"
+        )
+    return read_table(path, do=f"run `fifa select {folder}`: it makes it again")
 
 
 def reason_counts(selection: pa.Table) -> dict[str, int]:

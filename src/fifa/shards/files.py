@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,15 @@ import xxhash
 import yaml
 
 from fifa.errors import FifaError
+from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, has_seal, is_whole, seal
 
 PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` removes it
 LOCK = ".fifa-lock"  # of `fifa.shards.lock`
 ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
 MAX_JSON = 1 << 30  # bytes of a file that is read whole into memory
 MAX_YAML = 1 << 24  # recipes are a few hundred bytes, and YAML is slow to read
+_LOST = "start again in another folder: what was asked for in this one is not known any more"
+_OLD = 86400.0  # seconds after which a temporary folder is nobody's, where there are no locks
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
@@ -116,12 +121,33 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogatepass"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON with sorted keys to ``path``, atomically."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write ``value`` as indented JSON with sorted keys to ``path``, atomically.
+
+    ``sealed`` adds a mapping's own digest (`fifa.shards.sealed`) as its last key.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    if sealed:
+        write_sealed_json(path, text)
+    else:
+        write_text(path, text + "\n")
 
 
-def read_json(path: Path, what: str, of: type[Any] = dict, missing: Any = None) -> Any:
+def write_sealed_json(path: Path, text: str) -> None:
+    """Write the text of a JSON object, with its own digest as the last key, atomically."""
+    start = text[: text.rindex("}")].rstrip()
+    comma = "" if start == "{" else ","
+    _write_sealed(path, f'{start}{comma}\n  "{SEAL}": "{BLANK}"\n}}\n')
+
+
+def write_yaml(path: Path, text: str) -> None:
+    """Write ``text``, which is YAML, below a comment with the file's digest, atomically."""
+    _write_sealed(path, f"# {SEAL}: {BLANK}\n{text}")
+
+
+def read_json(
+    path: Path, what: str, of: type[Any] = dict, missing: Any = None, *, sealed: bool = False
+) -> Any:
     """The value in a JSON file of UTF-8.
 
     Parameters
@@ -134,24 +160,32 @@ def read_json(path: Path, what: str, of: type[Any] = dict, missing: Any = None) 
         The class that the value must have: a mapping unless another is given.
     missing
         What to return where there is no such file; without it that is an error.
+    sealed
+        The file has to have its digest; where it has one, that has to be right in any case.
 
-    Raises `FifaError` where the file cannot be read or holds a value of another class.
+    Raises `FifaError` where the file cannot be read or holds a value of another class, and
+    `DamagedError` where its digest is not that of its content.
     """
-    return _read(path, what, of, missing, json.loads, MAX_JSON)
+    value = _read(path, what, of, missing, json.loads, MAX_JSON, sealed, has_seal)
+    if isinstance(value, dict):
+        value.pop(SEAL, None)
+    return value
 
 
-def read_yaml(path: Path, what: str, missing: Any = None) -> Any:
+def read_yaml(path: Path, what: str, missing: Any = None, *, sealed: bool = False) -> Any:
     """The mapping in a YAML file (without tags, at most `MAX_YAML` bytes), as in `read_json`.
 
-    An empty file is an empty mapping.
+    An empty file is an empty mapping. People may edit a copy of what fifa wrote: its digest is
+    looked at only where it has to be there.
     """
-    return _read(path, what, dict, missing, lambda text: yaml.safe_load(text) or {}, MAX_YAML)
+    return _read(path, what, dict, missing, _mapping, MAX_YAML, sealed, lambda raw: False)
 
 
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_json_lines(path: Path, *, sealed: bool = False) -> tuple[list[dict[str, Any]], int]:
     """The objects in a log of JSON lines, and how many lines are none: a kill cuts lines short.
 
-    A file that is not there has no lines.
+    A file that is not there has no lines. With ``sealed`` every line has its own digest, as
+    `sealed_line` writes it, and one that has not is none.
     """
     try:
         text = Path(path).read_text("utf-8", errors="replace")
@@ -165,9 +199,15 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value.pop(SEAL, None) == digest(value) or not sealed):
             found.append(value)
     return found, len(lines) - len(found)
+
+
+def sealed_line(value: dict[str, Any]) -> str:
+    """A line of JSON for a log, with its own digest."""
+    plain = json.loads(json.dumps(value, ensure_ascii=False, default=str))
+    return json.dumps({**plain, SEAL: digest(plain)}, ensure_ascii=False) + "\n"
 
 
 def check_free(out: Path, what: str) -> None:
@@ -186,16 +226,64 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
 
     The same table gives the same bytes, however it is chunked in memory and whether it was read
-    from a file or not. ``options`` go to `pyarrow.parquet.write_table`.
+    from a file or not. Its digest is in its metadata. ``options`` go to
+    `pyarrow.parquet.ParquetWriter`, and ``row_group_size`` to its ``write_table``.
     """
-    with atomic_path(path) as temporary:
-        settings = {"compression": "zstd", "row_group_size": ROW_GROUP, **options}
-        table = table.combine_chunks().cast(_as_read(table.schema))
-        pq.write_table(table, temporary, **settings)
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        _write_table(file, table, **options)
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """What `write_table` writes."""
+    file = io.BytesIO()
+    _write_table(file, table)
+    return file.getvalue()
+
+
+def read_table(path: Path, columns: list[str] | None = None, *, do: str | None = None) -> pa.Table:
+    """The table that `write_table` wrote to ``path``, or some columns of it.
+
+    Raises `DamagedError`, with ``do``, where the file is anything else, and `FifaError` where it
+    cannot be read.
+    """
+    check_whole(path, do)
+    try:
+        return _unsealed(pq.read_table(path, columns=columns))
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(str(path), do) from error
+
+
+def parse_table(data: bytes, where: str) -> pa.Table:
+    """The table of `table_bytes`; `DamagedError` for any others."""
+    if not is_whole(io.BytesIO(data)):
+        raise DamagedError(where)
+    return _unsealed(pq.read_table(io.BytesIO(data)))
+
+
+def _write_table(file: BinaryIO, table: pa.Table, **options: Any) -> None:
+    size = options.pop("row_group_size", ROW_GROUP)
+    table = _unsealed(table).combine_chunks()
+    table = table.cast(_as_read(table.schema))
+    with pq.ParquetWriter(file, table.schema, **{"compression": "zstd", **options}) as writer:
+        writer.write_table(table, row_group_size=size)
+        writer.add_key_value_metadata({SEAL: BLANK})
+    seal(file)
+
+
+def _unsealed(table: pa.Table) -> pa.Table:
+    """Without the digest of the file that the table was read from."""
+    known = table.schema.metadata or {}
+    if SEAL.encode() not in known:
+        return table
+    left = {key: value for key, value in known.items() if key != SEAL.encode()}
+    return table.replace_schema_metadata(left or None)
 
 
 def take_rows(path: Path, rows: npt.ArrayLike, columns: list[str] | None = None) -> pa.Table:
-    """Rows of a Parquet file, in the order asked; only the row groups they are in are read."""
+    """Rows of a Parquet file, in the order asked; only the row groups they are in are read.
+
+    The file's digest is not looked at: `check_whole` does that once.
+    """
     wanted, order = np.unique(np.asarray(rows, np.int64), return_inverse=True)
     with pq.ParquetFile(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -245,10 +333,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lock(handle: int) -> bool:
+def lock(handle: int) -> bool | None:
     """Lock an open file or folder until it is closed, or its process ends; False if another has.
 
-    True as well where the system or the file system has no locks.
+    None where the system or the file system has no locks.
     """
     try:
         import fcntl
@@ -257,7 +345,7 @@ def lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        return True
+        return None
     return True
 
 
@@ -293,7 +381,9 @@ def _remove_left(folder: Path) -> None:
     except OSError:
         return
     try:
-        if lock(handle):
+        locked = lock(handle)
+        old = time.time() - os.fstat(handle).st_mtime > _OLD
+        if locked or (locked is None and old):
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)
@@ -320,8 +410,28 @@ def _failed_write(error: Exception) -> OSError | None:
     return None
 
 
+def _write_sealed(path: Path, text: str) -> None:
+    file = io.BytesIO(text.encode("utf-8", "surrogatepass"))
+    seal(file)
+    write_bytes(path, file.getvalue())
+
+
+def _mapping(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) or {}
+    except (TypeError, AttributeError, OverflowError, KeyError, IndexError) as error:
+        raise ValueError(str(error)) from error  # PyYAML's own, of dates and keys
+
+
 def _read(
-    path: Path, what: str, of: type[Any], missing: Any, parse: Callable[[str], Any], most: int
+    path: Path,
+    what: str,
+    of: type[Any],
+    missing: Any,
+    parse: Callable[[str], Any],
+    most: int,
+    sealed: bool,
+    may_be_sealed: Callable[[bytes], bool],
 ) -> Any:
     do = "check the path and its permissions"
     try:
@@ -330,6 +440,8 @@ def _read(
         do = "mend the file, or name another"
         if len(raw) > most:
             raise ValueError(f"it has more than {most >> 20} MB")
+        if (sealed or may_be_sealed(raw)) and not is_whole(io.BytesIO(raw)):
+            raise DamagedError(str(path), None if parse is json.loads else _LOST)
         value = parse(raw.decode("utf-8-sig"))
         if not isinstance(value, of):
             wanted = "mapping" if of is dict else of.__name__

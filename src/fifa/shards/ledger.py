@@ -6,17 +6,15 @@ finishes a shard: a step that was killed is run again and does only what is miss
 
 from __future__ import annotations
 
-import io
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fifa.errors import FifaError
-from fifa.shards.files import cannot_write, sweep, write_table
+from fifa.shards.files import cannot_write, parse_table, sweep, table_bytes, write_table
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,11 @@ class Ledger:
         return frozenset(file.stem for file in done)
 
     def read(self, key: str) -> pa.Table:
-        """The table of a finished shard."""
+        """The table of a finished shard; `fifa.shards.sealed.DamagedError` where it is no more."""
         if self.place is None:
             return self._tables[key]
         system, path = self._system()
-        return pq.read_table(io.BytesIO(system.cat_file(f"{path}/{key}.parquet")))
+        return parse_table(system.cat_file(f"{path}/{key}.parquet"), f"{self.place}/{key}.parquet")
 
     def write(self, key: str, table: pa.Table) -> None:
         """Keep a shard's table; raises `FifaError` where there is no room or no permission."""
@@ -75,10 +73,8 @@ class Ledger:
             write_table(Path(self.place, f"{key}.parquet"), table)
         else:
             system, path = self._system()
-            data = io.BytesIO()
-            pq.write_table(table.combine_chunks(), data, compression="zstd")
             try:
-                system.pipe_file(f"{path}/{key}.parquet", data.getvalue())
+                system.pipe_file(f"{path}/{key}.parquet", table_bytes(table))
             except OSError as error:
                 raise cannot_write(Path(f"{self.place}/{key}.parquet"), error) from error
 

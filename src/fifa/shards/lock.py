@@ -2,6 +2,10 @@
 
 `flock` reaches every machine that has the folder on NFS. The file ``.fifa-lock`` says who holds it,
 and goes with the last writer; where a killed process has left it, it locks nothing.
+
+Where a file system has no such locks, the file itself is the lock: made by one process only, and
+touched while that one lives. It counts for nothing once its process is gone, or nobody has touched
+it for `STALE` seconds by the file system's own clock.
 """
 
 from __future__ import annotations
@@ -10,34 +14,42 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fifa.errors import FifaError
-from fifa.shards.files import LOCK, cannot_write, lock
+from fifa.shards.files import LOCK, PREFIX, cannot_write, lock
 
-_held: set[tuple[int, str]] = set()  # thread and folder
+BEAT = 15.0  # seconds between two touches of a lock that is a file
+STALE = 300.0  # seconds without one, after which its holder is taken for dead
+
+_held: set[tuple[int, str]] = set()  # thread and the lock's path
 
 
 @contextmanager
-def only_writer(folder: str | Path) -> Iterator[None]:
+def only_writer(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
     """Nobody else writes into ``folder`` while the block lasts; the folder is made if need be.
 
-    A thread may take its own folder again. Raises `FifaError`, which names the other process,
+    A thread may take its own folder again. ``beside``: it is a file, or a folder that is replaced
+    as a whole, and its lock lies beside it. Raises `FifaError`, which names the other process,
     where there is one, and where the folder cannot be written.
     """
     folder = Path(folder)
-    key = threading.get_ident(), os.path.realpath(folder)
-    there = folder.exists()
-    if key in _held or (there and not folder.is_dir()):
+    place = folder.parent if beside else folder
+    path = place / (f"{LOCK}-{folder.name}" if beside else LOCK)
+    key = threading.get_ident(), os.path.realpath(path)
+    there = place.exists()
+    if key in _held or (there and not place.is_dir()):
         yield  # whoever writes says what is wrong with a file
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        release = _lock(path, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
     _held.add(key)
@@ -46,32 +58,123 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     finally:
         _held.discard(key)
         with suppress(OSError):
-            if _is_at(handle, folder / LOCK):
-                (folder / LOCK).unlink()
-        os.close(handle)
+            release()
         if not there:
             with suppress(OSError):
-                folder.rmdir()  # where nothing came of it
+                place.rmdir()  # where nothing came of it
 
 
-def _lock(folder: Path) -> int:
-    path = folder / LOCK
+def _lock(path: Path, folder: Path) -> Callable[[], None]:
+    """Lock the file; what is returned lets it go."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not lock(handle):
+        locked = lock(handle)
+        if locked is None:
+            os.close(handle)
+            return _lease(path, folder)
+        if not locked:
             holder = os.read(handle, 4096)
             os.close(handle)
             raise _taken(folder, holder)
         if _is_at(handle, path):
             break
         os.close(handle)  # its holder removed it between the opening and the lock
+    with suppress(OSError):  # on a full disk it locks all the same, and has no name
+        os.ftruncate(handle, 0)
+        os.write(handle, _me())
+
+    def release() -> None:
+        try:
+            if _is_at(handle, path):
+                path.unlink()
+        finally:
+            os.close(handle)
+
+    return release
+
+
+def _lease(path: Path, folder: Path) -> Callable[[], None]:
+    """As `_lock`, by a file that only one process can make."""
+    mine = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}")
+    mine.write_bytes(_me())
+    try:
+        while not _made(mine, path):
+            holder = _read(path) or _read(path, wait=0.2)
+            if holder and not _is_dead(path, holder):
+                raise _taken(folder, holder)
+            _remove(path, holder)
+    finally:
+        mine.unlink(missing_ok=True)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(path)
+
+    threading.Thread(target=beat, daemon=True).start()
+
+    def release() -> None:
+        ended.set()
+        path.unlink()
+
+    return release
+
+
+def _made(mine: Path, path: Path) -> bool:
+    try:
+        os.link(mine, path)  # with its content or not at all, on network file systems too
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links either
+        try:
+            with path.open("xb") as file:
+                file.write(mine.read_bytes())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _is_dead(path: Path, holder: bytes) -> bool:
+    """Whether the process that made a lock's file has ended."""
+    try:
+        who = json.loads(holder)
+        if os.name == "posix" and who["host"] == socket.gethostname():
+            os.kill(int(who["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, TypeError, KeyError, RecursionError, OSError, OverflowError):
+        pass  # another user's, or no name: its age decides
+    with tempfile.NamedTemporaryFile(prefix=PREFIX, dir=path.parent) as now:
+        try:
+            return Path(now.name).stat().st_mtime - path.stat().st_mtime > STALE
+        except FileNotFoundError:
+            return True
+
+
+def _remove(path: Path, holder: bytes) -> None:
+    """Remove a dead process's lock, unless somebody else has just put theirs in its place."""
+    aside = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}-old")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if _read(aside) != holder:
+            _made(aside, path)
+        aside.unlink()
+
+
+def _read(path: Path, wait: float = 0.0) -> bytes:
+    time.sleep(wait)  # for the content of a file that was just made
+    try:
+        return path.read_bytes()[:4096]
+    except FileNotFoundError:
+        return b""
+
+
+def _me() -> bytes:
     command = " ".join([Path(sys.argv[0]).name.removesuffix(".py"), *sys.argv[1:2]])[:100]
     since = datetime.now(UTC).isoformat(timespec="seconds")
     who = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
-    with suppress(OSError):  # on a full disk it locks all the same, and has no name
-        os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(who).encode("utf-8", "backslashreplace"))
-    return handle
+    return json.dumps(who).encode("utf-8", "backslashreplace")
 
 
 def _is_at(handle: int, path: Path) -> bool:

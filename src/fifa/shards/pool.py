@@ -25,9 +25,10 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from fifa.console import progress
+from fifa.console import echo, progress
 from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
+from fifa.shards.sealed import DamagedError
 
 PATIENCE = 3  # deaths of worker processes in a row, without a finished shard between them
 
@@ -232,7 +233,17 @@ def run_shards(
         advance(sum(size[key] for key in finished & size.keys()))
         for key in (executor or LocalPool()).map(make, left, ledger):
             advance(size[key])
-    return (ledger.read(shard.key) for shard in shards)
+
+    def read(shard: Shard) -> pa.Table:
+        try:
+            return ledger.read(shard.key)
+        except DamagedError as error:
+            echo(f"{error.where} is damaged: made again")
+        for _ in (executor or LocalPool()).map(make, [(shard.key, prepare(shard.value))], ledger):
+            pass
+        return ledger.read(shard.key)
+
+    return map(read, shards)
 
 
 def map_shards(

@@ -18,6 +18,7 @@ from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
 from fifa.data.labels import OTHER_SCALES as SCALES
 from fifa.data.labels import Labels, on_scale, two_labels
+from fifa.data.subset import check_subset
 from fifa.errors import FifaError
 from fifa.selection.export import IMAGES
 from fifa.shards.files import digest
@@ -111,6 +112,8 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     """
     path = Path(source).expanduser()
     folder = _subset(path)
+    if folder is not None:
+        check_subset(folder)
     files = _files(folder or path)
     tables = [_rows(file, number) for number, file in enumerate(files)]
     parts = [_winners(rows, file) for rows, file in zip(tables, files, strict=True)]

@@ -93,7 +93,7 @@ def test_an_index_of_the_wrong_columns_says_which(tmp_path: Path) -> None:
     with pytest.raises(FifaError, match="wrong type"):
         load_comparisons(run)
     (run / "evaluate" / "images.parquet").write_bytes(b"PAR1 no PAR1")
-    with pytest.raises(FifaError, match="cannot be read"):
+    with pytest.raises(FifaError, match="is damaged"):
         load_comparisons(run)
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from fifa.run.folder import begin
+from fifa.shards.files import write_table
 
 COLOURS = ("crimson", "royalblue", "seagreen", "goldenrod", "purple", "teal", "coral", "slategray")
 SHAPES = ("circle", "square", "triangle")
@@ -52,7 +53,7 @@ def make_run(
 
 
 def write_index(folder: Path, rows: list[dict[str, object]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), folder / "evaluate" / "images.parquet")
+    write_table(folder / "evaluate" / "images.parquet", pa.Table.from_pylist(rows))
 
 
 def read_index(folder: Path) -> list[dict[str, object]]:

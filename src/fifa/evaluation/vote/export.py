@@ -19,6 +19,7 @@ from fifa.evaluation.vote.comparisons import Comparison, read_file
 from fifa.evaluation.vote.results import count_votes, counted_votes, outcome
 from fifa.evaluation.vote.store import FILE, VoteStore
 from fifa.shards.files import atomic_path
+from fifa.shards.lock import only_writer
 
 COLUMNS = pa.schema(
     [
@@ -83,6 +84,7 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
         raise FifaError("no vote counts yet", where=str(store.path), do="run `fifa vote RUN`")
     rows = _rows(folder, said.comparisons, outcomes)
     with (
+        only_writer(path, beside=True),
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, COLUMNS, compression="zstd") as writer,
         progress("writing pairs", len(outcomes)) as advance,

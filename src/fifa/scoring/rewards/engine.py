@@ -43,6 +43,7 @@ from fifa.scoring.table import MARGIN, array_once, score_path, scored_once, tabl
 from fifa.shards.files import column_digest, digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool, Shard, run_shards
+from fifa.shards.sealed import DamagedError, check_whole
 
 __all__ = ["Engine", "score_pairs", "unreadable_path"]
 
@@ -206,6 +207,7 @@ class Engine:
                 write_table(unreadable_path(path), bad)
                 return arrange(rewards[of_request.reshape(-1)])
 
+            _forget_half(path)
             return scored_once(path, make, facts, engine.compute.store)
 
     def distinct(self, images: Images) -> Distinct:
@@ -370,6 +372,17 @@ def tell_apart(images: Images, contents: pa.Array | None) -> Distinct:
 def unreadable_path(margin_path: Path) -> Path:
     """Where the images are listed that a file of rewards has none for: `UNREADABLE`."""
     return margin_path.with_name(f"unreadable-{margin_path.name.partition('-')[2]}")
+
+
+def _forget_half(path: Path | None) -> None:
+    """Remove a file of rewards whose list of unreadable images is damaged: both are made again."""
+    if path is None or not path.exists() or not unreadable_path(path).exists():
+        return
+    try:
+        check_whole(unreadable_path(path))
+    except DamagedError as error:
+        echo(f"{error.where} is damaged: {path.name} is made again with it")
+        path.unlink()
 
 
 def _same(model: RewardModel | None) -> RewardModel:

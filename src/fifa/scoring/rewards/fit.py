@@ -34,6 +34,7 @@ from fifa.scoring.rewards.proxy import SETTINGS, load_proxy, reward_facts, save_
 from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.files import atomic_folder, check_free, column_digest
 from fifa.shards.ledger import Ledger
+from fifa.shards.lock import only_writer
 from fifa.shards.pool import Shard, map_shards
 
 PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
@@ -136,6 +137,13 @@ def train_reward(
         For a folder that is not ours, pairs without images, and too few prompts.
     """
     options, out = options or Reward(), Path(out)
+    with only_writer(out, beside=True):
+        return _train_reward(source_or_pairs, out, options, cache)
+
+
+def _train_reward(
+    source_or_pairs: str | Path | Pairs, out: Path, options: Reward, cache: Path | None
+) -> TrainedReward:
     if not (out / SETTINGS).is_file():
         check_free(out, "reward")
     pairs = source_or_pairs if isinstance(source_or_pairs, Pairs) else read_pairs(source_or_pairs)

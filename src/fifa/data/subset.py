@@ -1,0 +1,29 @@
+"""Whether a folder that a source lies in is a subset of fifa's, and still whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fifa.shards.files import content_digest, read_json
+from fifa.shards.sealed import DamagedError
+
+SUBSET_FILE = "subset.json"
+_AGAIN = "take it from where the subset was made, or export the subset again"
+
+
+def check_subset(folder: Path) -> None:
+    """Raise `FifaError` where a file of a subset is not as ``subset.json`` says.
+
+    Any other folder passes.
+    """
+    path = folder / SUBSET_FILE
+    if not path.is_file():
+        return
+    known = read_json(path, "the subset", object)
+    files = known.get("files", ()) if isinstance(known, dict) and "fifa_subset" in known else ()
+    for listed in files:
+        file = folder / listed["name"]
+        if not file.is_file():
+            raise DamagedError(str(file), _AGAIN, missing=True)
+        if content_digest(file) != listed["xxh3_128"]:
+            raise DamagedError(str(file), _AGAIN)
