@@ -10,8 +10,8 @@ import fifa
 from fifa.cli import main
 from fifa.errors import FifaError
 from fifa.evaluation.generate import CURVE, read_index
-from fifa.evaluation.measure import CURVE_SUFFIX, load_measured
-from fifa.evaluation.results import load_results
+from fifa.evaluation.measure import CURVE_SUFFIX, MEASURES, load_measured
+from fifa.evaluation.results import RESULTS, load_results
 from fifa.evaluation.stats import outcomes, win_rate
 
 LIGHT = {**SMALL, "seeds": 2, "encoder": "none"}
@@ -69,6 +69,33 @@ def test_a_checkpoint_against_itself_ties_exactly(base, lora, prompts, tmp_path)
     last = done.comparisons[-1]
     assert (last.ours, last.theirs) == ("one", "two")
     assert (last.wins.share, last.wins.ties, last.wins.n, last.wins.p) == (0.5, 12, 12, 1.0)
+
+
+def test_a_damaged_evaluation_is_named_by_readers_and_made_again(base, lora, prompts, tmp_path):
+    def again():
+        fifa.evaluate(base, lora, prompts, tmp_path / "run", judges={"red": red}, **LIGHT)
+
+    again()
+    folder = tmp_path / "run" / "evaluate"
+    right = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    readers = {RESULTS: load_results, MEASURES: load_measured, "images.parquet": read_index}
+    random = np.random.default_rng(0)
+
+    def damaged(data):
+        place = random.integers(len(data))
+        rest = data[place + 1 :] if random.integers(2) else b""
+        return data[:place] + bytes([data[place] ^ 1]) + rest
+
+    for name, read in {**readers, "diversity.parquet": load_measured}.items():
+        for _ in range(20):
+            (folder / name).write_bytes(damaged(right[folder / name]))
+            with pytest.raises(FifaError, match=name):
+                read(folder)
+        (folder / name).write_bytes(right[folder / name])
+    for path, data in right.items():  # all at once
+        path.write_bytes(damaged(data))
+    again()
+    assert {path: path.read_bytes() for path in right} == right
 
 
 def test_two_seeds_of_one_model_are_not_told_apart(base, lora, tmp_path):

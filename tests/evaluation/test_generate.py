@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fifa.config import Evaluate, Generate
 from fifa.errors import FifaError
-from fifa.evaluation.generate import generate, plan, read_index
+from fifa.evaluation.generate import _is_png, generate, plan, png, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
 from fifa.evaluation.prompts import read_prompts
 from fifa.evaluation.sampling import settings_for
@@ -144,6 +144,27 @@ def test_a_broken_off_run_ends_with_the_same_bytes(base, tmp_path):
         make(base, {}, tmp_path / "broken", count=5)
         assert not any(path.exists() for path in left)
         assert files(tmp_path / "broken") == expected
+
+
+def test_a_damaged_image_is_made_again_and_said(base, tmp_path, capsys):
+    make(base, {}, tmp_path, count=2)
+    expected = files(tmp_path)
+    first, *_, last = sorted(expected)
+    (tmp_path / first).write_bytes(expected[first][:100])
+    (tmp_path / last).write_bytes(b"")
+    capsys.readouterr()
+    make(base, {}, tmp_path, count=2)
+    assert files(tmp_path) == expected
+    assert "2 images are damaged and made again, the first: images/" in capsys.readouterr().err
+
+
+def test_a_png_file_is_whole_or_not():
+    rng = np.random.default_rng(0)
+    data = png(rng.integers(0, 256, (6, 5, 3), np.uint8))
+    assert _is_png(data) and not _is_png(data + b"x")
+    for place, mask in enumerate(rng.integers(1, 256, len(data)).tolist()):
+        assert not _is_png(data[:place])
+        assert not _is_png(data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :])
 
 
 def test_what_is_there_is_not_made_again(base, lora, tmp_path):

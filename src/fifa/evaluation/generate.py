@@ -9,6 +9,7 @@ ends with the bytes of an unbroken one.
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -322,9 +323,32 @@ def _write(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 def _there(folder: Path, groups: Sequence[Sequence[Planned]]) -> set[str]:
-    """The files that are there; what a killed write left is removed."""
+    """The files that are there and whole; what a killed write left is removed."""
     place = Path(groups[0][0].file).parent if groups else Path()
     if not (folder / place).is_dir():
         return set()
     sweep(folder / place)
-    return {f"{place.as_posix()}/{path.name}" for path in (folder / place).iterdir()}
+    listed = {path.name for path in (folder / place).iterdir()}
+    files = [image.file for group in groups for image in group if Path(image.file).name in listed]
+    with ThreadPoolExecutor(min(WRITERS, cores())) as readers:
+        whole = list(readers.map(lambda file: _is_png((folder / file).read_bytes()), files))
+    damaged = [file for file, good in zip(files, whole, strict=True) if not good]
+    if damaged:
+        echo(f"{len(damaged):,} images are damaged and made again, the first: {damaged[0]}")
+    return set(files) - set(damaged)
+
+
+def _is_png(data: bytes) -> bool:
+    """Whether bytes are a PNG file, each chunk with its right checksum, to its end and no further.
+
+    https://www.w3.org/TR/png-3/#5Chunk-layout: length, type, data, CRC-32 of type and data.
+    """
+    start = 8
+    while data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= start + 12:
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            return False
+        if data[start + 4 : start + 8] == b"IEND":
+            return len(data) == end
+        start = end
+    return False
