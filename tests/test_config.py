@@ -80,3 +80,29 @@ def test_differences_name_every_knob_that_differs():
 )
 def test_the_example_recipes_are_valid(example):
     assert Recipe.from_yaml(example) != Recipe()
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        "margin_percentiles: [-5, 100]",
+        "margin_percentiles: [0, 101]",
+        "margin_percentiles: [90, 10]",
+        "margin_percentiles: [.nan, 10]",
+        "margin_window: [.nan, null]",
+        "margin_window: [null, .nan]",
+        "min_quality: .nan",
+        "keep: 2001-99-99",
+        "keep: " + 5000 * "9",
+        "keep: " + 2000 * "[",
+        "keep: {2001-02-30: &a [*a]}",
+        "? [keep]\n: 1",
+    ],
+)
+def test_a_recipe_of_nonsense_is_named(tmp_path, select):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("select:\n  " + select.replace("\n", "\n  "))
+    with pytest.raises(FifaError) as caught:
+        Recipe.from_yaml(path)
+    assert len(str(caught.value)) < 2000
+    Select(margin_percentiles=(5, 5), margin_window=(None, 1.0), min_quality=1.0)

@@ -8,6 +8,7 @@ replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them as files.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import asdict, field, fields, is_dataclass, replace
 from functools import wraps
@@ -242,6 +243,20 @@ class Select(Knobs):
     per_prompt: Count | None = None
     drop_duplicates: Annotated[bool, Option("--drop-duplicates/--keep-duplicates")] = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.margin_percentiles
+        if not 0 <= low <= high <= 100:
+            raise FifaError(
+                f"margin percentiles of {low:g}:{high:g}", do="0 to 100, the lower one first"
+            )
+        for name, number in (
+            ("margin window", self.margin_window[0]),
+            ("margin window", self.margin_window[1]),
+            ("least quality", self.min_quality),
+        ):
+            if number is not None and math.isnan(number):
+                raise FifaError(f"the {name} is no number", do="give a number, or leave it out")
 
 
 @knobs
