@@ -25,6 +25,7 @@ from fifa.models.joints import check_joints
 from fifa.models.optional import require
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import digest, files_digest, read_json, read_json_lines, read_yaml
+from fifa.shards.manifest import check_manifest
 
 Method = Literal["base", "lora", "part", "pipeline"]
 
@@ -165,6 +166,9 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
     """
 
     def found(method: Method, path: Path) -> Model:
+        for place in (path, path.parent):
+            below = path.relative_to(place).as_posix()
+            check_manifest(place, "" if below == "." else below)
         return Model(name, method, source, path, base.base, base.base_weights)
 
     path = Path(source).expanduser()
@@ -284,6 +288,8 @@ def read_training(model: Model) -> Training:
     folder = model.training
     if folder is None:
         return Training()
+    for name in ("train.json", "train.yaml", "stats.jsonl"):
+        check_manifest(folder, name)
     facts = read_json(folder / "train.json", "the training", missing={})
     scorers = _margins(facts)
     source = read_yaml(folder / "train.yaml", "the training", missing={}).get("source")

@@ -31,6 +31,7 @@ from fifa.shards.files import (
     read_json,
     write_json,
 )
+from fifa.shards.manifest import write_manifest
 from fifa.training.backbones.base import Backbone
 
 STATE = "state"
@@ -141,6 +142,8 @@ class Progress:
         Time spent in the loop, over all its interruptions.
     skipped
         Steps that changed no weight, as float16's gradients overflowed.
+    stats
+        `fifa.shards.files.content_digest` of ``stats.jsonl`` when a state was saved.
     window, since, sums
         Since the last line of metrics: pairs, the time at that line, and what
         `fifa.training.metrics.sums` has added up.
@@ -150,6 +153,7 @@ class Progress:
     pairs: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    stats: str = ""
     window: int = 0
     since: float = 0.0
     sums: tuple[float, ...] = ()
@@ -343,7 +347,8 @@ class TrainState:
                 plain.load_state_dict(whole, strict=False)
             save = save_lora if train.method == "lora" else save_full
             with self.average.in_place() if self.average and not whole else nullcontext():
-                save(backbone.with_denoiser(plain), folder)
+                written = save(backbone.with_denoiser(plain), folder)
+            write_manifest(folder, [written])
         self.accelerator.wait_for_everyone()
 
     def save(self, out: Path, progress: Progress) -> None:

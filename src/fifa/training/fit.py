@@ -80,18 +80,32 @@ def find_fit(
         size = 1 if state.sharded else max(1, LATENTS // area)
         return Fit(train.micro_batch or even_batch(share, size), bool(twice))
     path = out / FIT
-    key = digest(torch.cuda.get_device_name(device), train.to_yaml(), share)
-    known = read_json(path, "what fits the device", missing={})
-    if known.get("key") == key:
-        fit = Fit(known["micro_batch"], known["gradient_checkpointing"])
+    here = (torch.cuda.get_device_name(device), train.to_yaml(), share)
+    fit = kept_fit(path, *here)
+    if fit is not None:
         state.checkpoint_gradients(fit.gradient_checkpointing)
     else:
         fit = _tried(train, source, state, forward, share)
         if state.accelerator.is_main_process:
-            write_json(path, {"key": key, **asdict(fit)})
+            keep_fit(path, fit, *here)
     again = ", activations computed twice" if fit.gradient_checkpointing else ""
     echo(f"micro-batches of {fit.micro_batch:,} pairs{again}")
     return fit
+
+
+def keep_fit(path: Path, fit: Fit, *here: object) -> None:
+    """Remember what was found by trying, for the device and the training that ``here`` names."""
+    write_json(path, {"key": digest(*here, asdict(fit)), **asdict(fit)})
+
+
+def kept_fit(path: Path, *here: object) -> Fit | None:
+    """What was found by trying; None for another device or training, or a damaged file."""
+    try:
+        known = read_json(path, "what fits the device", missing={})
+    except FifaError:
+        return None  # it is found again
+    found = {name: known.get(name) for name in Fit.__dataclass_fields__}
+    return Fit(**found) if known.get("key") == digest(*here, found) else None
 
 
 def _tried(

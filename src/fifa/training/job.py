@@ -20,13 +20,14 @@ from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import check_free, make_folder, sweep, write_text
 from fifa.shards.lock import only_writer
+from fifa.shards.manifest import MANIFEST
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state, make_state
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
-from fifa.training.metrics import FACTS_FILE, STATS, write_card
+from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
 from fifa.training.pairs import read_training_pairs
 from fifa.training.plan import Plan, memory_of
 from fifa.training.resize import Resize
@@ -36,7 +37,6 @@ WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was made for
-TRAIN_FILE = "train.yaml"
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
     {"device", "compile", "channels_last", "gradient_checkpointing", "micro_batch"}
@@ -172,10 +172,12 @@ def start_folder(train: Train, out: Path) -> None:
         sweep(out / name)
     if latest_state(out) is None and not is_finished(out):
         # what was begun here got nowhere, and may have been begun with other options
-        (out / STATS).unlink(missing_ok=True)
+        for name in (STATS, MANIFEST):
+            (out / name).unlink(missing_ok=True)
         for name in ("samples", "logs", CHECKPOINTS):
             shutil.rmtree(out / name, ignore_errors=True)
-    write_text(out / TRAIN_FILE, train.to_yaml())
+    if not is_finished(out):
+        write_text(out / TRAIN_FILE, train.to_yaml())
 
 
 def make_accelerator(train: Train) -> Any:

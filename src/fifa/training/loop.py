@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from fifa.console import progress as progress_bar
 from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
+from fifa.shards.files import content_digest
 from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
 from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
 from fifa.training.losses import LOSSES
-from fifa.training.metrics import Stats, distance, stats_line, sums
+from fifa.training.metrics import STATS, Stats, distance, stats_line, sums
 from fifa.training.samples import Samples
 
 AHEAD = 2  # micro-batches that wait for the device
@@ -106,7 +107,7 @@ class Loop:
         feed = Feed(self, fit.micro_batch)
         if train.compile:
             state.compile()
-        stats = Stats(train, self.out, done.step) if state.accelerator.is_main_process else None
+        stats = Stats(train, self.out, done) if state.accelerator.is_main_process else None
         begun = time.perf_counter() - done.seconds
         try:
             with closing(feed), progress_bar("training", self.steps) as advance:
@@ -266,7 +267,9 @@ class Loop:
         if train.sample_every and done.step % train.sample_every == 0:
             self.samples.draw(done.step, self.state)
         if done.step % train.save_every == 0 or done.step == self.steps:
-            self.state.save(self.out, done)
+            path = self.out / STATS
+            known = content_digest(path) if path.is_file() else ""
+            self.state.save(self.out, replace(done, stats=known))
 
     def _may_halve(self, size: int) -> bool:
         """Whether smaller micro-batches help: several processes would have to agree on them."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fifa.config import Train
+from fifa.errors import FifaError
 from fifa.models.families import Family
 from fifa.models.optional import require
 from fifa.shards.files import (
@@ -23,15 +24,16 @@ from fifa.shards.files import (
     digest,
     read_json,
     read_json_lines,
-    write_json,
     write_text,
 )
-from fifa.training.checkpoint import Progress
+from fifa.shards.manifest import bytes_digest, write_manifest
+from fifa.training.checkpoint import LORA_FILE, Progress
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs
 from fifa.training.plan import Plan
 
 STATS = "stats.jsonl"
+TRAIN_FILE = "train.yaml"
 CARD = "README.md"
 FACTS_FILE = "train.json"
 SHOWN = {
@@ -109,15 +111,25 @@ class Stats:
         The training.
     out
         Its folder.
-    step
-        Steps done: lines of later ones, which an interrupted run wrote, are taken out.
+    done
+        Lines of later steps, which an interrupted run wrote, are taken out.
+
+    Raises `FifaError` where the others are not those of when the state was saved.
     """
 
-    def __init__(self, train: Train, out: Path, step: int) -> None:
-        self.path = out / STATS
-        kept = [line for line in read_stats(out) if line["step"] <= step]
+    def __init__(self, train: Train, out: Path, done: Progress) -> None:
+        self.path, step = out / STATS, done.step
         if self.path.exists():
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = read_stats(out)
+            kept = [line for line in lines if isinstance(n := line.get("step"), int) and n <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if done.stats and bytes_digest(text.encode()) != done.stats:
+                raise FifaError(
+                    "the statistics are not as they were written: damaged, or changed",
+                    where=str(self.path),
+                    do="remove the file to go on without its lines, or choose another --out",
+                )
+            write_text(self.path, text)
         self.track, self.close = make_tracker(train, out, step)
 
     def log(self, step: int, line: dict[str, Any]) -> None:
@@ -203,7 +215,12 @@ def write_card(
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")},
     }
     write_text(out / CARD, training_card(facts, family))
-    write_json(out / FACTS_FILE, facts)
+    # whatever is read again; the card is for people, who may change it
+    weights = [out / name for name in (LORA_FILE, family.part) if (out / name).exists()]
+    files = [path for name in (STATS, TRAIN_FILE) if (path := out / name).is_file()]
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_manifest(out, [*weights, *files], {FACTS_FILE: text.encode("utf-8", "surrogatepass")})
+    write_text(out / FACTS_FILE, text)
 
 
 def selection_facts(folder: Path | None) -> dict[str, Any] | None:

@@ -186,6 +186,16 @@ def test_a_damaged_reward_is_told(feedback, tmp_path):
     train_reward(pairs, tmp_path, options)
     settings, head = tmp_path / "reward.json", tmp_path / "head.safetensors"
     whole, known = settings.read_text(), json.loads(settings.read_text())
+    for file in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
+        if file.name == "README.md":  # for people
+            continue
+        kept, at = file.read_bytes(), file.stat().st_size * 2 // 3
+        for damaged in (kept[:at] + bytes([kept[at] ^ 4]) + kept[at + 1 :], kept[: at * 3 // 4]):
+            file.write_bytes(damaged)
+            with pytest.raises(FifaError, match=file.name):
+                load_proxy(tmp_path)
+        file.write_bytes(kept)
+    (tmp_path / "digests.json").unlink()  # a folder of another program's, or an older one
     texts = ["", "[]", "null", "[" * 9999, whole[:-9], '{"format": ' + "9" * 5000 + "}"]
     for side in ("image", "text"):
         wrong = (1, [], {}, {"spec": 1, "identity": {}}, {"spec": "", "identity": []})

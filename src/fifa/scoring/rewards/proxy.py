@@ -33,6 +33,7 @@ from fifa.scoring.rewards.pixels import Preprocess
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import REWARDS, Spec
 from fifa.shards.files import files_digest, read_json, write_bytes, write_json, write_text
+from fifa.shards.manifest import check_manifest, write_manifest
 
 FORMAT = 1
 SCALE = REWARDS.parse("proxy:FOLDER").entry.scale
@@ -58,6 +59,7 @@ def load_proxy(place: Spec | str | Path, runtime: Runtime | None = None) -> Rewa
     """
     folder = Path(place.model if isinstance(place, Spec) else place).expanduser()
     settings = read_json(folder / SETTINGS, "the reward model")
+    check_manifest(folder)
     if settings.get("format") != FORMAT or settings.get("kind") not in ("head", "clip"):
         raise FifaError(
             "not a reward model of this version of fifa",
@@ -232,10 +234,11 @@ def save_head(folder: Path, head: Head, settings: dict[str, Any]) -> None:
 
 
 def save_settings(folder: Path, family: str, settings: dict[str, Any]) -> None:
-    """Write the card and ``reward.json``, by which a reward of this family is recognised, last."""
+    """Write ``reward.json``, by which a reward is recognised, digests and the card, last of all."""
     settings = {"format": FORMAT, "kind": family, **settings}
-    write_text(folder / CARD, model_card(settings))
     write_json(folder / SETTINGS, settings)
+    write_manifest(folder, [folder])  # but of the card, which people may change
+    write_text(folder / CARD, model_card(settings))
 
 
 def model_card(settings: dict[str, Any]) -> str:
