@@ -82,6 +82,7 @@ def test_another_encoder_than_the_one_it_was_trained_on_is_refused(feedback, tmp
     pairs, options = feedback
     train_reward(pairs, tmp_path / "reward", options)
     write_clip(tmp_path / "reward" / "encoders" / "tiny-clip", seed=5, image_size=64)
+    (tmp_path / "reward" / "digests.json").unlink()
     with pytest.raises(FifaError, match="is not the one that this reward was trained on"):
         load_proxy(tmp_path / "reward")
 
