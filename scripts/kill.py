@@ -21,7 +21,8 @@ from pathlib import Path
 
 # What says when something was done, or how long it took, and so is never the same twice
 TIMES = ("log.jsonl", "report.html", "*.sqlite")
-TRAINING_TIMES = ("README.md", "train.json", "stats.jsonl", "logs/*", "state/*/state.json")
+TRAINING_FACTS = ("README.md", "train.json", "stats.jsonl", "digests.json")
+TRAINING_TIMES = (*TRAINING_FACTS, "logs/*", "state/*/state.json")
 
 
 def contents(run: Path, but: tuple[str, ...] = TIMES) -> dict[str, bytes]:

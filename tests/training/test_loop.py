@@ -25,7 +25,7 @@ def test_a_training_writes_what_its_contract_says(method, world, tmp_path):
     weights = {"lora": LORA, "full": "unet"}[method]
     assert names == {
         weights,
-        *("README.md", "train.yaml", "train.json", "stats.jsonl"),
+        *("README.md", "train.yaml", "train.json", "stats.jsonl", "digests.json"),
         *("cache", "checkpoints", "state", "logs"),
     }
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]

@@ -37,8 +37,8 @@ KILLS = {
         ("os.rename", "cache/moments-.*"),
         ("os.rename", "cache/reference-.*"),  # its parts are there
         ("os.rename", "state/step-000003"),  # the first state has not its name yet
-        ("open", "stats.jsonl", 2),  # a step after the first state
-        ("open", "stats.jsonl", 4),  # two steps after the second
+        ("open", "stats.jsonl", 3),  # a step after the first state
+        ("open", "stats.jsonl", 6),  # two steps after the second
         ("os.rename", "killed-./pytorch_lora_weights.safetensors"),  # after the last state
     ],
 }

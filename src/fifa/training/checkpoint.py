@@ -143,7 +143,7 @@ class Progress:
     skipped
         Steps that changed no weight, as float16's gradients overflowed.
     stats
-        `fifa.shards.files.content_digest` of ``stats.jsonl`` when a state was saved.
+        `fifa.training.metrics.stats_digest` when a state was saved.
     window, since, sums
         Since the last line of metrics: pairs, the time at that line, and what
         `fifa.training.metrics.sums` has added up.

@@ -29,12 +29,11 @@ from fifa.console import progress as progress_bar
 from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
-from fifa.shards.files import content_digest
 from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
 from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
 from fifa.training.losses import LOSSES
-from fifa.training.metrics import STATS, Stats, distance, stats_line, sums
+from fifa.training.metrics import Stats, distance, stats_digest, stats_line, sums
 from fifa.training.samples import Samples
 
 AHEAD = 2  # micro-batches that wait for the device
@@ -267,9 +266,7 @@ class Loop:
         if train.sample_every and done.step % train.sample_every == 0:
             self.samples.draw(done.step, self.state)
         if done.step % train.save_every == 0 or done.step == self.steps:
-            path = self.out / STATS
-            known = content_digest(path) if path.is_file() else ""
-            self.state.save(self.out, replace(done, stats=known))
+            self.state.save(self.out, replace(done, stats=stats_digest(self.out)))
 
     def _may_halve(self, size: int) -> bool:
         """Whether smaller micro-batches help: several processes would have to agree on them."""

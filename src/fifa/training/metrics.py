@@ -6,6 +6,7 @@ The card is ``train.json`` for programs and the model card, ``README.md``, for p
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -140,6 +141,15 @@ class Stats:
             self.track(step, {k: v for k, v in line.items() if v is not None})
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+
+def stats_digest(out: Path) -> str:
+    """`bytes_digest` of ``stats.jsonl``, which is on the disk then; empty where there is none."""
+    if not (out / STATS).is_file():
+        return ""
+    with (out / STATS).open("rb") as file:
+        os.fsync(file.fileno())
+        return bytes_digest(file.read())
 
 
 def read_stats(out: Path) -> list[dict[str, Any]]:
