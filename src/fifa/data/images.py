@@ -13,6 +13,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
@@ -295,7 +296,10 @@ def read(
 
 
 def kept(door: Door, file: IO[bytes]) -> Door:
-    """The same door, but what came through it once is kept in ``file`` and not read again."""
+    """The same door, but what came through it once is kept in ``file`` and not read again.
+
+    The file is without a buffer, so that no write fails later.
+    """
     places: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def images_again(images: Images) -> Iterator[Found]:
@@ -305,8 +309,10 @@ def kept(door: Door, file: IO[bytes]) -> Door:
         fresh = np.flatnonzero(np.logical_not(there))
         for i, data in door(images.take(fresh)):
             if isinstance(data, bytes):
-                places[names[fresh[i]]] = file.seek(0, os.SEEK_END), len(data)
-                file.write(data)
+                with suppress(OSError):  # where the disk is full it is read again
+                    end = file.seek(0, os.SEEK_END)
+                    if file.write(data) == len(data):
+                        places[names[fresh[i]]] = end, len(data)
             yield int(fresh[i]), data
         for i in np.flatnonzero(there).tolist():
             offset, size = places[names[i]]

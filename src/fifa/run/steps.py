@@ -75,9 +75,8 @@ def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
         pairs = read_step(run)
         echo_read(pairs)
         scores = score_step(run, pairs)
-        with TemporaryFile(
-            dir=run.folder
-        ) as file:  # an image that was looked at is exported from it
+        # an image that was looked at is exported from it
+        with TemporaryFile(dir=run.folder, buffering=0) as file:
             door = kept(_door(run), file)
             selection = select_step(run, pairs, scores, door)
             results: dict[str, Any] = {"pairs": pairs, "scores": scores, "selection": selection}
