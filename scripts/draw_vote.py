@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 from playwright.sync_api import Page, sync_playwright
+
+from fifa.shards.files import write_table
 
 OUT = Path(__file__).parents[1] / "docs" / "images" / "vote.png"
 HIGH = 800  # of both windows
@@ -64,7 +65,7 @@ def make_run(run: Path) -> None:
             prompt = f"a small {colour} house among hills {when}"
             row = {"model": model, "prompt_id": f"{colour} {when}", "prompt": prompt}
             rows.append(row | {"seed": i // 9, "file": name, "category": when})
-    pq.write_table(pa.Table.from_pylist(rows), run / "evaluate" / "images.parquet")
+    write_table(run / "evaluate" / "images.parquet", pa.Table.from_pylist(rows))
 
 
 def draw(colour: str, when: str, seed: int, *, sound: bool) -> Image.Image:

@@ -28,13 +28,13 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from fifa.evaluation.vote.ballot import Ballot
 from fifa.evaluation.vote.comparisons import draw_trials
 from fifa.evaluation.vote.store import FILE, VoteStore
 from fifa.run.folder import begin
+from fifa.shards.files import write_table
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
 HALVES = (
@@ -42,6 +42,10 @@ HALVES = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ",
     b"POST /vote HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n"
     b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken=",
+    b"GET /vote.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 50,  # and nothing is read
+    b"POST /vote HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 900,
+    b"\x16\x03\x01\x02",
 )
 
 
@@ -75,7 +79,7 @@ def make_run(run: Path, prompts: int) -> Path:
             path.write_bytes(out.getvalue())
             row = {"model": model, "prompt_id": f"p{i}", "prompt": f"number {i}", "seed": 0}
             rows.append(row | {"file": name, "category": None})
-    pq.write_table(pa.Table.from_pylist(rows), run / "evaluate" / "images.parquet")
+    write_table(run / "evaluate" / "images.parquet", pa.Table.from_pylist(rows))
     return run
 
 
@@ -89,7 +93,9 @@ def served(run: Path, port: int, files: int = 1024) -> Iterator[subprocess.Popen
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
         )  # fmt: skip
     try:
-        _until(lambda: _listens(port), 120)
+        _until(lambda: _listens(port) or process.poll() is not None, 120)
+        if process.poll() is not None:
+            raise SystemExit(run.with_name("said.txt").read_text())
         yield process
     finally:
         process.kill()
@@ -258,8 +264,9 @@ def crowd(run: Path, count: int) -> str:
         seconds = time.monotonic() - begun
         written = said.stat().st_size - before
     return (
-        f"half requests, 1,024 files | {count:,} connections | {len(into.accepted)} votes of "
-        f"somebody else in {seconds:.1f} s, {written:,} bytes of messages"
+        f"half requests, unread answers, nonsense; 1,024 files | {count:,} connections | "
+        f"{len(into.accepted)} votes of somebody else in {seconds:.1f} s, "
+        f"{written:,} bytes of messages"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import socket
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 from vote_worlds import make_run
 
+from fifa.errors import FifaError
 from fifa.evaluation.vote import connections as limits
 from fifa.evaluation.vote.app import create_app
 from fifa.evaluation.vote.ballot import Ballot
@@ -127,11 +129,38 @@ def test_files_are_enough_for_the_connections(monkeypatch: pytest.MonkeyPatch) -
     resource = pytest.importorskip("resource")
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda kind, both: asked.append(both))
-    for soft, hard, most in [(256, 256, 16), (1024, 1024, 384), (1024, 20_000, 512),
-                             (20_000, 20_000, 512), (-1, -1, 512), (256, -1, 512)]:  # fmt: skip
+    for soft, hard, most in [
+        (256, 256, 42), (1024, 1024, 298), (1024, 20_000, 512), (20_000, 20_000, 512),
+        (-1, -1, 512), (256, -1, 512),
+    ]:  # fmt: skip
         monkeypatch.setattr(resource, "getrlimit", lambda kind, both=(soft, hard): both)
         assert most_connections() == most
-    assert all(soft <= 2 * limits.MOST + limits.FILES for soft, _ in asked)
+    assert all(soft <= 3 * limits.MOST + limits.FILES for soft, _ in asked)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
+    with pytest.raises(FifaError, match="only 64 files"):
+        most_connections()
+
+
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.mark.parametrize("name", ["uvicorn.error", "asyncio"])
+def test_messages_that_are_alike_are_said_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, heard = logging.Logger(name), Heard()
+    log.addHandler(heard)
+    monkeypatch.setitem(logging.Logger.manager.loggerDict, name, log)
+    for _ in range(2):  # two servers in one process, each with its own
+        limits.quiet()
+        for error in [OSError("one"), OSError("more"), ValueError("two")] * 9:
+            log.error("socket.accept() out of system resource", exc_info=error)
+    assert len(heard.records) == 4
+    assert len(log.filters) == 1
 
 
 HEAD = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
@@ -176,6 +205,7 @@ FORM = b"Content-Type: application/x-www-form-urlencoded\r\n"
         (b"POST /vote" + HEAD + FORM + b"Content-Length: 5\r\n\r\na=%ff", 400),
         (b"POST /vote" + HEAD + b"Content-Length: 3\r\n\r\na=b", 415),
         (b"\x00\x01\x02\r\n\r\n", 400),
+        (b"POST /vote" + HEAD + FORM + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 421),
     ],
 )  # fmt: skip

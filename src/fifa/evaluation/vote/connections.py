@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections import Counter
 from contextlib import suppress
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fifa.errors import FifaError
+
 MOST = 512  # connections; a browser takes six
-FILES = 256  # beside them: of votes, images, threads
+FILES = 128  # beside them: of votes, images, threads
+LEAST = 256  # files
 REQUEST = 10.0  # seconds until a request is whole, from the connection or the answer before
 ANSWER = 120.0  # seconds to make an answer and take it
 GOODBYE = 2.0  # seconds to end when the server stops
@@ -53,6 +57,11 @@ def connections(
             except h11.ProtocolError:  # nonsense where no answer is possible any more
                 self.transport.abort()
             self.watch(self.state())
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle:
+                self.cycle.disconnected = True  # the page's own answer would come too late
+            super().send_400_response(msg)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -103,16 +112,45 @@ def network(address: str) -> str:
 
 
 def most_connections() -> int:
-    """`MOST`, or fewer where the system lets a process have too few files."""
+    """`MOST`, or fewer where a process may open few files; `FifaError` for fewer than `LEAST`."""
     try:
         import resource
     except ImportError:
         return MOST
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MOST + FILES  # those that have been dropped are still there for a moment
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(16, min(MOST, (soft - FILES) // 2))
-    return MOST
+    wanted = 3 * MOST + FILES  # those that come, are there, and were dropped this moment
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < LEAST:
+        raise FifaError(
+            f"a process may open only {soft} files here, too few for voters",
+            do=f"raise the limit: ulimit -n {wanted}",
+        )
+    return (soft - FILES) // 3
+
+
+class Once(logging.Filter):
+    """Of messages that are alike, the first: nobody can fill a disk with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[object] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """True for a message whose like was not there before."""
+        kind = record.msg, record.exc_info and record.exc_info[0]
+        new = kind not in self.seen
+        self.seen.add(kind)
+        return new
+
+
+def quiet() -> None:
+    """Let the server's and asyncio's logs say everything once."""
+    for name in ("uvicorn.error", "asyncio"):
+        log = logging.getLogger(name)
+        for old in [one for one in log.filters if isinstance(one, Once)]:
+            log.removeFilter(old)
+        log.addFilter(Once())

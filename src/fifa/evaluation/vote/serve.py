@@ -83,10 +83,10 @@ def server_of(app: Any, most: int | None = None, **limits: float) -> Any:
     """
     import uvicorn
 
-    from fifa.evaluation.vote.connections import connections, most_connections
+    from fifa.evaluation.vote.connections import connections, most_connections, quiet
 
     most = most or most_connections()
-    return uvicorn.Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="error",  # a warning a bad request would fill disks
@@ -96,10 +96,12 @@ def server_of(app: Any, most: int | None = None, **limits: float) -> Any:
             lifespan="off",
             ws="none",
             http=connections(most, **limits),
-            backlog=128,  # so many come in at once, before any is dropped
+            backlog=min(128, most),  # so many come in at once, before any is dropped
             h11_max_incomplete_event_size=16_384,
         )
     )
+    quiet()
+    return server
 
 
 def _listen(host: str, port: int) -> socket.socket:
