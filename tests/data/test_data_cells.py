@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -35,10 +36,10 @@ def images_of(path: Path) -> list[object]:
     return [number.get(found[i], found[i]) for i in range(2 * N)]  # type: ignore[call-overload]
 
 
-def write(path: Path, cells: list[pa.Array], group: int = N) -> None:
+def write(path: Path, cells: list[pa.Array], group: int = N, **options: object) -> None:
     columns = {"prompt": [f"p{i}" for i in range(N)], "label": [1.0, 0.0] * 2}
     table = pa.table(columns | {f"image_{side}": cells[side] for side in (0, 1)})
-    pq.write_table(table, path, row_group_size=group)
+    pq.write_table(table, path, row_group_size=group, **options)
 
 
 def struct(side: int, with_bytes: set[int], kind: pa.DataType = STRUCT) -> pa.Array:
@@ -92,6 +93,48 @@ def test_every_arrow_type_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
 
     write(tmp_path / "a.parquet", [cells(0), cells(1)])
     assert images_of(tmp_path) == list(range(2 * N))
+
+
+@pytest.mark.parametrize("there", [(0, 1, 2, 3), (0, 2), ()])
+def test_a_file_without_statistics_has_bytes_or_paths_by_row(
+    folder: Path, there: tuple[int]
+) -> None:
+    cells = [struct(side, set(there)) for side in (0, 1)]
+    write(folder / "a.parquet", cells, write_statistics=False)
+    assert images_of(folder) == list(range(2 * N))
+
+
+def test_columns_of_categories_and_of_a_type_of_their_own(tmp_path: Path) -> None:
+    raw = [pa.array([png(2 * i + side) for i in range(N)]) for side in (0, 1)]
+    own = pa.ExtensionArray.from_storage(pa.opaque(pa.binary(), "image", "somebody"), raw[1])
+    write(tmp_path / "a.parquet", [raw[0].dictionary_encode(), own])
+    assert images_of(tmp_path) == list(range(2 * N))
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), None]
+)
+def test_base64_and_paths_in_one_column(folder: Path, kind: pa.DataType | None) -> None:
+    there = range(N) if kind == pa.binary() else range(1, N)  # bytes are no path
+
+    def cells(side: int) -> pa.Array:
+        rows = [f"images/{i}_{side}.png".encode() for i in range(N)]
+        for i in there:
+            rows[i] = base64.b64encode(png(2 * i + side))
+        texts = rows if kind == pa.binary() else [row.decode() for row in rows]
+        return pa.array(texts, kind) if kind else pa.array(texts).dictionary_encode()
+
+    write(folder / "a.parquet", [cells(0), cells(1)])
+    assert images_of(folder) == list(range(2 * N))
+
+
+@pytest.mark.parametrize(
+    "cell", [[b"x"], [1, 2], 7, 0.5, True, [{"bytes": b"x", "path": None}], [[0] * 3]]
+)
+def test_what_is_no_image_is_named_by_its_type(tmp_path: Path, cell: object) -> None:
+    write(tmp_path / "a.parquet", [pa.array([cell] * N), struct(1, {0})])
+    with pytest.raises(FifaError, match=r"column 'image_0' is of .+, which is no image"):
+        read_pairs(tmp_path)
 
 
 def test_a_struct_of_other_fields_is_named(tmp_path: Path) -> None:

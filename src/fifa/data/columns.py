@@ -30,6 +30,7 @@ class ParquetColumns:
     def __init__(self, source: str | IO[bytes], file: str) -> None:
         self.file = file
         self._source = source
+        self._local = isinstance(source, str)
         opened = pq.ParquetFile(source)
         self._metadata = opened.metadata
         self._schema: pa.Schema = opened.schema_arrow
@@ -103,8 +104,11 @@ class ParquetColumns:
         return list(self._column(name).to_pylist())
 
     def image(self, name: str) -> str:
-        """What an image column holds: ``text``, ``cell`` (bytes) or ``struct`` (bytes, path)."""
-        kind = self._type(name)
+        """What an image column holds.
+
+        ``text``, ``cell`` (bytes), ``struct`` (bytes, path) or ``written`` (images as base64).
+        """
+        kind = getattr(self._type(name), "storage_type", self._type(name))
         if pa.types.is_struct(kind):
             fields = [kind.field(i).name for i in range(kind.num_fields)]
             if not {"bytes", "path"} & set(fields):
@@ -116,8 +120,27 @@ class ParquetColumns:
             return "struct" if "path" in fields else "cell"
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-        is_cell = any(is_binary(kind) for is_binary in binary) or self._is_written_out(name, kind)
-        return "cell" if is_cell else "text"
+        if any(is_binary(kind) for is_binary in binary):
+            return "cell"
+        if self._is_written_out(name, kind):
+            return "written"
+        kind = kind.value_type if _is_list(kind) else kind
+        if not _is_text(kind) and not pa.types.is_null(kind):
+            raise FifaError(
+                f"column {name!r} is of {self._type(name)}, which is no image",
+                where=self.file,
+                do="write the images' files as bytes, or their paths or URLs as text",
+            )
+        return "text"
+
+    def paths_among(self, name: str) -> Text:
+        """Of a column of images as base64 those rows that are something else; null for the rest."""
+        parts = []
+        with pq.ParquetFile(self._source, metadata=self._metadata, pre_buffer=False) as opened:
+            for batch in opened.iter_batches(64, columns=[name]):
+                texts = [t if isinstance(t, str) else None for t in batch[0].to_pylist()]
+                parts += [None if t and t.startswith(WRITTEN_OUT) else t for t in texts]
+        return text_array(outside(text) if text else None for text in parts)
 
     def _is_written_out(self, name: str, kind: pa.DataType) -> bool:
         """True for a column of text that begins with an image as base64."""
@@ -140,9 +163,11 @@ class ParquetColumns:
         for group in range(self._metadata.num_row_groups):
             rows = self._metadata.row_group(group).num_rows
             stats = leaf is not None and self._metadata.row_group(group).column(leaf).statistics
-            nulls = stats.null_count if stats and stats.has_null_count else 0
+            known = stats and stats.has_null_count
+            nulls = stats.null_count if known else 0
             lacks = np.full(rows, nulls == rows)
-            if 0 < nulls < rows:
+            # without statistics: where it costs no download
+            if 0 < nulls < rows or (leaf is not None and not known and self._local):
                 path = self._metadata.schema.column(leaf).path
                 batches = opened.iter_batches(64, row_groups=[group], columns=[path])
                 tops = [pa.table([batch[0]], ["top"])["top"] for batch in batches]
@@ -235,6 +260,7 @@ class RecordColumns:
             ]
             whole = self.values(top)
             values = [w if isinstance(w, str) else v for w, v in zip(whole, values, strict=True)]
+        values = list(map(only, values))
         return text_array(outside(value) if isinstance(value, str) else None for value in values)
 
     def number(self, name: str) -> np.ndarray:
@@ -258,6 +284,10 @@ class RecordColumns:
     def holds_bytes(self, name: str) -> bool:
         """Never: text holds no image bytes."""
         return False
+
+    def paths_among(self, name: str) -> Text:
+        """Every row's path: images as text have places, and are references by then."""
+        return self.reference(name)
 
     def lacks_bytes(self, name: str) -> np.ndarray:
         """Every row."""

@@ -193,12 +193,14 @@ def _side(
     nothing = pa.nulls(len(columns.rows), pa.string())
     leaf = _leaf(columns, image) if image else None
     path = columns.reference(leaf) if leaf else nothing
+    if is_cell and image and columns.image(image) == "written":
+        path = columns.paths_among(image)
     if is_cell and image:
         place = pc.binary_join_element_wise(
             f"{columns.file}#", pa.array(columns.rows).cast(pa.string()), f":{image}", ""
         )
         named = pc.fill_null(pc.match_substring(path, "/" if paths_are_ids else "://"), False)
-        lacks = columns.lacks_bytes(image) if leaf else np.zeros(len(nothing), bool)
+        lacks = columns.lacks_bytes(image) if leaf else np.asarray(path.is_valid())
         bare = pa.array(lacks & np.asarray(path.is_valid()))  # only a path, among rows with bytes
         ref = pc.if_else(bare, path, nothing)
         found = pc.if_else(pc.or_(named, bare), path, place)

@@ -29,7 +29,7 @@ import xxhash
 
 from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
-from fifa.data.records import Place, out_of_file, outside, tar_ref
+from fifa.data.records import WRITTEN_OUT, Place, out_of_file, outside, tar_ref
 from fifa.data.source import Root, has_file, inside
 from fifa.data.table import Origin, Pairs
 from fifa.shards.files import column_digest, digest, write_bytes
@@ -61,6 +61,7 @@ KEYED = frozenset({"pickapic"})  # formats whose image keys are ids of the image
 BATCH = 32  # rows of cells in memory at a time
 BATCH_BYTES = 256 << 20  # that so many rows of cells may take, by the file's own account
 UNPACKED = 100  # times the bytes in the file: no images' cells, but something made to fill memory
+WRITTEN_BYTES = tuple(text.encode() for text in WRITTEN_OUT)
 DOWNLOADS = 8  # at a time
 
 
@@ -432,8 +433,9 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
     for part in rest:
         value = value.get(part) if isinstance(value, dict) else None
     value = value.get("bytes") if isinstance(value, dict) else value
-    if isinstance(value, str):
-        value = _from_text(value.encode("utf-8", "replace"))
+    value = value.encode("utf-8", "replace") if isinstance(value, str) else value
+    if isinstance(value, bytes) and value.startswith(WRITTEN_BYTES):
+        value = _from_text(value)
         if isinstance(value, BadImage):
             return value
     if not isinstance(value, bytes) or not value:

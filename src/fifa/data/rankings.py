@@ -223,8 +223,9 @@ def one_image_a_row(columns: Columns, own: dict[str, str] | None = None) -> File
     ratings = [name for name in columns.numeric() if name.endswith("_rating")]
     ratings = [number] if own else ratings
     wanted = [id_, names["prompt"], number, *ratings]
-    columns.load(wanted if form == "cell" else [*wanted, leaf])
-    paths = [None] * len(columns.rows) if form == "cell" else columns.reference(leaf).to_pylist()
+    bare = form in ("cell", "written")  # no paths beside the bytes
+    columns.load(wanted if bare else [*wanted, leaf])
+    paths = [None] * len(columns.rows) if bare else columns.reference(leaf).to_pylist()
     prompts = columns.text(names["prompt"]).to_pylist()
     groups = columns.values(id_) if "prompt_id" in names else [""] * len(prompts)
     rank = sign * columns.number(number)
