@@ -17,7 +17,11 @@ class FifaError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, do: str | None = None) -> None:
-        self.what, self.where, self.do = what, where, do
+        self.what, self.where, self.do = (
+            _printable(what),
+            where and _printable(where),
+            do and _printable(do),
+        )
         super().__init__(self.__str__())
 
     def __str__(self) -> str:
@@ -28,3 +32,8 @@ class FifaError(Exception):
         if self.do:
             parts.append(f"  do:    {self.do}")
         return "\n".join(parts)
+
+
+def _printable(text: str) -> str:
+    """The text, lone surrogates (from a file's name, or from JSON) as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
