@@ -163,8 +163,8 @@ class ParquetColumns:
         for group in range(self._metadata.num_row_groups):
             rows = self._metadata.row_group(group).num_rows
             stats = leaf is not None and self._metadata.row_group(group).column(leaf).statistics
-            known = stats and stats.has_null_count
-            nulls = stats.null_count if known else 0
+            known = bool(stats and stats.has_null_count)
+            nulls = stats.null_count if stats and known else 0
             lacks = np.full(rows, nulls == rows)
             # without statistics: where it costs no download
             if 0 < nulls < rows or (leaf is not None and not known and self._local):

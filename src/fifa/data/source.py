@@ -28,7 +28,7 @@ PACKED = ".gz"  # behind the ending of a text file
 ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".rar")
 UNPACK = "unpack it first (gzip -d, unzip)"
 MAGIC = "*?["
-UNPACKED = 100, 64 << 20  # times its bytes, or bytes: no table, but something made to fill memory
+UNPACKED = 30, 16 << 20  # times its bytes, or bytes: no table, but something made to fill memory
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,11 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._most = max(UNPACKED[0] * file.seek(0, os.SEEK_END), UNPACKED[1])
+        size = file.seek(0, os.SEEK_END)
+        self._most = max(UNPACKED[0] * size, UNPACKED[1])
+        file.seek(max(0, size - 4))
+        # the last four bytes are the size, of the last part and modulo 2^32
+        self._check(int.from_bytes(file.read(4), "little") if size > 18 else 0)
         file.seek(0)
         self._gzip = gzip.GzipFile(fileobj=file, mode="rb")
 
@@ -111,10 +115,13 @@ class _Unpacked(io.RawIOBase):
             data = self._gzip.read(len(buffer))
         except (EOFError, zlib.error) as error:
             raise OSError(f"broken gzip: {error}") from error
-        if self._gzip.tell() > self._most:
-            raise OSError(f"it unpacks to over {self._most:,} bytes: too many for its size")
+        self._check(self._gzip.tell())
         buffer[: len(data)] = data
         return len(data)
+
+    def _check(self, size: int) -> None:
+        if size > self._most:
+            raise OSError(f"it unpacks to over {self._most:,} bytes: too many for its size")
 
     def close(self) -> None:
         self._gzip.close()
