@@ -14,6 +14,7 @@ from PIL import Image
 import fifa
 from fifa.config import Read, Recipe, Score, Select
 from fifa.data import read_pairs
+from fifa.data.images import _url_bytes
 from fifa.errors import FifaError
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
@@ -267,6 +268,26 @@ def test_an_image_is_fetched_once_to_be_looked_at_and_exported(tmp_path, monkeyp
     assert not (tmp_path / "run" / "fetched").exists()
     rebuild(filtered.subset / "subset.json", tmp_path / "again", allow_download=True)
     assert contents(tmp_path / "again") == contents(filtered.subset)
+
+
+def test_a_damaged_image_that_was_fetched_is_fetched_again(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(url, max_bytes):
+        asked.append(url)
+        return encoded(1, "PNG")
+
+    monkeypatch.setattr("fifa.data.images.fetch", fetch)
+    address = "https://example.org/1"
+    assert _url_bytes(tmp_path, address) == _url_bytes(tmp_path, address) == encoded(1, "PNG")
+    assert len(asked) == 1
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], b"", whole[:50] + b"?" + whole[51:]):
+        file.write_bytes(damaged)
+        assert _url_bytes(tmp_path, address) == encoded(1, "PNG")
+        assert file.read_bytes() == whole
+    assert len(asked) == 4
 
 
 def test_an_image_that_cannot_be_read_stops_the_export_and_is_named(source, tmp_path):

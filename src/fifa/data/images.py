@@ -511,13 +511,15 @@ def _from_text(text: bytes) -> bytes | BadImage:
 def _url_bytes(fetched: Path | None, url: str) -> bytes | BadImage:
     kept = fetched / digest(url.encode("utf-8", "surrogatepass")) if fetched else None
     if kept and kept.exists():
-        return kept.read_bytes()
+        data = kept.read_bytes()
+        if data[:16] == digest(data[16:]).encode():  # else it is damaged, and fetched again
+            return data[16:]
     try:
         data = fetch(url, max_bytes=MAX_BYTES)
     except FetchError as error:
         return BadImage(str(error))
     if kept:
-        write_bytes(kept, data)
+        write_bytes(kept, digest(data).encode() + data)
     return data
 
 

@@ -42,6 +42,7 @@ from fifa.scoring.replies import (
     words_of,
 )
 from fifa.scoring.specs import Spec
+from fifa.shards.files import digest
 
 ANSWERS = "ratings.sqlite"
 OPENAI = "https://api.openai.com/v1"
@@ -82,21 +83,27 @@ class Answers:
             self.base.execute("PRAGMA journal_mode = WAL")
             self.base.execute("PRAGMA synchronous = NORMAL")
             self.base.execute(
-                "CREATE TABLE IF NOT EXISTS answers"
-                " (key TEXT PRIMARY KEY, model TEXT, answer TEXT) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS rated"
+                " (key TEXT PRIMARY KEY, model TEXT, answer TEXT, digest TEXT) WITHOUT ROWID"
             )
 
     def get(self, keys: Sequence[str]) -> dict[str, str]:
-        """The answers known for ``keys``."""
-        query = "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))"
+        """The answers known for ``keys``; one that was changed since is not known."""
+        query = (
+            "SELECT key, answer, digest FROM rated WHERE key IN (SELECT value FROM json_each(?))"
+        )
         with self._failing("cannot read the cache of ratings", "delete the file if it is damaged"):
-            return dict(self.base.execute(query, [json.dumps(list(keys))]).fetchall())
+            found = self.base.execute(query, [json.dumps(list(keys))]).fetchall()
+        whole = {key: answer for key, answer, known in found if known == digest(key, answer)}
+        if damaged := len(found) - len(whole):
+            echo(f"{self.path} is damaged: {damaged:,} answers are asked for again")
+        return whole
 
     def put(self, key: str, model: str, answer: str) -> None:
         """Keep an answer."""
         with self._failing("cannot keep a rating", "free space; what was answered before is kept"):
-            row = (key, model, answer)
-            self.base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row)
+            row = (key, model, answer, digest(key, answer))
+            self.base.execute("INSERT OR REPLACE INTO rated VALUES (?, ?, ?, ?)", row)
 
     def close(self) -> None:
         """Close the file."""
@@ -106,7 +113,7 @@ class Answers:
     def _failing(self, what: str, do: str) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeError) as error:  # also of names in the file
             raise FifaError(f"{what}: {error}", where=str(self.path), do=do) from error
 
 
