@@ -281,7 +281,7 @@ def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, 
     assert seen == {"images": 0, "prompts": []}
     cells[2] = table["jpg_0"][2].as_py()[:200]  # a good header, and then nothing
     pq.write_table(table.set_column(0, "jpg_0", pa.array(cells)), path)
-    with pytest.raises(FifaError, match=r"cannot be decoded[\s\S]*pair c, loser"):
+    with pytest.raises(FifaError, match=r"more pixels than[\s\S]*pair c, loser"):
         encode(read_training_pairs(path), backbone, tmp_path / "c", resolution=64)
 
 
@@ -294,13 +294,16 @@ def test_numbers_beyond_float16_are_refused(tmp_path, backbone, monkeypatch):
     assert encode(pairs, backbone, tmp_path / "c", resolution=64, dtype="bfloat16").bytes > 0
 
 
-def test_a_damaged_shard_is_named(tmp_path, backbone):
+def test_a_damaged_shard_is_named_and_made_again(tmp_path, backbone, capfd):
     pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
     encode(pairs, backbone, tmp_path / "c", resolution=64)
     shard = next((tmp_path / "c").glob("moments-*"))
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(FifaError, match=r"cannot be read[\s\S]*moments-"):
+    whole = shard.read_bytes()
+    for damaged in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x", b""):
+        shard.write_bytes(damaged)
         encode(pairs, backbone, tmp_path / "c", resolution=64)
+        assert f"made again: {shard}" in capfd.readouterr().err
+        assert shard.read_bytes() == whole
 
 
 def test_the_estimate_bounds_the_bytes(tmp_path, backbone):

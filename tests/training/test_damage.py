@@ -95,3 +95,24 @@ def test_what_fits_a_device_is_found_again_if_the_file_is_damaged(tmp_path):
         assert kept_fit(path, "card", 4) in (None, Fit(8, False))
         path.write_bytes(whole[:at])
         assert kept_fit(path, "card", 4) is None
+
+
+def test_a_damaged_cache_is_made_again_to_the_byte(world, tmp_path, capfd):
+    train = quick(world, draws=2)
+    out = run_training(train, tmp_path / "out")
+    cache = {path: path.read_bytes() for path in (out / "cache").iterdir() if path.is_file()}
+    assert {path.name.partition("-")[0] for path in cache} == {
+        *("images", "prompts", "moments", "reference")
+    }
+    for number in (0, 1):
+        for path in cache:
+            path.write_bytes(list(damages(path))[number])
+        again = shutil.copytree(out, tmp_path / f"again-{number}")
+        shutil.rmtree(again / "state")
+        (again / FACTS_FILE).unlink()
+        run_training(train, again)
+        assert capfd.readouterr().err.count("made again") == len(cache)
+        assert {path.name: path.read_bytes() for path in (again / "cache").iterdir()} == {
+            path.name: data for path, data in cache.items()
+        }
+        assert (again / LORA).read_bytes() == (out / LORA).read_bytes()

@@ -18,7 +18,7 @@ from fifa.errors import FifaError
 
 SEAL = "fifa.digest"
 BLANK = "0" * 32  # what stands in its place until the rest is written
-_MARK = re.compile(rb'fifa\.digest(?:\x18 |": "|: )([0-9a-f]{32})')
+_MARK = re.compile(rb'fifa\.digest(?:\x18 |": ?"|: )([0-9a-f]{32})')
 _END = 1 << 16  # bytes at either end of a file where it is looked for
 
 

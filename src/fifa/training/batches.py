@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Generator, Tensor
@@ -34,9 +33,10 @@ from fifa.data.prefetch import Prefetch
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest
 from fifa.models.optional import require
 from fifa.models.runtime import Parts, pinned
-from fifa.shards.files import digest, write_table
+from fifa.shards.files import digest, read_table, write_table
 from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
+from fifa.training.cache import forget_damaged
 from fifa.training.losses import errors, margin_labels
 
 LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
@@ -422,6 +422,9 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
     path = folder / f"reference-{digest(depends_on)}.parquet"
     ledger = Ledger.beside(path)
     starts = range(0, len(source.pairs), SHARD)
+    if accelerator.is_main_process:
+        forget_damaged(path)
+    accelerator.wait_for_everyone()
     if not path.exists():
         finished = ledger.keys()
         mine = starts[accelerator.process_index :: accelerator.num_processes]
@@ -438,7 +441,7 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         ledger.forget()
-    scalars: Scalars = pq.read_table(path)["error"].to_numpy().reshape(-1, train.draws, 2)
+    scalars: Scalars = read_table(path)["error"].to_numpy().reshape(-1, train.draws, 2)
     return scalars
 
 

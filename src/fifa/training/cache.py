@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -31,8 +30,9 @@ from fifa.errors import FifaError
 from fifa.models.networks import working
 from fifa.models.optional import require
 from fifa.models.runtime import DTYPES, SHARE, Parts, free_bytes, pinned
-from fifa.shards.files import atomic_path, digest, write_table
+from fifa.shards.files import atomic_path, digest, read_table, write_table
 from fifa.shards.pool import cores
+from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, is_whole, seal
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.pairs import TrainingPairs
 from fifa.training.resize import Frame, Resize, cut
@@ -75,8 +75,27 @@ class TensorShards:
     def write(self, shard: int, tensors: Tensors) -> None:
         """Write a shard, atomically: the same tensors give the same bytes."""
         save = require("safetensors.torch", "train")
+        whole = {name: value.contiguous() for name, value in tensors.items()}
         with atomic_path(self.path(shard)) as temporary:
-            save.save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+            save.save_file(whole, temporary, metadata={SEAL: BLANK})
+            with temporary.open("r+b") as file:
+                seal(file)
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard is there, as it was written."""
+        try:
+            with self.path(shard).open("rb") as file:
+                if is_whole(file):
+                    return True
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise FifaError(
+                f"a shard of the cache cannot be read: {error.strerror}",
+                where=str(self.path(shard)),
+            ) from error
+        echo(f"a shard of the cache is damaged, and made again: {self.path(shard)}")
+        return False
 
     def row(self, shard: int, row: int) -> Tensors:
         """One row of every tensor in a shard, without the dimension of rows; a copy."""
@@ -248,6 +267,16 @@ def encode(
     return encoded
 
 
+def forget_damaged(path: Path) -> None:
+    """Remove a table of the cache that is not as it was written: it is made again."""
+    try:
+        if path.exists():
+            check_whole(path)
+    except DamagedError:
+        echo(f"a file of the cache is damaged, and made again: {path}")
+        path.unlink(missing_ok=True)
+
+
 def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     """`fifa.data.images.FACTS` of `TrainingPairs.image_table`, kept in ``folder``.
 
@@ -255,8 +284,9 @@ def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     anything has been computed.
     """
     path = folder / f"images-{digest(pairs.digest, pairs.fingerprint)}.parquet"
+    forget_damaged(path)
     if path.exists():
-        return pq.read_table(path)
+        return read_table(path)
     with progress("looking at images", 2 * len(pairs)) as advance:
         facts = look(pairs.image_table, done=advance)
     bad = np.flatnonzero(facts["reason"].is_valid())
@@ -487,7 +517,7 @@ class Encoder:
         shards = [self.shards.add(f"{what}-{name}") for name in names]
         rank, ranks = self.share
         mine = list(zip(shards, chunks, strict=True))[rank::ranks]
-        mine = [(shard, chunk) for shard, chunk in mine if not self.shards.path(shard).is_file()]
+        mine = [(shard, chunk) for shard, chunk in mine if not self.shards.is_whole(shard)]
         ahead = Prefetch(((shard, one) for shard, chunk in mine for one in batches(chunk)), AHEAD)
         try:
             with (
