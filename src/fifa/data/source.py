@@ -25,6 +25,7 @@ KINDS = {
     ".tar": "tar",
 }
 PACKED = ".gz"  # behind the ending of a text file
+TOO_MANY = "it unpacks to over {:,} bytes: too many for its size"
 ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".rar")
 UNPACK = "unpack it first (gzip -d, unzip)"
 MAGIC = "*?["
@@ -75,7 +76,7 @@ class Root:
         wanted, where what lies between them is large and is not.
         """
         if path.lower().endswith(PACKED):
-            return io.BufferedReader(_Unpacked(self._open(path, read_ahead)), 1 << 16)
+            return _unpacked(self._open(path, read_ahead))
         return self._open(path, read_ahead)
 
     def _open(self, path: str, read_ahead: bool) -> IO[bytes]:
@@ -88,17 +89,24 @@ class Root:
         return opened
 
 
-class _Unpacked(io.RawIOBase):
-    """A gzip file that does not unpack to any number of bytes."""
+def _unpacked(file: IO[bytes]) -> IO[bytes]:
+    """A gzip file's content, which is not just any number of bytes; `OSError` if it were."""
+    size = file.seek(0, os.SEEK_END)
+    most = max(UNPACKED[0] * size, UNPACKED[1])
+    file.seek(max(0, size - 4))
+    last = file.read(4)  # the size modulo 2^32, of the last part if there are several
+    file.seek(0)
+    if size > 18 and int.from_bytes(last, "little") > most:
+        file.close()
+        raise OSError(TOO_MANY.format(most))
+    return io.BufferedReader(_Unpacked(file, most), 1 << 16)
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        size = file.seek(0, os.SEEK_END)
-        self._most = max(UNPACKED[0] * size, UNPACKED[1])
-        file.seek(max(0, size - 4))
-        # the last four bytes are the size, of the last part and modulo 2^32
-        self._check(int.from_bytes(file.read(4), "little") if size > 18 else 0)
-        file.seek(0)
+
+class _Unpacked(io.RawIOBase):
+    """A gzip file up to ``most`` bytes."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most = file, most
         self._gzip = gzip.GzipFile(fileobj=file, mode="rb")
 
     def readable(self) -> bool:
@@ -115,13 +123,10 @@ class _Unpacked(io.RawIOBase):
             data = self._gzip.read(len(buffer))
         except (EOFError, zlib.error) as error:
             raise OSError(f"broken gzip: {error}") from error
-        self._check(self._gzip.tell())
+        if self._gzip.tell() > self._most:
+            raise OSError(TOO_MANY.format(self._most))
         buffer[: len(data)] = data
         return len(data)
-
-    def _check(self, size: int) -> None:
-        if size > self._most:
-            raise OSError(f"it unpacks to over {self._most:,} bytes: too many for its size")
 
     def close(self) -> None:
         self._gzip.close()
