@@ -228,10 +228,12 @@ def batch_write(run: str, file: Path, reasoning: bool) -> None:
     from fifa.run.folder import open_run
     from fifa.run.steps import read_step
     from fifa.scoring.raters.endpoint import write_batch
+    from fifa.shards.lock import only_writer
 
     opened = open_run(run)
     rater, limit = opened.recipe.score.quality, opened.recipe.compute.max_tokens
-    pairs = read_step(opened)
+    with only_writer(opened.folder):
+        pairs = read_step(opened)
     count = write_batch(
         pairs, rater, file, folder=opened.scores, max_tokens=limit, reasoning=reasoning
     )
