@@ -19,7 +19,8 @@ from PIL import Image
 
 from fifa.data import decode
 from fifa.data.decode import BadImage, check_image, image_size, open_image
-from fifa.data.images import BATCH, BATCH_BYTES, _rows_at_once, cell_images, read
+from fifa.data.images import cell_images, read
+from fifa.data.parquet import BATCH, SPARE, rows_at_once
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 GREY = np.full((64, 64, 3), 128, np.uint8)  # ends as an image without data does: decoded twice
@@ -226,11 +227,11 @@ def test_a_batch_holds_as_many_rows_as_fit_for_certain(tmp_path) -> None:
     photo = [rng.bytes(20_000) for _ in range(100)]
     for options in ({}, {"compression": "zstd"}, {"use_dictionary": False}):
         group = written(tmp_path / "a.parquet", photo, 100, **options).metadata.row_group(0)
-        assert _rows_at_once(group, ["jpg_0"]) == BATCH
+        assert rows_at_once(group, ["jpg_0"]) == BATCH
     large = [rng.bytes(30 << 20)]
     path = tmp_path / "b.parquet"  # one value of a dictionary, in every row
     group = written(path, large, 8, dictionary_pagesize_limit=1 << 30).metadata.row_group(0)
-    rows = _rows_at_once(group, ["jpg_0"])
-    assert 1 <= rows <= BATCH_BYTES // (30 << 20)
+    rows = rows_at_once(group, ["jpg_0"])
+    assert 1 <= rows <= SPARE // (30 << 20)
     found = read(cell_images([path], np.zeros(8, np.int64), np.arange(8), ["jpg_0"] * 8))
     assert all(data == large[0] for _, data in found)

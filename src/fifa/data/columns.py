@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fifa.data.parquet import check_rows, read_columns, rows_at_once
 from fifa.data.records import NOT_UTF8, OURS, WRITTEN_OUT, Member, Records, outside
 from fifa.errors import FifaError
 
@@ -33,6 +34,7 @@ class ParquetColumns:
         self._local = isinstance(source, str)
         opened = pq.ParquetFile(source)
         self._metadata = opened.metadata
+        check_rows(source, self._metadata, file)
         self._schema: pa.Schema = opened.schema_arrow
         self._leaves = {
             self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
@@ -43,17 +45,13 @@ class ParquetColumns:
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
-        opened = pq.ParquetFile(
+        table = read_columns(
             self._source,
+            names,
+            self.file,
             metadata=self._metadata,
-            read_dictionary=[prompt] if prompt and self._plain(prompt) else [],
-            pre_buffer=not isinstance(self._source, str),  # few requests where each one costs
+            as_dictionary=prompt if prompt and self._plain(prompt) else None,
         )
-        table = opened.read(columns=sorted(set(names)))
-        opened.close()
-        for i, field in enumerate(table.schema):  # categories that the file itself has
-            if pa.types.is_dictionary(field.type) and field.name != prompt:
-                table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
         self._table = table
 
     def text(self, name: str) -> Text:
@@ -150,10 +148,19 @@ class ParquetColumns:
         first = self._metadata.row_group(0).column(leaf)
         if first.total_uncompressed_size < 40 * min(first.num_values, 100):
             return False
+        path = self._metadata.schema.column(leaf).path
+        try:
+            rows = min(16, rows_at_once(self._metadata.row_group(0), [path]))
+        except ValueError:
+            return False
         with pq.ParquetFile(self._source, metadata=self._metadata, pre_buffer=False) as opened:
-            batch = next(opened.iter_batches(16, row_groups=[0], columns=[name]), None)
-        texts = () if batch is None else batch[0].to_pylist()
-        return any(isinstance(text, str) and text.startswith(WRITTEN_OUT) for text in texts)
+            batch = next(opened.iter_batches(rows, row_groups=[0], columns=[path]), None)
+        texts = pa.array([]) if batch is None else batch[0]
+        while pa.types.is_struct(texts.type):
+            texts = texts.field(0)
+        texts = texts.cast(texts.type.value_type) if pa.types.is_dictionary(texts.type) else texts
+        begin = (bytes(text.as_buffer()[:99]) for text in texts if text.is_valid)
+        return any(text.decode("utf-8", "replace").startswith(WRITTEN_OUT) for text in begin)
 
     def lacks_bytes(self, name: str) -> np.ndarray:
         """The rows of an image column without bytes; bytes are read where only some have them."""
@@ -169,7 +176,12 @@ class ParquetColumns:
             # without statistics: where it costs no download
             if 0 < nulls < rows or (leaf is not None and not known and self._local):
                 path = self._metadata.schema.column(leaf).path
-                batches = opened.iter_batches(64, row_groups=[group], columns=[path])
+                try:
+                    size = rows_at_once(self._metadata.row_group(group), [path])
+                except ValueError:  # the bytes that are there are never read, and told by then
+                    parts.append(np.zeros(rows, bool))
+                    continue
+                batches = opened.iter_batches(size, row_groups=[group], columns=[path])
                 tops = [pa.table([batch[0]], ["top"])["top"] for batch in batches]
                 inner = path.split(".")[1:]
                 found = [pc.struct_field(top, inner) if inner else top for top in tops]

@@ -29,6 +29,7 @@ import xxhash
 
 from fifa.data.decode import MAX_BYTES, BadImage, image_size
 from fifa.data.fetch import FetchError, fetch
+from fifa.data.parquet import BATCH, rows_at_once
 from fifa.data.records import WRITTEN_OUT, Place, out_of_file, outside, tar_ref
 from fifa.data.source import Root, has_file, inside
 from fifa.data.table import Origin, Pairs
@@ -58,9 +59,6 @@ FACTS = pa.schema(
     ]
 )
 KEYED = frozenset({"pickapic"})  # formats whose image keys are ids of the images
-BATCH = 32  # rows of cells in memory at a time
-BATCH_BYTES = 256 << 20  # that so many rows of cells may take, by the file's own account
-UNPACKED = 100  # times the bytes in the file: no images' cells, but something made to fill memory
 WRITTEN_BYTES = tuple(text.encode() for text in WRITTEN_OUT)
 DOWNLOADS = 8  # at a time
 
@@ -379,39 +377,21 @@ def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
             mine.append(left.popleft())
         try:
             groups = [group] if mine else []
-            size = _rows_at_once(opened.metadata.row_group(group), leaves) if mine else BATCH
+            size = rows_at_once(opened.metadata.row_group(group), leaves) if mine else BATCH
             for batch in opened.iter_batches(size, row_groups=groups, columns=leaves):
                 while mine and mine[0][0] < start + batch.num_rows:
-                    row, i, column = mine.popleft()
-                    yield i, _cell_bytes(batch, column, row - start)
+                    row, i, column = mine[0]
+                    data = _cell_bytes(batch, column, row - start)
+                    mine.popleft()
+                    yield i, data
                 start += batch.num_rows
                 if not mine:
                     break
+            yield from _lost(mine, IndexError("it has fewer rows, or no such cells"))
         except (OSError, ValueError, IndexError) as error:
             yield from _lost(mine, error)
         start = end
     yield from _lost(left, IndexError("it has fewer rows"))
-
-
-def _rows_at_once(group: pq.RowGroupMetaData, leaves: Sequence[str]) -> int:
-    """Rows of cells to be read at a time, `BATCH` or as many as `BATCH_BYTES` hold for certain.
-
-    A value of a column's dictionary may be that of every row. It has no more bytes than the
-    dictionary's page and what is unpacked from the column. Raises `ValueError` for cells that
-    unpack to `UNPACKED` times their bytes and more than an image may have.
-    """
-    largest = 1
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if column.path_in_schema not in leaves:
-            continue
-        packed, whole = column.total_compressed_size, column.total_uncompressed_size
-        if whole > max(MAX_BYTES, UNPACKED * packed):
-            raise ValueError(f"its cells unpack from {packed:,} to {whole:,} bytes")
-        if column.has_dictionary_page:
-            page = column.data_page_offset - column.dictionary_page_offset
-            largest += max(0, page) + max(0, whole - packed)
-    return max(1, min(BATCH, BATCH_BYTES // largest))
 
 
 def _lost(cells: deque[Cell], error: Exception) -> Iterator[Found]:

@@ -18,6 +18,7 @@ import xxhash
 
 from fifa.console import echo
 from fifa.data.ids import prompt_ids
+from fifa.data.parquet import read_columns
 from fifa.data.records import encoding_of, tab_rows
 from fifa.errors import FifaError
 
@@ -155,7 +156,8 @@ def _file(source: str) -> Iterator[Item]:
             names = file.schema_arrow.names
             known = (*PROMPT_NAMES, *CATEGORY_NAMES)
             wanted = [name for name in names if name.lower() in known]
-            yield from _rows(names, file.read(columns=wanted).to_pylist(), source)
+            table = read_columns(io.BytesIO(data), wanted, source)
+            yield from _rows(names, table.to_pylist(), source)
         elif suffix in (".csv", ".tsv"):
             names, *cells = [row for row in _cells(_text(data), suffix) if row] or [[]]
             rows = [dict(zip(names, row, strict=False)) for row in cells]

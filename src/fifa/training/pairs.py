@@ -18,6 +18,7 @@ from fifa.data.decode import BadImage
 from fifa.data.images import Images, cell_images, read
 from fifa.data.labels import OTHER_SCALES as SCALES
 from fifa.data.labels import Labels, on_scale, two_labels
+from fifa.data.parquet import read_columns
 from fifa.data.subset import check_subset
 from fifa.errors import FifaError
 from fifa.selection.export import IMAGES
@@ -188,7 +189,8 @@ def _rows(file: Path, number: int) -> pa.Table:
     try:
         opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         _check_columns(file, opened.schema_arrow.names)
-        table = opened.read(columns=[n for n in COLUMNS if n in opened.schema_arrow.names])
+        names = [name for name in COLUMNS if name in opened.schema_arrow.names]
+        table = read_columns(file, names, str(file), metadata=opened.metadata)
         n = table.num_rows
         columns = {
             name: table[name].cast(dtype) if name in table.column_names else pa.nulls(n, dtype)
