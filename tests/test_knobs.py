@@ -108,6 +108,19 @@ def constant(node):
 
 
 @pytest.mark.parametrize("name", WITH_KNOBS)
+def test_every_default_is_shown_by_help(name):
+    command, options = WITH_KNOBS[name], options_of(WITH_KNOBS[name])
+    cls = getattr(config, command._knobs)
+    inner = config.sections(cls)
+    for part in (cls, *(inner[section] for section in command._sections or inner)):
+        for field in fields(part):
+            option = options.get(field.name)
+            plain = field.default not in (MISSING, None, "", (), (None, None))
+            if plain and not is_dataclass(field.default) and isinstance(option, click.Option):
+                assert "[default: " in option.help, field.name
+
+
+@pytest.mark.parametrize("name", WITH_KNOBS)
 def test_a_recipe_is_read_by_every_command_that_has_knobs(name, tmp_path):
     options = options_of(WITH_KNOBS[name])
     assert "recipe" in options
@@ -151,6 +164,27 @@ def test_a_mistake_names_the_knob_and_what_was_given():
     done = CliRunner().invoke(cli, ["train", "s", "--out", "o", "--loss", "kto"])
     assert done.exit_code == 2
     assert "'kto' is not one of 'sigmoid'" in done.output
+
+
+NONSENSE = ("-1", "nan", "inf", "1e400", "9" * 401, "9" * 5000, "", "x", "0x10", "a" * 5000)
+REQUIRED = {
+    "evaluate": ["--base", "no", "--tuned", "no", "--prompts", "no", "--score", "none"],
+    "train": ["no", "--model", "no"],
+}
+
+
+@pytest.mark.parametrize("name", set(WITH_KNOBS) - {"demo"})
+def test_nonsense_ends_in_words(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    required = [*name.split(), *REQUIRED.get(name, ["no"])]
+    options = options_of(WITH_KNOBS[name])
+    out = ["--out", "out"] if "out" in options else []
+    given = [one for one in options.values() if isinstance(one, click.Option) and not one.is_flag]
+    for number, option in enumerate(one for one in given if one.name not in ("help", "out")):
+        for value in (NONSENSE[number % 10], NONSENSE[(3 * number + 5) % 10]):
+            done = CliRunner().invoke(cli, [*required, *out, option.opts[0], value])
+            assert isinstance(done.exception, FifaError | SystemExit), (option.name, value)
+            assert getattr(done.exception, "code", 2) == 2, (option.name, value)
 
 
 def load_all(order):

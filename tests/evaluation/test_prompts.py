@@ -174,3 +174,8 @@ def test_prompts_in_other_encodings(tmp_path, encoding, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(text.encode(encoding))
     assert read_prompts(path).table["prompt"].to_pylist() == ["a café", "the sea"]
+
+
+def test_a_name_that_no_file_can_have_is_told():
+    with pytest.raises(FifaError, match="cannot read the prompts: File name too long"):
+        read_prompts("a" * 5000)

@@ -132,7 +132,12 @@ def _spread(categories: dict[str, str | None], limit: int | None) -> list[str]:
 
 def _items(source: str) -> Iterator[Item]:
     path = Path(source).expanduser()
-    if "://" not in source and path.is_dir():
+    try:
+        folder = "://" not in source and path.is_dir()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        brief = getattr(error, "strerror", None) or error
+        raise FifaError(f"cannot read the prompts: {brief}", where=source[:200]) from error
+    if folder:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise FifaError("no file of prompts in the folder", where=source, do=ONE_OF)
