@@ -125,11 +125,12 @@ class Layout:
             )
             for side in (0, 1)
         ]
+        prompt = columns.text(self.prompt)
         return FilePairs(
             columns.file,
             pair_columns(
                 columns.rows,
-                columns.text(self.prompt),
+                prompt,
                 [key for key, _ in sides],
                 [ref for _, ref in sides],
                 labels.value,
@@ -138,7 +139,7 @@ class Layout:
             scores={name: pa.array(columns.number(name)) for name in numbers}
             | {name: columns.extra(column) for name, column in carried.items()},
             wrong=labels.wrong
-            | columns.no_texts(self.prompt)
+            | (columns.no_texts(self.prompt) if prompt.null_count else {})
             | _written_out(sides[0][1], 0)
             | _written_out(sides[1][1], 1),
             swaps=side_pairs([*numbers, *carried]) if self.winner_first else [],

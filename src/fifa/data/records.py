@@ -26,7 +26,8 @@ WRITTEN_OUT = ("data:", "iVBORw0KGgo", "/9j/4", "_9j_4", "UklGR")
 BASE64 = re.compile(
     r"(?:data:[^,\s]{0,200};base64,)?[A-Za-z0-9+/_=\s-]{30,}", re.ASCII | re.IGNORECASE
 )
-IN_BYTES = re.compile(rb"data:|iVBORw0KGgo|[/_]9j\\?[/_]4|UklGR")
+IN_TEXT = re.compile(r"data:|iVBORw0KGgo|[/_]9j\\?[/_]4|UklGR")
+IN_BYTES = re.compile(IN_TEXT.pattern.encode())
 
 Row = tuple[int, dict[str, Any] | str]  # a record, or the reason why it is none
 
@@ -303,12 +304,12 @@ def _json_items(stream: IO[bytes], placed: bool) -> Iterator[Row]:
     # bytes that are no UTF-8 become lone surrogates: they spoil their own record only
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, ended = decoder.decode(stream.read(1 << 16)), False
+    images = placed and IN_TEXT.search(text)
     start, row = text.index("[") + 1, 0
     byte, known = 0, 0  # the file's byte at which text[known] is
     while True:
         match = gap.match(text, start)
         start = match.end() if match else start
-        byte, known = byte + len(text[known:start].encode("utf-8", "surrogateescape")), start
         if text[start : start + 1] == "]":
             return
         value, end, fault = None, len(text), ""
@@ -317,16 +318,24 @@ def _json_items(stream: IO[bytes], placed: bool) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             fault = _brief(error)
         if end == len(text) and not ended and end - start <= MAX_LINE:
+            byte += _size(text[known:start])
             more = stream.read(max(1 << 16, end - start))
             ended = not more
             text, start, known = text[start:] + decoder.decode(more, ended), 0, 0
+            images = placed and IN_TEXT.search(text)
             continue
         if fault:  # what follows a break cannot be told apart, so it is one rejected row
             yield row, f"broken JSON from here to the end of the file: {fault}"
             return
-        raw = text[start:end].encode("utf-8", "surrogateescape")
-        yield row, _record(_placed(value, raw, byte if placed else None))
+        if images:
+            byte, known = byte + _size(text[known:start]), start
+            value = _placed(value, text[start:end].encode("utf-8", "surrogateescape"), byte)
+        yield row, _record(value)
         start, row = end, row + 1
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
@@ -396,19 +405,23 @@ def _csv(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
         if len(cells) != len(names):
             yield row, f"{len(cells)} cells where the header has {len(names)}"
         else:
-            cells = _placed(cells, record, at if placed else None)
+            if placed and IN_BYTES.search(record):
+                cells = _placed(cells, record, at)
             yield row, {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
 def _text_lines(stream: IO[bytes], record: bytearray) -> Iterator[str]:
     """Lines as text, also those that only a carriage return ends; their bytes go to ``record``."""
+    start = "\ufeff"
     for line in _lines(stream):
-        parts = [line]
-        if b"\r" in line[:-2]:
+        if b"\r" in line and b"\r" in line[:-2]:
             parts = re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", line)
+        else:
+            parts = [line]
         for part in parts:
             record += part
-            yield part.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            yield part.decode("utf-8", "surrogateescape").removeprefix(start)
+            start = ""
 
 
 def tab_rows(lines: Iterable[str]) -> Iterator[list[str]]:
