@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from attack import images as attack
 from fifa.data import decode
 from fifa.data.decode import BadImage, check_image, image_size, open_image
-from fifa.data.images import cell_images, read
+from fifa.data.images import cell_images, file_images, read
 from fifa.data.parquet import BATCH, SPARE, rows_at_once
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -131,6 +132,18 @@ JPEG, PNG = encoded(PIXELS, "JPEG"), encoded(PIXELS, "PNG")
 def test_a_file_with_more_parts_than_anybody_needs_is_refused(data, reason) -> None:
     with pytest.raises(BadImage, match=reason):
         check_image(data)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_changed_images_are_pictures_or_have_a_reason(tmp_path, seed) -> None:
+    changed = attack.fuzzed(60, seed)
+    pq.write_table(pa.table({"jpg_0": changed}), tmp_path / "a.parquet")
+    rows = np.arange(60)
+    cells = cell_images([tmp_path / "a.parquet"], np.zeros(60, int), rows, ["jpg_0"] * 60)
+    for row in rows:
+        (tmp_path / f"{row}.jpg").write_bytes(changed[row])
+    files = file_images(tmp_path, [f"{row}.jpg" for row in rows])
+    assert attack.outcomes(cells).rpartition(",")[0] == attack.outcomes(files).rpartition(",")[0]
 
 
 PROGRESSIVE = encoded(GREY, "JPEG", progressive=True)
