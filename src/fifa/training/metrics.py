@@ -147,9 +147,12 @@ def stats_digest(out: Path) -> str:
     """`bytes_digest` of ``stats.jsonl``, which is on the disk then; empty where there is none."""
     if not (out / STATS).is_file():
         return ""
-    with (out / STATS).open("rb") as file:
-        os.fsync(file.fileno())
-        return bytes_digest(file.read())
+    try:
+        with (out / STATS).open("rb") as file:
+            os.fsync(file.fileno())
+            return bytes_digest(file.read())
+    except OSError as error:
+        raise cannot_write(out / STATS, error) from error
 
 
 def read_stats(out: Path) -> list[dict[str, Any]]:
