@@ -69,6 +69,12 @@ def test_paths_in_structs_are_counted_as_they_are_written_out(tmp_path, monkeypa
         read_columns(path, ["jpg_0.path"], "a.parquet")
 
 
+def test_a_table_of_many_columns_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(1, **{f"score_{i}": [0.5] for i in range(1000)}), path)
+    assert len(read_pairs(path).table.column_names) > 1000
+
+
 @pytest.mark.parametrize("rows", [2**40, 2**60])
 def test_a_footer_that_claims_any_number_of_rows_is_refused(tmp_path: Path, rows: int) -> None:
     path = tmp_path / "a.parquet"

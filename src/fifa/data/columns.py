@@ -39,7 +39,7 @@ class ParquetColumns:
         self._leaves = {
             self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
         }
-        self._table: pa.Table | None = None
+        self._loaded: dict[str, pa.ChunkedArray] = {}
         self.names = frozenset(self._schema.names)
         self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
 
@@ -52,7 +52,7 @@ class ParquetColumns:
             metadata=self._metadata,
             as_dictionary=prompt if prompt and self._plain(prompt) else None,
         )
-        self._table = table
+        self._loaded = dict(zip(table.column_names, table.columns, strict=True))
 
     def text(self, name: str) -> Text:
         """A column as strings (the prompt maybe dictionary-encoded), null for no valid text.
@@ -229,11 +229,10 @@ class ParquetColumns:
         return kind
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        assert self._table is not None, "load() comes first"
-        if name in self._table.column_names:
-            return self._table[name]
+        if name in self._loaded:
+            return self._loaded[name]
         top, *rest = name.split(".")
-        return pc.struct_field(self._table[top], rest)
+        return pc.struct_field(self._loaded[top], rest)
 
 
 class RecordColumns:
