@@ -44,7 +44,8 @@ try:
     check_image(data)
 except BadImage as error:
     verdict = error.reason
-print(f"{time.process_time() - start:.2f}|{(held("VmHWM") - before) / 1024:.0f}|{verdict}")
+seconds, peak = time.process_time() - start, (held("VmHWM") - before) / 1024
+print(f"{seconds:.2f}|{peak:.0f}|{verdict}")
 """
 
 
@@ -156,7 +157,7 @@ def main() -> None:
         for what, data in hostile(args.seed):
             (folder / "image").write_bytes(data)
             command = [sys.executable, "-c", CHILD, str(folder / "image")]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, peak, verdict = (done.stdout.strip() or f"||{done.stderr[-200:]}").split(
                 "|", 2
             )
