@@ -1,8 +1,9 @@
 """Attack the readers of sources: python scripts/attack/sources.py --seed 0.
 
-One row a line: what, tried, result. Damaged tables of every kind, rankings spread over files, holes
-and gzip bombs. Right is pairs whose sums are exact, or a reason in words, in time and in little
-memory; anything else is marked WRONG, and the command ends with 1.
+One row a line: what, tried, result. Damaged tables of every kind, rankings spread over files,
+holes, gzip bombs, and tars whose members are links, devices, holes or lies. Right is pairs whose
+sums are exact, or a reason in words, in time and in little memory; anything else is marked WRONG,
+and the command ends with 1.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from fifa.errors import FifaError
 NAMES = ("prompt", "image_0", "image_1", "label")
 KINDS = ("parquet", "tar", "csv", "tsv", "jsonl", "json", "jsonl.gz", "csv.gz")
 SECONDS, MEGABYTES = 20.0, 400  # for one hostile file; the memory beyond what the libraries take
+SECRET = 1000  # the seed of a picture beside a source, which no row may reach
 ODD = [
     None,
     "",
@@ -123,7 +125,8 @@ def outcome(path: Path) -> str:
         places = Counter((row["file"], row["row"]) for row in both)
         if places and max(places.values()) > 1:
             return "WRONG: a row twice"
-        list(read(pair_images(pairs.table, pairs.origin)))
+        if any(data == picture(SECRET) for _, data in read(pair_images(pairs.table, pairs.origin))):
+            return "WRONG: an image from outside"
     except FifaError as error:
         str(error).encode()
         return "refused"
@@ -203,6 +206,50 @@ HOSTILE = {
     "10 GB hole as Parquet": hole("parquet", b"PAR1"),
     "gzip bomb of 512 MB": bomb(honest=True),
     "gzip bomb that hides its size": bomb(honest=False),
+}
+
+
+def sample(archive: tarfile.TarFile, key: str, prompt: str, *, but: str = "") -> None:
+    """A pair's members, all but one."""
+    members = {"json": json.dumps({"prompt": prompt, "label": 1}).encode()}
+    members |= {f"image_{side}.png": picture(side) for side in (0, 1)}
+    for name, data in members.items():
+        if name != but:
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def tar(kind: bytes, link: str = "", **headers: str) -> Callable[[Path], Path]:
+    """A tar of a good pair and of one whose first image is another kind of member."""
+
+    def make(folder: Path) -> Path:
+        (folder / "secret.png").write_bytes(picture(SECRET))
+        (folder / "set").mkdir()
+        path = folder / "set" / "a.tar"
+        info = tarfile.TarInfo("1.image_0.png")
+        info.type, info.linkname, info.pax_headers = kind, link, headers
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+            sample(archive, "0", "good")
+            archive.addfile(info)
+            sample(archive, "1", "hostile", but="image_0.png")
+        return path
+
+    return make
+
+
+HOSTILE |= {
+    "tar: a link out of the folder": tar(tarfile.SYMTYPE, "../secret.png"),
+    "tar: a hard link out of the folder": tar(tarfile.LNKTYPE, "../secret.png"),
+    "tar: a device": tar(tarfile.CHRTYPE),
+    "tar: a pipe": tar(tarfile.FIFOTYPE),
+    "tar: a header of 50 MB": tar(tarfile.REGTYPE, comment="x" * (50 << 20)),
+    "tar: a size of 30 digits": tar(tarfile.REGTYPE, size="9" * 30),
+    "tar: a size below zero": tar(tarfile.REGTYPE, size="-512"),
+    "tar: a hole of 2^50 bytes": tar(
+        tarfile.REGTYPE,
+        **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 50)},
+    ),
 }
 
 
