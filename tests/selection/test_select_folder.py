@@ -146,6 +146,28 @@ def test_a_pair_with_an_unreadable_image_gives_its_place_to_the_next(tmp_path):
     assert all("no JPEG" in row["reason"] for row in bad)
 
 
+def test_a_pair_of_one_image_in_two_formats_is_a_duplicate(tmp_path):
+    pairs = make_pairs(100, 30)
+    scores = make_scores(pairs)
+    knobs = Select(keep=10)
+    best = select(pairs, scores, knobs)["rank"].to_pylist().index(1)
+    made = with_images(pairs, tmp_path)
+    cells = pq.read_table(tmp_path / "made.parquet").to_pydict()
+    again = io.BytesIO()
+    Image.open(io.BytesIO(cells["jpg_0"][best])).save(again, "WEBP", lossless=True)
+    cells["jpg_1"][best] = again.getvalue()
+    pq.write_table(pa.table(cells), tmp_path / "made.parquet")
+    save_run(tmp_path, made, scores)
+    name = pairs.table["pair_id"][best].as_py()
+    found = select_folder(tmp_path, knobs)
+    assert found.equals(select(pairs, scores, knobs, same=[name]))
+    assert found["reason"][best].as_py() == "duplicate"
+    assert reason_counts(found)["selected"] == 10
+    assert pq.read_table(tmp_path / "unreadable.parquet").num_rows == 0
+    allowed = Select(keep=10, drop_duplicates=False)
+    assert select_folder(tmp_path, allowed)["rank"][best].as_py() == 1
+
+
 def test_no_image_is_decoded_twice_and_what_was_seen_before_changes_nothing(tmp_path, monkeypatch):
     pairs = make_pairs(100, 30)
     scores = make_scores(pairs)

@@ -293,17 +293,19 @@ def select_step(
         embedded = None if run.recipe.score.diversity == "none" else vectors
         chosen = partial(select, pairs, scores, knobs, embeddings=embedded)
 
-        def choose(found: list[str]) -> pa.Table:
-            return chosen(unreadable={*unreadable, *found})
+        def choose(found: list[str], same: list[str]) -> pa.Table:
+            return chosen(unreadable={*unreadable, *found}, same=same)
 
         def load(rows: Integers) -> Images:
             return pair_images(columns(IMAGE_COLUMNS, rows), origin)
 
-        selection = choose([])
+        selection = choose([], [])
         some = np.flatnonzero(selection["rank"].combine_chunks().is_valid())[:1]
         if run.recipe.read.allow_download or has_pixels(columns(IMAGE_COLUMNS, some), origin):
             door = door or _door(run)
-            selection = select_readable(load, selection, choose, run.folder, door)
+            selection = select_readable(
+                load, selection, choose, run.folder, door, drop_same=knobs.drop_duplicates
+            )
         made_of = {"select": asdict(knobs), "margin": index.pop("margins"), **index}
         selection = write_selection(run.folder, selection, made_of)
         counts = reason_counts(selection)

@@ -154,7 +154,11 @@ def _finite(values: Floats) -> Floats:
 
 
 def reason_codes(
-    table: pa.Table, terms: Terms, knobs: Select, unreadable: Collection[str]
+    table: pa.Table,
+    terms: Terms,
+    knobs: Select,
+    unreadable: Collection[str],
+    same: Collection[str] = (),
 ) -> npt.NDArray[np.uint8]:
     """Ask every gate, in the order of `fifa.selection.table.GATES`.
 
@@ -168,6 +172,8 @@ def reason_codes(
         Which gates are closed.
     unreadable
         Ids of the pairs with an image that cannot be decoded.
+    same
+        Ids of the pairs of an image with itself, beside those that ``repeat`` knows.
 
     Returns
     -------
@@ -175,7 +181,7 @@ def reason_codes(
     for one that is eligible and so far not selected.
     """
     codes = np.full(table.num_rows, BELOW_CUTOFF, np.uint8)
-    for reason, stopped in _gates(table, terms, knobs, unreadable):
+    for reason, stopped in _gates(table, terms, knobs, unreadable, same):
         codes[stopped & (codes == BELOW_CUTOFF)] = REASONS.index(reason)
     eligible = codes == BELOW_CUTOFF
     if terms.margin is not None and knobs.margin_percentiles != (0.0, 100.0) and eligible.any():
@@ -187,16 +193,21 @@ def reason_codes(
 
 
 def _gates(
-    table: pa.Table, terms: Terms, knobs: Select, unreadable: Collection[str]
+    table: pa.Table,
+    terms: Terms,
+    knobs: Select,
+    unreadable: Collection[str],
+    same: Collection[str],
 ) -> Iterator[tuple[str, Mask]]:
     """Every gate that is closed, and which pairs it stops."""
     label = table["label"].to_numpy()
     yield "tie", (label == 0.5) | np.isnan(label)  # no number names no winner either
     if knobs.drop_duplicates:
         yield "duplicate", _mask(table["repeat"])
+        if len(same):
+            yield "duplicate", _listed(table, same)
     if len(unreadable):
-        ids = pa.array(sorted(unreadable))
-        yield "unreadable_image", _mask(pc.is_in(table["pair_id"], value_set=ids))
+        yield "unreadable_image", _listed(table, unreadable)
     if terms.unsafe is not None:
         yield "unsafe_prompt", terms.unsafe
     if terms.nonsense is not None and knobs.drop_nonsense:
@@ -226,6 +237,10 @@ def _not_scored(terms: Terms, knobs: Select, n: int) -> Mask:
     if terms.diversity is not None and knobs.gamma > 0:
         missing |= np.isnan(terms.diversity)
     return missing
+
+
+def _listed(table: pa.Table, ids: Collection[str]) -> Mask:
+    return _mask(pc.is_in(table["pair_id"], value_set=pa.array(sorted(ids), pa.string())))
 
 
 def _mask(column: pa.ChunkedArray) -> Mask:
@@ -327,6 +342,7 @@ def select(
     knobs: Select | None = None,
     *,
     unreadable: Collection[str] = (),
+    same: Collection[str] = (),
     embeddings: Embeddings | None = None,
     **changes: Any,
 ) -> pa.Table:
@@ -342,6 +358,8 @@ def select(
         Strategy, weights and gates; None is the default recipe's.
     unreadable
         Ids of pairs with an image that cannot be decoded: never selected.
+    same
+        Ids of pairs of an image with itself: duplicates.
     embeddings
         float32 [prompts, d], L2-normalised, row by row with ``pairs.prompts``, or a function
         that gives them: for the strategies ``facility`` and ``farthest``.
@@ -364,7 +382,7 @@ def select(
     if n == 0:
         raise FifaError("there are no pairs to select from", where=pairs.origin.source or None)
     terms = gather_terms(pairs, scores, knobs)
-    codes = reason_codes(pairs.table, terms, knobs, unreadable)
+    codes = reason_codes(pairs.table, terms, knobs, unreadable, same)
     rows = np.flatnonzero(codes == BELOW_CUTOFF).astype(np.int32)
     if len(rows) == 0:
         raise _nothing_eligible(codes)
