@@ -29,6 +29,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from fifa.config import Generate
 from fifa.errors import FifaError
 from fifa.evaluation.models import find_models
@@ -50,13 +52,17 @@ class _Code:
         return os.mkdir, (str(self.mark),)
 
 
-def lies(path: Path, mark: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents to put into a file's place."""
+def lies(path: Path, mark: Path) -> Iterator[tuple[str, bytes | Path | str]]:
+    """Names, and what to put into a file's place: bytes, a link, or an index of this one file."""
     whole = path.read_bytes()
     yield from (("empty", b""), ("half", whole[: len(whole) // 2]), ("zeros", bytes(len(whole))))
     yield "pickle", pickle.dumps(_Code(mark))
     if path.suffix == ".safetensors":
         yield from _headers(whole)
+        for link in ("/etc/passwd", path.name, "gone", "."):
+            yield f"a link to {link}", Path(link)
+        for shard in ("../../evil.py", "/etc/passwd", "gone", ""):
+            yield f"an index of {shard}", shard
     elif path.suffix == ".json":
         yield from _settings(json.loads(whole))
 
@@ -105,6 +111,20 @@ def _settings(known: Any) -> Iterator[tuple[str, bytes]]:
             yield f"{key} = {str(value)[:8]}", json.dumps({**known, key: value}).encode()
 
 
+def put(file: Path, content: bytes | Path | str) -> None:
+    """Exchange a file of weights or settings."""
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, Path):
+        file.unlink()
+        file.symlink_to(content)
+    else:
+        with safe_open(file, "np") as weights:
+            index = {"weight_map": dict.fromkeys(weights.keys(), content)}
+        file.rename(file.with_name(f"{file.stem}-00001-of-00001.safetensors"))
+        file.with_name(f"{file.name}.index.json").write_text(json.dumps(index), "utf-8")
+
+
 def load(folder: Path, *, training: bool) -> None:
     """Load all parts as `fifa train` or `fifa evaluate` does."""
     if training:
@@ -139,7 +159,7 @@ def attack(cases: int, seed: int, folder: Path) -> list[tuple[str, str, str]]:
         case = folder / "case"
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(folder / kind, case)
-        (case / file.relative_to(folder / kind)).write_bytes(content)
+        put(case / file.relative_to(folder / kind), content)
         (case / "evil.py").write_text(f"import os\nos.mkdir({str(folder / 'ran')!r})\n", "utf-8")
         for training in (True, False):
             begun, result = time.monotonic(), "loads"

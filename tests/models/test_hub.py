@@ -1,6 +1,8 @@
 """Which files of a model are fetched and loaded."""
 
 import fnmatch
+import json
+import os
 
 import pytest
 
@@ -71,3 +73,34 @@ def test_a_single_file_is_told_from_a_name(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FifaError, match=r"single file[\s\S]*save_pretrained"):
         model_folder(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("target", ["../../etc/passwd", "gone", "model.safetensors", "."])
+def test_links_that_lead_to_no_file_are_told(tmp_path, target):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.safetensors").symlink_to(target)
+    with pytest.raises(FifaError, match=r"a link to nowhere, or no file[\s\S]*model\.safetensors"):
+        model_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_a_pipe_is_no_file_of_a_model(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(FifaError, match="no file"):
+        model_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [["../../x.safetensors"], ["/etc/passwd"], ["a/b"], [".."], [""], [5], [None], 1]
+)
+def test_an_index_names_files_beside_it_only(tmp_path, names):
+    shards = dict(enumerate(names)) if isinstance(names, list) else names
+    for part, suffix in (("unet", "json"), (".", "fp16.json")):
+        file = tmp_path / part / f"model.safetensors.index.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(FifaError, match="names no files beside it"):
+            model_folder(tmp_path)
+        file.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+        assert model_folder(tmp_path) == tmp_path
+        file.unlink()

@@ -178,7 +178,7 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
                 "weights are read from .safetensors only", where=source, do="convert the file"
             )
         return found("lora", _lora(path))
-    folder = path if path.is_dir() else model_folder(source, CHECKPOINT_FILES)
+    folder = model_folder(source, CHECKPOINT_FILES)
     folder = fetch_variants(source, folder, CHECKPOINT_FILES)
     if (folder / "model_index.json").is_file():
         return found("pipeline", find_pipeline(source))

@@ -10,14 +10,16 @@ from pathlib import Path
 from fifa.errors import FifaError
 from fifa.models.families import FAMILIES
 from fifa.models.optional import require
-from fifa.shards.files import files_digest
+from fifa.shards.files import files_digest, read_json
 
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
 CONFIG_AND_WEIGHTS = MODEL_FILES[:2]
 _PARTS = dict.fromkeys(part for f in FAMILIES for part in (*f.parts, *f.optional))
+_BESIDE = re.compile(r"[^/\\\0]+\.safetensors")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 SINGLE_FILE = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or its like"
+AGAIN = "download the model again"
 VARIANTS = ("fp16", "bf16")  # copies in half precision, the best first
 # What is fetched of a diffusion model: not the .bin, fp16, non-ema and single-file copies of the
 # weights. `fetch_variants` fetches what of these is needed.
@@ -37,6 +39,7 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        check_files(path)
         return path
     if path.is_file():
         raise FifaError(
@@ -47,13 +50,35 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
     hub = require("huggingface_hub")
     try:
         names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
-        return Path(hub.snapshot_download(str(model), allow_patterns=names))
+        folder = Path(hub.snapshot_download(str(model), allow_patterns=names))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         raise FifaError(
             f"no such model: {model} is neither a folder nor on the hub",
             where=str(error).splitlines()[0],
             do="name a folder with safetensors weights, or a hub id while online",
         ) from error
+    check_files(folder)
+    return folder
+
+
+def check_files(folder: Path) -> None:
+    """Raise `FifaError` if one of a model's files is none, or an index names another folder's.
+
+    What a library would then open is not what the model is named by, or has no end.
+    """
+    for depth in ("", "*/"):
+        for suffix in MODEL_FILES:
+            for file in folder.glob(f"{depth}*{suffix}"):
+                if not file.is_file():
+                    raise FifaError("a link to nowhere, or no file", where=str(file), do=AGAIN)
+        for file in folder.glob(f"{depth}*.safetensors.index*.json"):
+            index = read_json(file, "the index of the weights")
+            shards = index.get("weight_map")
+            names = shards.values() if isinstance(shards, dict) else [None]
+            if not all(isinstance(name, str) and _BESIDE.fullmatch(name) for name in names):
+                raise FifaError(
+                    "the index of the weights names no files beside it", where=str(file), do=AGAIN
+                )
 
 
 def pipeline_folder(model: str | Path) -> Path:

@@ -128,6 +128,24 @@ def test_a_pair_whose_image_is_broken_is_left_out(clip, tmp_path):
     assert "| pairs without both images | 1 |" in card
 
 
+@pytest.mark.parametrize(
+    "refused", ["tempfile.TemporaryDirectory", "np.lib.format.open_memmap", "atomic_folder"]
+)
+def test_a_disk_that_takes_no_file_is_told(clip, tmp_path, monkeypatch, refused):
+    base, _ = clip
+    pairs = write_feedback(tmp_path / "some")
+
+    def refuse(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    *_, name = refused.rpartition(".")
+    place = "fifa.shards.files.tempfile.mkdtemp" if name == "atomic_folder" else ""
+    monkeypatch.setattr(place or f"fifa.scoring.rewards.finetune.{refused}", refuse)
+    with pytest.raises(FifaError, match="cannot write: No space left"):
+        train_reward(pairs, tmp_path / "reward", replace(SHORT, base=base, parts="heads"))
+    assert not (tmp_path / "reward").exists()
+
+
 def test_a_clip_can_be_cross_fitted(clip, tmp_path):
     base, pairs = clip
     options = replace(SHORT, base=base, parts="heads", steps=30, evaluate_every=10)

@@ -31,7 +31,7 @@ from fifa.scoring.rewards.metrics import accuracy, fit_temperature, nll
 from fifa.scoring.rewards.pixels import prepared, standardise
 from fifa.scoring.rewards.proxy import MODEL, reward_facts, save_settings
 from fifa.scoring.rewards.weights import TOKENIZER_FILES, load_tokenizer
-from fifa.shards.files import atomic_folder, make_folder, reserve
+from fifa.shards.files import atomic_folder, cannot_write, make_folder, reserve
 
 EVALUATE = 64  # images or prompts in a forward pass without gradients
 
@@ -180,8 +180,12 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     tower = ImageTower(base, "convert-crop", runtime)
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
     make_folder(out.parent)
-    with tempfile.TemporaryDirectory(prefix=".fifa-tmp-pixels-", dir=out.parent) as scratch:
-        images, of_pair, unreadable = _pixels(pairs, tower, Path(scratch), options)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".fifa-tmp-pixels-", dir=out.parent)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    with scratch as place:
+        images, of_pair, unreadable = _pixels(pairs, tower, Path(place), options)
         data, readable = Comparisons.of(pairs, of_pair, unreadable)
         data = data.part(readable)
         clip = _Clip(model, _tokens(pairs, base, model), images, runtime)
@@ -316,7 +320,10 @@ def _pixels(
     images, of_pair = Engine(allow_download=download).distinct_of(pairs)
     n = len(images)
     path, shape = scratch / "pixels.npy", (n, 3, tower.side, tower.side)
-    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    try:
+        pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     reserve(path)
     bad: dict[int, str] = {}
     decoders = choose_decoders(partial(prepared, tower.preprocess))
