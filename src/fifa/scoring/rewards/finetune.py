@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,6 +171,21 @@ def _once(data: Comparisons) -> tuple[Integers, Integers, Integers, Integers]:
     return prompts, of_prompt.reshape(-1), images, of_image.reshape(-1, 2)
 
 
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` while the block lasts; who writes ``out`` removes one left by a kill.
+
+    No name of a `sweep`, which would remove it while it lives.
+    """
+    folder = out.with_name(f".fifa-pixels-{out.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     """Fine-tune the CLIP ``options.base`` and write it to ``out``; returns ``reward.json``."""
     transformers = require("transformers")
@@ -180,12 +194,8 @@ def finetune_clip(pairs: Pairs, out: Path, options: Reward) -> dict[str, Any]:
     tower = ImageTower(base, "convert-crop", runtime)
     model = load_model(transformers.CLIPModel, base).float().to(runtime.device)
     make_folder(out.parent)
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix=".fifa-tmp-pixels-", dir=out.parent)
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    with scratch as place:
-        images, of_pair, unreadable = _pixels(pairs, tower, Path(place), options)
+    with _scratch(out) as place:
+        images, of_pair, unreadable = _pixels(pairs, tower, place, options)
         data, readable = Comparisons.of(pairs, of_pair, unreadable)
         data = data.part(readable)
         clip = _Clip(model, _tokens(pairs, base, model), images, runtime)
