@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_CODE = {
     "extending.md": "its code is files of the project: test_extending.py",
+    "reliability.md": "its commands take minutes; the tests that it names are the small ones",
     "report.md": "it describes a page that other pages' commands write",
     "rewards.md": "its models are gigabytes from the hub; tests/scoring/rewards runs small ones",
 }

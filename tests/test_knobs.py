@@ -24,7 +24,7 @@ CLASSES = [one for one in vars(config).values() if isinstance(one, type) and one
 CLASSES = [one for one in CLASSES if issubclass(one, Knobs)]
 # The same name and value, and yet another thing, or below `fifa.config`
 ALLOWED = {
-    ("data/images.py", "BATCH"): "rows of a file's cells in memory, not images in a forward pass",
+    ("data/parquet.py", "BATCH"): "rows of a file's cells in memory, not images in a forward pass",
     ("shards/ray.py", "num_cpus"): "the pool stands alone: packages below config import none of it",
 }
 PLACES = {("compare", "out"), ("demo", "out")}  # where results go if no folder is named

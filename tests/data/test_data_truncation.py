@@ -90,7 +90,8 @@ def test_jpegs_that_promise_more_blocks_than_they_have_are_refused(data, more) -
     """All of them in one scan, whatever is in it: at least ten blocks are missing."""
     image = Image.open(io.BytesIO(data))
     if "progressive" in image.info:  # without data it would be grey as well
-        assume(np.abs(np.asarray(image.convert("RGB"), int) - 128).max() > 3)
+        last = np.asarray(image.convert("RGB"), int)[-16:, -16:]
+        assume(np.abs(last - 128).max() > 3)
     with pytest.raises(BadImage, match=PROMISE):
         check_image(lying_jpeg(data, *more))
 

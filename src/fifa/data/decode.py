@@ -255,7 +255,7 @@ def _lacks_data(image: ImageFile.ImageFile, data: bytes, pixels: int) -> bool:
         How many it has in full size.
 
     Not seen: a lack of less than one block, a lack in a scan of finer detail alone, and any lack
-    in a picture that is mid-grey all over.
+    in a picture that is mid-grey where its data end.
     """
     if not _ends_flat(image):
         return False

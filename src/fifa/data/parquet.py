@@ -103,7 +103,8 @@ def read_columns(
         _check(unpacked, most, where)
         kind = schema.field(field.name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        table = table.set_column(i, field.name, table[i].cast(kind))
+        plain = table[i].cast(field.type.value_type)  # Arrow casts no dictionary to a view
+        table = table.set_column(i, field.name, plain.cast(kind))
     return table
 
 

@@ -169,7 +169,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, mo
     pairs, _ = recurring(tmp_path / "data")
     expected = tmp_path / "expected"
     score_pairs(pairs, Tiny(), folder=expected, **SMALL)
-    real, left = atomic.pq.write_table, [after]
+    real, left = atomic._write_table, [after]
 
     def full(*args, **kwargs):
         left[0] -= 1
@@ -179,7 +179,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tmp_path, mo
 
     scores = tmp_path / "scores"
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.pq, "write_table", full)
+        patch.setattr(atomic, "_write_table", full)
         with pytest.raises(FifaError, match=r"No space left[^$]*free space"):
             score_pairs(pairs, Tiny(), folder=scores, **SMALL)
     model = Tiny()
