@@ -6,8 +6,9 @@ Three lines do what a command does::
     scores = fifa.score(pairs, margin="column:hpsv2_0,hpsv2_1")
     selection = fifa.select(pairs, scores, keep=0.005)
 
-`export` then writes what trainers read, `filter_pairs` does all of it in a run folder, `train`
-trains a model on the kept pairs, and `evaluate` compares it with its base model.
+`export` then writes what trainers read and `push` uploads it to the Hugging Face hub;
+`filter_pairs` does all but that in a run folder, `train` trains a model on the kept pairs, and
+`evaluate` compares it with its base model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fifa.data.read import read_pairs as read_pairs
     from fifa.data.table import Pairs as Pairs
     from fifa.run.evaluation import evaluate as evaluate
+    from fifa.run.push import push as push
     from fifa.run.steps import filter_pairs as filter_pairs
     from fifa.run.steps import train as train
     from fifa.scoring import score as score
@@ -39,6 +41,7 @@ _HOMES = {
     "evaluate": "fifa.run.evaluation",
     "export": "fifa.selection.export",
     "filter_pairs": "fifa.run.steps",
+    "push": "fifa.run.push",
     "read_pairs": "fifa.data.read",
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",

@@ -330,6 +330,25 @@ class Recipe(Knobs):
 
 
 @knobs
+class Export(Knobs):
+    """Where the selected pairs go.
+
+    Parameters
+    ----------
+    to
+        The trainer that they are written for, one of `fifa.selection.trainers.TARGETS`.
+    push_to_hub
+        A data set of the Hugging Face hub, ORG/NAME, that the folder is uploaded to as well.
+    public
+        Let everybody see the data set on the hub; a new one is private otherwise.
+    """
+
+    to: str = "diffusers"
+    push_to_hub: str | None = None
+    public: Annotated[bool, Option("--public/--private")] = False
+
+
+@knobs
 class Train(Knobs):
     """A training of a diffusion model.
 

@@ -19,8 +19,9 @@ from fifa.data.images import _url_bytes
 from fifa.errors import FifaError
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
-from fifa.selection import export as subset_module
-from fifa.selection.export import COLUMNS, export, plan_shards, rebuild
+from fifa.selection import trainers as subset_module
+from fifa.selection.export import export, rebuild
+from fifa.selection.trainers import COLUMNS, plan_shards
 from fifa.shards.files import read_json, write_json
 from fifa.training.pairs import read_training_pairs
 

@@ -99,28 +99,57 @@ def select_command(run: str, **options: Any) -> None:
     click.echo(opened.folder / "selection.parquet")
 
 
-@cli.command("export")
+download_option = click.option(
+    "--allow-download", is_flag=True, help="Fetch images that the source only names by a URL."
+)
+
+
+@cli.command("export", cls=KnobCommand, knobs="Export")
 @run_argument
-@out_option("The folder of the subset.  [default: RUN/subset]", required=False)
-def export_command(run: str, out: Path | None) -> None:
+@out_option("The folder to write.  [default: RUN/subset, or RUN/subset-TO]", required=False)
+@download_option
+def export_command(run: str, out: Path | None, allow_download: bool, **options: Any) -> None:
     """Write the selected pairs for a trainer.
 
-    The selected pairs of RUN become a data set that Diffusion-DPO trainers read.
+    The selected pairs of RUN become a data set that a trainer reads as it is.
     """
+    from fifa.config import Export
     from fifa.run.folder import open_run
+    from fifa.run.push import check_push, push
     from fifa.run.steps import export_step
     from fifa.shards.lock import only_writer
 
+    knobs = chosen(Export(), options)
+    if knobs.push_to_hub:
+        check_push(knobs.push_to_hub)
     with only_writer(open_run(run).folder):
-        click.echo(export_step(open_run(run), out))
+        folder = export_step(open_run(run), out, to=knobs.to, allow_download=allow_download)
+        click.echo(folder)
+        if knobs.push_to_hub:
+            click.echo(push(folder, knobs.push_to_hub, public=knobs.public))
+
+
+@cli.command("push")
+@click.argument("folder", type=PATH)
+@click.argument("name")
+@click.option(
+    "--public", is_flag=True, help="Let everybody see it; a new one is private otherwise."
+)
+def push_command(folder: Path, name: str, public: bool) -> None:
+    """Upload a subset or a checkpoint to the Hugging Face hub.
+
+    FOLDER is what `export`, `train` or `reward train` wrote, NAME is the repository, ORG/NAME. It
+    takes a token that may write, in HF_TOKEN or from `hf auth login`.
+    """
+    from fifa.run.push import push
+
+    click.echo(push(folder, name, public=public))
 
 
 @cli.command("rebuild")
 @click.argument("subset_json", type=PATH)
 @click.option("--source", help="Where the source is now, if it has moved.")
-@click.option(
-    "--allow-download", is_flag=True, help="Fetch images that the source only names by a URL."
-)
+@download_option
 @out_option("The folder of the subset.")
 def rebuild_command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
     """Rebuild a subset from its subset.json.

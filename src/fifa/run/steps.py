@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fifa.config import Recipe, Train, changed
+from fifa.config import Export, Recipe, Train, changed
 from fifa.console import echo, note
 from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
 from fifa.data.read import read_pairs, source_fingerprint
@@ -325,16 +325,37 @@ def export_step(
     scores: Scores | None = None,
     selection: pa.Table | None = None,
     door: Door | None = None,
+    to: str | None = None,
+    allow_download: bool = False,
 ) -> Path:
-    """Write the selected pairs to ``out`` (default: the run's ``subset``) for trainers.
+    """Write the selected pairs to ``out`` for a trainer.
 
-    ``pairs``, ``scores`` and ``selection`` are the run's, where they are in memory; ``door`` as
-    for `select_step`.
+    Parameters
+    ----------
+    run
+        The run.
+    out
+        Where to write; None: the run's ``subset``, or ``subset-TO`` for another trainer than the
+        default one.
+    pairs, scores, selection
+        The run's, where they are in memory.
+    door
+        As for `select_step`.
+    to
+        The trainer, as for `fifa.export`.
+    allow_download
+        Fetch images that are only known by URL even if the run's recipe does not say so.
+
+    Returns
+    -------
+    The folder.
     """
     from fifa.selection.export import export
 
     selection = load_selection(run.folder) if selection is None else selection
-    folder = out or run.subset
+    other = to not in (None, Export().to)
+    folder = out or (run.folder / f"{run.subset.name}-{to}" if other else run.subset)
+    allow_download = allow_download or run.recipe.read.allow_download
     with log_step(run.folder, "export"):
         export(
             load_pairs(run.folder) if pairs is None else pairs,
@@ -342,16 +363,17 @@ def export_step(
             load_scores(run) if scores is None else scores,
             folder,
             recipe=run.recipe,
-            allow_download=run.recipe.read.allow_download,
-            door=door or _door(run),
+            allow_download=allow_download,
+            door=door or _door(run, allow_download),
+            to=to,
         )
     shutil.rmtree(run.folder / FETCHED, ignore_errors=True)
     return folder
 
 
-def _door(run: Run) -> Door:
+def _door(run: Run, allow_download: bool = False) -> Door:
     """What is downloaded to be looked at is kept in the run until it is exported."""
-    download = run.recipe.read.allow_download
+    download = allow_download or run.recipe.read.allow_download
     return partial(read, allow_download=download, fetched=run.folder / FETCHED)
 
 

@@ -6,8 +6,9 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -16,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from pydantic import Field, TypeAdapter
 
-from fifa.config import Read, Recipe, Score, Select, build
+from fifa.config import Export, Read, Recipe, Score, Select, build
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Door, Found, has_pixels, pair_images, read
@@ -31,8 +31,9 @@ from fifa.data.subset import SUBSET_FILE
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_files
-from fifa.selection.card import dataset_card
-from fifa.selection.table import SELECTION, reason_counts
+from fifa.selection.card import About, about, dataset_card
+from fifa.selection.table import reason_counts
+from fifa.selection.trainers import COLUMNS, FROM_SELECTION, IMAGES, Chosen, target
 from fifa.shards.files import (
     atomic_folder,
     content_digest,
@@ -47,33 +48,7 @@ from fifa.shards.sealed import check_whole
 Integers = npt.NDArray[np.int64]
 Contents = npt.NDArray[np.uint64]
 
-SHARD_BYTES = 256 << 20  # of images in a file
-GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
-GROUP_ROWS = 1024
-
-IMAGES = ("jpg_0", "jpg_1")
 _OURS = re.compile(r"subset\.json|README\.md|data(/train-\d{5}-of-\d{5}(-[0-9a-f]{16}\.parquet)?)?")
-FROM_SELECTION = [name for name in SELECTION.names if name not in ("pair_id", "status", "reason")]
-COLUMNS = pa.schema(
-    [
-        ("jpg_0", pa.binary()),  # the original bytes, whatever the image format
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),  # 1: image 0 is the winner; 0: image 1
-        ("label_1", pa.float64()),
-        ("caption", pa.string()),
-        ("are_different", pa.bool_()),  # Pick-a-Pic's; always true
-        ("has_label", pa.bool_()),  # Pick-a-Pic's; always true
-        ("image_0_uid", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_0_url", pa.string()),  # URL or path in the source, if it names one
-        ("image_1_url", pa.string()),
-        ("pair_id", pa.string()),
-        ("prompt_id", pa.string()),
-        ("label", pa.float32()),  # the people's label, which may lie between 0 and 1
-        ("votes", pa.int32()),
-        *(SELECTION.field(name) for name in FROM_SELECTION),
-    ]
-)
 
 
 def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> pa.Table:
@@ -120,101 +95,41 @@ def _named(refs: pa.ChunkedArray) -> pa.Array:
     return pa.array(map(name, refs.to_pylist()), pa.string())
 
 
-def write_shards(
-    folder: Path,
-    pairs: Pairs,
-    rows: Integers,
-    table: pa.Table,
-    door: Door | None,
-) -> tuple[list[dict[str, Any]], Contents]:
-    """Write ``data/train-00000-of-0000N-<digest>.parquet`` and so on, in the order of ``rows``.
-
-    The digest of its content is in a file's name, as `datasets` caches what it reads by name.
+@contextmanager
+def read_images(
+    folder: Path, pairs: Pairs, rows: Integers, table: pa.Table, door: Door
+) -> Iterator[tuple[Integers, Callable[[int], tuple[bytes, bytes]]]]:
+    """Read the images of some pairs, in the source's own order, for writing in another.
 
     Parameters
     ----------
     folder
-        An empty folder.
+        Where to keep them meanwhile, in a file that has no name.
     pairs, rows
         Where the images are.
     table
         `subset_rows` of them.
     door
-        `fifa.data.images.read`, as it is to be called; None writes no image columns, and the
-        subset has references only.
+        `fifa.data.images.read`, as it is to be called.
 
-    Returns
-    -------
-    files
-        ``name`` below the folder, ``bytes`` and ``xxh3_128`` of each.
-    content
-        uint64 [pairs]: XXH3-64 of what the source gave of every pair, its images included.
+    Yields
+    ------
+    sizes
+        int64 [rows], bytes of both images of a row.
+    images
+        From a row to the bytes of its two images.
 
     Raises
     ------
     FifaError
         If an image cannot be read.
     """
-    (folder / "data").mkdir()
     with tempfile.TemporaryFile(dir=folder) as spool:
-        # The source is read in its own order, once; the subset is written in rank order.
         places = np.zeros((len(rows), 2, 2), np.int64)  # offset and size of every image
-        if door is not None:
-            slots = np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
-            images = pair_images(pairs.table, pairs.origin, slots)
-            _fill(spool, places, table["pair_id"], door(images))
-        shards = plan_shards(places[..., 1].sum(axis=1))
-        content = np.zeros(len(rows), np.uint64)
-        files = []
-        for number, groups in enumerate(shards):
-            name = f"train-{number:05d}-of-{len(shards):05d}"
-            schema = COLUMNS if door is not None else table.schema
-            with pq.ParquetWriter(folder / "data" / name, schema, **_settings(schema)) as writer:
-                for start, end in groups:
-                    part = table.slice(start, end - start)
-                    cells = [_read_both(spool, place) for place in places[start:end]]
-                    content[start:end] = _content(part, cells)
-                    if door is not None:
-                        part = _with_images(part, cells)
-                    writer.write_table(part, row_group_size=GROUP_ROWS)
-            files.append(_file(folder, name))
-    return files, content
-
-
-def plan_shards(sizes: Sequence[int] | Integers) -> list[list[tuple[int, int]]]:
-    """Cut rows of given sizes in bytes into shards of row groups, ``(start, end)`` each."""
-    shards: list[list[tuple[int, int]]] = [[]]
-    start = group = shard = 0
-    for row, size in enumerate(int(size) for size in sizes):
-        full = row - start >= GROUP_ROWS or group + size > GROUP_BYTES
-        if row > start and full:
-            shards[-1].append((start, row))
-            shard += group
-            start, group = row, 0
-            if shard + size > SHARD_BYTES:
-                shards.append([])
-                shard = 0
-        group += size
-    shards[-1].append((start, len(sizes)))
-    return shards
-
-
-def _file(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / "data" / name
-    content = content_digest(path)
-    path = path.rename(path.with_name(f"{name}-{content[:16]}.parquet"))
-    return {"name": f"data/{path.name}", "bytes": path.stat().st_size, "xxh3_128": content}
-
-
-def _settings(schema: pa.Schema) -> dict[str, object]:
-    others = [name for name in schema.names if name not in IMAGES]
-    return {
-        "compression": {
-            name: "none" if name in IMAGES else "zstd" for name in schema.names
-        },  # images are compressed already
-        "use_dictionary": others,
-        "write_statistics": others,
-    }
+        slots = np.stack([2 * rows, 2 * rows + 1], axis=1).reshape(-1)
+        images = pair_images(pairs.table, pairs.origin, slots)
+        _fill(spool, places, table["pair_id"], door(images))
+        yield places[..., 1].sum(axis=1), lambda row: _read_both(spool, places[row])
 
 
 def _fill(
@@ -250,18 +165,15 @@ def _read_both(spool: IO[bytes], place: Integers) -> tuple[bytes, bytes]:
     return found[0], found[1]
 
 
-def _content(part: pa.Table, cells: list[tuple[bytes, bytes]]) -> list[int]:
+def pair_contents(table: pa.Table, images: Callable[[int], tuple[bytes, bytes]] | None) -> Contents:
+    """uint64 [pairs]: XXH3-64 of what the source gave of every pair, its images included."""
     names = ["caption", "label", "votes", "image_0_uid", "image_1_uid"]
-    known = zip(*(part[name].to_pylist() for name in names), strict=True)
-    return [
-        xxhash.xxh3_64_intdigest(digest(list(facts), *images).encode())
-        for facts, images in zip(known, cells, strict=True)
-    ]
-
-
-def _with_images(part: pa.Table, cells: list[tuple[bytes, bytes]]) -> pa.Table:
-    columns = [pa.array([cell[side] for cell in cells], pa.binary()) for side in (0, 1)]
-    return pa.Table.from_arrays([*columns, *part.columns], schema=COLUMNS)
+    known = zip(*(table[name].to_pylist() for name in names), strict=True)
+    digests = (
+        digest(list(facts), *(images(row) if images else (b"", b"")))
+        for row, facts in enumerate(known)
+    )
+    return np.array([xxhash.xxh3_64_intdigest(one.encode()) for one in digests], np.uint64)
 
 
 FORMAT = 2  # of subset.json; 1 had no digest of its own
@@ -278,7 +190,7 @@ class Subset:
     pairs, images, digest
         As in `Exported`.
     files
-        ``name``, ``bytes`` and ``xxh3_128`` of each Parquet file.
+        ``name``, ``bytes`` and ``xxh3_128`` of each data file that `datasets` loads.
     versions
         Of what wrote it.
     recipe
@@ -292,9 +204,13 @@ class Subset:
     pair_id
         The pairs by rank.
     content
-        uint64 [pairs] in base64, see `write_shards`.
+        uint64 [pairs] in base64, see `pair_contents`.
     columns
         `FROM_SELECTION`, [pairs] each, in base64.
+    about
+        For the card.
+    to
+        The trainer that it was written for, where that is not the default one.
     """
 
     fifa_subset: Literal[2]
@@ -310,6 +226,8 @@ class Subset:
     pair_id: list[str]
     content: str
     columns: dict[str, str]
+    about: About = field(default_factory=About)
+    to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -325,9 +243,9 @@ class Exported:
     images
         Whether it has their images, or references only.
     bytes
-        The size of its Parquet files.
+        The size of its data files.
     digest
-        16 hex characters that name its files' content.
+        16 hex characters that name what it holds.
     """
 
     folder: Path
@@ -346,8 +264,9 @@ def export(
     recipe: Recipe | None = None,
     allow_download: bool = False,
     door: Door | None = None,
+    to: str | None = None,
 ) -> Exported:
-    """Write the selected pairs as a data set for Diffusion-DPO trainers.
+    """Write the selected pairs as a data set for a trainer.
 
     Parameters
     ----------
@@ -365,6 +284,9 @@ def export(
         Fetch images that the source only names by URL.
     door
         `fifa.data.images.read` as it is to be called, where that is not as usual.
+    to
+        The trainer, one of `fifa.selection.trainers.TARGETS`; None: the default of
+        `fifa.config.Export`.
 
     Returns
     -------
@@ -373,10 +295,12 @@ def export(
     Raises
     ------
     FifaError
-        For a folder with other things in it, a selection of other pairs or of none, and
-        selected images that cannot be read.
+        For a folder with other things in it, a selection of other pairs or of none, an unknown
+        trainer, one that needs images where the source only has their URLs, and selected images
+        that cannot be read.
     """
-    folder = Path(folder)
+    folder, to = Path(folder), to or Export().to
+    made_for = target(to)
     _refuse_foreign(folder)
     if not selection["pair_id"].equals(pairs.table["pair_id"]):
         raise FifaError("the selection was made from other pairs", do="run `fifa select` again")
@@ -395,10 +319,18 @@ def export(
         "source": {name: getattr(origin, name) for name in ("source", "format", "fingerprint")},
         "scores": score_files(scores),
         "reasons": reason_counts(selection),
+        "about": asdict(about(pairs, rows, scores)),
     }
     images = allow_download or has_pixels(pairs.table, pairs.origin)
+    if made_for.images == "needed" and not images:
+        raise FifaError(
+            f"{to} needs the images, and the source only has their URLs",
+            where=origin.source,
+            do="fetch them with --allow-download, or name a source with images",
+        )
     door = door or partial(read, allow_download=allow_download)
-    return _write(folder, pairs, rows, columns, facts, door if images else None)
+    images = images and made_for.images != "unused"
+    return _write(folder, pairs, rows, columns, facts, door if images else None, to)
 
 
 def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
@@ -455,9 +387,10 @@ def rebuild(
             do="name a source with images, or add --allow-download",
         )
     facts = {name: getattr(known, name) for name in ("recipe", "source", "scores", "reasons")}
+    facts["about"] = asdict(known.about)
     door = partial(read, allow_download=allow_download) if known.images else None
     check = partial(_refuse_changed, path, pairs, known)
-    return _write(folder, pairs, rows, columns, facts, door, check)
+    return _write(folder, pairs, rows, columns, facts, door, known.to or Export().to, check)
 
 
 def _write(
@@ -467,37 +400,60 @@ def _write(
     columns: dict[str, pa.Array],
     facts: dict[str, Any],
     door: Door | None,
+    to: str,
     check: Callable[[Contents, str], None] = lambda content, digest: None,
 ) -> Exported:
-    """The subset of some rows; without ``door`` it has references instead of images."""
+    """The subset of some rows for a target; without ``door`` its images are not read."""
     from fifa import __version__
 
     table = subset_rows(pairs, rows, columns)
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
-    with only_writer(folder, beside=True), atomic_folder(folder) as made:
-        files, content = write_shards(made, pairs, rows, table, door)
-        check(content, digest(files))
+    made_for, is_default = target(to), to == Export().to
+    with ExitStack() as stack:
+        stack.enter_context(only_writer(folder, beside=True))
+        made = stack.enter_context(atomic_folder(folder))
+        sizes, images = np.zeros(len(rows), np.int64), None
+        if door is not None:
+            reading = read_images(made, pairs, rows, table, door)
+            sizes, images = stack.enter_context(reading)
+        content = pair_contents(table, images)
+        packed = {name: _packed(columns[name]) for name in FROM_SELECTION}
+        told = digest(to, content.tobytes(), packed)
+        chosen = Chosen(table, sizes, images, folder.resolve(), told[:8])
+        files = [_file(made, name) for name in made_for.write(made, chosen)]
+        told = digest(files) if is_default else told
+        check(content, told)
+        size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         subset = {
             "fifa_subset": FORMAT,
             "pairs": len(rows),
             "images": door is not None,
-            "digest": digest(files),
+            "digest": told,
             "files": files,
             "versions": {"fifa": __version__, "pyarrow": pa.__version__},
             **facts,
             "pair_id": table["pair_id"].to_pylist(),
             "content": base64.b64encode(content.astype("<u8").tobytes()).decode(),
-            "columns": {name: _packed(columns[name]) for name in FROM_SELECTION},
+            "columns": packed,
         }
-        write_text(made / "README.md", dataset_card(subset))
+        if not is_default:
+            subset["to"] = to
+        write_text(made / "README.md", dataset_card(subset, made_for))
         write_json(made / SUBSET_FILE, subset, sealed=True)
-    size = sum(file["bytes"] for file in files)
     note(subset_pairs=len(rows), subset_bytes=size, subset_images=door is not None)
-    if door is None:
+    if not is_default:
+        note(subset_to=to)
+        echo(f"{to}: {made_for.layout}\n  {made_for.keeps}")
+    elif door is None:
         echo(
             "the source has no images here: the subset keeps references (image_0_url, image_1_url)"
         )
     return Exported(folder, len(rows), door is not None, size, str(subset["digest"]))
+
+
+def _file(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    return {"name": name, "bytes": path.stat().st_size, "xxh3_128": content_digest(path)}
 
 
 def _rows(pairs: Pairs, names: list[str]) -> Integers:

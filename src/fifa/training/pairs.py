@@ -21,7 +21,7 @@ from fifa.data.labels import Labels, on_scale, two_labels
 from fifa.data.parquet import read_columns
 from fifa.data.subset import check_subset
 from fifa.errors import FifaError
-from fifa.selection.export import IMAGES
+from fifa.selection.trainers import IMAGES
 from fifa.shards.files import digest
 
 OTHER_SCALES = f"train on what `fifa filter` writes of it with --columns; {SCALES}"
