@@ -331,3 +331,24 @@ def test_the_command_writes_beside_the_subset(shipped, tmp_path):
     assert (run.subset / "subset.json").exists()
     done = CliRunner().invoke(cli, ["export", str(run.folder), "--to", "kohya"])
     assert done.exit_code != 0 and "no such target" in str(done.exception)
+
+
+def test_the_command_fetches_images_where_that_is_allowed(world, tmp_path, monkeypatch):
+    urls = [f"https://example.org/{side}.png" for side in (0, 1)]
+    row = {"prompt": "p", "image_0": urls[0], "image_1": urls[1], "label": 1, "good_0": 2.0}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row | {"good_1": 1.0}))
+    recipe = Recipe(
+        read=Read(source=str(tmp_path / "pairs.jsonl")),
+        score=Score(("column:good_0,good_1",), quality="none", diversity="none"),
+    )
+    run = str(fifa.filter_pairs(recipe, tmp_path / "run").folder)
+    files = (world / "0-0.png", world / "0-1.jpg")
+    images = {url: file.read_bytes() for url, file in zip(urls, files, strict=True)}
+    monkeypatch.setattr("fifa.data.images.fetch", lambda url, max_bytes: images[url])
+    done = CliRunner().invoke(cli, ["export", run, "--to", "simpletuner"])
+    assert "simpletuner needs the images" in str(done.exception)
+    done = CliRunner().invoke(cli, ["export", run, "--to", "simpletuner", "--allow-download"])
+    assert done.exit_code == 0, done.output
+    (win,) = (tmp_path / "run/subset-simpletuner/win").glob("*.png")
+    (lose,) = (tmp_path / "run/subset-simpletuner/lose").glob("*.png")
+    assert [win.read_bytes(), lose.read_bytes()] == list(images.values())
