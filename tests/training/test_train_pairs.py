@@ -57,6 +57,14 @@ def test_soft_labels_weights_and_rows_without_a_label(tmp_path):
     assert pairs.dropped == {"no_label": 2}
 
 
+def test_rows_without_a_prompt_are_dropped_as_read_rejects_them(tmp_path):
+    path = write_pairs(
+        tmp_path / "a.parquet", caption=["a cat", "", " \t", None], label_0=[1.0] * 4
+    )
+    pairs = read_training_pairs(path)
+    assert pairs.caption == ["a cat"] and pairs.dropped == {"no_prompt": 3}
+
+
 def test_images_in_any_order_from_several_files_and_structs(tmp_path):
     one = write_pairs(tmp_path / "in" / "0.parquet", [((9, 9), (8, 8))] * 8, seed=1)
     two = write_pairs(tmp_path / "in" / "1.parquet", [((9, 9), (8, 8))] * 5, seed=2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fifa.config import RECIPE_FILE
@@ -60,8 +61,9 @@ class TrainingPairs:
     fingerprint
         16 hex characters that name the files: their footers, sizes and times.
     dropped
-        How many rows are not here, by reason: ``tie``, ``no_label``, ``labels_disagree`` (label_0
-        and label_1 do not sum to 1), ``same_image`` (winner and loser have the same bytes).
+        How many rows are not here, by reason: ``tie``, ``no_label``, ``no_prompt``,
+        ``labels_disagree`` (label_0 and label_1 do not sum to 1), ``same_image`` (winner and loser
+        have the same bytes).
     image_table
         Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
     folder
@@ -246,8 +248,9 @@ def _winners(
     reasons = np.full(len(first), "", dtype="<U16")
     reasons[(first == 0.5) | (soft == 0.5)] = "tie"
     reasons[list(labels.wrong)] = "labels_disagree"
-    empty = np.asarray(table["caption"].is_null())
-    reasons[(labelled == 0) | ~np.isfinite(first) | empty] = "no_label"
+    reasons[(labelled == 0) | ~np.isfinite(first)] = "no_label"
+    blank = pc.equal(pc.utf8_trim_whitespace(table["caption"]), "")
+    reasons[np.asarray(pc.fill_null(blank, True))] = "no_prompt"
     label = np.where(np.isfinite(soft), soft, first)
     return reasons, (first < 0.5).astype(np.int64), label
 
