@@ -156,6 +156,12 @@ class Read(Knobs):
     columns
         For a table of your own: which column is which, as
         ``prompt=NAME,image_0=NAME,image_1=NAME,label=NAME``.
+    pairs
+        Where a prompt has several rated or ranked images, which two of them make a pair: ``all``,
+        the best and the worst one, or neighbours in the order of their ratings.
+    min_gap
+        Make no pair of images whose ratings (or ranks) differ by less than this. If not given: by
+        no more than their noise, where a rating is the mean of several.
     allow_download
         Fetch images that the source only names by a URL (from public addresses only).
     """
@@ -163,6 +169,8 @@ class Read(Knobs):
     source: Annotated[str, Option(argument=True, required=True)] = ""
     format: str | None = None
     columns: Annotated[dict[str, str], Option(commas=True)] = field(default_factory=dict)
+    pairs: Literal["all", "best-worst", "adjacent"] = "all"
+    min_gap: NotNegative | None = None
     allow_download: Annotated[bool, Option("--allow-download/--no-download")] = False
 
 

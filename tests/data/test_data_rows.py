@@ -47,7 +47,22 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("chosen-rejected", {"prompt": "p", "chosen": "a", "rejected": "b"}),
     ("columns", {"prompt": "p", "image_0": "a", "image_1": "b", "label": 0.5, "status": "done"}),
     ("hpdv2", {"prompt": "p", "file_path": ["a", "b"], "human_preference": [1, 0]}),
+    ("hpdv2", {"prompt": "p", "image_left_id": "a", "image_right_id": "b", "pref": -1}),
+    ("winner", {"prompt": "p", "image_a": "a", "image_b": "b", "winner": "model_a"}),
+    ("win-lose", {"prompt": "p", "img_win": "a", "img_lose": "b", "win_score": 2.5}),
+    (
+        "mmrb2",
+        {"prompt_content": [["text", "p"]], "human_annotations": [5, 1, 4], "chosen": "A"}
+        | {f"response_{k}": {"response_content": [["image", k]]} for k in "ab"},
+    ),
 ]
+# whose votes are under the images' names: they go with them
+NAMED = {"image1": "a", "image2": "b", "aggregated_results": {"a": 3, "b": 1}}
+LAYOUTS.append(("rapidata", {"prompt": "p"} | NAMED))
+SIDES = [("0", "1"), ("1", "2"), ("a", "b"), ("chosen", "rejected"), ("left", "right")]
+SIDES += [("win", "lose")]
+IMAGES_OF = "{}_image image_{} image_{}_id image{} path{} jpg_{} image_{}_uid {} img_{} response_{}"
+EXCHANGED = [(of.format(a), of.format(b)) for a, b in SIDES for of in IMAGES_OF.split()]
 RANKINGS: list[tuple[str, dict[str, Any]]] = [
     (
         "hpdv2",
@@ -56,7 +71,15 @@ RANKINGS: list[tuple[str, dict[str, Any]]] = [
     ("hpdv2", {"prompt": "p", "image_path": ["a", "b"], "rank": [2, 1]}),
     ("imagereward", {"prompt": "p", "generations": ["a", "b", "c"], "ranking": [1, 1, 2]}),
 ]
-IMAGES = {"prompt_id": "x", "prompt": "p", "rank": 1, "image_path": "a"}
+IMAGES: list[tuple[str, str, dict[str, Any]]] = [
+    ("imagereward", "image_path", {"prompt_id": "x", "prompt": "p", "rank": 1, "image_path": "a"}),
+    (
+        "evalmuse",
+        "img_path",
+        {"prompt_id": "x", "prompt": "p", "total_score": [4, 5], "img_path": "a"},
+    ),
+    ("kto", "image", {"prompt": "p", "label": True, "image": "a"}),
+]
 NUMBERS = [0, 1, 2.5, -1, float("nan"), float("inf"), True, 10**400, None, [1, 0], {"rank": [1]}]
 TEXTS = ["", " ", "\x1c", "\u3000", "b", "1", "\ud800", "a" * 5000, "p" * 100_001, "draft", [], {}]
 NAMES = [
@@ -114,7 +137,7 @@ def read(files: list[Rows], kind: str, name: str | None = None) -> Pairs | None:
 
 
 def test_no_format_is_left_out() -> None:
-    tried = {name for name, _ in (*LAYOUTS, *RANKINGS)} | {"imagereward"}
+    tried = {name for name, _ in (*LAYOUTS, *RANKINGS)} | {name for name, *_ in IMAGES}
     assert tried == set(FORMATS)
 
 
@@ -156,25 +179,60 @@ def test_rows_are_rankings_or_rejected(name: str, row: dict[str, Any], kind, dat
     assert len(pairs) + pairs.origin.merged == total
 
 
-@settings(max_examples=30, derandomize=True)
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(st.integers(0, 2), st.sampled_from(["p", "q", "P "]), st.integers(0, 5))
-            .map(lambda t: IMAGES | {"prompt_id": t[0], "prompt": t[1], "image_path": f"{t[2]}"})
-            .flatmap(
-                lambda r: st.dictionaries(st.sampled_from(sorted(r)), ODD, max_size=1).map(r.__or__)
-            ),
-            max_size=8,
-        ),
-        min_size=1,
-        max_size=3,
-    ),
-    st.sampled_from(["jsonl", "parquet", "csv"]),
-)
-def test_images_are_in_a_ranking_or_rejected(files: list[Rows], kind: str) -> None:
+def exchanged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its two images in each other's place."""
+    out = {**row, "images": exchanged(row["images"])} if "images" in row else dict(row)
+    for one, two in EXCHANGED:
+        if one in row and two in row:
+            out[one], out[two] = row[two], row[one]
+    if "file_path" in row:
+        out["file_path"] = row["file_path"][::-1]
+    return out
+
+
+@pytest.mark.parametrize(("name", "row"), LAYOUTS)
+@settings(max_examples=12, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+def test_swapping_the_sides_swaps_the_labels_and_nothing_else(
+    name: str, row: dict[str, Any], kind: str, data: st.DataObject
+) -> None:
+    assert exchanged(row) != row
+    sides = {key for key in row if exchanged(row)[key] != row[key]}
+    odd = st.dictionaries(st.sampled_from(sorted(row.keys() - sides)), ODD, max_size=1)
+    one = st.tuples(odd, st.booleans()).map(lambda t: (exchanged(row) if t[1] else row) | t[0])
+    files = data.draw(st.lists(st.lists(one, max_size=5), min_size=1, max_size=2))
+    there = read(files, kind, name)
+    back = read([[*map(exchanged, rows)] for rows in files], kind, name)
+    if there is None or back is None:
+        assert there is back
+        return
+    assert there.rejected.to_pylist() == back.rejected.to_pylist()
+    for column in ("pair_id", "prompt", "prompt_id", "file", "row", "votes", "repeat"):
+        assert there.table[column].to_pylist() == back.table[column].to_pylist()
+    for own, other in zip(there.table.to_pylist(), back.table.to_pylist(), strict=True):
+        assert {own["image_0"], own["image_1"]} == {other["image_0"], other["image_1"]}
+        turned = own["image_0"] != other["image_0"]
+        flips = not turned if NAMED.keys() - row.keys() else turned
+        assert own["label"] == pytest.approx(1 - other["label"] if flips else other["label"])
+
+
+@pytest.mark.parametrize(("name", "image", "row"), IMAGES)
+@settings(max_examples=20, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+def test_images_are_in_a_ranking_or_rejected(
+    name: str, image: str, row: dict[str, Any], kind: str, data: st.DataObject
+) -> None:
     """Rows = images of rankings + rejected: an image of n is in n - 1 pairs."""
-    pairs = read(files, kind, "imagereward")
+    some = (
+        st.tuples(st.integers(0, 2), st.sampled_from(["p", "q", "P "]), st.integers(0, 5))
+        .map(lambda t: {"prompt_id": t[0], "prompt": t[1], image: f"{t[2]}"})
+        .map(lambda own: row | {key: own[key] for key in own if key in row})
+        .flatmap(
+            lambda r: st.dictionaries(st.sampled_from(sorted(r)), ODD, max_size=1).map(r.__or__)
+        )
+    )
+    files = data.draw(st.lists(st.lists(some, max_size=8), min_size=1, max_size=3))
+    pairs = read(files, kind, name)
     if pairs is None:
         return
     rejected = Counter((one["file"], one["row"]) for one in pairs.rejected.to_pylist())
@@ -186,7 +244,7 @@ def test_images_are_in_a_ranking_or_rejected(files: list[Rows], kind: str) -> No
         # of one place: the file and row of a ranking's first image
         own = groups.setdefault((one["prompt_index"], one["file"], one["row"]), set())
         own |= {one["image_0"], one["image_1"]}
-    images = sum(map(len, groups.values()))
-    assert pairs.origin.merged > 0 or images + len(pairs.rejected) == sum(map(len, files))
-    total = sum(len(own) * (len(own) - 1) // 2 for own in groups.values())
-    assert pairs.origin.merged > 0 or len(pairs) == total
+    if pairs.origin.merged or pairs.origin.not_made:
+        return
+    assert sum(map(len, groups.values())) + len(pairs.rejected) == sum(map(len, files))
+    assert len(pairs) == sum(len(own) * (len(own) - 1) // 2 for own in groups.values())

@@ -43,20 +43,30 @@ def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
 
 
 @cli.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
-@out_option()
-def read_command(out: Path, **options: Any) -> None:
+@out_option("The run folder; --explain needs none.", required=False)
+@click.option("--explain", is_flag=True, help="Print how SOURCE is understood, with three rows.")
+def read_command(out: Path | None, explain: bool, **options: Any) -> None:
     """Read SOURCE into a table of pairs.
 
     No image is opened.
     """
     from fifa.config import Recipe
+    from fifa.data.explain import explained
+    from fifa.data.read import read_source
     from fifa.run.folder import start_run
     from fifa.run.steps import echo_read, read_step
     from fifa.shards.lock import only_writer
 
+    recipe = chosen(Recipe(), options)
+    if out is None:
+        if not explain:
+            raise FifaError("no --out given", do="name a run folder, or add --explain to look")
+        click.echo(explained(read_source(recipe.read)))
+        return
     with only_writer(out):
-        echo_read(read_step(start_run(out, chosen(Recipe(), options))))
-    click.echo(out / "pairs.parquet")
+        pairs = read_step(start_run(out, recipe))
+    echo_read(pairs)
+    click.echo(explained(pairs) if explain else out / "pairs.parquet")
 
 
 @cli.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
@@ -224,11 +234,11 @@ def reward_train(out: Path, **options: Any) -> None:
     apply; with --base MODEL a CLIP is fine-tuned, and those that begin with "CLIP" apply.
     """
     from fifa.config import Reward
-    from fifa.data.read import read_pairs
+    from fifa.data.read import read_source
     from fifa.scoring.rewards.fit import train_reward
 
     reward = chosen(Reward(), options)
-    pairs = read_pairs(reward.read.source, reward.read.format, columns=reward.read.columns)
+    pairs = read_source(reward.read)
     click.echo(train_reward(pairs, out, reward).folder)
 
 

@@ -6,6 +6,7 @@ bytes are never read: only whether they are there (from Parquet's statistics).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -212,6 +213,10 @@ class ParquetColumns:
             return pa.array(self.number(name))
         return _one_chunk(self._column(name).cast(pa.list_(pa.float32())))
 
+    def truths(self, name: str) -> bool:
+        """True for a column of truth values."""
+        return bool(pa.types.is_boolean(self._type(name)))
+
     def numeric(self) -> list[str]:
         """The top-level columns of numbers (not of truth values), in the file's order."""
         return [field.name for field in self._schema if _is_number(field.type)]
@@ -312,6 +317,12 @@ class RecordColumns:
         lists = [_numbers(value).tolist() if isinstance(value, list) else None for value in values]
         return pa.array(lists, pa.list_(pa.float32()))
 
+    def truths(self, name: str) -> bool:
+        """True for a column of truth values (in CSV: of ``true`` and ``false``)."""
+        given = [value for value in self.values(name) if value is not None]
+        texts = (str(value).strip().lower() for value in given)
+        return bool(given) and all(text in ("true", "false") for text in texts)
+
     def numeric(self) -> list[str]:
         """Columns whose every value that is there is a number (in CSV: reads as one)."""
         loose = self.kind in ("csv", "tsv", "tar")
@@ -339,6 +350,18 @@ def _is_text(kind: pa.DataType) -> bool:
 def _is_list(kind: pa.DataType) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_list(kind) for is_list in lists)
+
+
+def parsed(columns: Columns, name: str) -> list[Any]:
+    """A column as Python values, text that is JSON of a list or an object as that."""
+    return [_unwritten(value) for value in columns.values(name)]
+
+
+def _unwritten(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def only(value: Any) -> Any:

@@ -5,15 +5,17 @@ The rules, with their sources, are a table in docs/data-sets.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, as_number, has
+from fifa.data.columns import Columns, Text, as_number, has, parsed
 from fifa.data.labels import (
     NOT_COUNTED,
     Labels,
@@ -26,8 +28,18 @@ from fifa.data.labels import (
     vote_share,
 )
 from fifa.data.pairs import FilePairs, pair_columns, side_pairs
-from fifa.data.rankings import Ranked, generations, one_image_a_row, ranked_paths, two_paths
+from fifa.data.rankings import (
+    Compare,
+    Ranked,
+    generations,
+    nested_pairs,
+    one_image_a_row,
+    ranked_paths,
+    rated,
+    two_paths,
+)
 from fifa.data.records import TAR_NAMES, WRITTEN_OUT, tar_ref
+from fifa.data.winners import find_winner, named_winner
 from fifa.errors import FifaError
 
 
@@ -86,7 +98,9 @@ class Layout:
         named = _present(columns, self.keys) or _present(columns, self.images)
         return lacks + ([] if named else list(self.images))
 
-    def read(self, columns: Columns, carried: dict[str, str]) -> FilePairs:
+    def read(
+        self, columns: Columns, carried: dict[str, str], compare: Compare | None = None
+    ) -> FilePairs:
         """The pairs of one file; raises `FifaError` where a column is missing.
 
         ``carried`` are further columns to keep: the name to keep each under, and its name in the
@@ -114,7 +128,9 @@ class Layout:
         uncounted = not_counted(columns)
         labels = self.label(columns)
         labels = on_scale(
-            Labels(labels.value, labels.wrong | uncounted, labels.votes), columns.file
+            Labels(labels.value, labels.wrong | uncounted, labels.votes),
+            columns.file,
+            name=self.needs[0] if len(self.needs) == 1 else "",
         )
         sides = [
             _side(
@@ -146,6 +162,15 @@ class Layout:
             winner_first=self.winner_first,
             cells=images if any(is_cell) else None,
         )
+
+    def uses(self, columns: Columns) -> dict[str, str]:
+        """The columns that are read, each with what it is."""
+        names = [self.prompt, *self.needs, *(name for name in self.reads if has(columns, name))]
+        used = dict.fromkeys(names, "label") | {self.prompt: "prompt"}
+        for kind, sides in (("key", self.keys), ("image", self.images), ("URL", self.links)):
+            there = _present(columns, sides) or ()
+            used |= {name: f"{kind} of image {side}" for side, name in enumerate(there)}
+        return used
 
 
 def _missing_columns(columns: Columns, name: str, lacks: list[str]) -> FifaError:
@@ -238,6 +263,35 @@ RESPONSE_STATUS = "preference.responses.status"
 RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
 
 
+@dataclass(frozen=True)
+class Winner:
+    """A table with a row a pair whose winner is a word that its own columns explain."""
+
+    name: str = "winner"
+
+    def fits(self, columns: Columns) -> bool:
+        """True if it has a prompt, two images and a winner, one of each by its name."""
+        return find_winner(columns) is not None
+
+    def read(
+        self, columns: Columns, carried: dict[str, str], compare: Compare | None = None
+    ) -> FilePairs:
+        """As `Layout.read`; raises `FifaError` where the words say nothing."""
+        return self._layout(columns).read(columns, carried)
+
+    def uses(self, columns: Columns) -> dict[str, str]:
+        """As `Layout.uses`."""
+        return self._layout(columns).uses(columns)
+
+    def _layout(self, columns: Columns) -> Layout:
+        found = find_winner(columns)
+        if found is None:
+            raise _missing_columns(columns, self.name, ["image_a", "image_b", "winner"])
+        prompt, images, column = found
+        label = partial(named_winner, prompt=prompt, images=images, column=column)
+        return Layout(self.name, prompt, images, label, needs=(column,))
+
+
 def own_layout(columns: dict[str, str]) -> Layout:
     """A table of the user's own; what ``columns`` leaves out goes by its own name."""
     prompt, first, second, label = (columns.get(name, name) for name in PAIR_COLUMNS)
@@ -297,9 +351,47 @@ def _weighted_results(columns: Columns) -> Labels:
     return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=good), wrong)
 
 
+def _aggregated(column: str) -> Callable[[Columns], Labels]:
+    """Rapidata: votes for either image by its file's name, as an object or its text."""
+
+    def labels(columns: Columns) -> Labels:
+        names = [_file_names(columns, name) for name in ("image1", "image2")]
+        values = parsed(columns, column)
+        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
+        wrong = {}
+        for i, value in enumerate(values):
+            found = value if isinstance(value, dict) else {}
+            sides = [{name, own[i]} for name, own in zip(("image1", "image2"), names, strict=True)]
+            counts = [[as_number(found[key]) for key in found if key in side] for side in sides]
+            if len(found) != 2 or [len(count) for count in counts] != [1, 1]:
+                wrong[i] = f"{column} does not give the votes for either image by its name"
+            elif not _counts([counts[0][0], counts[1][0]]):
+                wrong[i] = "negative votes, or none"
+            else:
+                total = counts[0][0] + counts[1][0]
+                label[i], votes[i] = counts[0][0] / total, max(1, min(total, 2**31 - 1))
+        return Labels(label, wrong, votes)
+
+    return labels
+
+
+def _file_names(columns: Columns, image: str) -> list[str | None]:
+    """The last part of every row's path or URL."""
+    leaf = _leaf(columns, image)
+    refs = columns.text(leaf).to_pylist() if leaf else [None] * len(columns.rows)
+    return [ref and re.split(r"[/\\\\]", ref)[-1] for ref in refs]
+
+
+def _one_vote(columns: Columns) -> Labels:
+    """HPDv2, a row a vote: pref is 1 for the left image, -1 for the right one, 0 for neither."""
+    pref = label_numbers(columns, "pref")
+    bad = dict.fromkeys(np.flatnonzero(~np.isin(pref, (1, 0, -1))).tolist(), "pref is not 1 or -1")
+    return Labels(np.where(np.isin(pref, (1, 0, -1)), 0.5 * (pref + 1), np.nan), bad)
+
+
 def _best_index(columns: Columns) -> Labels:
     """MJ-Bench: the label is the index of the better image."""
-    index = on_scale(Labels(label_numbers(columns, "label"), {}), columns.file).value
+    index = on_scale(Labels(label_numbers(columns, "label"), {}), columns.file, name="label").value
     bad = np.flatnonzero(~np.isin(index, (0.0, 1.0))).tolist()
     return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
 
@@ -356,11 +448,19 @@ def _responses(columns: Columns) -> Labels:
 _PICKAPIC = frozenset(
     ("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
 )
+_EVALMUSE = {
+    "prompt_id": "prompt_id",
+    "prompt": "prompt",
+    "image": "img_path",
+    "score": "total_score",
+}
 _UIDS = ("image_0_uid", "image_1_uid")
 _URLS = ("image_0_url", "image_1_url")
 
+Format: TypeAlias = Layout | Ranked | Winner
+
 # A data set's format is an entry here. In this order: the first that fits is the file's format.
-FORMATS: tuple[Layout | Ranked, ...] = (
+FORMATS: tuple[Format, ...] = (
     Ranked("hpdv2", (("prompt",), ("file_path", "image_path"), ("human_preference",)), two_paths),
     Ranked(
         "hpdv2",
@@ -373,6 +473,22 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         "imagereward",
         (("prompt_id",), ("prompt",), ("rank",), ("image", "image_path")),
         one_image_a_row,
+    ),
+    rated("evalmuse", _EVALMUSE),
+    *(
+        rated("kto", {"prompt": "prompt", "image": image, "score": "label"}, 1.0, truths="label")
+        for image in ("image", "completion")
+    ),
+    Ranked(
+        "mmrb2",
+        (
+            ("prompt_content",),
+            ("response_a",),
+            ("response_b",),
+            ("human_annotations",),
+            ("chosen",),
+        ),
+        nested_pairs,
     ),
     Layout(
         "rapidata",
@@ -387,6 +503,18 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         ("image1", "image2"),
         lambda columns: vote_share(columns, "votes_image1", "votes_image2"),
         needs=("votes_image1", "votes_image2"),
+    ),
+    *(
+        Layout("rapidata", "prompt", ("image1", "image2"), _aggregated(name), needs=(name,))
+        for name in ("aggregated_results", "aggregatedResults")
+    ),
+    Layout(
+        "hpdv2",
+        "prompt",
+        ("image_left_id", "image_right_id"),
+        _one_vote,
+        needs=("pref",),
+        ignore=frozenset(("user_id", "ranking_id")),
     ),
     Layout(
         "genai-arena",
@@ -452,7 +580,9 @@ FORMATS: tuple[Layout | Ranked, ...] = (
         ignore=frozenset(("id",)),
     ),
     Layout("chosen-rejected", "prompt", ("chosen", "rejected"), first_wins, winner_first=True),
+    Layout("win-lose", "prompt", ("img_win", "img_lose"), first_wins, winner_first=True),
     own_layout({}),
+    Winner(),
 )
 
 

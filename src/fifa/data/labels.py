@@ -23,7 +23,8 @@ NOT_COUNTED = {  # columns of annotation tools, and the values of answers that n
     "is_valid": {"0"},
 }
 # Text among numbers that means a number, or a tie: 63%, 0,5, 1,000, 2/3, both bad
-SAYS = re.compile(r"[-+]?\d[\w.,/' ]*%?|(tie|draw|equal|same|both|neither).*")
+TIE = re.compile(r"(tie|draw|equal|same|both|neither).*")
+SAYS = re.compile(rf"[-+]?\d[\w.,/' ]*%?|{TIE.pattern}")
 NO_VALUE = {"", "nan", "none", "null", "n/a", "na"}
 OTHER_SCALES = (
     "a label is the probability that people prefer image_0: 1, 0, 0.5 for a tie, or a share. With "
@@ -53,32 +54,65 @@ class Labels:
 
 
 def on_scale(
-    labels: Labels, where: str, column: str = "the label", do: str = OTHER_SCALES
+    labels: Labels, where: str, column: str = "the label", do: str = OTHER_SCALES, name: str = ""
 ) -> Labels:
     """The labels, those within rounding of 0 and 1 put there.
 
     Raises `FifaError` where one that counts is finite and beyond: the column has another scale,
-    of which the values that happen to lie between 0 and 1 mean something else.
+    of which the values that happen to lie between 0 and 1 mean something else. ``name`` is the
+    column's, for the option in the message.
     """
     value = labels.value
     beyond = np.isfinite(value) & ((value < -CLOSE) | (value > 1.0 + CLOSE))
     beyond[list(labels.wrong)] = False
     if beyond.any():
-        raise other_scale(column, value[np.isfinite(value)].tolist(), where, do)
+        raise other_scale(column, value[np.isfinite(value)].tolist(), where, do, name)
     value = np.where(np.isfinite(value), value, np.nan)  # an infinite label is none
     return replace(labels, value=np.clip(value, 0.0, 1.0) + 0.0)
 
 
 def other_scale(
-    column: str, values: Iterable[object], where: str, do: str = OTHER_SCALES
+    column: str,
+    values: Iterable[object],
+    where: str,
+    do: str = OTHER_SCALES,
+    name: str = "",
+    looks: tuple[str, str] | None = None,
 ) -> FifaError:
-    """The error for a file whose labels cannot be read as they are, with the values seen."""
+    """The error for a file whose labels cannot be read as they are.
+
+    It has the values seen, what they look like, and the option that would read such a column:
+    ``looks``, or else what `looks_like` finds.
+    """
     counts = Counter(_name(value) for value in values)
-    some = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(6))
+    some = ", ".join(f"{value} ({count:,})" for value, count in counts.most_common(6))
     more = f" and {len(counts) - 6:,} more" if len(counts) > 6 else ""
+    what, option = looks or looks_like(counts, name or "COLUMN")
     return FifaError(
-        f"{column} is not on a scale from 0 to 1; seen: {some}{more}", where=where, do=do
+        f"{column} is not on a scale from 0 to 1; seen: {some}{more}: {what}",
+        where=where,
+        do=f"{option}; {do}",
     )
+
+
+def looks_like(counts: Counter[str], column: str) -> tuple[str, str]:
+    """What a column's values (`_name`) look like, and what to write after ``--columns``."""
+    numbers = [as_number(value) for value in counts]
+    if any(number != number for number in numbers):
+        words = [value for value, _ in counts.most_common() if value not in NO_VALUE]
+        ties = [value for value in words if TIE.fullmatch(value)]
+        sides = sorted(value for value in words if value not in ties)
+        if len(sides) != 2:
+            return "text", f"label={column}:FIRST/SECOND/TIE names the value of each"
+        spec = "/".join((*sides, *ties))
+        return "words for the sides", f"label={column}:{spec} if {sides[0]!r} means image_0"
+    if set(numbers) <= {1.0, -1.0, 0.0}:
+        return "+1 and -1", f"label={column}:1/-1/0 if 1 means image_0"
+    if set(numbers) <= {1.0, 2.0}:
+        return "the number of an image", f"label={column}:1/2 if 1 means image_0"
+    if all(number >= 0 and number.is_integer() for number in numbers):
+        return "counts of votes, or ratings", f"label={column}/({column}+OTHER), or {column}>OTHER"
+    return "a score or a reward", f"label={column}>OTHER, where OTHER is image_1's"
 
 
 def two_labels(
@@ -111,14 +145,15 @@ def two_labels(
         for name, values in (("label_0", first), ("label_1", second)):
             beyond = both & ((values < -CLOSE) | (values > 1.0 + CLOSE))
             if beyond.any():
-                raise other_scale(name, values[both].tolist(), where, do)
+                raise other_scale(name, values[both].tolist(), where, do, name)
         if 2 * np.count_nonzero(bad & both) > np.count_nonzero(both):
             seen = [f"{a:g} and {b:g}" for a, b in zip(first[both], second[both], strict=True)]
-            raise other_scale("the pair of label_0 and label_1", seen, where, do)
+            scores = "scores of the two images", "label=label_0>label_1"
+            raise other_scale("the pair of label_0 and label_1", seen, where, do, looks=scores)
     wrong |= dict.fromkeys(
         np.flatnonzero(unlabelled).tolist(), "nobody labelled it (has_label is false)"
     )
-    return on_scale(Labels(first, wrong), where, "label_0", do)
+    return on_scale(Labels(first, wrong), where, "label_0", do, "label_0")
 
 
 def own_label(spec: str) -> tuple[tuple[str, ...], Callable[[Columns], Labels]]:
@@ -197,7 +232,7 @@ def label_numbers(columns: Columns, column: str) -> npt.NDArray[np.float64]:
         others = [values[i] for i in odd if _is_given(values[i])]
         texts = (value.strip().lower() for value in others if isinstance(value, str))
         if any(SAYS.fullmatch(text[:100]) for text in texts):
-            raise other_scale(column, given, columns.file)
+            raise other_scale(column, given, columns.file, name=column)
         _refuse_half(columns, column, given, others)
     return found
 
@@ -207,7 +242,7 @@ def _refuse_half(
 ) -> None:
     given = [value for value in values if value is not None]
     if others and 2 * len(others) >= len(given):
-        raise other_scale(column, given, columns.file)
+        raise other_scale(column, given, columns.file, name=column)
 
 
 def _is_given(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,9 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
     full: list[FilePairs] = []
     rejected: list[tuple[str, int | None, str]] = []
     cells: tuple[str, str] | None = None
+    not_made: Counter[str] = Counter()
     for own in files:
+        not_made += own.not_made
         rejected += [(own.file, row, reason) for row, reason in own.rejected]
         cells = cells or own.cells
         if len(own):
@@ -41,6 +44,7 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
         score_columns=tuple(table.column_names[len(PAIRS) :]),
         rows=pairs + len(rejected),
         merged=pairs - len(table),
+        not_made=dict(not_made),
     )
     return Pairs(table, prompts, pa.table(by_column, schema=REJECTED), origin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ SIDES = (
     ("a", "b"),
     ("chosen", "rejected"),
     ("winner", "loser"),
+    ("win", "lose"),
     ("left", "right"),
 )
 
@@ -56,9 +58,17 @@ class FilePairs:
         The columns with image bytes; None without.
     rejected
         Rows that are no pairs.
+    used, names
+        The columns that pairs and labels come from, each with what it is; all of the file's.
+    not_made
+        Pairs of a ranking's images that are not made, by reason.
     members
         Rows that are one image of a ranking each (`fifa.data.rankings.join`): the ranking's hash,
-        row, rank, prompt, key and reference, then ratings.
+        row, rank, prompt, key and reference, how many ratings the rank is the mean of and their
+        squared deviations, then ratings.
+    gap
+        Of ``members`` the least difference of two ranks that makes a pair, unless the user names
+        another one.
     prompts, pairs, images, high
         By `finish`: `fifa.data.ids.prompt_hashes` of the prompt column's dictionary, which is in
         order of first appearance, uint64 [2, m]; `fifa.data.ids.pair_hashes`, uint64 [2, n]; the
@@ -74,7 +84,11 @@ class FilePairs:
     winner_first: bool = False
     cells: tuple[str, str] | None = None
     rejected: Rejected = field(default_factory=list)
+    used: dict[str, str] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    not_made: Counter[str] = field(default_factory=Counter)
     members: pa.Table | None = None
+    gap: float | None = None
     prompts: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     pairs: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))
     images: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.uint64))

@@ -1,26 +1,81 @@
-"""Data sets that rank a prompt's images: HPDv2, ImageReward and ImageRewardDB."""
+"""Data sets that rank or rate a prompt's images: HPDv2, ImageReward, ImageRewardDB, EvalMuse."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations, groupby
+from itertools import combinations, groupby, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
-from fifa.data.columns import Columns, has, text_array
+from fifa.data.columns import Columns, as_number, has, parsed, text_array
 from fifa.data.ids import fold_prompt
 from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
 from fifa.data.records import encodable, in_file, outside, tar_ref
 from fifa.errors import FifaError
 
+ROW_AN_IMAGE = "a row an image, where this format has a row a prompt with all its images"
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
+PAIRINGS = ("all", "best-worst", "adjacent")
+NESTED = ("prompt_content", "response_a", "response_b", "human_annotations", "chosen")
 NEAR = 50_000  # images whose rankings are made into pairs at a time
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Which two images of a prompt make a pair.
+
+    Parameters
+    ----------
+    pairs
+        One of `PAIRINGS`. ``all`` or None: every two; ``best-worst``: the best and the worst one;
+        ``adjacent``: neighbours in the order of their ratings.
+    min_gap
+        The least difference of their ratings (or ranks, the mean of all annotators'); None: the
+        noise of the difference, where a rating is the mean of several.
+    """
+
+    pairs: str | None = None
+    min_gap: float | None = None
+
+    def chosen(
+        self, ranks: np.ndarray, variance: np.ndarray | None
+    ) -> tuple[list[tuple[int, int]], Counter[str]]:
+        """The pairs of n images, and how many are not made for which reason.
+
+        Parameters
+        ----------
+        ranks
+            float64 [n], less is better.
+        variance
+            float64 [n], of each one's mean; None where it is not known.
+        """
+        images: list[int] = np.argsort(ranks, kind="stable").tolist()
+        every: Iterable[tuple[int, ...]] = combinations(range(len(images)), 2)
+        if self.pairs == PAIRINGS[1]:
+            every = [(images[0], images[-1])]
+        elif self.pairs == PAIRINGS[2]:
+            every = pairwise(images)
+        own = [(min(pair), max(pair)) for pair in every]
+        others = len(ranks) * (len(ranks) - 1) // 2 - len(own)
+        not_made = Counter({f"not one of the pairs {self.pairs}": others} if others else {})
+        made = []
+        for i, j in own:
+            gap = abs(ranks[i] - ranks[j])
+            noise = 0.0 if variance is None else float(np.sqrt(variance[i] + variance[j]))
+            if self.min_gap is not None and gap < self.min_gap:
+                not_made[f"the ratings differ by less than {self.min_gap:g}"] += 1
+            elif self.min_gap is None and 0.0 < noise >= gap:
+                not_made["the ratings differ by no more than their noise"] += 1
+            else:
+                made.append((i, j))
+        return made, not_made
 
 
 @dataclass(frozen=True)
@@ -37,22 +92,39 @@ class Ranked:
         From a file's columns to its pairs.
     lacks
         A column that such a file does not have.
+    truths
+        The column that has to be one of truth values.
+    own
+        What a column is and its name, where a row is an image.
     """
 
     name: str
     needs: tuple[tuple[str, ...], ...]
-    convert: Callable[[Columns], FilePairs]
+    convert: Callable[..., FilePairs]
     lacks: str | None = None
+    truths: str | None = None
+    own: tuple[tuple[str, str], ...] = ()
 
     def fits(self, columns: Columns) -> bool:
         """True if the file has the columns."""
         if self.lacks in columns.names:
             return False
-        return all(any(has(columns, name) for name in names) for names in self.needs)
+        if not all(any(has(columns, name) for name in names) for names in self.needs):
+            return False
+        return self.truths is None or columns.truths(self.truths)
 
-    def read(self, columns: Columns, carried: dict[str, str]) -> FilePairs:
+    def read(
+        self, columns: Columns, carried: dict[str, str], compare: Compare = Compare()
+    ) -> FilePairs:
         """The pairs of one file; columns to be carried along are none of a ranking's."""
-        return self.convert(columns)
+        return self.convert(columns, compare)
+
+    def uses(self, columns: Columns) -> dict[str, str]:
+        """The columns that are read, each with what it is."""
+        if self.own:
+            return {column: what for what, column in self.own}
+        there = [next((n for n in names if has(columns, n)), "") for names in self.needs]
+        return {name: "ranking" for name in there if name}
 
 
 @dataclass
@@ -65,13 +137,15 @@ class _Rankings:
         Row, prompt, both keys, both references, label and votes of each.
     scores
         The numbers of both images of each pair.
-    rejected
+    rejected, not_made
         As in `FilePairs`.
     """
 
+    compare: Compare
     pairs: list[tuple[Any, ...]] = field(default_factory=list)
     scores: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)
     rejected: list[tuple[int | None, str]] = field(default_factory=list)
+    not_made: Counter[str] = field(default_factory=Counter)
 
     def add(
         self,
@@ -81,12 +155,13 @@ class _Rankings:
         orders: Sequence[Any],
         refs: Sequence[str | None] | None = None,
         scores: Sequence[dict[str, float]] | None = None,
+        variance: np.ndarray | None = None,
     ) -> str:
         """One prompt's images, ranked by people, or the reason why that is no ranking.
 
         The label of a pair is the share of annotators who rank side 0 better. ``orders`` are an
         annotator's ranks of the images each, lower is better; ``refs`` are as the keys if not
-        given.
+        given; ``variance`` is as for `Compare.chosen`.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             reason = "no prompt"
@@ -95,7 +170,7 @@ class _Rankings:
         elif len(prompt.encode()) > MAX_PROMPT:
             reason = f"the prompt has more than {MAX_PROMPT:,} bytes"
         elif isinstance(keys, str):
-            reason = "a row an image, where this format has a row a prompt with all its images"
+            reason = f"{ROW_AN_IMAGE}: --columns prompt=...,image=...,rank=... reads that"
         elif not isinstance(keys, list) or not all(map(_is_key, keys)):
             reason = "an image is missing, or its name is too long or no text"
         elif not 2 <= len(keys) <= MAX_IMAGES:
@@ -104,7 +179,9 @@ class _Rankings:
             reason = "the ranks do not match the images"
         else:
             ranks, refs = np.asarray(orders, np.float64), refs or [*map(outside, keys)]
-            for i, j in combinations(range(len(keys)), 2):
+            made, not_made = self.compare.chosen(ranks.mean(axis=0), variance)
+            self.not_made += not_made
+            for i, j in made:
                 # label = (annotators with rank_i < rank_j + half of those with a tie) / annotators
                 label = np.mean(0.5 * (np.sign(ranks[:, j] - ranks[:, i]) + 1.0))
                 images = (keys[i], keys[j], refs[i], refs[j])
@@ -140,10 +217,11 @@ class _Rankings:
             swaps=[(f"{name}_0", f"{name}_1") for name in names],
             winner_first=True,
             rejected=self.rejected,
+            not_made=self.not_made,
         )
 
 
-def two_paths(columns: Columns) -> FilePairs:
+def two_paths(columns: Columns, compare: Compare) -> FilePairs:
     """HPDv2's training set: two paths and a vote a row.
 
     human_preference is [1, 0] or [0, 1] beside the paths.
@@ -155,7 +233,7 @@ def two_paths(columns: Columns) -> FilePairs:
     label = np.full(len(columns.rows), np.nan)
     wrong = {}
     for i, (images, shares) in enumerate(
-        zip(columns.values(paths), columns.values("human_preference"), strict=True)
+        zip(parsed(columns, paths), parsed(columns, "human_preference"), strict=True)
     ):
         bad = _not_two(images, shares)
         if bad:
@@ -174,40 +252,81 @@ def two_paths(columns: Columns) -> FilePairs:
     )
 
 
-def ranked_paths(columns: Columns) -> FilePairs:
+def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
+    """MMRB2: a prompt and two answers as lists of parts; annotations from 1 (b) to 6 (a).
+
+    Its README does not say so; in all 1,000 rows of t2i.json ``chosen`` is what the majority of
+    them says, and a row where it is not is rejected.
+    """
+    columns.load(NESTED)
+    rows = list(zip(*(parsed(columns, name) for name in NESTED), strict=True))
+    texts = [[only_part(content, "text") for content, *_ in rows]]
+    for side in (1, 2):
+        answers = [row[side] if isinstance(row[side], dict) else {} for row in rows]
+        texts.append([only_part(answer.get("response_content"), "image") for answer in answers])
+    label, wrong = np.full(len(rows), np.nan), {}
+    for i, (*_, notes, chosen) in enumerate(rows):
+        notes = notes if isinstance(notes, list) else []
+        if not notes or not all(isinstance(n, int | float) and 1 <= n <= 6 for n in notes):
+            wrong[i] = "human_annotations are not numbers from 1 to 6"
+            continue
+        label[i] = sum(note > 3.5 for note in notes) / len(notes)
+        if {"A": 1, "B": -1}.get(chosen) != np.sign(label[i] - 0.5):
+            wrong[i] = "the annotators' majority is not the one in chosen"
+    votes = [len(row[3]) if isinstance(row[3], list) else 1 for row in rows]
+    prompt, *keys = (text_array(values) for values in texts)
+    refs = [text_array(key and outside(key) for key in side) for side in texts[1:]]
+    return FilePairs(
+        columns.file, pair_columns(columns.rows, prompt, keys, refs, label, votes), wrong=wrong
+    )
+
+
+def only_part(content: Any, kind: str) -> str | None:
+    """The one part of a list of ``[kind, text]``; None if there are others, as of edits."""
+    parts = content if isinstance(content, list) else []
+    if len(parts) != 1 or not isinstance(parts[0], list) or len(parts[0]) != 2:
+        return None
+    return parts[0][1] if parts[0][0] == kind and isinstance(parts[0][1], str) else None
+
+
+def ranked_paths(columns: Columns, compare: Compare) -> FilePairs:
     """HPDv2's test set: images, every annotator's ranks and the ranks of all of them together."""
     images = _first(columns, "image_path", "file_path")
     given = [name for name in ("rank", "raw_annotations") if name in columns.names]
     columns.load(["prompt", images, *given])
-    values = {name: columns.values(name) for name in given}
-    found = _Rankings()
+    values = {name: parsed(columns, name) for name in given}
+    found = _Rankings(compare)
     for i, (prompt, paths) in enumerate(
-        zip(columns.text("prompt").to_pylist(), columns.values(images), strict=True)
+        zip(columns.text("prompt").to_pylist(), parsed(columns, images), strict=True)
     ):
         notes = values["raw_annotations"][i] if "raw_annotations" in values else None
-        orders = [note.get("rank") if isinstance(note, dict) else None for note in notes or ()]
+        notes = notes if isinstance(notes, list) else []
+        orders = [note.get("rank") if isinstance(note, dict) else None for note in notes]
         if not orders and "rank" in values:
             orders = [values["rank"][i]]
         found.take(int(columns.rows[i]), prompt, paths, orders)
     return found.file_pairs(columns.file)
 
 
-def generations(columns: Columns) -> FilePairs:
+def generations(columns: Columns, compare: Compare) -> FilePairs:
     """ImageReward's own json: generations and their ranking."""
     columns.load(["prompt", "generations", "ranking"])
-    found = _Rankings()
-    values = (columns.values(name) for name in ("generations", "ranking"))
+    found = _Rankings(compare)
+    values = (parsed(columns, name) for name in ("generations", "ranking"))
     texts = columns.text("prompt").to_pylist()
     for row, prompt, images, order in zip(columns.rows.tolist(), texts, *values, strict=True):
         found.take(row, prompt, images, [order])
     return found.file_pairs(columns.file)
 
 
-def one_image_a_row(columns: Columns, own: dict[str, str] | None = None) -> FilePairs:
+def one_image_a_row(
+    columns: Columns, compare: Compare, own: dict[str, str] | None = None, gap: float | None = None
+) -> FilePairs:
     """ImageRewardDB: the images of one prompt_id make a ranking, with ratings of each.
 
     They may be in several files, so here they become `FilePairs.members`: `join` makes the pairs.
-    ``own`` are the columns of a table of the user's own, as for `own_rankings`.
+    ``own`` are the columns of another table, as for `own_rankings`; ``gap`` is what ``min_gap`` is
+    if nobody says it.
     """
     names = own or {"prompt_id": "prompt_id", "prompt": "prompt", "rank": "rank"}
     image = names.get("image") or _first(columns, "image_path", "image")
@@ -228,8 +347,9 @@ def one_image_a_row(columns: Columns, own: dict[str, str] | None = None) -> File
     paths = [None] * len(columns.rows) if bare else columns.reference(leaf).to_pylist()
     prompts = columns.text(names["prompt"]).to_pylist()
     groups = columns.values(id_) if "prompt_id" in names else [""] * len(prompts)
-    rank = sign * columns.number(number)
-    pairs = FilePairs(columns.file, cells=(image, image) if cell else None)
+    mean, count, squares = _ratings(columns, number)
+    rank = sign * mean
+    pairs = FilePairs(columns.file, cells=(image, image) if cell else None, gap=gap)
     kept, texts, found = [], [], []
     for i, row in enumerate(columns.rows.tolist()):
         path = paths[i] if isinstance(paths[i], str) and paths[i] else None
@@ -258,10 +378,28 @@ def one_image_a_row(columns: Columns, own: dict[str, str] | None = None) -> File
             "row": columns.rows[kept],
             "rank": rank[kept],
             **dict(zip(("prompt", "key", "ref"), map(text_array, by_column), strict=True)),
-            **{name: columns.number(name)[kept] for name in sorted(ratings)},
+            "count": count[kept],
+            "squares": squares[kept],
+            **{
+                name: (mean if name == number else columns.number(name))[kept]
+                for name in sorted(ratings)
+            },
         }
     )
     return pairs
+
+
+def _ratings(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every row's ratings, one or a list: their mean, count and squared deviations, [n] each."""
+    mean = columns.number(name)
+    count, squares = np.ones(len(mean), np.int64), np.zeros(len(mean))
+    if np.isnan(mean).any():
+        for i, value in enumerate(parsed(columns, name)):
+            own = np.array([as_number(one) for one in value] if isinstance(value, list) else [])
+            if len(own):
+                mean[i], count[i] = own.mean(), len(own)
+                squares[i] = np.square(own - mean[i]).sum()
+    return mean, count, squares
 
 
 def own_rankings(columns: dict[str, str]) -> Ranked | None:
@@ -274,8 +412,16 @@ def own_rankings(columns: dict[str, str]) -> Ranked | None:
     if "image" not in columns or len(one) != 1 or columns.keys() & {"image_0", "image_1", "label"}:
         return None
     kept = {name: columns[name] for name in ("prompt_id", "image", *one) if name in columns}
-    own = {"prompt": columns.get("prompt", "prompt"), **kept}
-    return Ranked("columns", (), partial(one_image_a_row, own=own))
+    return rated("columns", {"prompt": columns.get("prompt", "prompt"), **kept})
+
+
+def rated(
+    name: str, own: dict[str, str], gap: float | None = None, truths: str | None = None
+) -> Ranked:
+    """A format with a row an image; ``own`` and ``gap`` are as for `one_image_a_row`."""
+    convert = partial(one_image_a_row, own=own, gap=gap)
+    needs = tuple((column,) for column in own.values())
+    return Ranked(name, needs, convert, truths=truths, own=tuple(own.items()))
 
 
 def _group(value: Any) -> str | None:
@@ -285,13 +431,17 @@ def _group(value: Any) -> str | None:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def join(files: Sequence[FilePairs]) -> Iterator[FilePairs]:
+def join(files: Sequence[FilePairs], compare: Compare = Compare()) -> Iterator[FilePairs]:
     """The pairs of rankings whose images are rows, each ranking whole, wherever its images are.
 
     A ranking is a ``prompt_id`` together with its prompt, and stands where its first image does.
     An image of n in it is in n - 1 pairs, so n images make n (n - 1) / 2 of them, and
 
-        rows = images of rankings + rejected,  pairs + merged = the sum of n (n - 1) / 2.
+        rows = images of rankings + rejected,
+        pairs + merged + not made = the sum of n (n - 1) / 2.
+
+    The noise of a rating is one for all images: with c ratings x of each image, s^2 = (the sum of
+    all (x - its image's mean)^2) / (the sum of all c - 1), and a mean has a variance of s^2 / c.
 
     Memory holds a record an image of all files (some 250 bytes), less than its pairs will have.
     """
@@ -299,6 +449,10 @@ def join(files: Sequence[FilePairs]) -> Iterator[FilePairs]:
     table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({"row": []})
     if not len(table):
         return
+    if compare.min_gap is None:
+        compare = replace(compare, min_gap=next((own.gap for own in files if own.members), None))
+    more = pc.sum(table["count"]).as_py() - len(table)
+    noise = pc.sum(table["squares"]).as_py() / more if more else None
     for i, name in enumerate(table.column_names):  # the texts of all files may have over 2 GB
         if pa.types.is_string(table[name].type):
             table = table.set_column(i, name, table[name].cast(pa.large_string()))
@@ -309,7 +463,7 @@ def join(files: Sequence[FilePairs]) -> Iterator[FilePairs]:
     order = np.argsort(place, kind="stable")
     starts = np.flatnonzero(np.diff(place[order], prepend=-1))
     ends = [*starts[1:].tolist(), len(order)]
-    ratings = table.column_names[6:]
+    ratings = table.column_names[8:]
     begun = file[place[order[starts]]].tolist()
     rankings = zip(begun, starts.tolist(), ends, strict=True)
     lot = groupby(rankings, key=lambda ranking: (ranking[0], ranking[1] // NEAR))
@@ -320,10 +474,10 @@ def join(files: Sequence[FilePairs]) -> Iterator[FilePairs]:
         images = table.take(pa.array(rows)).to_pylist()
         for image, number_ in zip(images, file[rows].tolist(), strict=True):
             image["file"] = files[number_].file
-        made = _Rankings()
+        made = _Rankings(compare)
         rejected: dict[str, Rejected] = defaultdict(list)
         for _, start, end in own:
-            _rank(made, images[start - low : end - low], ratings, rejected)
+            _rank(made, images[start - low : end - low], ratings, rejected, noise)
         pairs = made.file_pairs(files[home].file, ratings)
         pairs.cells = next((own.cells for own in files if own.cells), None)
         yield pairs
@@ -335,6 +489,7 @@ def _rank(
     images: list[dict[str, Any]],
     ratings: Sequence[str],
     rejected: dict[str, Rejected],
+    noise: float | None,
 ) -> None:
     """The pairs of one ranking; every image that is in none is rejected by its row."""
     once: dict[str, dict[str, Any]] = {}
@@ -352,6 +507,7 @@ def _rank(
         [[image["rank"] for image in own]],
         [in_file(image["ref"], image["file"], own[0]["file"]) for image in own],
         [{name: image[name] for name in ratings} for image in own],
+        None if noise is None else noise / np.array([image["count"] for image in own]),
     )
     for image in own if reason else ():
         rejected[image["file"]].append((image["row"], reason))

@@ -9,22 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fifa.config import Read
 from fifa.console import note, progress
 from fifa.data import formats
 from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
-from fifa.data.formats import PAIR_COLUMNS, Layout, own_layout
+from fifa.data.folders import read_sides
+from fifa.data.formats import PAIR_COLUMNS, Format, own_layout
 from fifa.data.merge import merge
 from fifa.data.pairs import FilePairs, Rejected, finish
-from fifa.data.rankings import Ranked, join, own_rankings
+from fifa.data.rankings import PAIRINGS, Compare, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.subset import check_subset
 from fifa.data.table import Origin, Pairs
+from fifa.data.winners import likely_columns
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
@@ -38,7 +42,12 @@ VERSION = 5  # of the way a source becomes pairs; part of every fingerprint
 
 
 def read_pairs(
-    source: str | Path, format: str | None = None, *, columns: dict[str, str] | None = None
+    source: str | Path,
+    format: str | None = None,
+    *,
+    columns: dict[str, str] | None = None,
+    pairs: str | None = None,
+    min_gap: float | None = None,
 ) -> Pairs:
     """Read preference pairs, whatever data set they come in, without reading pixels.
 
@@ -55,6 +64,9 @@ def read_pairs(
         the forms in `fifa.data.labels.OTHER_SCALES`). Any other name keeps a column of numbers,
         or of lists of numbers, under that name. ``__key__`` is ``dots`` where the keys of a
         WebDataset tar have dots in them.
+    pairs, min_gap
+        Where a prompt has several rated or ranked images: which two of them make a pair, as in
+        `fifa.data.rankings.Compare`; every two if not given.
 
     Returns
     -------
@@ -70,25 +82,46 @@ def read_pairs(
     columns = columns or {}
     if format is not None and format not in FORMATS:
         raise FifaError(f"no format {format!r}", do=f"take one of {', '.join(FORMATS)}")
+    if pairs not in (None, *PAIRINGS):
+        raise FifaError(f"no pairs {pairs!r}", do=f"take one of {', '.join(PAIRINGS)}")
     found = find_files(source)
     if (folder := found.root.folder) is not None:
         for place in (folder, folder.parent):  # the subset was named, or its files
             check_subset(place)
-    reader = _Reader(found.root, format, columns)
+    reader = _Reader(found.root, format, columns, Compare(pairs, min_gap))
     with progress("reading files", len(found.files)) as advance:
-        pairs = merge(_file_pairs(reader, found, advance))
-    if not len(pairs):
-        raise _nothing(found, pairs)
-    note(pairs=len(pairs), merged=pairs.origin.merged, rejected=len(pairs.rejected))
+        read = merge(_file_pairs(reader, found, advance))
+    if not len(read):
+        raise _nothing(found, read)
+    note(pairs=len(read), merged=read.origin.merged, rejected=len(read.rejected))
+    if read.origin.not_made:
+        note(not_made=sum(read.origin.not_made.values()))
+    scores = {name.removeprefix("source_") for name in read.origin.score_columns}
+    taken = {name.partition(".")[0] for name in reader.used} | scores | set(columns.values())
     origin = replace(
-        pairs.origin,
+        read.origin,
         source=str(source),
         root=found.root.url,
         format=reader.name,
         columns=columns,
-        fingerprint=_fingerprint(found, reader.name, columns),
+        pairs=pairs,
+        min_gap=min_gap,
+        used=reader.used,
+        ignored=tuple(sorted(reader.names - taken)),
     )
-    return replace(pairs, origin=origin)
+    origin = replace(origin, fingerprint=_fingerprint(found, origin))
+    return replace(read, origin=origin)
+
+
+def read_source(read: Read, source: str | None = None) -> Pairs:
+    """`read_pairs` with the knobs of ``read``; ``source`` is where it is now, if not there."""
+    return read_pairs(
+        source or read.source,
+        read.format,
+        columns=read.columns,
+        pairs=read.pairs,
+        min_gap=read.min_gap,
+    )
 
 
 def source_fingerprint(origin: Origin) -> str:
@@ -96,19 +129,27 @@ def source_fingerprint(origin: Origin) -> str:
 
     Raises `FifaError` where the source is not at hand.
     """
-    return _fingerprint(find_files(origin.source), origin.format, origin.columns)
+    return _fingerprint(find_files(origin.source), origin)
 
 
-def _fingerprint(found: Source, format: str, columns: dict[str, str]) -> str:
-    return digest([VERSION, format, columns, [file.__dict__ for file in found.files]])
+def _fingerprint(found: Source, origin: Origin) -> str:
+    compare = [origin.pairs, origin.min_gap]
+    if compare in ([None, None], [PAIRINGS[0], None]):  # as ever
+        compare = []
+    files = [file.__dict__ for file in found.files]
+    return digest([VERSION, origin.format, origin.columns, files, *compare])
 
 
 class _Reader:
     """Reads one file after another, all in one format."""
 
-    def __init__(self, root: Root, format: str | None, columns: dict[str, str]) -> None:
-        self.root = root
+    def __init__(
+        self, root: Root, format: str | None, columns: dict[str, str], compare: Compare
+    ) -> None:
+        self.root, self.compare = root, compare
         self.name = format or ""
+        self.used: dict[str, str] = {}  # of the first file with a format
+        self.names: frozenset[str] = frozenset()
         self._dots = frozenset[str]()
         if KEY in columns:
             if columns[KEY] != "dots":
@@ -118,7 +159,7 @@ class _Reader:
             name: column for name, column in columns.items() if name not in (*PAIR_COLUMNS, KEY)
         }
         own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
-        self._own: Layout | Ranked | None = own_rankings(columns)
+        self._own: Format | None = own_rankings(columns)
         if self._own:
             self.carried = {}
         elif own or format == "columns":
@@ -143,8 +184,9 @@ class _Reader:
         if form is None:
             reasons = [*rejected, *_unknown(columns, bool(rejected))]
             return "", FilePairs(file.path, rejected=reasons)
-        own = form.read(columns, self.carried)
+        own = form.read(columns, self.carried, self.compare)
         own.rejected += rejected
+        own.used, own.names = form.uses(columns), columns.names
         if own.members is not None:
             placed = self._placed(file, own.members["key"], own.members["ref"])
             for at, column in zip((4, 5), placed, strict=True):
@@ -158,6 +200,10 @@ class _Reader:
         return form.name, finish(own)
 
     def _columns(self, file: SourceFile) -> tuple[Columns, Rejected]:
+        if file.kind == "sides" and self.root.folder is not None:
+            one, _, two = file.path.partition("+")
+            records = read_sides(self.root.folder, (one, two))
+            return RecordColumns(records, "jsonl", file.path), records.rejected
         if file.kind == "parquet":
             local = self.root.folder is not None
             name = self.root.name(file.path)
@@ -165,9 +211,11 @@ class _Reader:
             return ParquetColumns(opened, file.path), []
         with self.root.open(file.path) as stream:
             records = read_records(stream, file.kind, self._dots)
+        if not self._own and file.path.rpartition("/")[2].partition(".")[0] == "metadata":
+            records.columns = _image_folder(records.columns)
         return RecordColumns(records, file.kind, file.path), records.rejected
 
-    def _form(self, columns: Columns) -> Layout | Ranked | None:
+    def _form(self, columns: Columns) -> Format | None:
         if self._own:
             return self._own
         for form in formats.FORMATS:
@@ -248,6 +296,7 @@ def _file_pairs(
             waiting.extend(pool.submit(reader.read, file) for file in islice(files, 1))
             if name:
                 forms[name] += 1
+                reader.used, reader.names = reader.used or own.used, reader.names | own.names
             if len(forms) > 1:
                 mixed = " and ".join(sorted(forms))
                 raise FifaError(
@@ -259,15 +308,28 @@ def _file_pairs(
                 ranked.append(own)
             advance(1)
             yield own
-    yield from map(finish, join(ranked))
+    yield from map(finish, join(ranked, reader.compare))
     reader.name = next(iter(forms), reader.name)
+
+
+def _image_folder(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns of `datasets`' imagefolder as it names them, and its text as the prompt.
+
+    ``chosen_file_name`` becomes ``chosen``, ``file_name`` becomes ``image``.
+    """
+    names = {name: name.removesuffix("_file_name") for name in columns}
+    names |= {"file_name": "image"}
+    if "prompt" not in columns:
+        names["text"] = "prompt"
+    renamed = {names.get(name, name): values for name, values in columns.items()}
+    return renamed if len(renamed) == len(columns) else columns
 
 
 def _unknown(columns: Columns, explained: bool) -> Rejected:
     """Why a file has no format; nothing if its rows have been rejected already."""
     if columns.names:
         some = ", ".join(sorted(columns.names)[:20])
-        looks = _one_image(columns)
+        looks = _one_image(columns) or likely_columns(columns)
         return [(None, f"no known format has these columns: {some}{looks}")]
     return [] if explained else [(None, "the file is empty")]
 
@@ -287,7 +349,8 @@ def _one_image(columns: Columns) -> str:
 def _nothing(found: Source, pairs: Pairs) -> FifaError:
     """The message for a source without one pair: its commonest reason."""
     if not len(pairs.rejected):
-        return FifaError("the data set is empty", where=found.named)
+        why = "; ".join(f"{count:,} pairs: {n}" for n, count in pairs.origin.not_made.items())
+        return FifaError(f"no pairs: {why}" if why else "the data set is empty", where=found.named)
     reasons = Counter(pairs.rejected["reason"].to_pylist())
     reason, count = reasons.most_common(1)[0]
     place = next(row for row in pairs.rejected.to_pylist() if row["reason"] == reason)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fifa.data.folders import find_sides, sides_stamp
 from fifa.data.records import encodable
 from fifa.errors import FifaError
 
@@ -41,7 +42,8 @@ class SourceFile:
     path
         Relative to the source's root, with forward slashes.
     kind
-        One of the values of `KINDS`.
+        One of the values of `KINDS`, or ``sides``: two folders (``chosen+rejected``) that are read
+        together, `fifa.data.folders`.
     size
         Bytes; -1 where the store does not say.
     stamp
@@ -197,7 +199,8 @@ def find_files(source: str | Path) -> Source:
         raise FifaError(
             "nothing to read here",
             where=str(source),
-            do=f"{unpack}it needs files that end in {', '.join(KINDS)}, or as text in {PACKED}",
+            do=f"{unpack}it needs files that end in {', '.join(KINDS)}, or as text in {PACKED}, or "
+            "two folders of images, chosen/ and rejected/, with equal file names",
         )
     return found
 
@@ -275,6 +278,8 @@ def _find_local(named: str) -> Source:
             continue
         files.append(SourceFile(name, kind, status.st_size, str(status.st_mtime_ns)))
     files.sort(key=lambda file: file.path)
+    if path.is_dir() and not files and (sides := find_sides(path)):
+        files = [SourceFile("+".join(sides), "sides", -1, sides_stamp(path, sides))]
     return Source(named, Root(str(root.resolve())), tuple(files), tuple(sorted(refused)))
 
 

@@ -61,6 +61,14 @@ class Origin:
     rows, merged
         Rows (or rankings' pairs) read, and how many of them repeated an earlier pair and were
         merged into it: ``rows = pairs + merged + rejected``.
+    not_made
+        Of rankings: pairs of a prompt's images that were not made, by reason.
+    pairs, min_gap
+        Which pairs of rankings were to be made, as in `fifa.data.rankings.Compare`.
+    used
+        The columns that became pairs and labels, each with what it is.
+    ignored
+        The other columns, but those of ``score_columns``.
     """
 
     source: str = ""
@@ -72,6 +80,11 @@ class Origin:
     fingerprint: str = ""
     rows: int = 0
     merged: int = 0
+    not_made: dict[str, int] = field(default_factory=dict)
+    pairs: str | None = None
+    min_gap: float | None = None
+    used: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,8 +142,8 @@ def _origin(table: pa.Table, folder: Path) -> Origin:
     plain = json.loads(metadata.get(b"fifa.origin", b"null"))
     if plain is None:
         raise FifaError("not a table of pairs that fifa wrote", where=str(path))
-    for name in ("cells", "score_columns"):
-        plain[name] = tuple(plain[name]) if plain[name] is not None else None
+    for name in ("cells", "score_columns", "ignored"):
+        plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
     return Origin(**plain)
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fifa.config import Export, Recipe, Train, changed
 from fifa.console import echo, note
 from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
-from fifa.data.read import read_pairs, source_fingerprint
+from fifa.data.read import read_source, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
@@ -187,7 +187,7 @@ def _known_pairs(folder: Path) -> Pairs | None:
 
 
 def _read(recipe: Recipe) -> Pairs:
-    return read_pairs(recipe.read.source, recipe.read.format, columns=recipe.read.columns)
+    return read_source(recipe.read)
 
 
 def _is_untouched(pairs: Pairs) -> bool:
@@ -206,6 +206,8 @@ def echo_read(pairs: Pairs) -> None:
     )
     if origin.merged:
         echo(f"  merged   {origin.merged:>10,}  repeated pairs, labels averaged")
+    for reason, count in origin.not_made.items():
+        echo(f"  not made {count:>10,}  {reason}")
     reasons = Counter(pairs.rejected["reason"].to_pylist())
     for reason, count in reasons.most_common(10):
         echo(f"  rejected {count:>10,}  {reason}")

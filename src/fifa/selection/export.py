@@ -24,7 +24,7 @@ from fifa.config import Export, Read, Recipe, Score, Select, build
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Door, Found, has_pixels, pair_images, read
-from fifa.data.read import read_pairs
+from fifa.data.read import read_source
 from fifa.data.records import OURS
 from fifa.data.source import is_url
 from fifa.data.subset import SUBSET_FILE
@@ -378,7 +378,7 @@ def rebuild(
     _refuse_foreign(folder)
     if source is None and is_url(was.source) and not was.source.startswith("file://"):
         _refuse_address(path, was.source, allow_download)
-    pairs = read_pairs(source or was.source, was.format, columns=was.columns)
+    pairs = read_source(was, source)
     rows = _rows(pairs, known.pair_id)
     if known.images and not (allow_download or has_pixels(pairs.table, pairs.origin)):
         raise FifaError(

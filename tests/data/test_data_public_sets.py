@@ -1,0 +1,256 @@
+"""Every row of the table in docs/data-sets.md is read, and its sides mean what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from public_sets import EXAMPLES, Example, P
+
+from commands import fifa
+from fifa.config import Read
+from fifa.data import read_pairs
+from fifa.data.explain import explained
+from fifa.data.read import FORMATS, read_source
+from fifa.data.table import Pairs, load_pairs, save_pairs
+from fifa.errors import FifaError
+
+PAGE = Path(__file__).parents[2] / "docs" / "data-sets.md"
+
+
+def table(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def labels(pairs: Pairs) -> dict[tuple[str, str], float]:
+    """Of every two images the label of the first, in both orders."""
+    found = {}
+    for row in pairs.table.to_pylist():
+        found[row["image_0"], row["image_1"]] = row["label"]
+        found[row["image_1"], row["image_0"]] = 1 - row["label"]
+    return found
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_a_public_set_is_read_by_its_columns(example: Example, tmp_path: Path) -> None:
+    pairs = read_pairs(table(tmp_path / "a.jsonl", example.rows))
+    assert pairs.origin.format == example.format
+    assert len(pairs) == len(example.labels)
+    assert not len(pairs.rejected)
+    found = labels(pairs)
+    assert {key: found[key] for key in example.labels} == pytest.approx(example.labels)
+    assert set(pairs.table["votes"].to_pylist()) == {example.votes}
+    assert set(pairs.table["prompt"].to_pylist()) == {"a red fox"}
+
+
+def test_the_page_has_every_format_and_every_row_of_it_a_test() -> None:
+    page = PAGE.read_text("utf-8").partition("\n| set |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (.+?) \| `([a-z0-9-]+)` \| .* \|$", page, re.M)
+    named = [(re.sub(r"\[(.+?)\]\(\S+\)", r"\1", name), form) for name, form in rows]
+    assert named == [(example.name, example.format) for example in EXAMPLES]
+    assert {form for _, form in named} == set(FORMATS)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_what_is_understood_is_explained(example: Example, tmp_path: Path) -> None:
+    text = explained(read_pairs(table(tmp_path / "a.jsonl", example.rows)))
+    assert text.startswith(f"format    {example.format}, by ")
+    assert text.count(" wins") + text.count("a tie") == min(3, len(example.labels))
+    names = set().union(*example.rows)
+    told = re.findall(r"^(?:column|kept|ignored) +(.*)$", text, re.M)
+    for name in names:  # every column is used, kept or ignored; a rating is kept a side
+        assert any(name in line for line in told), name
+
+
+def test_explain_needs_no_run_and_says_what_was_left(tmp_path: Path) -> None:
+    rows = [
+        P | {"image_a": "a", "image_b": "b", "winner": "A", "clip": 0.5, "note": "x"},
+        P | {"image_a": "b", "image_b": "a", "winner": "tie", "clip": 0.5},
+        P | {"image_a": "c", "image_b": None, "winner": "B", "clip": 0.5},
+    ]
+    told = fifa("read", table(tmp_path / "a.jsonl", rows), "--explain").stdout
+    assert "format    winner, by prompt, winner, image_a, image_b\n" in told
+    assert "kept      clip\nignored   note\n" in told
+    assert "  label   image_0 wins with 75%, votes: 2\n" in told
+    assert "pairs     1 of 3 rows, 1 merged\nrejected  1: image 1 is missing\n" in told
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+    result = fifa("read", tmp_path / "a.jsonl")
+    assert result.returncode == 1
+    assert "no --out given" in result.stderr
+
+
+SEEN = [
+    (["A", "B", "C"], "text", "label=winner:FIRST/SECOND/TIE"),
+    (["left", "right", "tie"], "words", "label=winner:left/right/tie if 'left' means image_0"),
+    (["image_1", "image_2"], "words", "label=winner:image_1/image_2 if"),
+    ([1, 2, 1], "the number of an image", "label=winner:1/2 if 1"),
+    ([1, -1, 0], r"\+1 and -1", "label=winner:1/-1/0 if 1"),
+    ([12, 0, 3], "counts of votes", "label=winner/(winner+OTHER)"),
+    ([0.3, -2.5, 7.1], "a score or a reward", "label=winner>OTHER"),
+]
+
+
+@pytest.mark.parametrize(("values", "looks", "option"), SEEN)
+def test_another_notation_is_refused_with_the_option_that_reads_it(
+    tmp_path: Path, values: list[object], looks: str, option: str
+) -> None:
+    rows = [
+        P | {"image_a": f"{i}a", "image_b": f"{i}b", "winner": value}
+        for i, value in enumerate(values)
+    ]
+    path = table(tmp_path / "a.jsonl", rows)
+    names = {"prompt": "prompt", "image_0": "image_a", "image_1": "image_b"}
+    with pytest.raises(FifaError, match=looks) as error:
+        read_pairs(path)  # by its columns
+    assert f"--columns prompt=prompt,image_0=image_a,image_1=image_b,{option}" in str(error.value)
+    with pytest.raises(FifaError, match=looks) as error:
+        read_pairs(path, columns=names | {"label": "winner"})
+    assert option in str(error.value)
+
+
+def test_a_table_of_other_names_is_told_the_option_to_copy(tmp_path: Path) -> None:
+    rows = [{"caption": "x", "img_left": "a", "img_right": "b", "pref_0": n} for n in (1, -1, 0)]
+    with pytest.raises(FifaError) as error:
+        read_pairs(table(tmp_path / "a.jsonl", rows))
+    names = "prompt=caption,image_0=img_left,image_1=img_right,label=pref_0:1/-1/0"
+    assert f"it looks like a row a pair: --columns {names} if 1 means image_0" in str(error.value)
+    columns = dict(part.split("=") for part in names.split(","))
+    pairs = read_pairs(tmp_path / "a.jsonl", columns=columns)
+    assert pairs.table["votes"].to_pylist() == [3]
+
+
+SCORES = {"a": 4.0, "b": 1.0, "c": 3.5, "d": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "made"),
+    [
+        ({}, {"ab", "ac", "ad", "bc", "bd", "cd"}),
+        ({"pairs": "best-worst"}, {"ab"}),
+        ({"pairs": "adjacent"}, {"ac", "cd", "bd"}),
+        ({"min_gap": 0.5}, {"ab", "ac", "ad", "bc", "cd"}),
+        ({"pairs": "adjacent", "min_gap": 0.6}, {"cd"}),
+    ],
+)
+def test_which_images_of_a_prompt_make_a_pair(tmp_path: Path, knobs, made) -> None:  # type: ignore[no-untyped-def]
+    rows = [P | {"image": name, "score": score} for name, score in SCORES.items()]
+    path = table(tmp_path / "a.jsonl", rows)
+    read = Read(source=str(path), columns={"image": "image", "score": "score"}, **knobs)
+    pairs = read_source(read)
+    assert {"".join(sorted(r["image_0"] + r["image_1"])) for r in pairs.table.to_pylist()} == made
+    for row in pairs.table.to_pylist():
+        assert row["label"] == (SCORES[row["image_0"]] > SCORES[row["image_1"]])
+    assert len(pairs) + sum(pairs.origin.not_made.values()) == 6
+    save_pairs(pairs, tmp_path / "run")
+    assert load_pairs(tmp_path / "run").origin == pairs.origin
+
+
+def test_ratings_of_several_people_differ_by_more_than_their_noise(tmp_path: Path) -> None:
+    """By hand: s^2 = (2/3 + 2/3 + 2) / 6 = 5/9, and two means have sqrt(2/3 * 5/9) = 0.61."""
+    ratings = {"a": [4, 5, 4], "b": [4, 4, 5], "c": [3, 5, 4], "d": [1]}
+    rows = [P | {"image": name, "score": json.dumps(own)} for name, own in ratings.items()]
+    columns = {"image": "image", "score": "score"}
+    pairs = read_pairs(table(tmp_path / "a.jsonl", rows), columns=columns)
+    made = {"".join(sorted(r["image_0"] + r["image_1"])) for r in pairs.table.to_pylist()}
+    assert made == {"ad", "bd", "cd"}
+    assert pairs.origin.not_made == {"the ratings differ by no more than their noise": 3}
+    pairs = read_pairs(tmp_path / "a.jsonl", columns=columns, min_gap=0.3)
+    assert len(pairs) == 5  # a and b have one mean, c's is a third lower
+    with pytest.raises(FifaError, match="take one of all, best-worst, adjacent"):
+        read_pairs(tmp_path / "a.jsonl", columns=columns, pairs="some")
+
+
+def test_ranks_of_several_annotators_are_compared_by_their_means(tmp_path: Path) -> None:
+    notes = [{"rank": [1, 2, 3]}, {"rank": [1, 3, 2]}, {"rank": [1, 3, 2]}]
+    rows = [P | {"image_path": ["a", "b", "c"], "raw_annotations": notes}]
+    path = table(tmp_path / "a.jsonl", rows)
+    assert labels(read_pairs(path, pairs="best-worst")).keys() == {("a", "b"), ("b", "a")}
+    pairs = read_pairs(path, min_gap=0.5)
+    assert len(pairs) == 2
+    assert pairs.origin.not_made == {"the ratings differ by less than 0.5": 1}
+
+
+def test_two_folders_of_equal_file_names(tmp_path: Path) -> None:
+    files = {"chosen": ("1.png", "2.jpg", "3.png"), "rejected": ("1.png", "2.png", "4.png")}
+    for folder, names in files.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(b"x")
+    (tmp_path / "chosen" / "1.txt").write_text(" a red fox\n")
+    (tmp_path / "rejected" / "2.txt").write_text("a blue door")
+    pairs = read_pairs(tmp_path)
+    assert pairs.origin.format == "chosen-rejected"
+    assert pairs.table["prompt"].to_pylist() == ["a red fox", "a blue door"]
+    assert labels(pairs)["chosen/1.png", "rejected/1.png"] == 1.0
+    assert labels(pairs)["chosen/2.jpg", "rejected/2.png"] == 1.0
+    refs = {row["image_0_ref"] for row in pairs.table.to_pylist()}
+    assert all((tmp_path / ref).is_file() for ref in refs)
+    assert pairs.rejected["reason"].to_pylist() == [
+        "rejected/ has no image '3'",
+        "chosen/ has no image '4'",
+    ]
+    before = pairs.origin.fingerprint
+    (tmp_path / "chosen" / "1.txt").write_text("another prompt")
+    assert read_pairs(tmp_path).origin.fingerprint != before
+
+
+def test_an_image_folder_of_datasets(tmp_path: Path) -> None:
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / "1.png").write_bytes(b"x")
+    rows = [
+        {"chosen_file_name": "chosen/1.png", "rejected_file_name": "r/1.png", "text": "a red fox"}
+    ]
+    table(tmp_path / "metadata.jsonl", rows)
+    pairs = read_pairs(tmp_path)
+    assert pairs.origin.format == "chosen-rejected"
+    assert labels(pairs)["chosen/1.png", "r/1.png"] == 1.0
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,prompt,label\na,x,true\nb,x,false\n")
+    pairs = read_pairs(tmp_path)
+    assert (pairs.origin.format, labels(pairs)["a", "b"]) == ("kto", 1.0)
+    columns = {"image_0": "chosen_file_name", "image_1": "rejected_file_name", "label": ":first"}
+    table(tmp_path / "metadata.jsonl", rows)
+    own = read_pairs(tmp_path / "metadata.jsonl", columns=columns | {"prompt": "text"})
+    assert len(own) == 1  # named as they are in the file
+
+
+def test_votes_named_by_files_are_those_of_either_image_or_of_none(tmp_path: Path) -> None:
+    images = {"image1": "x/a.jpg", "image2": "https://h.org/b.jpg"}
+    results = [{"b.jpg": 3, "a.jpg": 1}, {"image1": 0, "image2": 2}, {"c.jpg": 3, "a.jpg": 1}]
+    results += [{"a.jpg": 0, "b.jpg": 0}, {"a.jpg": 1}]
+    rows = [
+        {"prompt": f"p{i}", "aggregatedResults": json.dumps(result)} | images
+        for i, result in enumerate(results)
+    ]
+    pairs = read_pairs(table(tmp_path / "a.jsonl", rows))
+    assert pairs.table["label"].to_pylist() == [0.25, 0.0]
+    assert pairs.table["votes"].to_pylist() == [4, 2]
+    unnamed = "aggregatedResults does not give the votes for either image by its name"
+    reasons = [unnamed, "negative votes, or none", unnamed]
+    assert pairs.rejected["reason"].to_pylist() == reasons
+
+
+def test_a_benchmark_row_whose_parts_are_none_of_a_pair_is_rejected(tmp_path: Path) -> None:
+    good = next(example for example in EXAMPLES if example.name == "MMRB2").rows[0]
+    edit = {"prompt_content": [["image", "in.jpg"], ["text", "make it blue"]]}
+    rows = [good, good | edit, good | {"chosen": "A"}, good | {"human_annotations": [7]}]
+    (tmp_path / "t2i.json").write_text(json.dumps({"pairs": rows}))
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 1
+    assert pairs.rejected["reason"].to_pylist() == [
+        "no prompt, or no valid text",
+        "the annotators' majority is not the one in chosen",
+        "human_annotations are not numbers from 1 to 6",
+    ]
+
+
+def test_text_that_is_json_is_read_as_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        'prompt,file_path,human_preference\nx,"[""a"", ""b""]","[1, 0]"\ny,"[""a""","[1, 0]"\n'
+    )
+    pairs = read_pairs(tmp_path / "a.csv")
+    assert labels(pairs)["a", "b"] == 1.0
+    assert pairs.rejected["reason"].to_pylist() == ["it does not name two images"]
