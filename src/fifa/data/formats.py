@@ -424,7 +424,7 @@ def _responses(columns: Columns) -> Labels:
 
     Of the answers only those are counted that were submitted, where the tool tells.
     """
-    answers = columns.values("preference.responses")
+    answers = parsed(columns, "preference.responses")
     states: list[Any] = [None] * len(answers)
     if RESPONSE_STATUS in columns.names:
         states = columns.values(RESPONSE_STATUS)
@@ -477,7 +477,7 @@ FORMATS: tuple[Format, ...] = (
     rated("evalmuse", _EVALMUSE),
     *(
         rated("kto", {"prompt": "prompt", "image": image, "score": "label"}, 1.0, truths="label")
-        for image in ("image", "completion")
+        for image in ("image", "image_path")
     ),
     Ranked(
         "mmrb2",

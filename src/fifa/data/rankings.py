@@ -124,7 +124,7 @@ class Ranked:
         if self.own:
             return {column: what for what, column in self.own}
         there = [next((n for n in names if has(columns, n)), "") for names in self.needs]
-        return {name: "ranking" for name in there if name}
+        return {name: "images and who is better" for name in there if name}
 
 
 @dataclass
