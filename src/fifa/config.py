@@ -164,6 +164,9 @@ class Read(Knobs):
         no more than their noise, where a rating is the mean of several.
     allow_download
         Fetch images that the source only names by a URL (from public addresses only).
+    images_from
+        A URL (such as ``s3://bucket/images``) below which the source may name images: they are
+        opened with your own rights there.
     """
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
@@ -172,6 +175,7 @@ class Read(Knobs):
     pairs: Literal["all", "best-worst", "adjacent"] = "all"
     min_gap: NotNegative | None = None
     allow_download: Annotated[bool, Option("--allow-download/--no-download")] = False
+    images_from: tuple[str, ...] = ()
 
 
 @knobs
@@ -304,6 +308,9 @@ class Compute(Knobs):
     store
         Where unfinished shards are kept: a folder or URL that all workers can read and write; if
         not given, beside the scores.
+    cache_gb
+        How many GB of a remote source's images are kept on this machine's disk (in the folder
+        ``$FIFA_CACHE``, else ``~/.cache/fifa``); 0 keeps none. The oldest make room.
     in_flight
         How many requests are sent to a rater's endpoint at the same time.
     max_tokens
@@ -323,6 +330,7 @@ class Compute(Knobs):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     store: str | None = None
+    cache_gb: NotNegative = 10.0
     in_flight: Count = 16
     max_tokens: Count = 8192
 

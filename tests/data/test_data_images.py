@@ -53,7 +53,7 @@ def test_a_truncated_image_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "TGA"])
 def test_other_formats_are_refused(kind: str) -> None:
-    with pytest.raises(BadImage, match="no JPEG, PNG or WEBP"):
+    with pytest.raises(BadImage, match="no JPEG, PNG, WEBP, AVIF or HEIC"):
         check_image(picture(kind))
 
 

@@ -103,7 +103,7 @@ def test_hf_ids_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(path)
         raise OSError("no network")
 
-    monkeypatch.setattr(HfFileSystem, "isfile", offline)
+    monkeypatch.setattr(HfFileSystem, "resolve_path", offline)
     with pytest.raises(FifaError, match="no network"):
         find_files("hf://datasets/someone/feedback")
     assert asked == ["datasets/someone/feedback"]

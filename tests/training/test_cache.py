@@ -276,7 +276,7 @@ def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, 
     cells[2] = b"<html>not found</html>"
     pq.write_table(table.set_column(0, "jpg_0", pa.array(cells)), path)
     seen = counted(backbone, monkeypatch)
-    with pytest.raises(FifaError, match=r"no JPEG, PNG or WEBP[\s\S]*pair c, loser"):
+    with pytest.raises(FifaError, match=r"no JPEG, PNG, WEBP, AVIF or HEIC[\s\S]*pair c, loser"):
         encode(read_training_pairs(path), backbone, tmp_path / "c", resolution=64)
     assert seen == {"images": 0, "prompts": []}
     cells[2] = table["jpg_0"][2].as_py()[:200]  # a good header, and then nothing

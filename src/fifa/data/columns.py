@@ -6,11 +6,12 @@ bytes are never read: only whether they are there (from Parquet's statistics).
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ class ParquetColumns:
 
     kind = "parquet"
 
-    def __init__(self, source: str | IO[bytes], file: str) -> None:
+    def __init__(self, source: str | io.RawIOBase | io.BytesIO, file: str) -> None:
         self.file = file
         self._source = source
         self._local = isinstance(source, str)
@@ -114,7 +115,7 @@ class ParquetColumns:
                 raise FifaError(
                     f"column {name!r} is a struct of {', '.join(fields)}, not of bytes or path",
                     where=self.file,
-                    do="write the images' files (JPEG, PNG or WEBP) as bytes, or their paths",
+                    do="write the images' files (such as JPEG or PNG) as bytes, or their paths",
                 )
             return "struct" if "path" in fields else "cell"
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind

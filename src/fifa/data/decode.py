@@ -5,7 +5,7 @@ Pillow leaves the rest of a PNG as it was, that is 0. So neither is shown the en
 one: as long as there may be more, a decoder waits for what it lacks, and Pillow tells. Only a JPEG
 of several scans has to be read to its end. Where its last block says nothing it is decoded once
 more, such that pixels without data must come out different. WEBP needs none of this: libwebp fails
-when it runs out.
+when it runs out; and AVIF and HEIC say how many bytes each picture has.
 
 Whoever walks through the bytes has a budget, whatever they say: Pillow's readers of JPEG and PNG
 take a step of Python a segment, a chunk or a stray byte, and each step reads from `_Budgeted`. The
@@ -24,10 +24,13 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageFile
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+from fifa.data.avif import coded_pixels
+from fifa.data.kinds import MISSING, kind_of, may_be_turned, orientation, readable, turned
+
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 MAX_PIXELS = 36_000_000  # 4 bytes each
-MAX_WEBP = 10_000_000  # pixels of a WEBP: libwebp and Pillow hold it four times
+# pixels of which the decoder and Pillow hold several copies, libwebp and Pillow four
+MAX_OTHERS = {"WEBP": 10_000_000, "AVIF": 10_000_000, "HEIF": 16_000_000}
 MAX_SCANS = 14_000_000  # pixels of a JPEG of several scans: 6 bytes each, and two pictures
 MAX_BYTES = 64 << 20
 READS = 100_000  # by a decoder of one file: three a segment or chunk; 64 MB of PNG take 25,000
@@ -66,11 +69,11 @@ def open_image(data: bytes, least: int = 0) -> Image.Image:
     side is shorter than that: its decoder makes such a picture out of a part of the coefficients,
     in a part of the time (`PIL.Image.Image.draft`). 0 decodes every pixel.
 
-    JPEG, PNG and WEBP of at most `MAX_PIXELS` pixels (`MAX_WEBP`, `MAX_SCANS`) and `MAX_BYTES`
-    bytes. Refused as well: truncated files and headers that promise more pixels than there are
-    data for, animations (nobody knows which frame a person judged), 16-bit grey, and JPEGs that no
-    browser shows (arithmetic coding). Rotation by EXIF and conversion to RGB are left to whoever
-    looks at the image.
+    JPEG, PNG, WEBP, AVIF and (with pillow-heif) HEIC of at most `MAX_PIXELS` pixels (`MAX_OTHERS`,
+    `MAX_SCANS`) and `MAX_BYTES` bytes. Refused as well: truncated files and headers that promise
+    more pixels than there are data for, animations (nobody knows which frame a person judged),
+    16-bit grey, and JPEGs that no browser shows (arithmetic coding). The image comes as people see
+    it, turned as its Exif says; conversion to RGB is left to whoever looks at it.
 
     A lack of data is seen exactly but for this. The 7 bits that may be left over and the 64 ones
     behind them (17 a code) may do for one more unit, or for up to four blocks where a unit is a
@@ -80,31 +83,46 @@ def open_image(data: bytes, least: int = 0) -> Image.Image:
     """
     try:
         image, scans = _header(data)
-        pixels = image.width * image.height
+        pixels, turn = image.width * image.height, orientation(image)
         if least and image.format == "JPEG":
             image.draft(image.mode, (least, least))
+        size = image.size
         image.load()
+        if image.size != size:
+            raise BadImage("its picture has not the size that its header says")
         if scans and _lacks_data(image, data, pixels):
             raise BadImage(PROMISE)
+        return turned(image, turn)
     except BadImage:
         raise
     except Exception as error:  # a decoder fed with hostile bytes may raise anything
         raise _undecodable(error) from error
-    return image
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Height and width of an image as its header says; raises `BadImage` as `open_image` does.
+    """Height and width of an image as it is seen, by its header; `BadImage` as from `open_image`.
 
     What follows the header is not decoded: a truncated file passes.
     """
     try:
         with _header(data)[0] as image:
-            return image.height, image.width
+            size = image.height, image.width
+            return size if orientation(image) < 5 else size[::-1]
     except BadImage:
         raise
     except Exception as error:
         raise _undecodable(error) from error
+
+
+def turn_of(data: bytes) -> int:
+    """The `fifa.data.kinds.orientation` of a file; 1 where it cannot be opened."""
+    if not may_be_turned(data):
+        return 1
+    try:
+        with _header(data)[0] as image:
+            return orientation(image)
+    except Exception:  # hostile bytes, as above
+        return 1
 
 
 class _Budgeted(io.BytesIO):
@@ -151,14 +169,19 @@ def _header(data: bytes) -> tuple[ImageFile.ImageFile, bool]:
         raise BadImage(f"more than {MAX_BYTES:,} bytes")
     if data.startswith(PNG):
         data = _without_end(data)
-    image = _open(data, *FORMATS)
+    other = kind_of(data)
+    if other and other not in readable():
+        raise BadImage(MISSING[other])
+    image = _open(data, *readable())
     pixels = image.width * image.height
-    most = MAX_WEBP if image.format == "WEBP" else MAX_PIXELS
+    most = MAX_OTHERS.get(image.format or "", MAX_PIXELS)
     if pixels > most:
         raise BadImage(f"more than {most:,} pixels")
     # an MPO is a JPEG with further pictures behind the one that everybody sees
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise BadImage("an animation")
+    if image.format == "AVIF" and coded_pixels(data) > 3 * most:  # with alpha and thumbnail
+        raise BadImage(f"more than {most:,} pixels are coded in it")
     if image.mode not in MODES:
         raise BadImage(f"mode {image.mode} is not supported")
     if image.format not in _JPEGS:
@@ -178,7 +201,7 @@ def _undecodable(error: Exception) -> BadImage:
     if brief.startswith("image file is truncated"):
         return BadImage(PROMISE)
     if "cannot identify" in brief:
-        brief = "no JPEG, PNG or WEBP"
+        brief = "no JPEG, PNG, WEBP, AVIF or HEIC"
     return BadImage(f"cannot be decoded: {brief}")
 
 

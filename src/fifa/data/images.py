@@ -7,18 +7,20 @@ Whatever has images (pairs, the cells of Parquet files, files in a folder) becom
 from __future__ import annotations
 
 import binascii
+import io
 import os
 import re
 import stat
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from fifa.data.decode import MAX_BYTES, BadImage, image_size
+from fifa.data.archive import member_bytes, split
+from fifa.data.decode import MAX_BYTES, BadImage, image_size, turn_of
 from fifa.data.fetch import FetchError, fetch
 from fifa.data.parquet import BATCH, rows_at_once
 from fifa.data.records import WRITTEN_OUT, Place, out_of_file, outside, tar_ref
-from fifa.data.source import Root, has_file, inside
+from fifa.data.remote import Range, RemoteFile, below, fetch_file
+from fifa.data.source import BLOCK, Root, has_file, inside
 from fifa.data.table import Origin, Pairs
 from fifa.shards.files import column_digest, digest, write_bytes
 
@@ -39,6 +43,7 @@ Integers = npt.NDArray[np.int64]
 Rows = Sequence[int] | range | Integers
 Found = tuple[int, "bytes | BadImage"]  # the image's row in its table, and what came of it
 Door = Callable[["Images"], Iterable[Found]]  # `read`, as it is to be called
+Opened = str | RemoteFile | io.BytesIO  # a Parquet file
 Cell = tuple[int, int, str]  # row in the file, row in the table of images, column
 
 IMAGES = pa.schema(
@@ -52,7 +57,8 @@ IMAGES = pa.schema(
 )
 FACTS = pa.schema(
     [
-        ("content", pa.string()),  # XXH3-128 of the bytes; null where they cannot be read
+        # XXH3-128 of the bytes, and -2 to -8 where Exif turns the picture; null: cannot be read
+        ("content", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("reason", pa.string()),  # why the image does not come in, as far as its header tells
@@ -78,12 +84,16 @@ class Images:
     keyed
         True where a key is one image: an id, or a file named by its content; also where to find
         out would be a download. Otherwise different keys may have the same bytes.
+    remote, images_from
+        As in `fifa.data.table.Origin`.
     """
 
     table: pa.Table
     root: str
     fingerprint: str = ""
     keyed: bool = False
+    remote: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images_from: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -95,7 +105,9 @@ class Images:
             if pa.types.is_dictionary(IMAGES.field(name).type):  # only the names that are left
                 few = part[name].cast(pa.string()).combine_chunks().dictionary_encode()
                 part = part.set_column(i, IMAGES.field(name), few)
-        return replace(self, table=part)
+        own = set(part["file"].chunk(0).dictionary.to_pylist()) if self.remote else ()
+        remote = {name: known for name, known in self.remote.items() if name in own}
+        return replace(self, table=part, remote=remote)
 
     @property
     def identity(self) -> str:
@@ -182,6 +194,8 @@ def pair_images(table: pa.Table, origin: Origin, slots: Rows | None = None) -> I
         root=origin.root,
         fingerprint=origin.fingerprint,
         keyed=origin.format in KEYED or not has_pixels(table, origin),
+        remote=origin.remote,
+        images_from=origin.images_from,
     )
 
 
@@ -219,11 +233,15 @@ def file_images(folder: Path, names: Sequence[str], *, keyed: bool = False) -> I
 
 
 def _images(
-    columns: list[pa.Array | Integers], root: str, fingerprint: str = "", keyed: bool = False
+    columns: list[pa.Array | Integers],
+    root: str,
+    fingerprint: str = "",
+    keyed: bool = False,
+    **more: Any,
 ) -> Images:
     arrays = [pa.array(column) for column in columns]
     cast = [array.cast(field.type) for array, field in zip(arrays, IMAGES, strict=True)]
-    return Images(pa.table(cast, schema=IMAGES), root, fingerprint, keyed)
+    return Images(pa.table(cast, schema=IMAGES), root, fingerprint, keyed, **more)
 
 
 def has_pixels(table: pa.Table, origin: Origin) -> bool:
@@ -237,7 +255,9 @@ def has_pixels(table: pa.Table, origin: Origin) -> bool:
     for ref in table["image_0_ref"].drop_null()[:100].to_pylist():
         if tar_ref(out_of_file(ref)[1]) or ("://" not in ref and root.folder is None):
             return True
-        if "://" not in ref and root.folder is not None and has_file(root.folder, ref):
+        if "://" not in ref and root.folder and has_file(root.folder, split(ref)[0]):
+            return True
+        if below(ref, (origin.root, *origin.images_from)):
             return True
     return False
 
@@ -248,6 +268,7 @@ def read(
     *,
     allow_download: bool = False,
     fetched: Path | None = None,
+    cache_gb: float | None = None,
 ) -> Iterator[Found]:
     """The bytes of images, as the source has them.
 
@@ -262,6 +283,8 @@ def read(
     fetched
         A folder where fetched images are kept, by their URL, and looked for first; None keeps
         none.
+    cache_gb
+        As in `fifa.config.Compute`; None is its default.
 
     Yields
     ------
@@ -271,6 +294,12 @@ def read(
         URLs come after the cells of their source file. Memory holds `BATCH` rows of cells at
         most. No image raises, and none is left out. The bytes are not decoded:
         `fifa.data.prefetch.decode_images` does that, or `fifa.data.decode.open_image`.
+
+    Raises
+    ------
+    FifaError
+        Where a remote source does not answer, refuses, or has changed: what the network loses is
+        no unreadable image.
     """
     root = Root(images.root)
     wanted = np.arange(len(images)) if rows is None else np.asarray(rows, np.int64)
@@ -290,8 +319,14 @@ def read(
             else:
                 refs.append((i, ref))
         if cells:
-            yield from _from_cells(root, file, cells)
-        yield from _from_refs(root, file, refs, allow_download, fetched)
+            known = images.remote.get(file, (-1, ""))
+            try:
+                source = root.parquet(file, *known, cache_gb)
+            except OSError as error:
+                yield from _lost(deque(cells), error)
+            else:
+                yield from _from_cells(source, cells)
+        yield from _from_refs(images, file, refs, allow_download, fetched)
 
 
 def kept(door: Door, file: IO[bytes]) -> Door:
@@ -327,13 +362,14 @@ def look(
     *,
     sizes: bool = True,
     allow_download: bool = False,
+    cache_gb: float | None = None,
     done: Callable[[int], None] = lambda images: None,
 ) -> pa.Table:
     """`FACTS` of images, a row each: their bytes are read and hashed, and their headers looked at.
 
     Parameters
     ----------
-    images, rows, allow_download
+    images, rows, allow_download, cache_gb
         As for `read`.
     sizes
         Look at the headers; without it sizes are null and a broken header goes unnoticed.
@@ -342,12 +378,13 @@ def look(
     """
     wanted = range(len(images)) if rows is None else list(rows)
     facts: dict[int, dict[str, str | int]] = {}
-    for row, data in read(images, wanted, allow_download=allow_download):
+    for row, data in read(images, wanted, allow_download=allow_download, cache_gb=cache_gb):
         fact = facts[row] = {}
         try:
             if isinstance(data, BadImage):
                 raise data
-            fact["content"] = xxhash.xxh3_128_hexdigest(data)
+            turn = turn_of(data)
+            fact["content"] = xxhash.xxh3_128_hexdigest(data) + (f"-{turn}" if turn > 1 else "")
             if sizes:
                 fact["height"], fact["width"] = image_size(data)
         except BadImage as error:
@@ -356,19 +393,18 @@ def look(
     return pa.Table.from_pylist([facts[row] for row in wanted], schema=FACTS)
 
 
-def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
+def _from_cells(source: Opened, cells: list[Cell]) -> Iterator[Found]:
     """Cells of one Parquet file, sorted by row; row group by row group."""
     left = deque(cells)
     try:
-        local = root.folder is not None
-        opened = pq.ParquetFile(
-            root.name(file) if local else root.open(file), pre_buffer=False, buffer_size=1 << 20
-        )
+        opened = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
         columns = sorted({column for *_, column in cells})
         leaves = [leaf for column in columns for leaf in _leaves(opened.schema_arrow, column)]
     except (OSError, ValueError, KeyError) as error:
         yield from _lost(left, error)
         return
+    if isinstance(source, RemoteFile) and source.size >= BLOCK:
+        source.expect(_expected(opened.metadata, leaves, [row for row, *_ in cells]))
     start = 0
     for group in range(opened.num_row_groups):
         end = start + opened.metadata.row_group(group).num_rows
@@ -392,6 +428,27 @@ def _from_cells(root: Root, file: str, cells: list[Cell]) -> Iterator[Found]:
             yield from _lost(mine, error)
         start = end
     yield from _lost(left, IndexError("it has fewer rows"))
+
+
+def _expected(
+    metadata: pq.FileMetaData, leaves: Sequence[str], rows: Sequence[int]
+) -> Iterator[tuple[list[Range], float]]:
+    """The bytes of some columns, row group by row group, as far as rows (sorted) are wanted."""
+    start = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        first, last = bisect_left(rows, start), bisect_left(rows, start + group.num_rows)
+        if first < last:
+            columns = map(group.column, range(group.num_columns))
+            ranges = [_bytes_of(column) for column in columns if column.path_in_schema in leaves]
+            yield ranges, (rows[last - 1] + 1 - start) / group.num_rows
+        start += group.num_rows
+
+
+def _bytes_of(column: pq.ColumnChunkMetaData) -> Range:
+    start = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+    return start, start + column.total_compressed_size
 
 
 def _lost(cells: deque[Cell], error: Exception) -> Iterator[Found]:
@@ -424,35 +481,53 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
 
 
 def _from_refs(
-    root: Root,
+    images: Images,
     file: str,
     refs: list[tuple[int, str]],
     allow_download: bool,
     fetched: Path | None,
 ) -> Iterator[Found]:
     """Tar members by offset, files below the root, URLs a few at a time."""
+    root = Root(images.root)
     in_tar = sorted((found, i) for i, ref in refs if (found := tar_ref(ref)))
     if in_tar:
-        yield from _from_tar(root, file, in_tar)
+        yield from _from_tar(root, file, in_tar, images.remote.get(file, (-1, "")))
     urls = [(i, ref) for i, ref in refs if "://" in ref and not tar_ref(ref)]
-    for i, ref in refs:
-        if "://" not in ref and not tar_ref(ref):
-            yield i, _file_bytes(root, ref)
+    files = [(i, ref) for i, ref in refs if "://" not in ref and not tar_ref(ref)]
+    named = [(i, url) for i, ref in urls if (url := below(ref, (root.url, *images.images_from)))]
+    yield from _side_by_side(_named_bytes, named)
+    urls = [(i, ref) for i, ref in urls if i not in dict(named)]
+    if root.folder is None:
+        yield from _side_by_side(partial(_remote_bytes, root), files)
+    else:
+        yield from ((i, _file_bytes(root.folder, ref)) for i, ref in files)
     if not allow_download:
         refused = BadImage("only known by URL, and downloads are not allowed")
         yield from ((i, refused) for i, _ in urls)
         return
-    waiting = iter(urls)
+    yield from _side_by_side(partial(_url_bytes, fetched), urls)
+
+
+def _side_by_side(
+    load: Callable[[str], bytes | BadImage], refs: list[tuple[int, str]]
+) -> Iterator[Found]:
+    """A few of them loaded at a time, in their order."""
+    waiting = iter(refs)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        while window := list(islice(waiting, 2 * DOWNLOADS)):
-            answers = pool.map(partial(_url_bytes, fetched), (ref for _, ref in window))
-            yield from zip((i for i, _ in window), answers, strict=True)
+        jobs = deque((i, pool.submit(load, ref)) for i, ref in islice(waiting, 2 * DOWNLOADS))
+        while jobs:
+            i, job = jobs.popleft()
+            yield i, job.result()
+            jobs.extend((i, pool.submit(load, ref)) for i, ref in islice(waiting, 1))
 
 
-def _from_tar(root: Root, file: str, members: list[tuple[Place, int]]) -> Iterator[Found]:
+def _from_tar(
+    root: Root, file: str, members: list[tuple[Place, int]], known: tuple[int, str]
+) -> Iterator[Found]:
     left = deque(members)
     try:
-        with root.open(file) as stream:
+        wanted = [(place.offset, place.offset + place.size) for place, _ in members]
+        with root.open(file, *known, wanted) as stream:
             while left:
                 place, i = left[0]
                 data = _member_bytes(stream, place)
@@ -503,21 +578,35 @@ def _url_bytes(fetched: Path | None, url: str) -> bytes | BadImage:
     return data
 
 
-def _file_bytes(root: Root, ref: str) -> bytes | BadImage:
-    """A file by its path relative to the root; no path and no link leads out of the root."""
-    if root.folder is None:
-        if ref.startswith("/") or ".." in ref.split("/"):
-            return BadImage("the path leaves the data set's folder")
-        try:
-            with root.open(ref) as stream:
-                data = stream.read(MAX_BYTES + 1)
-        except OSError:
-            return BadImage("no such file")
-        return data if len(data) <= MAX_BYTES else BadImage(f"more than {MAX_BYTES:,} bytes")
+def _remote_bytes(root: Root, ref: str) -> bytes | BadImage:
+    """A file by its path relative to a remote root, or a zip file, which no path leads out of."""
+    if root.archive is not None:
+        return _zipped(root.archive, ref)
+    url = None if ref.startswith("/") else below(root.name(ref), [root.url])
+    return _named_bytes(url) if url else BadImage("the path leaves the data set's folder")
+
+
+def _named_bytes(url: str) -> bytes | BadImage:
+    """A file below a URL that the user has named."""
     try:
-        path = (root.folder / ref).resolve(strict=True)
-        if not inside(root.folder, path):
+        data = fetch_file(url, MAX_BYTES)
+    except FileNotFoundError:
+        return BadImage("no such file")
+    return data if len(data) <= MAX_BYTES else BadImage(f"more than {MAX_BYTES:,} bytes")
+
+
+def _file_bytes(folder: Path, ref: str) -> bytes | BadImage:
+    """A file by its path relative to a folder; no path and no link leads out of it.
+
+    ``archive.zip::NAME`` is a member of an archive there.
+    """
+    ref, member = split(ref)
+    try:
+        path = (folder / ref).resolve(strict=True)
+        if not inside(folder, path):
             return BadImage("the path leaves the data set's folder")
+        if member:
+            return _zipped(path, member)
         # neither a link put there meanwhile nor a pipe that never ends
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (OSError, ValueError, RuntimeError) as error:
@@ -530,3 +619,12 @@ def _file_bytes(root: Root, ref: str) -> bytes | BadImage:
         if status.st_size > MAX_BYTES:
             return BadImage(f"more than {MAX_BYTES:,} bytes")
         return file.read()
+
+
+def _zipped(archive: Path, member: str) -> bytes | BadImage:
+    try:
+        return member_bytes(archive, member.removeprefix("./"), MAX_BYTES)
+    except FileNotFoundError:
+        return BadImage("no such file in the archive")
+    except OSError as error:
+        return BadImage(f"the archive's member cannot be read: {error}"[:200])

@@ -9,6 +9,7 @@ anything is unpacked, and by what is there before repeated values are written ou
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from typing import IO
@@ -25,7 +26,7 @@ TIMES = 100
 ROWS = 1_000_000
 BATCH = 32  # rows of cells in memory at a time
 
-Source = str | os.PathLike[str] | IO[bytes]
+Source = str | os.PathLike[str] | IO[bytes] | io.RawIOBase | io.BytesIO
 
 
 def check_rows(source: Source, metadata: pq.FileMetaData, where: str) -> None:

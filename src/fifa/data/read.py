@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -37,7 +37,6 @@ FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 KEY = "__key__"  # WebDataset's name of a sample's key
-BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only the columns needed
 VERSION = 5  # of the way a source becomes pairs; part of every fingerprint
 
 
@@ -48,6 +47,7 @@ def read_pairs(
     columns: dict[str, str] | None = None,
     pairs: str | None = None,
     min_gap: float | None = None,
+    images_from: Sequence[str] = (),
 ) -> Pairs:
     """Read preference pairs, whatever data set they come in, without reading pixels.
 
@@ -67,6 +67,9 @@ def read_pairs(
     pairs, min_gap
         Where a prompt has several rated or ranked images: which two of them make a pair, as in
         `fifa.data.rankings.Compare`; every two if not given.
+    images_from
+        URLs (``s3://bucket/images``) below which the source may name images; they are opened with
+        your rights there.
 
     Returns
     -------
@@ -108,6 +111,8 @@ def read_pairs(
         min_gap=min_gap,
         used=reader.used,
         ignored=tuple(sorted(reader.names - taken)),
+        images_from=tuple(images_from),
+        remote={f.path: (f.size, f.stamp) for f in found.files} if found.root.is_remote else {},
     )
     origin = replace(origin, fingerprint=_fingerprint(found, origin))
     return replace(read, origin=origin)
@@ -121,6 +126,7 @@ def read_source(read: Read, source: str | None = None) -> Pairs:
         columns=read.columns,
         pairs=read.pairs,
         min_gap=read.min_gap,
+        images_from=read.images_from,
     )
 
 
@@ -205,11 +211,9 @@ class _Reader:
             records = read_sides(self.root.folder, (one, two))
             return RecordColumns(records, "jsonl", file.path), records.rejected
         if file.kind == "parquet":
-            local = self.root.folder is not None
-            name = self.root.name(file.path)
-            opened = name if local else self.root.open(file.path, read_ahead=file.size < BLOCK)
+            opened = self.root.parquet(file.path, file.size, file.stamp)
             return ParquetColumns(opened, file.path), []
-        with self.root.open(file.path) as stream:
+        with self.root.open(file.path, file.size, file.stamp) as stream:
             records = read_records(stream, file.kind, self._dots)
         if not self._own and file.path.rpartition("/")[2].partition(".")[0] == "metadata":
             records.columns = _image_folder(records.columns)

@@ -7,13 +7,15 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fifa.data.archive import SCHEME, TABLE, listed, member_bytes
 from fifa.data.folders import find_sides, sides_stamp
 from fifa.data.records import encodable
+from fifa.data.remote import Range, RemoteFile, open_store, patiently, pinned, stamp_of, unreachable
 from fifa.errors import FifaError
 
 KINDS = {
@@ -31,6 +33,7 @@ ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".rar")
 UNPACK = "unpack it first (gzip -d, unzip)"
 MAGIC = "*?["
 UNPACKED = 30, 16 << 20  # times its bytes, or bytes: no table, but something made to fill memory
+BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only what is needed
 
 
 @dataclass(frozen=True)
@@ -67,28 +70,61 @@ class Root:
         """The root as a local folder; None if it is remote."""
         return None if is_url(self.url) else Path(self.url)
 
+    @property
+    def archive(self) -> Path | None:
+        """The zip file that the root is; None if it is none."""
+        is_zip = self.url.startswith(SCHEME)
+        return Path(self.url.removeprefix(SCHEME)) if is_zip else None
+
+    @property
+    def is_remote(self) -> bool:
+        """True if it is neither a folder nor a zip file of this machine."""
+        return is_url(self.url) and self.archive is None
+
     def name(self, path: str) -> str:
         """The full name of ``path``, for messages and for libraries that open it themselves."""
         return f"{self.url}/{path}" if is_url(self.url) else str(Path(self.url) / path)
 
-    def open(self, path: str, *, read_ahead: bool = True) -> IO[bytes]:
-        """``path`` below the root, opened for reading; it must come from `find_files`.
+    def open(
+        self,
+        path: str,
+        size: int = -1,
+        stamp: str = "",
+        wanted: Sequence[Range] | None = None,
+    ) -> IO[bytes]:
+        """``path`` below the root, opened to be read from its beginning to its end.
 
-        A remote file is read in blocks of some MB; ``read_ahead=False`` asks for no byte but those
-        wanted, where what lies between them is large and is not.
+        It must come from `find_files`, which tells ``size`` and ``stamp`` too; ``wanted`` are the
+        only bytes that will be read of it, where that is not all.
         """
         if path.lower().endswith(PACKED):
-            return _unpacked(self._open(path, read_ahead))
-        return self._open(path, read_ahead)
+            return _unpacked(self._open(path, size, stamp, None))
+        return self._open(path, size, stamp, wanted)
 
-    def _open(self, path: str, read_ahead: bool) -> IO[bytes]:
+    def _open(self, path: str, size: int, stamp: str, wanted: Sequence[Range] | None) -> IO[bytes]:
         if self.folder is not None:
             return (self.folder / path).open("rb")
-        system, full = _remote(self.name(path))
-        opened: IO[bytes] = system.open(
-            full, "rb", **({} if read_ahead else {"cache_type": "none"})
-        )
-        return opened
+        if self.archive is not None:
+            return io.BytesIO(member_bytes(self.archive, path, TABLE))
+        far = RemoteFile(self.name(path), size, stamp)
+        far.expect_whole(wanted)
+        return io.BufferedReader(far, 1 << 20)
+
+    def parquet(
+        self, path: str, size: int = -1, stamp: str = "", cache_gb: float | None = None
+    ) -> str | RemoteFile | io.BytesIO:
+        """``path`` below the root as pyarrow opens it: a name, or a file of byte ranges.
+
+        A remote file of less than `BLOCK` bytes is read whole.
+        """
+        if self.folder is not None:
+            return self.name(path)
+        if self.archive is not None:
+            return io.BytesIO(member_bytes(self.archive, path, TABLE))
+        far = RemoteFile(self.name(path), size, stamp, cache_gb)
+        if far.size < BLOCK:
+            far.expect_whole()
+        return far
 
 
 def _unpacked(file: IO[bytes]) -> IO[bytes]:
@@ -188,6 +224,8 @@ def find_files(source: str | Path) -> Source:
         named = named.removeprefix("file://")
     if not named:
         raise FifaError("no source given", do="name a file, folder, glob, hf:// id or URL")
+    if named.startswith(SCHEME):
+        raise FifaError("a zip file is named by its path", where=named, do="leave zip:// out")
     if "::" in named and is_url(named):
         do = "unpack the archive, or copy the files, first"
         raise FifaError("a source within a source is not read", where=named, do=do)
@@ -234,6 +272,8 @@ def _find_local(named: str) -> Source:
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise FifaError(f"the source cannot be opened: {why}", where=named[:300]) from error
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return _find_in_zip(named, path.resolve())
     if path.is_file():
         root, paths = path.parent, [path]
     elif path.is_dir():
@@ -283,6 +323,26 @@ def _find_local(named: str) -> Source:
     return Source(named, Root(str(root.resolve())), tuple(files), tuple(sorted(refused)))
 
 
+def _find_in_zip(named: str, archive: Path) -> Source:
+    try:
+        members = listed(archive)
+    except OSError as error:
+        raise FifaError(f"the archive cannot be read: {error}", where=named) from error
+    files: dict[str, SourceFile] = {}
+    refused = []
+    for member in members:
+        name = member.filename
+        kind = None if any(part[:1] in "._" for part in name.split("/")) else kind_of(name)
+        if kind is None:
+            continue
+        if encodable(name) != name or name in files:
+            refused.append((encodable(name), "no UTF-8, or twice in its archive"))
+            continue
+        files[name] = SourceFile(name, kind, member.file_size, f"{member.CRC:08x}")
+    ordered = sorted(files.values(), key=lambda file: file.path)
+    return Source(named, Root(f"{SCHEME}{archive}"), tuple(ordered), tuple(sorted(refused)))
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] not in "._"]
@@ -291,22 +351,23 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _find_remote(named: str) -> Source:
-    system, path = _remote(named)
+    named, asked = pinned(named), named
+    system, path = open_store(named)
     bare = named.rstrip("/")
     try:
         if any(sign in named.partition("://")[2] for sign in MAGIC[:1] + MAGIC[2:]):
             first = min(bare.index(sign) for sign in MAGIC if sign in bare)
             root = bare[:first].rpartition("/")[0]
             listed = system.glob(path, detail=True)
-        elif system.isfile(path):
+        elif named.startswith("http") or system.isfile(path):
             root = bare.rpartition("/")[0]
-            listed = {path: system.info(path)}
+            listed = {path: patiently(lambda: system.info(path), named)}
         else:
             root = bare
             listed = system.find(path, detail=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unreachable(named, error) from error
-    prefix = _remote(root)[1].rstrip("/") + "/"
+        raise unreachable(asked, error) from error
+    prefix = open_store(root)[1].rstrip("/") + "/"
     files = []
     for full, info in listed.items():
         name = full.removeprefix(prefix)
@@ -315,31 +376,7 @@ def _find_remote(named: str) -> Source:
         if kind is None or (hidden and len(listed) > 1) or info.get("type") == "directory":
             continue
         size = info.get("size")
-        files.append(SourceFile(name, kind, -1 if size is None else int(size), _stamp(info)))
+        files.append(SourceFile(name, kind, -1 if size is None else int(size), stamp_of(info)))
     if not listed:
-        raise FifaError("no such file or folder", where=named)
-    return Source(named, Root(root), tuple(sorted(files, key=lambda file: file.path)))
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    for name in ("ETag", "etag", "blob_id", "md5", "mtime", "LastModified", "created"):
-        if info.get(name):
-            return str(info[name])
-    return ""
-
-
-def _remote(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
-        raise _unreachable(url, error) from error
-    return system, str(path)
-
-
-def _unreachable(url: str, error: Exception) -> FifaError:
-    do = "check the address and the network"
-    if isinstance(error, ImportError):
-        do = "install the library that the message names"
-    return FifaError(f"cannot open the source: {error or type(error).__name__}", where=url, do=do)
+        raise FifaError("no such file or folder", where=asked)
+    return Source(asked, Root(root), tuple(sorted(files, key=lambda file: file.path)))

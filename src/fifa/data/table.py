@@ -69,6 +69,10 @@ class Origin:
         The columns that became pairs and labels, each with what it is.
     ignored
         The other columns, but those of ``score_columns``.
+    remote
+        Size and stamp of every file of a remote source, as `fifa.data.source.SourceFile` has them.
+    images_from
+        As in `fifa.config.Read`.
     """
 
     source: str = ""
@@ -85,6 +89,8 @@ class Origin:
     min_gap: float | None = None
     used: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    remote: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,8 @@ def _origin(table: pa.Table, folder: Path) -> Origin:
         raise FifaError("not a table of pairs that fifa wrote", where=str(path))
     for name in ("cells", "score_columns", "ignored"):
         plain[name] = tuple(plain[name]) if plain.get(name) is not None else None
+    plain["images_from"] = tuple(plain.get("images_from", ()))
+    plain["remote"] = {name: tuple(known) for name, known in plain.get("remote", {}).items()}
     return Origin(**plain)
 
 

@@ -376,7 +376,8 @@ def export_step(
 def _door(run: Run, allow_download: bool = False) -> Door:
     """What is downloaded to be looked at is kept in the run until it is exported."""
     download = allow_download or run.recipe.read.allow_download
-    return partial(read, allow_download=download, fetched=run.folder / FETCHED)
+    cache_gb = run.recipe.compute.cache_gb
+    return partial(read, allow_download=download, fetched=run.folder / FETCHED, cache_gb=cache_gb)
 
 
 def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:

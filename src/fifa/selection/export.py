@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -378,7 +378,8 @@ def rebuild(
     _refuse_foreign(folder)
     if source is None and is_url(was.source) and not was.source.startswith("file://"):
         _refuse_address(path, was.source, allow_download)
-    pairs = read_source(was, source)
+    # whoever made the file does not say where the reader's own rights are to be used
+    pairs = read_source(replace(was, images_from=()), source)
     rows = _rows(pairs, known.pair_id)
     if known.images and not (allow_download or has_pixels(pairs.table, pairs.origin)):
         raise FifaError(

@@ -65,6 +65,17 @@ def files_digest(files: Mapping[str, Path]) -> str:
     return digest({name: content_digest(path) for name, path in files.items()})
 
 
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept for all runs.
+
+    ``$FIFA_CACHE``, else ``fifa`` in the user's cache.
+    """
+    named = os.environ.get("FIFA_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fifa"
+
+
 def content_digest(path: Path) -> str:
     """32 hex characters (XXH3-128) that name a file's content."""
     h = xxhash.xxh3_128()

@@ -280,7 +280,7 @@ def forget_damaged(path: Path) -> None:
 def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     """`fifa.data.images.FACTS` of `TrainingPairs.image_table`, kept in ``folder``.
 
-    Raises `FifaError` if an image is missing or its header is no JPEG's, PNG's or WEBP's: before
+    Raises `FifaError` if an image is missing or its header is that of no image: before
     anything has been computed.
     """
     path = folder / f"images-{digest(pairs.digest, pairs.fingerprint)}.parquet"

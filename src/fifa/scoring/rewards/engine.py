@@ -117,7 +117,7 @@ class Engine:
     trust_keys
         True: an image key is one image. False: images are told apart by their bytes, by a pass
         that reads them all and decodes none. None: True for Pick-a-Pic, whose keys are uids, and
-        for images that have to be fetched.
+        for images that have to be fetched: by their URLs, or from a remote source to score them.
     allow_download
         Fetch images that the source only names by URL.
     """
@@ -190,7 +190,9 @@ class Engine:
         """
         with self._kept() as engine:
             model, n = _same(engine.model), max(1, len(prompts))
-            distinct = engine.distinct(images)
+            # to tell images apart by their bytes would fetch all of a remote source once more
+            far = engine.trust_keys is None and bool(images.remote)
+            distinct = (replace(engine, trust_keys=True) if far else engine).distinct(images)
             seen = engine._identity
             facts = {"scorer": model.name, "scale": model.scale, "identity": seen}
             # prompt_id folds case and white space, a model may not: the spelling counts as well.

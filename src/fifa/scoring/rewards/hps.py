@@ -20,7 +20,7 @@ from fifa.models.runtime import Runtime
 from fifa.scoring.rewards import weights
 from fifa.scoring.rewards.clip import ClipReward
 from fifa.scoring.specs import Spec
-from fifa.shards.files import atomic_folder, files_digest, read_json, write_json
+from fifa.shards.files import atomic_folder, cache_folder, files_digest, read_json, write_json
 
 FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -89,7 +89,7 @@ def hps_folder(name: str, model: str) -> Path:
             do=f"put tokenizer.json of {TOKENIZER_HUB} there",
         )
     known = {"checkpoint": checkpoint, **files, **({"cfg": settings} if settings.exists() else {})}
-    folder = weights.cache_folder() / f"{name}-{files_digest(known)}"
+    folder = cache_folder() / f"{name}-{files_digest(known)}"
     if not (folder / "model.safetensors").exists():
         echo(f"{name}: converting {checkpoint.name} once, into {folder}")
         own = read_json(settings, "the model's settings", missing={}).get("model_cfg", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -178,11 +177,3 @@ def load_tokenizer(folder: Path, type_name: str = "AutoTokenizer") -> Any:
         )
     except (OSError, ValueError) as error:
         raise FifaError(f"cannot load the tokenizer: {error}", where=str(folder)) from error
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$FIFA_CACHE``, else ``fifa`` in the user's cache."""
-    named = os.environ.get("FIFA_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fifa"

@@ -104,17 +104,18 @@ class ScoreStep:
     def __init__(
         self, load: Load, compute: Compute, allow_download: bool = False, *, apart: bool = False
     ) -> None:
-        self._load, self._compute, self._download = load, compute, allow_download
+        self._load, self._compute = load, compute
+        self._how: Any = {"allow_download": allow_download, "cache_gb": compute.cache_gb}
         self._images, self._prompts, self._apart = Parts("image"), Parts("prompt"), apart
 
     def begin(self, shard: Any) -> Callable[[], pa.Table | Callable[[], pa.Table]]:
         """Start reading and decoding an `ImageShard`; returns what is left to do."""
         if isinstance(shard, Images):
-            return partial(look, shard, sizes=False, allow_download=self._download)
+            return partial(look, shard, sizes=False, **self._how)
         if isinstance(shard, list):
             return lambda: features_table(self._prompt_features(shard))
         bad: dict[int, str] = {}
-        found = read(shard.images, allow_download=self._download)
+        found = read(shard.images, **self._how)
         decoded = decode_images(found, self._decoders, most=2 * self._batch)
         # two: one is copied to the device while the next is stacked
         batches = Prefetch(self._pinned(batched(decoded, self._fits, bad)), most=2)
