@@ -205,7 +205,9 @@ def test_another_notation_is_refused_with_the_option_that_reads_it(
 
 
 def test_a_table_of_other_names_is_told_the_option_to_copy(tmp_path: Path) -> None:
-    rows = [{"caption": "x", "img_left": "a", "img_right": "b", "pref_0": n} for n in (1, -1, 0)]
+    rows: list[dict[str, object]] = [
+        {"caption": "x", "img_left": "a", "img_right": "b", "pref_0": n} for n in (1, -1, 0)
+    ]
     with pytest.raises(FifaError) as error:
         read_pairs(table(tmp_path / "a.jsonl", rows))
     names = "prompt=caption,image_0=img_left,image_1=img_right,label=pref_0:1/-1/0"
@@ -213,6 +215,9 @@ def test_a_table_of_other_names_is_told_the_option_to_copy(tmp_path: Path) -> No
     columns = dict(part.split("=") for part in names.split(","))
     pairs = read_pairs(tmp_path / "a.jsonl", columns=columns)
     assert pairs.table["votes"].to_pylist() == [3]
+    rows += [rows[0] | {"pref_0": "\ud800"}]  # in words that can be printed
+    with pytest.raises(FifaError, match="label=pref_0:FIRST/SECOND/TIE"):
+        read_pairs(table(tmp_path / "a.jsonl", rows))
 
 
 SCORES = {"a": 4.0, "b": 1.0, "c": 3.5, "d": 1.25}
@@ -254,6 +259,29 @@ def test_ratings_of_several_people_differ_by_more_than_their_noise(tmp_path: Pat
     assert len(pairs) == 5  # a and b have one mean, c's is a third lower
     with pytest.raises(FifaError, match="take one of all, best-worst, adjacent"):
         read_pairs(tmp_path / "a.jsonl", columns=columns, pairs="some")
+
+
+def test_a_rating_that_is_no_number_is_its_own_rows_fault(tmp_path: Path) -> None:
+    ratings = [[4, 5], [1, None, 2], [float("inf"), 1], ["good", 1], []]
+    rows = [P | {"image": f"{i}", "score": own} for i, own in enumerate(ratings)]
+    columns = {"image": "image", "score": "score"}
+    pairs = read_pairs(table(tmp_path / "a.jsonl", rows), columns=columns)
+    assert labels(pairs)["0", "1"] == 1.0
+    assert pairs.table["score_0"].to_pylist() in ([4.5], [1.5])
+    assert pairs.rejected["row"].to_pylist() == [2, 3, 4]
+
+
+def test_every_command_that_reads_makes_the_pairs_that_were_asked_for(tmp_path: Path) -> None:
+    rows = [P | {"image": name, "score": score} for name, score in SCORES.items()]
+    path = table(tmp_path / "a.jsonl", rows)
+    words = ["read", path, "--columns", "image=image,score=score", "--pairs", "adjacent"]
+    told = fifa(*words, "--min-gap", "0.5", "--out", tmp_path / "run").stderr
+    assert "read 2 rows as columns: 2 pairs, 1 prompts" in told
+    assert "not made          3  not one of the pairs adjacent" in told
+    assert "not made          1  the ratings differ by less than 0.5" in told
+    scorers = ("--margin", "column:score_0,score_1", "--quality", "none", "--diversity", "none")
+    assert fifa("score", tmp_path / "run", *scorers).returncode == 0
+    assert load_pairs(tmp_path / "run").table.num_rows == 2
 
 
 def test_ranks_of_several_annotators_are_compared_by_their_means(tmp_path: Path) -> None:

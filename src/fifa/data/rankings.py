@@ -395,8 +395,9 @@ def _ratings(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray, np.nd
     count, squares = np.ones(len(mean), np.int64), np.zeros(len(mean))
     if np.isnan(mean).any():
         for i, value in enumerate(parsed(columns, name)):
-            own = np.array([as_number(one) for one in value] if isinstance(value, list) else [])
-            if len(own):
+            given = [one for one in value if one is not None] if isinstance(value, list) else []
+            own = np.array([as_number(one) for one in given])
+            if len(own) and np.isfinite(own).all():
                 mean[i], count[i] = own.mean(), len(own)
                 squares[i] = np.square(own - mean[i]).sum()
     return mean, count, squares

@@ -10,6 +10,7 @@ import numpy as np
 
 from fifa.data.columns import Columns, has
 from fifa.data.labels import NO_VALUE, TIE, Labels, looks_like, other_scale
+from fifa.data.records import encodable
 
 Sides: TypeAlias = tuple[str, str]
 
@@ -100,4 +101,4 @@ def likely_columns(columns: Columns) -> str:
         )
         option = f"label={said[0]} if true means image_0" if columns.truths(said[0]) else option
     names = f"prompt={prompts[0]},image_0={images[0]},image_1={images[1]}"
-    return f" (it looks like a row a pair: --columns {names},{option})"
+    return encodable(f" (it looks like a row a pair: --columns {names},{option})")
