@@ -656,6 +656,49 @@ class Generate(Knobs):
 
 
 @knobs
+class GeneratePairs(Knobs):
+    """Preference pairs of a model's own images.
+
+    Parameters
+    ----------
+    model
+        The model that makes the images: a folder in diffusers' layout, or a hub id.
+    tuned
+        Take the images of this checkpoint of the model, PATH or NAME=PATH: a LoRA (file or folder),
+        a folder with ``unet/`` or ``transformer/``, or a whole pipeline.
+    prompts
+        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
+        of these.
+    limit
+        Use at most this many prompts, taken from each category in turn.
+    margin
+        A reward model that judges the images, one of `fifa.scoring.specs.REWARDS.made`. Several
+        make a committee.
+    per_prompt
+        Images per prompt.
+    pairs
+        Which images of a prompt make a pair: ``best-worst`` takes the best and the worst one,
+        ``all`` every two, ``adjacent`` neighbours in the order of their rewards.
+    min_margin
+        Make no pair whose rewards differ by less than this. A single judge has its own scale; with
+        a committee the unit is the spread of each judge's differences.
+    first_seed
+        Number of the first seed; another number gives other images.
+    """
+
+    model: Annotated[str, Option(required=True)] = ""
+    tuned: str | None = None
+    prompts: Annotated[str, Option(required=True)] = ""
+    limit: Count | None = None
+    margin: Annotated[tuple[str, ...], Option(required=True)] = ()
+    per_prompt: Annotated[int, Field(ge=2)] = 4
+    pairs: Literal["best-worst", "all", "adjacent"] = "best-worst"
+    min_margin: NotNegative = 0.0
+    first_seed: CountOrZero = 0
+    images: Generate = Generate()
+
+
+@knobs
 class Measure(Knobs):
     """What is measured on the images.
 
@@ -724,6 +767,29 @@ class Evaluate(Knobs):
     curve: CountOrZero = 0
     generate: Generate = Generate()
     measure: Measure = Measure()
+
+
+@knobs
+class Loop(Knobs):
+    """Rounds of generating, judging, filtering and training, and their evaluation.
+
+    The loop itself sets what a section here leaves empty: ``train.source`` and ``train.model``,
+    ``evaluate.base`` and ``evaluate.tuned``. Without ``score.margin`` pairs are filtered by the
+    rewards of the judges in ``generate.margin``.
+
+    Parameters
+    ----------
+    rounds
+        How many rounds there are in all. Those that are finished are left alone.
+    """
+
+    rounds: Count = 3
+    generate: GeneratePairs = GeneratePairs()
+    score: Score = Score()
+    select: Select = Select()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
 
 
 @knobs

@@ -339,6 +339,22 @@ def evaluate_command(out: Path, **options: Any) -> None:
     click.echo(report)
 
 
+@cli.command("generate-pairs", cls=KnobCommand, knobs="GeneratePairs")
+@out_option("The folder of the data set.")
+def generate_pairs_command(out: Path, **options: Any) -> None:
+    """Make a preference data set of a model's own images.
+
+    The model makes several images for each prompt, reward models judge them, and those that they
+    prefer are paired with others. `fifa filter`, `fifa read` and `fifa train` read the result.
+    """
+    from fifa.config import GeneratePairs
+    from fifa.run.generation import echo_generated, run_generation
+
+    made = run_generation(chosen(GeneratePairs(), options), out)
+    echo_generated(made)
+    click.echo(made.path)
+
+
 @cli.command("compare")
 @click.argument("runs", nargs=-1, required=True, callback=check_runs)
 @click.option(

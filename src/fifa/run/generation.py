@@ -1,0 +1,196 @@
+"""What `fifa generate-pairs` does: a model's own images, judged, as a preference data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fifa.config import Compute, Evaluate, GeneratePairs, changed
+from fifa.console import echo, note
+from fifa.errors import FifaError
+from fifa.evaluation.generate import generate
+from fifa.evaluation.models import Model, find_models, name_checkpoints
+from fifa.evaluation.pairs import (
+    PAIRS_FILE,
+    SCORES,
+    Generated,
+    choose_pairs,
+    judge_images,
+    read_generated,
+    write_pairs,
+)
+from fifa.evaluation.prompts import read_prompts
+from fifa.evaluation.sampling import settings_for
+from fifa.models.runtime import release_memory
+from fifa.run.folder import log_step
+from fifa.scoring.rewards import load_reward
+from fifa.scoring.specs import REWARDS
+from fifa.shards.files import check_free, digest, make_folder, sweep, write_text
+from fifa.shards.lock import only_writer
+
+KNOBS = "generate.yaml"
+MADE = ".made"  # images, scores and log: hidden, as readers take every file below the folder
+
+
+def generate_pairs(
+    model: str | Path,
+    prompts: str | Path,
+    margin: str | Sequence[str],
+    out: str | Path,
+    *,
+    compute: Compute | None = None,
+    **knobs: Any,
+) -> Generated:
+    """Make a preference data set of a model's own images, which reward models judge.
+
+    Parameters
+    ----------
+    model
+        A folder in diffusers' layout, or a hub id.
+    prompts
+        Text, CSV, TSV, Parquet, JSON or JSON lines, or a folder of these.
+    margin
+        A reward model's spec, or several for a committee: ``pickscore``, ``hpsv2.1:FOLDER``,
+        ``proxy:FOLDER``, ...
+    out
+        The data set's folder: ``pairs.parquet``, which `read_pairs`, `filter_pairs` and `train`
+        take. What was stopped goes on where it was, and ends with the same bytes; what is
+        finished is left alone.
+    compute
+        Where and how reward models run.
+    **knobs
+        ``tuned``, ``limit``, ``per_prompt``, ``pairs``, ``min_margin`` and ``first_seed`` of
+        `fifa.config.GeneratePairs`, and every knob of its ``images`` (``steps``, ``guidance``,
+        ``sampler``, ``width``, ``height``, ``batch``, ...).
+
+    Returns
+    -------
+    Generated
+        The file, the counts of what was made and left out, and the ``margin`` by which
+        `filter_pairs` takes the rewards from the file.
+
+    Raises
+    ------
+    FifaError
+        For whatever a person can mend: a model, a judge or prompts that are not there, images
+        that are not finite, images of which no pair can be made, a folder with other things in
+        it. What was done until then is kept.
+    """
+    specs = (margin,) if isinstance(margin, str) else tuple(margin)
+    given = {**knobs, "model": str(model), "prompts": str(prompts), "margin": specs}
+    return run_generation(changed(GeneratePairs(), **given), out, compute=compute)
+
+
+def run_generation(
+    asked: GeneratePairs, out: str | Path, *, compute: Compute | None = None
+) -> Generated:
+    """Generate, judge and pair in the folder ``out``; see `generate_pairs`."""
+    out = Path(out)
+    with only_writer(out):
+        return _run(asked, out, compute or Compute(device=asked.images.device))
+
+
+def find_generator(asked: GeneratePairs) -> Model:
+    """The model that makes the images, named as the user would call it.
+
+    Raises `FifaError` for one that is not there.
+    """
+    named = name_checkpoints([asked.tuned] if asked.tuned else [])
+    base, *tuned = find_models(asked.model, named)
+    if tuned:
+        return tuned[0]
+    path = Path(asked.model).expanduser()
+    name = path.resolve().name if path.is_dir() else asked.model
+    return Model(name, base.method, base.source, base.path, base.base, base.base_weights)
+
+
+def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:
+    """What names each judge's weights and settings, by its spec.
+
+    Raises `FifaError` for judges that cannot look at images: known before hours of images.
+    """
+    for spec in specs:
+        parsed = REWARDS.parse(spec)
+        if not parsed.entry.maker:
+            raise FifaError(
+                "there are no columns to take rewards from yet"
+                if parsed.is_column
+                else "there are no labels to train a proxy on yet",
+                where=spec,
+                do=f"one of: {REWARDS.made}",
+            )
+    if len(set(specs)) < len(specs) or not specs:
+        raise FifaError("every judge is given once, and there is at least one", do="--margin")
+    options = {"device": compute.device, "dtype": compute.dtype}
+    return {spec: digest(load_reward(spec, **options).identity) for spec in specs}
+
+
+def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
+    if not (out / KNOBS).exists():
+        check_free(out, "pairs of a model")
+    judges = check_judges(asked.margin, compute)
+    prompts = read_prompts(asked.prompts, limit=asked.limit)
+    model = find_generator(asked)
+    settings = settings_for(asked.images, model.base)
+    made_of = {
+        "knobs": asdict(asked),
+        "weights": {model.name: model.weights},
+        "settings": settings.identity,
+        "prompts": {"content": digest(prompts.table.to_pylist())},
+        "judges": judges,
+    }
+    path, made = out / PAIRS_FILE, out / MADE
+    if path.exists():
+        found = read_generated(path)
+        _refuse_other(made_of, found)
+        echo(f"these pairs are finished: {path}")
+        return found
+    make_folder(made)
+    for folder in (out, made, made / SCORES):
+        sweep(folder)
+    write_text(out / KNOBS, asked.to_yaml())
+    with log_step(made, "generate"):
+        plan = Evaluate(seeds=asked.per_prompt, first_seed=asked.first_seed, generate=asked.images)
+        images = generate(plan, [model], prompts, settings, made)
+    release_memory()  # of the pipeline, before judges look for theirs
+    with log_step(made, "judge"):
+        judged = judge_images(images, made, asked.margin, compute)
+        choice = choose_pairs(judged, asked)
+        facts = {"made_of": made_of, "model": model.name}
+        done = write_pairs(path, judged, choice, made, facts)
+        note(pairs=done.facts["pairs"], **choice.left_out)
+    return done
+
+
+def echo_generated(made: Generated) -> None:
+    """Print what was made, and what was left out."""
+    facts = made.facts
+    echo(
+        f"{facts['pairs']:,} pairs of {facts['images']:,} images of {facts['model']}, "
+        f"{facts['prompts']:,} prompts"
+    )
+    for reason, count in sorted(facts["left_out"].items(), key=lambda item: (-item[1], item[0])):
+        echo(f"  left out {count:>10,}  {reason}")
+    margins = " ".join(f"--margin {spec}" for spec in made.margin)
+    echo(f"the rewards are in it: fifa filter {made.path.parent} {margins} --out RUN")
+
+
+def _refuse_other(made_of: dict[str, Any], found: Generated) -> None:
+    """Raise `FifaError` unless these pairs are what was asked for."""
+    there, asked = found.facts["made_of"], json.loads(json.dumps(made_of))
+    changes = [
+        f"{name}: {there[part].get(name)!r} / {asked[part].get(name)!r}"
+        for part in asked
+        for name in asked[part] | there[part]
+        if there[part].get(name) != asked[part].get(name)
+    ]
+    if changes:
+        raise FifaError(
+            "the folder holds pairs that were made in another way (there / asked): "
+            + "; ".join(changes),
+            where=str(found.path),
+            do="choose another --out",
+        )
