@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fifa.run.evaluation import evaluate as evaluate
     from fifa.run.push import push as push
     from fifa.run.generation import generate_pairs as generate_pairs
+    from fifa.run.loop import loop as loop
     from fifa.run.steps import filter_pairs as filter_pairs
     from fifa.run.steps import train as train
     from fifa.scoring import score as score
@@ -44,6 +45,7 @@ _HOMES = {
     "filter_pairs": "fifa.run.steps",
     "push": "fifa.run.push",
     "generate_pairs": "fifa.run.generation",
+    "loop": "fifa.run.loop",
     "read_pairs": "fifa.data.read",
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",

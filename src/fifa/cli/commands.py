@@ -355,6 +355,25 @@ def generate_pairs_command(out: Path, **options: Any) -> None:
     click.echo(made.path)
 
 
+@cli.command("loop")
+@click.argument("recipe", type=PATH)
+@click.option("--rounds", type=click.IntRange(1), help="Rounds in all; if not given, the recipe's.")
+@out_option("The loop's folder.")
+def loop_command(recipe: Path, rounds: int | None, out: Path) -> None:
+    """Train a model on pairs of its own images, round after round.
+
+    RECIPE is a YAML file with the sections generate, score, select, train, evaluate and compute. In
+    each round the model makes images, reward models judge them, the best pairs are kept, and the
+    model is trained on them; then all rounds are compared with the base model.
+    """
+    from fifa.reporting.loop import PAGE, loop_text
+    from fifa.run.loop import loop
+
+    done = loop(recipe, out, rounds=rounds)
+    click.echo(loop_text(done.folder), err=True)
+    click.echo(done.folder / PAGE)
+
+
 @cli.command("compare")
 @click.argument("runs", nargs=-1, required=True, callback=check_runs)
 @click.option(

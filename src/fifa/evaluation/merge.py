@@ -11,7 +11,7 @@ from fifa.evaluation.models import Model, class_name, part_name
 from fifa.evaluation.sampling import PipelineLoader, Settings
 from fifa.models.families import PIPELINES
 from fifa.models.runtime import release_memory
-from fifa.shards.files import atomic_folder, read_json
+from fifa.shards.files import atomic_folder, read_json, write_json
 
 INDEX = "model_index.json"
 
@@ -50,6 +50,9 @@ def merge_checkpoint(model: Model, out: Path) -> Path:
             shutil.copytree(model.path, made / part, copy_function=_link)
         else:
             _add(model, part, made / part)
+        config = read_json(made / part / "config.json", "the model's settings")
+        config.pop("_name_or_path", None)  # where it was trained is no part of what it is
+        write_json(made / part / "config.json", config)
         _link(str(model.base / INDEX), str(made / INDEX))
     return out
 
@@ -66,6 +69,12 @@ def _add(model: Model, part: str, out: Path) -> None:
     settings = Settings(None, None, _sampler(model.base), None, None, "", "cpu", "float32")
     loader = PipelineLoader(model.base, settings, "cpu")
     with loader.use(model) as pipe:
+        others = [name for name in pipe.get_list_adapters() if name != part]
+        if others:
+            raise FifaError(
+                f"the LoRA also adapts {', '.join(others)}, which is not merged",
+                where=str(model.path),
+            )
         network = getattr(pipe, part)
         network.fuse_lora()
         network.unload_lora()  # what is fused stays

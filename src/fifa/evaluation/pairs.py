@@ -117,9 +117,7 @@ class Generated:
         return tuple(f"column:{stem}_0,{stem}_1" for stem in self.facts["judges"].values())
 
 
-def judge_images(
-    images: pa.Table, folder: Path, specs: Sequence[str], compute: Compute
-) -> Judged:
+def judge_images(images: pa.Table, folder: Path, specs: Sequence[str], compute: Compute) -> Judged:
     """Every image through every judge; what is judged already is read.
 
     Parameters
@@ -226,7 +224,8 @@ def write_pairs(
         "means": {spec: _mean(r) for spec, r in rewards},
     }
     schema = pa.schema([*COLUMNS, *((name, pa.float32()) for name in names)])
-    schema = schema.with_metadata({FACTS: json.dumps(known, sort_keys=True)})
+    text = json.dumps(known, sort_keys=True)
+    schema = schema.with_metadata({FACTS: text})
     table = judged.images.to_pylist()
 
     def row(better: int, worse: int) -> dict[str, Any]:
@@ -253,7 +252,7 @@ def write_pairs(
         for group in _groups(rows):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             advance(len(group))
-    return Generated(path, known)
+    return Generated(path, json.loads(text))
 
 
 def read_generated(path: Path) -> Generated:

@@ -72,6 +72,7 @@ AXES = {
 }
 LINE, GAP = 0.2, 0.16  # inches from one win rate to the next, and beside that between two rows
 Row = tuple[str, Sequence[tuple[int, WinRate]]]  # a label, and win rates by the model's place
+Share = tuple[float, float, float]  # a value and the two ends of its interval
 
 
 def role(place: int) -> str:
@@ -319,3 +320,47 @@ def draw_learning(curves: Sequence[tuple[int, Curve]], label: str) -> list[Marku
         axes.set_ylabel(shorten(label, 30))
         figures.append(svg(figure, f"curve-{x}", f"{label} against {axis}"))
     return figures
+
+
+def draw_rounds(
+    lines: Sequence[tuple[int, Sequence[Share | None]]],
+    label: str,
+    name: str,
+    level: float | None = None,
+) -> Markup | None:
+    """What each round of a loop bought, a line each with the band of its interval.
+
+    Parameters
+    ----------
+    lines
+        The place in `ROLES`, and a value with its interval for the base and for each round; None
+        where it is not known.
+    label
+        Of the values.
+    name
+        Of the figure.
+    level
+        Where "no change" is.
+
+    Returns None where no line has two values.
+    """
+    figure, axes = canvas()
+    rounds = 1
+    for place, values in lines:
+        known = [(x, value) for x, value in enumerate(values) if value is not None]
+        if len(known) < 2:
+            continue
+        at, colour = [x for x, _ in known], COLOURS[role(place)]
+        low, high, middle = ([value[i] for _, value in known] for i in (1, 2, 0))
+        axes.fill_between(at, low, high, color=colour, alpha=0.12, lw=0)
+        axes.plot(at, middle, color=colour, lw=2, marker="o", ms=3.5)
+        rounds = max(rounds, at[-1])
+    if not axes.lines:
+        return None
+    if level is not None:
+        axes.axhline(level, **DOTTED)
+    axes.set_xticks(range(rounds + 1), ["base", *map(str, range(1, rounds + 1))])
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("round")
+    axes.set_ylabel(label)
+    return svg(figure, name, f"{label} of the base and of the model of each round")

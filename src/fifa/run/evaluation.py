@@ -154,7 +154,7 @@ def _run(
     models = find_models(asked.base, asked.tuned)
     settings = settings_for(asked.generate, models[0].base)
     named = as_judges(judges)
-    _check(asked, compute)
+    check_evaluation(asked, compute)
     trainings = {model.name: read_training(model) for model in models[1:]}
     picked = dict.fromkeys(
         [
@@ -205,7 +205,7 @@ def echo_wins(evaluated: Evaluated) -> None:
         )
 
 
-def _check(asked: Evaluate, compute: Compute) -> None:
+def check_evaluation(asked: Evaluate, compute: Compute) -> None:
     """Raise `FifaError` for what can be known to be wrong before hours of images."""
     try:
         check_scorers(asked.measure.scorers, compute)
