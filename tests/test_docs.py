@@ -45,7 +45,7 @@ def test_commands_of_the_readme_exist():
     from fifa.cli import cli
 
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
-    used = set(re.findall(r"^\s*fifa ([a-z]+)", text, re.MULTILINE))
+    used = set(re.findall(r"^\s*fifa ([a-z-]+)", text, re.MULTILINE))
     assert used <= set(cli.commands), used - set(cli.commands)
 
 

@@ -9,8 +9,8 @@ from test_rounds import write_recipe
 import fifa
 from forked import die_at, finish, start
 
-KILLS = [("round-1/checkpoint/pipeline", 1), (r"round\.json", 2)]
-SAME = ("pairs.parquet", "selection.parquet", "*.safetensors", "subset/*/*.parquet", "*.png")
+DEATH = ("round-1/checkpoint/pipeline", 1)  # just before the round's model is there
+SAME = ("generated/pairs.parquet", "selection.parquet", "data/*.parquet", "*.safetensors", "*.png")
 
 
 def run(recipe, out, *death):
@@ -22,11 +22,11 @@ def run(recipe, out, *death):
 
 def test_a_killed_loop_goes_on_to_the_same_bytes(tmp_path):
     recipe = write_recipe(tmp_path, method="full")
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    finish(start(run, recipe, unbroken))
-    for death in KILLS:
-        finish(start(run, recipe, broken, *death), -signal.SIGKILL)
-    finish(start(run, recipe, broken))
+    out, unbroken = tmp_path / "out", tmp_path / "unbroken"
+    finish(start(run, recipe, out))
+    out.rename(unbroken)  # files name their sources by path, so both are made in one place
+    finish(start(run, recipe, out, *DEATH), -signal.SIGKILL)
+    finish(start(run, recipe, out))
 
     def contents(folder: Path):
         files = {f for pattern in SAME for f in folder.rglob(pattern)}
@@ -34,6 +34,6 @@ def test_a_killed_loop_goes_on_to_the_same_bytes(tmp_path):
 
     expected = contents(unbroken)
     assert len([f for f in expected if f.name == "diffusion_pytorch_model.safetensors"]) >= 6
-    found = contents(broken)
+    found = contents(out)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []

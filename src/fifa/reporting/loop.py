@@ -59,7 +59,7 @@ def loop_context(folder: Path) -> dict[str, Any]:
     apart = [(0, [_mean(diversity.get(name)) for name in results.names])]
     figures = (
         draw_rounds(share, "win rate against the base", "rounds-wins", 0.5),
-        draw_rounds(shift, "mean reward: change in spreads", "rounds-reward", 0.0),
+        draw_rounds(shift, "change of the mean reward", "rounds-reward", 0.0),
         draw_rounds(apart, "distance within a prompt", "rounds-diversity"),
     )
     first = next((scale for scale in scales if not scale.picked), None) or (scales or (None,))[0]
