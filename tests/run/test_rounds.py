@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -19,10 +21,14 @@ from fifa.evaluation.merge import merge_checkpoint
 from fifa.evaluation.models import find_models
 from fifa.evaluation.sampling import PipelineLoader, make_images, settings_for
 from fifa.moji.world import caption, scenes
+from forked import die_at, finish, start
 from moji.sizes import write_tiny
 
+DEATH = ("round-1/checkpoint/pipeline", 1)  # just before the round's model is there
+SAME = ("generated/pairs.parquet", "selection.parquet", "data/*.parquet", "*.safetensors", "*.png")
 
-def write_recipe(folder, **train):
+
+def write_recipe(folder):
     """A recipe for a tiny model, and its path."""
     sd, clip = write_tiny(folder)
     for name, seen in (("train.txt", True), ("test.txt", False)):
@@ -41,8 +47,8 @@ def write_recipe(folder, **train):
         "score": {"quality": "none", "diversity": "none"},
         "select": {"keep": 4},
         "train": {
-            **{"steps": 2, "batch": 4, "micro_batch": 4, "lr": 0.01, "device": "cpu"},
-            **{"tracker": "none", **train},
+            **{"steps": 2, "batch": 4, "micro_batch": 4, "lr": 0.01, "rank": 2},
+            **{"device": "cpu", "tracker": "none"},
         },
         "evaluate": {
             "prompts": str(folder / "test.txt"),
@@ -60,12 +66,13 @@ def write_recipe(folder, **train):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("world"), method="lora", rank=2)
+    return write_recipe(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def looped(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("loop") / "out"
+    torch.set_num_threads(1)
     done = CliRunner().invoke(cli, ["loop", str(recipe), "--out", str(out)], catch_exceptions=False)
     assert done.stdout == f"{out / 'loop.html'}\n"
     assert re.search(r"round-2 +8 +4 ", done.stderr)
@@ -142,6 +149,34 @@ def test_finished_rounds_are_left_alone_and_more_may_follow(looped, recipe):
     assert made() == before
     assert len(done.models) == 2
     assert done.results.scales[0].name == "red"
+
+
+def go_on(recipe, out, *death):
+    torch.set_num_threads(1)
+    if death:
+        die_at("os.rename", *death)
+    fifa.loop(recipe, out)
+
+
+def test_a_killed_loop_goes_on_to_the_same_bytes(looped, recipe, tmp_path):
+    finish(start(go_on, recipe, tmp_path / "out", *DEATH), -signal.SIGKILL)
+    finish(start(go_on, recipe, tmp_path / "out"))
+
+    def contents(folder):
+        files = {file for pattern in SAME for file in folder.rglob(pattern)}
+        return {
+            # what the file of pairs says of itself beside its rows has the loop's path in it
+            file.relative_to(folder): pq.read_table(file)
+            if file.name == "pairs.parquet"
+            else file.read_bytes()
+            for file in files
+        }
+
+    expected, found = contents(looped), contents(tmp_path / "out")
+    names = {name.name for name in expected}
+    assert {"pytorch_lora_weights.safetensors", "pairs.parquet", "selection.parquet"} <= names
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize(
