@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from fifa.errors import FifaError
 
 RECIPE_FILE = "recipe.yaml"  # in a run folder
+GENERATE_FILE = "generate.yaml"  # in a folder of generated pairs
 # "unsafe" is what raters say that see harm, but not of which kind.
 UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
 # In which order pairs are kept; `fifa.selection.strategies` has the function of each.

@@ -9,12 +9,14 @@ from diffusers import DiffusionPipeline
 from drawn import draw_index
 from hypothesis import given
 from hypothesis import strategies as st
+from test_curves import write_training
 
 import fifa
 from fifa.cli import main
 from fifa.config import GeneratePairs, Read, Recipe, Score
 from fifa.errors import FifaError
 from fifa.evaluation.generate import png
+from fifa.evaluation.models import Model, read_training
 from fifa.evaluation.pairs import Judged, choose_pairs, reward_columns
 from fifa.run.steps import filter_pairs
 from fifa.scoring.margin import committee
@@ -243,3 +245,13 @@ def test_the_command_says_what_it_made_and_filters_without_scoring(
     kept = pq.read_table(run / "selection.parquet")
     assert kept["status"].to_pylist() == ["selected"] * 2
     assert (kept["signed_margin"].to_numpy() > 0).all()
+
+
+def test_who_judged_generated_pairs_is_known_to_an_evaluation(base, judges, made, tmp_path):
+    out, run = made.path.parent, tmp_path / "run"
+    score = Score(("column:noise_seed_0,noise_seed_1",), "none", "none")
+    filter_pairs(Recipe(Read(str(made.path)), score), run)
+    for source in (out, made.path, run, run / "subset"):
+        checkpoint = write_training(tmp_path / f"of {source.name}", source)
+        model = Model("m", "lora", "", checkpoint, base, "")
+        assert set(judges) <= set(read_training(model).scorers), source

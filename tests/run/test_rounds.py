@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import fifa
 from fifa.cli import cli
-from fifa.config import Loop
+from fifa.config import Loop, build
 from fifa.errors import FifaError
 from fifa.evaluation.judges import Judge
 from fifa.evaluation.merge import merge_checkpoint
@@ -198,3 +199,10 @@ def test_another_recipe_is_refused(looped, recipe, tmp_path, section, change, me
     with pytest.raises(FifaError, match=message):
         fifa.loop(tmp_path / "loop.yaml", looped)
     assert (looped / "loop.yaml").read_bytes() == before
+
+
+def test_the_recipe_in_the_guide_is_one():
+    page = Path(__file__).parents[2] / "docs" / "loop.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    recipe = build(Loop, yaml.safe_load(text), where="the guide")
+    assert (recipe.rounds, recipe.generate.images.steps) == (3, 30)

@@ -53,7 +53,10 @@ def merge_checkpoint(model: Model, out: Path) -> Path:
         config = read_json(made / part / "config.json", "the model's settings")
         config.pop("_name_or_path", None)  # where it was trained is no part of what it is
         write_json(made / part / "config.json", config)
-        _link(str(model.base / INDEX), str(made / INDEX))
+        for name, value in index.items():
+            if isinstance(value, list) and not (made / name).is_dir():
+                index[name] = [None, None]  # so diffusers tells a part that is not there
+        write_json(made / INDEX, index)
     return out
 
 

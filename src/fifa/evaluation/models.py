@@ -15,7 +15,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
-from fifa.config import RECIPE_FILE
+from fifa.config import GENERATE_FILE, RECIPE_FILE
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.stats import Number
@@ -282,8 +282,9 @@ class Training:
 def read_training(model: Model) -> Training:
     """The training of a checkpoint.
 
-    ``train.json`` and, beside the pairs that it was trained on, ``subset.json`` or
-    ``recipe.yaml`` say which reward models picked them, as far as that is known.
+    ``train.json`` and, beside the pairs that it was trained on, ``subset.json``,
+    ``recipe.yaml`` or ``generate.yaml`` say which reward models picked them, as far as that is
+    known.
     """
     folder = model.training
     if folder is None:
@@ -292,13 +293,11 @@ def read_training(model: Model) -> Training:
         check_manifest(folder, name)
     facts = read_json(folder / "train.json", "the training", missing={})
     scorers = _margins(facts)
-    source = read_yaml(folder / "train.yaml", "the training", missing={}).get("source")
-    places: tuple[Path, ...] = ()
-    if isinstance(source, str) and source and "://" not in source:
-        places = (Path(source), Path(source).parent)
+    places = _places(read_yaml(folder / "train.yaml", "the training", missing={}))
     for place in places:
         subset = read_json(place / "subset.json", "the subset", missing={})
         scorers += [*run_scorers(place), *_margins(subset)]
+        scorers += [*_judges(places), *_judges(_places(subset.get("source")))]
     log = next((place / LOG_FILE for place in places if (place / LOG_FILE).is_file()), None)
     lines = [
         {name: number(line.get(name)) for name in ("step", "pairs", "seconds")}
@@ -309,9 +308,27 @@ def read_training(model: Model) -> Training:
 
 
 def run_scorers(run: Path) -> list[str]:
-    """The specs of the reward models in a run folder's recipe; none without a recipe."""
+    """The specs of the reward models in a run folder's recipe; none without a recipe.
+
+    Those that judged the pairs which it reads are among them, where these were generated.
+    """
     ours = (run / "run.json").is_file()
-    return _margins(read_yaml(run / RECIPE_FILE, "the recipe", missing={}, sealed=ours))
+    recipe = read_yaml(run / RECIPE_FILE, "the recipe", missing={}, sealed=ours)
+    return [*_margins(recipe), *_judges(_places(recipe.get("read")))]
+
+
+def _judges(places: Iterable[Path]) -> list[str]:
+    """The specs of the reward models that judged generated pairs in one of some folders."""
+    options = (read_yaml(place / GENERATE_FILE, "the options", missing={}) for place in places)
+    return [spec for found in options for spec in _margins(found)]
+
+
+def _places(facts: Any) -> tuple[Path, ...]:
+    """The local ``source`` in some facts, and the folder that it is in."""
+    source = facts.get("source") if isinstance(facts, dict) else None
+    if not isinstance(source, str) or not source or "://" in source:
+        return ()
+    return Path(source), Path(source).parent
 
 
 def number(value: Any) -> float:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fifa.config import Compute, Evaluate, GeneratePairs, changed
+from fifa.config import GENERATE_FILE, Compute, Evaluate, GeneratePairs, changed
 from fifa.console import echo, note
 from fifa.errors import FifaError
 from fifa.evaluation.generate import generate
@@ -31,7 +31,6 @@ from fifa.scoring.specs import REWARDS
 from fifa.shards.files import check_free, digest, make_folder, sweep, write_text
 from fifa.shards.lock import only_writer
 
-KNOBS = "generate.yaml"
 MADE = ".made"  # images, scores and log: hidden, as readers take every file below the folder
 
 
@@ -129,7 +128,7 @@ def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:
 
 
 def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
-    if not (out / KNOBS).exists():
+    if not (out / GENERATE_FILE).exists():
         check_free(out, "pairs of a model")
     judges = check_judges(asked.margin, compute)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
@@ -151,7 +150,7 @@ def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
     make_folder(made)
     for folder in (out, made, made / SCORES):
         sweep(folder)
-    write_text(out / KNOBS, asked.to_yaml())
+    write_text(out / GENERATE_FILE, asked.to_yaml())
     with log_step(made, "generate"):
         plan = Evaluate(seeds=asked.per_prompt, first_seed=asked.first_seed, generate=asked.images)
         images = generate(plan, [model], prompts, settings, made)
