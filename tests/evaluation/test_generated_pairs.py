@@ -1,5 +1,7 @@
 """Pairs of a model's own images: which images, which labels, which noise, and the file."""
 
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -172,6 +174,17 @@ def test_finished_pairs_are_left_alone_and_others_refused(made, base, lora, prom
     assert made.path.read_bytes() == bytes_
     with pytest.raises(FifaError, match="holds no pairs of a model"):
         fifa.generate_pairs(base, prompts, judges, base, **knobs)
+
+
+def test_damaged_pairs_are_made_again(made, base, lora, prompts, judges, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made.path.parent, out)
+    whole = made.path.read_bytes()
+    (out / "pairs.parquet").write_bytes(whole[:99] + b"?" + whole[100:])
+    knobs = {**QUICK, "batch": 1, "tuned": f"mine={lora}", "pairs": "all"}
+    fifa.generate_pairs(base, prompts, judges, out, **knobs)
+    assert "is damaged, and made again" in capsys.readouterr().err
+    assert (out / "pairs.parquet").read_bytes() == whole
 
 
 def test_judges_of_one_name_have_columns_of_their_own():

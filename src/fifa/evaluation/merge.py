@@ -12,6 +12,7 @@ from fifa.evaluation.sampling import PipelineLoader, Settings
 from fifa.models.families import PIPELINES
 from fifa.models.runtime import release_memory
 from fifa.shards.files import atomic_folder, read_json, write_json
+from fifa.shards.manifest import write_manifest
 
 INDEX = "model_index.json"
 
@@ -57,6 +58,7 @@ def merge_checkpoint(model: Model, out: Path) -> Path:
             if isinstance(value, list) and not (made / name).is_dir():
                 index[name] = [None, None]  # so diffusers tells a part that is not there
         write_json(made / INDEX, index)
+        write_manifest(made, [made])
     return out
 
 

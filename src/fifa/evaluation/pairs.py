@@ -26,6 +26,7 @@ from fifa.evaluation.judges import colours, each_image, generated_images
 from fifa.scoring.margin import committee, image_rewards
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import atomic_path
+from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, seal
 
 PAIRS_FILE = "pairs.parquet"
 COLUMNS = pa.schema(  # then `reward_columns`
@@ -244,27 +245,26 @@ def write_pairs(
         return made
 
     rows = (row(*pair) for pair in zip(choice.better.tolist(), choice.worse.tolist(), strict=True))
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-        progress("writing pairs", len(choice.better)) as advance,
-    ):
-        for group in _groups(rows):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-            advance(len(group))
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        with (
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+            progress("writing pairs", len(choice.better)) as advance,
+        ):
+            for group in _groups(rows):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                advance(len(group))
+            writer.add_key_value_metadata({SEAL: BLANK})
+        seal(file)
     return Generated(path, json.loads(text))
 
 
 def read_generated(path: Path) -> Generated:
-    """The facts of a file that `write_pairs` wrote; `FifaError` for any other file."""
+    """The facts of a file that `write_pairs` wrote; `DamagedError` for any other file."""
+    check_whole(path)
     try:
         facts = json.loads(pq.read_schema(path).metadata[FACTS])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FifaError(
-            "the file was not written by `fifa generate-pairs`",
-            where=str(path),
-            do="choose another --out",
-        ) from error
+    except (ValueError, KeyError) as error:
+        raise DamagedError(str(path)) from error
     return Generated(path, facts)
 
 

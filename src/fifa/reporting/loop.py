@@ -103,7 +103,7 @@ def _rounds(folder: Path, results: Results) -> dict[str, dict[str, Any]]:
     """The facts of every round that was evaluated, by its name."""
     found = {}
     for name in results.names[1:]:
-        facts = read_json(folder / name / ROUND_FILE, "the round")
+        facts = read_json(folder / name / ROUND_FILE, "the round", sealed=True)
         specs = list(facts["means"])
         facts["rewards"] = {scorer_name(spec, specs): facts["means"][spec] for spec in specs}
         found[name] = facts

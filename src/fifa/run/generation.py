@@ -28,8 +28,9 @@ from fifa.models.runtime import release_memory
 from fifa.run.folder import log_step
 from fifa.scoring.rewards import load_reward
 from fifa.scoring.specs import REWARDS
-from fifa.shards.files import check_free, digest, make_folder, sweep, write_text
+from fifa.shards.files import check_free, digest, make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
+from fifa.shards.sealed import DamagedError
 
 MADE = ".made"  # images, scores and log: hidden, as readers take every file below the folder
 
@@ -142,15 +143,14 @@ def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
         "judges": judges,
     }
     path, made = out / PAIRS_FILE, out / MADE
-    if path.exists():
-        found = read_generated(path)
+    if (found := _finished(path)) is not None:
         _refuse_other(made_of, found)
         echo(f"these pairs are finished: {path}")
         return found
     make_folder(made)
     for folder in (out, made, made / SCORES):
         sweep(folder)
-    write_text(out / GENERATE_FILE, asked.to_yaml())
+    write_yaml(out / GENERATE_FILE, asked.to_yaml())
     with log_step(made, "generate"):
         plan = Evaluate(seeds=asked.per_prompt, first_seed=asked.first_seed, generate=asked.images)
         images = generate(plan, [model], prompts, settings, made)
@@ -175,6 +175,16 @@ def echo_generated(made: Generated) -> None:
         echo(f"  left out {count:>10,}  {reason}")
     margins = " ".join(f"--margin {spec}" for spec in made.margin)
     echo(f"the rewards are in it: fifa filter {made.path.parent} {margins} --out RUN")
+
+
+def _finished(path: Path) -> Generated | None:
+    """The pairs that were made; None where there are none yet, or they are damaged."""
+    try:
+        return read_generated(path)
+    except DamagedError as error:
+        if path.exists():
+            echo(f"{error.where} is damaged, and made again")
+        return None
 
 
 def _refuse_other(made_of: dict[str, Any], found: Generated) -> None:

@@ -28,7 +28,7 @@ from fifa.run.evaluation import check_evaluation, run_evaluation
 from fifa.run.folder import begin, log_step
 from fifa.run.generation import check_judges, run_generation
 from fifa.run.steps import filter_pairs, train
-from fifa.shards.files import read_json, write_json, write_text
+from fifa.shards.files import read_json, write_json, write_yaml
 from fifa.shards.lock import only_writer
 
 LOOP_FILE = "loop.yaml"
@@ -132,7 +132,9 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
     path = folder / LOOP_FILE
     if path.is_file() and _finished(folder):
         differences = [
-            one for one in Loop.from_yaml(path).differences(recipe) if not one.startswith(FREE)
+            one
+            for one in Loop.from_yaml(path, sealed=True).differences(recipe)
+            if not one.startswith(FREE)
         ]
         if differences:
             raise FifaError(
@@ -155,7 +157,7 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
         picked=tuple(dict.fromkeys(picked)),
     )
     check_evaluation(evaluation, recipe.compute)
-    write_text(path, recipe.to_yaml())
+    write_yaml(path, recipe.to_yaml())
     return evaluation
 
 
@@ -190,7 +192,7 @@ def _round(number: int, recipe: Loop, folder: Path) -> None:
         _, trained = find_models(model, {f"round-{number}": str(checkpoint)})
         merge_checkpoint(trained, _pipeline(folder, number))
     facts = read_json(place / "subset" / "subset.json", "the subset")
-    write_json(place / ROUND_FILE, {**made.facts, "kept": len(facts["pair_id"])})
+    write_json(place / ROUND_FILE, {**made.facts, "kept": len(facts["pair_id"])}, sealed=True)
 
 
 def _generate(number: int, recipe: Loop, folder: Path) -> Generated:
