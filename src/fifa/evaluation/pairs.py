@@ -250,12 +250,26 @@ def write_pairs(
             pq.ParquetWriter(file, schema, compression="zstd") as writer,
             progress("writing pairs", len(choice.better)) as advance,
         ):
-            for group in _groups(rows):
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            for group in row_groups(rows, schema):
+                writer.write_table(group)
                 advance(len(group))
             writer.add_key_value_metadata({SEAL: BLANK})
         seal(file)
     return Generated(path, json.loads(text))
+
+
+def row_groups(rows: Iterator[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows with images as tables of `GROUP_BYTES` of these and `GROUP_ROWS` rows at most."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += sum(len(cell) for cell in row.values() if isinstance(cell, bytes))
+        if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
+            yield pa.Table.from_pylist(group, schema=schema)
+            group, size = [], 0
+    if group:
+        yield pa.Table.from_pylist(group, schema=schema)
 
 
 def read_generated(path: Path) -> Generated:
@@ -295,20 +309,6 @@ def _pairs_of(order: list[int], how: str) -> Iterator[tuple[int, int]]:
     if how == "best-worst":
         return iter([(order[0], order[-1])])
     return iter(pairwise(order) if how == "adjacent" else combinations(order, 2))
-
-
-def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows in lists of `GROUP_BYTES` of images each."""
-    group: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        group.append(row)
-        size += len(row["jpg_0"]) + len(row["jpg_1"])
-        if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _mean(rewards: Floats) -> float | None:

@@ -14,6 +14,7 @@ import xxhash
 from fifa.console import progress
 from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
+from fifa.evaluation.pairs import row_groups
 from fifa.evaluation.vote.ballot import changed_images
 from fifa.evaluation.vote.comparisons import Comparison, read_file
 from fifa.evaluation.vote.results import count_votes, counted_votes, outcome
@@ -37,8 +38,6 @@ COLUMNS = pa.schema(
         ("category", pa.string()),
     ]
 )
-GROUP_BYTES = 32 << 20  # of images in a row group: what is in memory at once
-GROUP_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
         pq.ParquetWriter(temporary, COLUMNS, compression="zstd") as writer,
         progress("writing pairs", len(outcomes)) as advance,
     ):
-        for table in _groups(rows):
+        for table in row_groups(rows, COLUMNS):
             writer.write_table(table)
             advance(table.num_rows)
     return ExportedVotes(path, len(outcomes), len(counted), results.left_out)
@@ -114,17 +113,3 @@ def _rows(
             row |= {f"image_{i}_uid": uid, f"model_{i}": model}
             row |= {f"label_{i}": label, f"jpg_{i}": data}
         yield row | {"label_votes": len(votes), "category": one.category}
-
-
-def _groups(rows: Iterator[dict[str, object]]) -> Iterator[pa.Table]:
-    """The rows as tables of `GROUP_BYTES` of images each."""
-    group: list[dict[str, object]] = []
-    size = 0
-    for row in rows:
-        group.append(row)
-        size += sum(len(data) for data in row.values() if isinstance(data, bytes))
-        if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
-            yield pa.Table.from_pylist(group, schema=COLUMNS)
-            group, size = [], 0
-    if group:
-        yield pa.Table.from_pylist(group, schema=COLUMNS)
