@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fifa.data.read import read_pairs as read_pairs
     from fifa.data.table import Pairs as Pairs
     from fifa.run.evaluation import evaluate as evaluate
-    from fifa.run.push import push as push
     from fifa.run.generation import generate_pairs as generate_pairs
     from fifa.run.loop import loop as loop
+    from fifa.run.push import push as push
     from fifa.run.steps import filter_pairs as filter_pairs
     from fifa.run.steps import train as train
     from fifa.scoring import score as score
@@ -43,9 +43,9 @@ _HOMES = {
     "evaluate": "fifa.run.evaluation",
     "export": "fifa.selection.export",
     "filter_pairs": "fifa.run.steps",
-    "push": "fifa.run.push",
     "generate_pairs": "fifa.run.generation",
     "loop": "fifa.run.loop",
+    "push": "fifa.run.push",
     "read_pairs": "fifa.data.read",
     "rebuild": "fifa.selection.export",
     "score": "fifa.scoring",
