@@ -163,6 +163,9 @@ class Read(Knobs):
     min_gap
         Make no pair of images whose ratings (or ranks) differ by less than this. If not given: by
         no more than their noise, where a rating is the mean of several.
+    label_aspect
+        The labels are those of this aspect, for example ``alignment``, of a source that has several
+        labels a pair.
     allow_download
         Fetch images that the source only names by a URL (from public addresses only).
     images_from
@@ -175,6 +178,7 @@ class Read(Knobs):
     columns: Annotated[dict[str, str], Option(commas=True)] = field(default_factory=dict)
     pairs: Literal["all", "best-worst", "adjacent"] = "all"
     min_gap: NotNegative | None = None
+    label_aspect: str | None = None
     allow_download: Annotated[bool, Option("--allow-download/--no-download")] = False
     images_from: tuple[str, ...] = ()
 
@@ -227,6 +231,13 @@ class Select(Knobs):
         Drop prompts that the rater flagged as nonsense.
     min_quality
         Drop prompts with a lower rating than this (on the rater's scale, 1 to 5).
+    drop_disagreeing
+        Drop a pair if its labels by aspect have different winners: one image is the better aligned
+        one and the other one looks better.
+    generators
+        Keep only pairs of which both images are by these generators.
+    not_generators
+        Drop pairs with an image by one of these generators.
     min_agreement
         Drop pairs where a smaller share of the committee than this agrees with the person.
     margin_window
@@ -250,6 +261,9 @@ class Select(Knobs):
     unsafe_flags: Annotated[tuple[str, ...], Option(commas=True)] = UNSAFE_FLAGS
     drop_nonsense: Annotated[bool, Option("--drop-nonsense/--keep-nonsense")] = True
     min_quality: float | None = None
+    drop_disagreeing: Annotated[bool, Option("--drop-disagreeing/--keep-disagreeing")] = False
+    generators: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    not_generators: Annotated[tuple[str, ...], Option(commas=True)] = ()
     min_agreement: Share | None = None
     margin_window: tuple[float | None, float | None] = (None, None)
     margin_percentiles: tuple[float, float] = (0.0, 100.0)

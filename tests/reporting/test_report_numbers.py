@@ -193,3 +193,73 @@ def test_a_selection_of_other_pairs_is_refused(tmp_path):
     write_table(path, pq.read_table(path)[:-1])
     with pytest.raises(FifaError, match="59"):
         write_report(tmp_path)
+
+
+NAMES = st.sampled_from(["a", "b", "c", None])
+ROWS = st.lists(
+    st.tuples(NAMES, NAMES, st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans(), NAMES),
+    min_size=1,
+    max_size=30,
+)
+
+
+def named(rows, signed_margin):
+    """A table of pairs by these generators and categories, and the page's columns of it."""
+    zero, one, label, kept, category = zip(*rows, strict=True)
+    names = {"model_0": zero, "model_1": one, "category": category}
+    kind = pa.dictionary(pa.int32(), pa.string())
+    pairs = pa.table({name: pa.array(values).cast(kind) for name, values in names.items()})
+    nothing = np.full(len(rows), np.nan, np.float32)
+    whole = np.zeros(len(rows), np.int32)
+    label, kept = np.array(label, np.float32), np.array(kept)
+    margins = {"margin": nothing, "signed_margin": signed_margin, "quality": nothing}
+    more = {"diversity": nothing, "importance": nothing, "rank": whole, "reason": whole}
+    return pairs, numbers.Columns(
+        **margins, **more, reasons=("selected",), kept=kept, label=label, prompt=whole
+    )
+
+
+@given(ROWS, st.integers(0, 9))
+def test_each_generators_pairs_are_counted_as_by_hand(rows, seed):
+    margin = np.random.default_rng(seed).choice([-1, 0, 2, np.nan], len(rows)).astype(np.float32)
+    pairs, columns = named(rows, margin)
+    single, double = numbers.by_generator(pairs, columns)
+    assert sorted(group.name for group in single) == sorted({n for r in rows for n in r[:2] if n})
+    for group in [*single, *double]:
+        among = [
+            i
+            for i, row in enumerate(rows)
+            if ({group.name, group.other} == set(row[:2]) if group.other else group.name in row[:2])
+        ]
+        assert (group.pairs, group.kept) == (len(among), sum(rows[i][3] for i in among))
+        assert group.agrees == pytest.approx(agreement(margin[among]), nan_ok=True)
+        won = []
+        for zero, one, label, *_ in (rows[i] for i in among):
+            if zero and one and zero != one:
+                first = (label > 0.5) + 0.5 * (label == 0.5)
+                won.append(first if zero == group.name else 1 - first)
+        assert group.wins.n == len(won)
+        if won:
+            assert group.wins.share == pytest.approx(sum(won) / len(won))
+            assert group.wins.low - 1e-9 <= group.wins.share <= group.wins.high + 1e-9
+    assert sum(group.pairs for group in double) == sum(1 for row in rows if row[0] and row[1])
+    categories = numbers.by_category(pairs, columns)
+    assert sum(group.pairs for group in categories) == sum(1 for row in rows if row[4])
+
+
+def test_aspects_are_measured_against_the_label_and_the_margin():
+    rows = [("a", "b", label, True, None) for label in (1.0, 1.0, 0.0, 0.5)]
+    pairs, columns = named(rows, np.array([2, -1, -3, np.nan], np.float32))
+    labels = pa.array([0.9, 0.2, 0.0, 1.0], pa.float32())
+    (aspect,) = numbers.by_aspects(pairs.append_column("label_taste", labels), columns)
+    assert (aspect.name, aspect.labels) == ("taste", 4)
+    assert (aspect.same.share, aspect.same.n) == (pytest.approx(2 / 3), 3)
+    # the margin prefers images 0, 1 and 0; the aspect 0, 1 and 1
+    assert (aspect.agrees.share, aspect.agrees.n) == (pytest.approx(2 / 3), 3)
+
+
+def test_nothing_is_grouped_where_the_source_has_no_names():
+    pairs, columns = named([("a", "b", 1.0, True, "x")], np.ones(1, np.float32))
+    pairs = pairs.select([])
+    assert numbers.by_generator(pairs, columns) == ([], [])
+    assert numbers.by_category(pairs, columns) == numbers.by_aspects(pairs, columns) == []

@@ -52,7 +52,7 @@ def test_generators_are_counted_with_their_wins(tmp_path):
     )
     card = card_of(pairs, Scores(), tmp_path / "out")
     assert "| a\\|b | 4 | 3 |\n| sdxl | 3 | 0 |" in card  # the last pair's winner has no name
-    assert "generator" not in card_of(make_pairs(4), Scores(), tmp_path / "other")
+    assert "| generator |" not in card_of(make_pairs(4), Scores(), tmp_path / "other")
 
 
 def test_unsafe_prompts_are_counted_here_and_where_they_were_left_out(tmp_path):

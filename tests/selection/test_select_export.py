@@ -456,3 +456,34 @@ def test_subset_json_names_recipe_scores_source_and_pairs_in_a_few_bytes_a_pair(
     assert sum(known["reasons"].values()) == 2400
     assert len(known["pair_id"]) == 2000
     assert path.stat().st_size < 100 * 2000  # 5,000 pairs take less than half a megabyte
+
+
+def test_generators_and_categories_go_into_the_subset_and_its_rebuilding(tmp_path):
+    columns = make_source(tmp_path / "source.parquet")
+    made = {name: [f"{name} {i % 3}" for i in range(40)] for name in ("model_0", "model_1")}
+    made["tags"] = [["x", "y"]] * 40
+    table = pa.table({name: columns[name] for name in columns} | made)
+    pq.write_table(table, tmp_path / "source.parquet", row_group_size=16)
+    pairs, _, exported = run(tmp_path / "source.parquet", tmp_path / "subset")
+    rows = read_back(exported.folder)
+    assert rows.column_names == [*COLUMNS.names, "model_0", "model_1", "category"]
+    known = {row["pair_id"]: row for row in pairs.table.to_pylist()}
+    for row in rows.to_pylist():
+        for name in ("model_0", "model_1", "category"):
+            assert row[name] == known[row["pair_id"]][name]
+    assert "| `model_0` | the generator of image 0 |" in (exported.folder / "README.md").read_text()
+    again = rebuild(exported.folder / "subset.json", tmp_path / "again")
+    assert contents(again.folder) == contents(exported.folder)
+
+
+def test_a_subset_from_before_names_is_rebuilt_as_it_was(source, tmp_path):
+    _, _, exported = run(source, tmp_path / "subset")
+    assert "names" not in read_json(exported.folder / "subset.json", "the subset", object)
+    table = pq.read_table(source)
+    for name in ("model_0", "model_1"):
+        table = table.append_column(name, pa.array(["m"] * len(table)))
+    pq.write_table(table, tmp_path / "named.parquet", row_group_size=16)
+    again = rebuild(
+        exported.folder / "subset.json", tmp_path / "again", str(tmp_path / "named.parquet")
+    )
+    assert again.digest == exported.digest

@@ -1,12 +1,21 @@
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from worlds import make_pairs, make_scores
 
 from fifa.config import Select
+from fifa.errors import FifaError
 from fifa.scoring.margin import committee
-from fifa.selection.choose import gather_terms, reason_codes
+from fifa.selection.choose import (
+    Terms,
+    aspects_disagree,
+    columns_needed,
+    gather_terms,
+    reason_codes,
+)
 from fifa.selection.table import GATES, REASONS
 
 
@@ -37,6 +46,8 @@ def slow_reasons(pairs, scores, knobs, unreadable):
         stopped = {
             "tie": row["label"] == 0.5,
             "duplicate": knobs.drop_duplicates and row["repeat"],
+            "other_generator": False,
+            "aspects_disagree": False,
             "unreadable_image": row["pair_id"] in unreadable,
             "unsafe_prompt": bool(flags & set(knobs.unsafe_flags)),
             "low_quality_prompt": (knobs.drop_nonsense and "nonsense" in flags)
@@ -102,3 +113,74 @@ def test_seven_scorers_of_ten_are_not_below_a_share_of_seven_tenths():
     terms = gather_terms(pairs, scores, Select())
     codes = reason_codes(pairs.table, terms, Select(min_agreement=0.7), ())
     assert "contradicts_label" not in [REASONS[code] for code in codes]
+
+
+def made_by(models, **more):
+    """Pairs by these generators, each with its own prompt, and two labels by aspect."""
+    pairs = make_pairs(len(models), prompts=len(models))
+    columns = {
+        name: pa.array([pair[side] for pair in models]).dictionary_encode()
+        for side, name in enumerate(("model_0", "model_1"))
+    }
+    columns |= {name: pa.array(values, pa.float32()) for name, values in more.items()}
+    table = pairs.table
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return replace(pairs, table=table)
+
+
+MODELS = [("a", "a"), ("a", "b"), ("b", "c"), (None, "a"), ("c", "a"), ("a", None)]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "stopped"),
+    [
+        (Select(generators=("a",)), [0, 1, 1, 1, 1, 1]),
+        (Select(generators=("a", "b")), [0, 0, 1, 1, 1, 1]),
+        (Select(not_generators=("a",)), [1, 1, 0, 1, 1, 1]),
+        (Select(not_generators=("b",)), [0, 1, 1, 0, 0, 0]),
+        (Select(generators=("a", "b"), not_generators=("b",)), [0, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_pairs_of_other_generators_are_stopped_on_either_side(knobs, stopped):
+    pairs = made_by(MODELS)
+    table = pairs.table.set_column(
+        pairs.table.schema.get_field_index("label"), "label", pa.array([1.0] * 6, pa.float32())
+    )
+    codes = reason_codes(table, Terms(), replace(knobs, drop_duplicates=False), ())
+    assert [REASONS[code] == "other_generator" for code in codes] == list(map(bool, stopped))
+
+
+def test_an_unknown_generator_is_refused_with_those_there_are():
+    pairs = made_by(MODELS)
+    with pytest.raises(FifaError, match="no generator is named 'A'") as refused:
+        reason_codes(pairs.table, Terms(), Select(not_generators=("A", "b")), ())
+    assert refused.value.do == "take some of a, b, c"
+    with pytest.raises(FifaError, match="does not say which generator"):
+        reason_codes(make_pairs(4).table, Terms(), Select(generators=("a",)), ())
+
+
+def test_aspects_disagree_where_two_labels_have_different_winners():
+    label = pa.array([1.0, 1.0, 0.8, 0.2, 1.0, 0.0], pa.float32())
+    pairs = made_by(
+        MODELS,
+        label_alignment=[0.9, 0.4, 0.5, 0.1, None, 0.5],
+        label_coherence=[0.6, 0.9, 0.5, 0.9, None, 0.1],
+    )
+    table = pairs.table.set_column(pairs.table.schema.get_field_index("label"), "label", label)
+    table = table.append_column("label_score", pa.array([-9.0] * 6))  # float64: no label
+    assert aspects_disagree(table).tolist() == [False, True, False, True, False, False]
+    codes = reason_codes(table, Terms(), Select(drop_disagreeing=True, drop_duplicates=False), ())
+    assert [REASONS[code] for code in codes].count("aspects_disagree") == 2
+    assert "aspects_disagree" not in [
+        REASONS[code] for code in reason_codes(table, Terms(), Select(), ())
+    ]
+    with pytest.raises(FifaError, match="no labels by aspect"):
+        reason_codes(make_pairs(4).table, Terms(), Select(drop_disagreeing=True), ())
+
+
+def test_only_the_columns_that_a_gate_asks_for_are_needed():
+    there = ["pair_id", "model_0", "model_1", "label", "label_alignment", "label_votes"]
+    assert columns_needed(Select(), there) == []
+    assert columns_needed(Select(generators=("a",)), there) == ["model_0", "model_1"]
+    assert columns_needed(Select(drop_disagreeing=True), there) == ["label_alignment"]

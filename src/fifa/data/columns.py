@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -42,6 +42,7 @@ class ParquetColumns:
             self._metadata.schema.column(i).path: i for i in range(self._metadata.num_columns)
         }
         self._loaded: dict[str, pa.ChunkedArray] = {}
+        self.beside: Sequence[str] = ()  # columns that are loaded with those of the format
         self.names = frozenset(self._schema.names)
         self.rows = np.arange(self._metadata.num_rows, dtype=np.int64)
 
@@ -49,7 +50,7 @@ class ParquetColumns:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
         table = read_columns(
             self._source,
-            names,
+            [*names, *self.beside],
             self.file,
             metadata=self._metadata,
             as_dictionary=prompt if prompt and self._plain(prompt) else None,
@@ -69,6 +70,16 @@ class ParquetColumns:
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         return column if pa.types.is_string(kind) and _is_utf8(column) else valid_text(column)
+
+    def named(self, name: str) -> pa.DictionaryArray:
+        """A column of names: text and whole numbers as text, the parts of a list joined."""
+        kind = self._type(name)
+        if pa.types.is_integer(kind):
+            codes = _one_chunk(self._column(name).dictionary_encode())
+            return codes.from_arrays(codes.indices, codes.dictionary.cast(pa.string()))
+        if _is_list(kind) or pa.types.is_floating(kind):
+            return encoded(text_array(map(as_name, self._column(name).to_pylist())))
+        return _without_blanks(encoded(self.text(name)))
 
     def no_texts(self, name: str) -> dict[int, str]:
         """The rows whose text is a list of several, and what that is."""
@@ -249,6 +260,7 @@ class RecordColumns:
         self._columns = records.columns
         self.names = frozenset(records.columns)
         self.rows = np.asarray(records.rows, np.int64)
+        self.beside: Sequence[str] = ()  # as for Parquet
 
     def load(self, names: Iterable[str], prompt: str | None = None) -> None:
         """Nothing to do: records are read whole."""
@@ -257,6 +269,10 @@ class RecordColumns:
         """Strings as they are, and of lists of one; null for every other value."""
         values = map(only, self.values(name))
         return text_array(None if isinstance(value, Member) else value for value in values)
+
+    def named(self, name: str) -> pa.DictionaryArray:
+        """A column of names: text and whole numbers as text, the parts of a list joined."""
+        return encoded(text_array(map(as_name, self.values(name))))
 
     def no_texts(self, name: str) -> dict[int, str]:
         """The rows whose text is a list of several, or no UTF-8."""
@@ -368,6 +384,25 @@ def _unwritten(value: Any) -> Any:
 def only(value: Any) -> Any:
     """The one item of a list; everything else as it is."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def as_name(value: Any) -> str | None:
+    """Text that is not blank, whole numbers as text, the parts of a list joined; None else."""
+    if isinstance(value, list):
+        return ", ".join(part for part in map(as_name, value) if part) or None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with gaps made it 7.0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _without_blanks(codes: pa.DictionaryArray) -> pa.DictionaryArray:
+    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(codes.dictionary), ""), True)
+    if not pc.any(blank).as_py():
+        return codes
+    indices = pc.if_else(blank.take(codes.indices), pa.scalar(None, pa.int32()), codes.indices)
+    return codes.from_arrays(indices, codes.dictionary)
 
 
 def _several(values: list[Any]) -> dict[int, str]:

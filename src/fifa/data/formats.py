@@ -26,6 +26,7 @@ from fifa.data.labels import (
     own_label,
     two_labels,
     vote_share,
+    weight_share,
 )
 from fifa.data.pairs import FilePairs, pair_columns, side_pairs
 from fifa.data.rankings import (
@@ -277,13 +278,14 @@ class Winner:
         self, columns: Columns, carried: dict[str, str], compare: Compare | None = None
     ) -> FilePairs:
         """As `Layout.read`; raises `FifaError` where the words say nothing."""
-        return self._layout(columns).read(columns, carried)
+        return self.layout(columns).read(columns, carried)
 
     def uses(self, columns: Columns) -> dict[str, str]:
         """As `Layout.uses`."""
-        return self._layout(columns).uses(columns)
+        return self.layout(columns).uses(columns)
 
-    def _layout(self, columns: Columns) -> Layout:
+    def layout(self, columns: Columns) -> Layout:
+        """What its columns and words mean; raises `FifaError` where the words say nothing."""
         found = find_winner(columns)
         if found is None:
             raise _missing_columns(columns, self.name, ["image_a", "image_b", "winner"])
@@ -337,18 +339,6 @@ def _two_labels(columns: Columns) -> Labels:
     votes = columns.number("label_votes")
     known = (votes >= 1) & (votes < 2**31)
     return Labels(labels.value, labels.wrong, np.where(known, votes, 1.0).astype(np.int32))
-
-
-def _weighted_results(columns: Columns) -> Labels:
-    """Rapidata: the annotators' weights for either image, label = p1 / (p1 + p2)."""
-    first = label_numbers(columns, "weighted_results_image1_preference")
-    second = label_numbers(columns, "weighted_results_image2_preference")
-    total = first + second
-    wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
-    negative = np.flatnonzero((first < 0) | (second < 0)).tolist()
-    wrong |= dict.fromkeys(negative, "negative votes")
-    good = (total > 0) & np.isfinite(total)
-    return Labels(np.divide(first, total, out=np.full_like(total, np.nan), where=good), wrong)
 
 
 def _aggregated(column: str) -> Callable[[Columns], Labels]:
@@ -494,7 +484,9 @@ FORMATS: tuple[Format, ...] = (
         "rapidata",
         "prompt",
         ("image1", "image2"),
-        _weighted_results,
+        lambda columns: weight_share(
+            columns, "weighted_results_image1_preference", "weighted_results_image2_preference"
+        ),
         needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
     ),
     Layout(

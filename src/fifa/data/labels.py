@@ -190,6 +190,17 @@ def vote_share(columns: Columns, first: str, second: str) -> Labels:
     return Labels(share, wrong, np.maximum(np.where(good, votes, 1.0), 1.0).astype(np.int32))
 
 
+def weight_share(columns: Columns, first: str, second: str) -> Labels:
+    """label = w1 / (w1 + w2), from two columns of annotators' weights."""
+    one, two = label_numbers(columns, first), label_numbers(columns, second)
+    total = one + two
+    wrong = dict.fromkeys(np.flatnonzero(total == 0).tolist(), "nobody voted for either image")
+    negative = np.flatnonzero((one < 0) | (two < 0)).tolist()
+    wrong |= dict.fromkeys(negative, "negative votes")
+    good = (total > 0) & np.isfinite(total)
+    return Labels(np.divide(one, total, out=np.full_like(total, np.nan), where=good), wrong)
+
+
 def _larger(columns: Columns, first: str, second: str) -> Labels:
     one, two = label_numbers(columns, first), label_numbers(columns, second)
     one, two = (np.where(np.isfinite(each), each, np.nan) for each in (one, two))

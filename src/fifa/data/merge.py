@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fifa.data.ids import hex_strings
+from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.pairs import FilePairs
 from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs
 from fifa.errors import FifaError
@@ -23,7 +25,8 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
     """Join files' pairs into one table; of the origin it knows no more than what they hold.
 
     A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
-    one's label and goes; everything else is the first one's.
+    one's label and goes, its labels by aspect likewise and its annotators after the first one's;
+    everything else is the first one's.
     """
     full: list[FilePairs] = []
     rejected: list[tuple[str, int | None, str]] = []
@@ -36,12 +39,14 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
         if len(own):
             full.append(own)
     table, prompts = _tables(full) if full else (PAIRS.empty_table(), PROMPTS.empty_table())
+    beside = {*PAIRS.names, *NAMES, *labels_by_aspect(table)}
+    scores = [name for name in table.column_names if name not in beside]
     pairs = sum(map(len, full))
     rejected.sort(key=lambda row: (row[0], -1 if row[1] is None else row[1]))
     by_column = [list(column) for column in zip(*rejected, strict=True)] or [[], [], []]
     origin = Origin(
         cells=cells,
-        score_columns=tuple(table.column_names[len(PAIRS) :]),
+        score_columns=tuple(scores),
         rows=pairs + len(rejected),
         merged=pairs - len(table),
         not_made=dict(not_made),
@@ -62,9 +67,11 @@ def _tables(files: list[FilePairs]) -> tuple[pa.Table, pa.Table]:
     repeat = columns["repeat"].to_numpy()
     repeat[same_images[0]] = True
     columns["repeat"] = pa.chunked_array([repeat])
-    merged = _merge(columns, *_same_pairs(files, *same_images), files)
-    scores = [(name, columns[name].type) for name in columns if name not in PAIRS.names]
-    schema = pa.schema([*PAIRS, *scores])
+    aspects = labels_by_aspect(columns)
+    merged = _merge(columns, *_same_pairs(files, *same_images), files, aspects)
+    beside = [name for name in (*NAMES, *aspects) if name in columns]
+    others = [name for name in columns if name not in {*PAIRS.names, *beside}]
+    schema = pa.schema([*PAIRS, *((name, columns[name].type) for name in [*beside, *others])])
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     return _without(table, merged), prompts
 
@@ -84,7 +91,9 @@ def _joined(files: list[FilePairs]) -> dict[str, pa.ChunkedArray]:
             column.chunks if isinstance(column, pa.ChunkedArray) else [column] for column in found
         ]
         columns[name] = pa.chunked_array([piece for some in pieces for piece in some], kind)
-    columns["file"] = columns["file"].unify_dictionaries()
+    for name in ("file", *NAMES):
+        if name in columns:
+            columns[name] = columns[name].unify_dictionaries()
     return columns
 
 
@@ -184,6 +193,7 @@ def _merge(
     again: np.ndarray,
     first: np.ndarray,
     files: list[FilePairs],
+    aspects: list[str],
 ) -> np.ndarray:
     """Average the labels of repeated pairs into their first row; returns the other rows.
 
@@ -200,16 +210,51 @@ def _merge(
         _of_rows([np.asarray(own.columns[name]) for own in files], rows)
         for name in ("label", "votes")
     )
-    share = np.where(high != high[head], 1.0 - own, own) * weight
-    weight = np.bincount(head, weights=weight)[at]
+    turned = high != high[head]
+    if len(again):
+        for name in aspects:
+            aspect = columns[name].to_numpy().copy()  # NaN where there is none
+            aspect[heads] = _means(aspect[rows].astype(np.float64), turned, weight, head)[at]
+            columns[name] = pa.chunked_array([pa.array(aspect, pa.float32(), from_pandas=True)])
+        if "annotator" in columns:
+            columns["annotator"] = _annotators(columns["annotator"], rows, head)
     label = columns["label"].to_numpy().astype(np.float32)
-    label[heads] = np.bincount(head, weights=share)[at] / weight
+    label[heads] = _means(own, turned, weight, head)[at]
     columns["label"] = pa.chunked_array([label])
     if len(again):
+        weight = np.bincount(head, weights=weight)[at]
         votes = columns["votes"].to_numpy().copy()
         votes[heads] = np.minimum(weight, np.iinfo(np.int32).max)
         columns["votes"] = pa.chunked_array([votes])
     return again
+
+
+def _means(
+    label: np.ndarray, turned: np.ndarray, weight: np.ndarray, head: np.ndarray
+) -> np.ndarray:
+    """The weighted mean of the labels of each head (its place), those that are there; or NaN."""
+    known = ~np.isnan(label)
+    share = np.where(known, np.where(turned, 1.0 - label, label), 0.0) * weight
+    total = np.bincount(head, weights=known * weight)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.bincount(head, weights=share) / total)
+
+
+def _annotators(column: pa.ChunkedArray, rows: np.ndarray, head: np.ndarray) -> pa.ChunkedArray:
+    """Whoever judged one of the ``rows`` stands in its head's row: each once, in their order."""
+    texts = column.take(pa.array(rows)).cast(pa.string()).to_pylist()
+    judges: dict[int, dict[str, None]] = {}
+    for place, text in zip(head.tolist(), texts, strict=True):
+        judges.setdefault(place, {}).update(dict.fromkeys(text.split(", ") if text else ()))
+    heads = list(judges)
+    joined = pa.array([", ".join(judges[place]) or None for place in heads], pa.string())
+    codes = column.combine_chunks()
+    known = pa.concat_arrays([codes.dictionary, joined.drop_null()]).unique()
+    indices = codes.indices.fill_null(0).to_numpy().copy()
+    indices[rows[heads]] = pc.index_in(joined, value_set=known).fill_null(0)
+    nobody = np.asarray(codes.indices.is_null()).copy()
+    nobody[rows[heads]] = np.asarray(joined.is_null())
+    return pa.chunked_array([codes.from_arrays(pa.array(indices, mask=nobody), known)])
 
 
 def _without(table: pa.Table, gone: np.ndarray) -> pa.Table:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from fifa.data.columns import Text, encoded
 from fifa.data.ids import hex_strings, murmur3, pair_hashes, prompt_hashes
+from fifa.data.names import exchanged, label_columns
 from fifa.data.table import PAIRS
 
 MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
@@ -45,7 +46,8 @@ class FilePairs:
         (maybe dictionary-encoded; null where there is no text), the images' keys ``image_0`` and
         ``image_1`` (null where an image is missing), ``image_0_ref`` and ``image_1_ref`` (path,
         URL or tar member; null for a cell of the row), ``label`` (float64, the probability that a
-        person prefers image 0; NaN where there is none) and ``votes`` (int32).
+        person prefers image 0; NaN where there is none) and ``votes`` (int32). Then those of
+        `fifa.data.names`, where the source has them.
     scores
         Columns to keep beside them, [n] each.
     wrong
@@ -141,6 +143,12 @@ def finish(own: FilePairs) -> FilePairs:
         own.high = own.high ^ swapped
         turn, label = pa.array(swapped), columns["label"].to_numpy()
         columns["label"] = pa.array(np.where(swapped, 1.0 - label, label))
+        for name in label_columns(columns):
+            label = columns[name].to_numpy(zero_copy_only=False)
+            columns[name] = pa.array(np.where(swapped, 1.0 - label, label))
+        if "model_0" in columns and "model_1" in columns:
+            models = exchanged((columns["model_0"], columns["model_1"]), swapped)
+            columns["model_0"], columns["model_1"] = models
         sides = [(columns, "image_0", "image_1"), (columns, "image_0_ref", "image_1_ref")]
         for table, *names in [*sides, *((scores, *names) for names in own.swaps)]:
             zero, one = (table[name] for name in names)
@@ -153,7 +161,10 @@ def finish(own: FilePairs) -> FilePairs:
         "swapped": pa.array(swapped),
         "repeat": pa.array((hashes[0] == hashes[1]).all(axis=0)),  # one image twice
     }
-    columns |= {f"source_{name}" if name in PAIRS.names else name: scores[name] for name in scores}
+    for name in label_columns(columns):
+        columns[name] = pc.cast(columns[name], pa.float32())
+    taken = {*PAIRS.names, *columns}
+    columns |= {f"source_{name}" if name in taken else name: scores[name] for name in scores}
     return own
 
 

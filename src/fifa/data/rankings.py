@@ -210,15 +210,28 @@ class _Rankings:
             for name in names
             for side in (0, 1)
         }
+        columns = pair_columns(row, texts[0], texts[1:3], texts[3:], label, votes)
         return FilePairs(
             file,
-            pair_columns(row, texts[0], texts[1:3], texts[3:], label, votes),
+            columns | _by_rating(scores, names),
             scores=scores,
             swaps=[(f"{name}_0", f"{name}_1") for name in names],
             winner_first=True,
             rejected=self.rejected,
             not_made=self.not_made,
         )
+
+
+def _by_rating(scores: dict[str, pa.Array], names: Sequence[str]) -> dict[str, pa.Array]:
+    """A label by aspect for each rating: ``label_fidelity`` of ``fidelity_rating``."""
+    found = {}
+    for name in names:
+        one, two = (np.asarray(scores[f"{name}_{side}"].fill_null(np.nan)) for side in (0, 1))
+        # label = 1 if the rating of image 0 is the higher one, 0.5 if they are equal
+        if name.endswith("_rating"):
+            share = pa.array(0.5 * (np.sign(one - two) + 1.0))
+            found[f"label_{name.removesuffix('_rating')}"] = share
+    return found
 
 
 def two_paths(columns: Columns, compare: Compare) -> FilePairs:

@@ -20,8 +20,9 @@ from fifa.console import note, progress
 from fifa.data import formats
 from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
 from fifa.data.folders import read_sides
-from fifa.data.formats import PAIR_COLUMNS, Format, own_layout
+from fifa.data.formats import PAIR_COLUMNS, Format, Layout, Winner, own_layout
 from fifa.data.merge import merge
+from fifa.data.names import NAMES, by_aspect, find_names, label_columns
 from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import PAIRINGS, Compare, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
@@ -37,7 +38,7 @@ FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 AHEAD = 8  # files that are open at a time
 THREADS = 3
 KEY = "__key__"  # WebDataset's name of a sample's key
-VERSION = 5  # of the way a source becomes pairs; part of every fingerprint
+VERSION = 6  # of the way a source becomes pairs; part of every fingerprint
 
 
 def read_pairs(
@@ -47,6 +48,7 @@ def read_pairs(
     columns: dict[str, str] | None = None,
     pairs: str | None = None,
     min_gap: float | None = None,
+    label_aspect: str | None = None,
     images_from: Sequence[str] = (),
 ) -> Pairs:
     """Read preference pairs, whatever data set they come in, without reading pixels.
@@ -61,9 +63,12 @@ def read_pairs(
     columns
         For a table of your own: the names of its ``prompt``, ``image_0``, ``image_1`` and
         ``label`` columns (the label is the probability that a person prefers image_0, or one of
-        the forms in `fifa.data.labels.OTHER_SCALES`). Any other name keeps a column of numbers,
-        or of lists of numbers, under that name. ``__key__`` is ``dots`` where the keys of a
-        WebDataset tar have dots in them.
+        the forms in `fifa.data.labels.OTHER_SCALES`). For any source with a row a pair: the columns
+        of the `fifa.data.names.NAMES`, and of a label by aspect, ``label_ASPECT``, in the same
+        forms. Any other name keeps a column of numbers, or of lists of numbers, under that name.
+        ``__key__`` is ``dots`` where the keys of a WebDataset tar have dots in them.
+    label_aspect
+        The labels are those of this aspect, of a source that has several labels a pair.
     pairs, min_gap
         Where a prompt has several rated or ranked images: which two of them make a pair, as in
         `fifa.data.rankings.Compare`; every two if not given.
@@ -91,7 +96,7 @@ def read_pairs(
     if (folder := found.root.folder) is not None:
         for place in (folder, folder.parent):  # the subset was named, or its files
             check_subset(place)
-    reader = _Reader(found.root, format, columns, Compare(pairs, min_gap))
+    reader = _Reader(found.root, format, columns, Compare(pairs, min_gap), label_aspect)
     with progress("reading files", len(found.files)) as advance:
         read = merge(_file_pairs(reader, found, advance))
     if not len(read):
@@ -109,6 +114,7 @@ def read_pairs(
         columns=columns,
         pairs=pairs,
         min_gap=min_gap,
+        label_aspect=label_aspect,
         used=reader.used,
         ignored=tuple(sorted(reader.names - taken)),
         images_from=tuple(images_from),
@@ -126,6 +132,7 @@ def read_source(read: Read, source: str | None = None) -> Pairs:
         columns=read.columns,
         pairs=read.pairs,
         min_gap=read.min_gap,
+        label_aspect=read.label_aspect,
         images_from=read.images_from,
     )
 
@@ -143,16 +150,22 @@ def _fingerprint(found: Source, origin: Origin) -> str:
     if compare in ([None, None], [PAIRINGS[0], None]):  # as ever
         compare = []
     files = [file.__dict__ for file in found.files]
-    return digest([VERSION, origin.format, origin.columns, files, *compare])
+    aspect = [origin.label_aspect] if origin.label_aspect else []
+    return digest([VERSION, origin.format, origin.columns, files, *compare, *aspect])
 
 
 class _Reader:
     """Reads one file after another, all in one format."""
 
     def __init__(
-        self, root: Root, format: str | None, columns: dict[str, str], compare: Compare
+        self,
+        root: Root,
+        format: str | None,
+        columns: dict[str, str],
+        compare: Compare,
+        aspect: str | None,
     ) -> None:
-        self.root, self.compare = root, compare
+        self.root, self.compare, self.aspect = root, compare, aspect
         self.name = format or ""
         self.used: dict[str, str] = {}  # of the first file with a format
         self.names: frozenset[str] = frozenset()
@@ -161,8 +174,12 @@ class _Reader:
             if columns[KEY] != "dots":
                 raise FifaError(f"{KEY} is {columns[KEY]!r}", do=f"say {DOTTED}, or leave it out")
             self._dots = formats.known_columns() | set(columns.values())
+        named = {*NAMES, *label_columns(columns)}
+        self.named = {name: column for name, column in columns.items() if name in named}
         self.carried = {
-            name: column for name, column in columns.items() if name not in (*PAIR_COLUMNS, KEY)
+            name: column
+            for name, column in columns.items()
+            if name not in (*PAIR_COLUMNS, KEY, *named)
         }
         own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
         self._own: Format | None = own_rankings(columns)
@@ -190,9 +207,9 @@ class _Reader:
         if form is None:
             reasons = [*rejected, *_unknown(columns, bool(rejected))]
             return "", FilePairs(file.path, rejected=reasons)
-        own = form.read(columns, self.carried, self.compare)
+        own = self._pairs(columns, form)
         own.rejected += rejected
-        own.used, own.names = form.uses(columns), columns.names
+        own.used, own.names = form.uses(columns) | own.used, columns.names
         if own.members is not None:
             placed = self._placed(file, own.members["key"], own.members["ref"])
             for at, column in zip((4, 5), placed, strict=True):
@@ -204,6 +221,24 @@ class _Reader:
             placed = self._placed(file, own.columns[key], own.columns[ref])
             own.columns[key], own.columns[ref] = placed
         return form.name, finish(own)
+
+    def _pairs(self, columns: Columns, form: Format) -> FilePairs:
+        """A file's pairs, with its names; the labels are those of the aspect, if one is asked."""
+        form = form.layout(columns) if isinstance(form, Winner) else form
+        if isinstance(form, Layout):
+            names = find_names(columns, form.images, self.named, self.aspect)
+            if self.aspect in names.aspects:
+                needs, label = names.aspects[self.aspect]
+                form = replace(form, label=label, needs=needs, reads=())
+            columns.beside = names.columns
+            own = form.read(columns, self.carried, self.compare)
+            own.columns |= names.read(columns)
+            own.used = names.uses()
+        else:
+            own = form.read(columns, self.carried, self.compare)
+        if self.aspect and own.members is None and len(own):
+            by_aspect(own.columns, self.aspect, columns.file)
+        return own
 
     def _columns(self, file: SourceFile) -> tuple[Columns, Rejected]:
         if file.kind == "sides" and self.root.folder is not None:
@@ -312,7 +347,10 @@ def _file_pairs(
                 ranked.append(own)
             advance(1)
             yield own
-    yield from map(finish, join(ranked, reader.compare))
+    for own in join(ranked, reader.compare):
+        if reader.aspect and len(own):
+            by_aspect(own.columns, reader.aspect, own.file)
+        yield finish(own)
     reader.name = next(iter(forms), reader.name)
 
 

@@ -54,7 +54,7 @@ class Origin:
         The two columns with image bytes in the source's own rows, or None. A dot goes into a
         struct (``images.image_1``).
     score_columns
-        Columns of `Pairs.table` beyond `PAIRS`: numbers that the source came with.
+        Columns of `Pairs.table` beyond `PAIRS` and the names: numbers that the source came with.
     fingerprint
         16 hex characters that change when a source file changes (name, size, time or etag) or
         when it is read in another way.
@@ -71,7 +71,7 @@ class Origin:
         The other columns, but those of ``score_columns``.
     remote
         Size and stamp of every file of a remote source, as `fifa.data.source.SourceFile` has them.
-    images_from
+    images_from, label_aspect
         As in `fifa.config.Read`.
     """
 
@@ -91,6 +91,7 @@ class Origin:
     ignored: tuple[str, ...] = ()
     remote: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_from: tuple[str, ...] = ()
+    label_aspect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Pairs:
     Parameters
     ----------
     table
-        `PAIRS`, then the source's score columns (float64), a row a pair.
+        `PAIRS`, a row a pair; then, where the source has them, the names (`fifa.data.names`):
+        ``model_0``, ``model_1``, ``annotator`` and ``category`` (dictionary of strings) and a
+        ``label_ASPECT`` for each aspect (float32, as ``label``); then its scores (float64).
     prompts
         `PROMPTS`, a row a unique prompt, in order of first appearance; its spelling there.
     rejected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fifa.data.names import labels_by_aspect
 from fifa.evaluation.measure import pairwise_distance
 from fifa.scoring.rewards.metrics import (
     Agreement,
@@ -20,6 +22,7 @@ from fifa.scoring.rewards.metrics import (
     committee_report,
     dissent,
     likely_mislabelled,
+    wilson,
 )
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -268,3 +271,116 @@ def label_noise(columns: Columns, rewards: dict[str, tuple[Floats, Floats]]) -> 
         rows=rows[contradicted].tolist(),
         sampled=len(rows) if len(rows) < len(columns.label) else 0,
     )
+
+
+class Group(NamedTuple):
+    """What became of the pairs of one generator, of two of them, or of one category.
+
+    `wins` is how often people prefer the first generator's image, a tie counting half, in pairs
+    with another generator's; `agrees` how often the margin agrees with the people.
+    """
+
+    name: str
+    other: str
+    pairs: int
+    kept: int
+    wins: Agreement
+    agrees: Agreement
+
+
+def by_generator(pairs: pa.Table, columns: Columns) -> tuple[list[Group], list[Group]]:
+    """The pairs of each generator, and those of each two; most pairs first.
+
+    Empty for ``pairs`` without ``model_0`` and ``model_1``. Images of unknown generators are in
+    no group, and a pair of one generator's images is one pair of it.
+    """
+    (zero, one), names = _codes(pairs, ("model_0", "model_1"))
+    known = (zero >= 0) & (one >= 0)
+    first = np.sign(columns.label - 0.5) / 2 + 0.5  # won by image 0, a tie half
+    won = np.where(known & (zero != one), first, np.nan)
+    once = np.where(zero == one, -1, one)
+    single = _groups(names, [zero, once], columns, [won, 1 - won])
+    n = max(len(names), 1)
+    low, high = np.minimum(zero, one), np.maximum(zero, one)
+    both = np.where(known, low.astype(np.int64) * n + high, -1)
+    used, place = np.unique(both, return_inverse=True)
+    place = place.reshape(-1) - int(len(used) > 0 and used[0] < 0)
+    titles = [(names[key // n], names[key % n]) for key in used[used >= 0].tolist()]
+    double = _groups(titles, [place], columns, [np.where(zero <= one, won, 1 - won)])
+    return single, double
+
+
+def by_category(pairs: pa.Table, columns: Columns) -> list[Group]:
+    """The pairs of each category, most pairs first; empty without ``category``."""
+    codes, names = _codes(pairs, ("category",))
+    return _groups(names, codes, columns, [np.full(len(columns.label), np.nan)])
+
+
+def _codes(pairs: pa.Table, names: Sequence[str]) -> tuple[list[Ints], list[str]]:
+    """Columns of names as numbers, -1 for none, and what each number stands for."""
+    if not set(names) <= set(pairs.column_names):
+        return [np.full(len(pairs), -1)] * len(names), []
+    parts = [pairs[name].unify_dictionaries().combine_chunks() for name in names]
+    both = pa.chunked_array(parts).unify_dictionaries().chunks
+    return [part.indices.fill_null(-1).to_numpy() for part in both], both[0].dictionary.to_pylist()
+
+
+def _groups(
+    names: Sequence[str | tuple[str, str]],
+    codes: Sequence[Ints],
+    columns: Columns,
+    won: Sequence[Floats],
+) -> list[Group]:
+    """A group for each name that some of the codes stand for; what is ``won`` beside each code."""
+
+    def sums(values: Sequence[Floats | Bools]) -> Floats:
+        parts = [
+            np.bincount(code[code >= 0], value[code >= 0], len(names))
+            for code, value in zip(codes, values, strict=True)
+        ]
+        return np.asarray(sum(parts), np.float64)
+
+    def shares(values: Sequence[Floats]) -> list[Agreement]:
+        counts = sums([~np.isnan(value) for value in values])
+        totals = sums([np.nan_to_num(value) for value in values])
+        return [
+            Agreement(total / n if n else float("nan"), *wilson(total, int(n)), int(n))
+            for total, n in zip(totals.tolist(), counts.tolist(), strict=True)
+        ]
+
+    agreed = np.sign(columns.signed_margin) / 2 + 0.5
+    everything = sums([np.ones(len(code), bool) for code in codes]).astype(int).tolist()
+    kept = sums([columns.kept] * len(codes)).astype(int).tolist()
+    rows = zip(names, everything, kept, shares(won), shares([agreed] * len(codes)), strict=True)
+    found = [
+        Group(*(name if isinstance(name, tuple) else (name, "")), *rest)
+        for name, *rest in rows
+        if rest[0]
+    ]
+    return sorted(found, key=lambda group: (-group.pairs, group.name, group.other))
+
+
+class Aspect(NamedTuple):
+    """One aspect's labels: `labels` that name a winner, how often that is the label's too."""
+
+    name: str
+    labels: int
+    same: Agreement
+    agrees: Agreement
+
+
+def by_aspects(pairs: pa.Table, columns: Columns) -> list[Aspect]:
+    """Each of the labels by aspect, beside the label and the margin."""
+    found = []
+    # as the margin is measured: positive if the people prefer image 0
+    person = np.sign(columns.label - 0.5)
+    margin = np.sign(columns.signed_margin) * np.where(person == 0, np.nan, person)
+    for name in labels_by_aspect(pairs):
+        won = np.sign(pairs[name].to_numpy() - 0.5)
+        won = np.where(won == 0, np.nan, won)
+        same = np.where(person == 0, np.nan, won * person)
+        labels = int(np.count_nonzero(~np.isnan(won)))
+        found.append(
+            Aspect(name.removeprefix("label_"), labels, agreement(same), agreement(won * margin))
+        )
+    return found

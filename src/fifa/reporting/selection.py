@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fifa.config import Recipe
+from fifa.config import Recipe, Select
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.formatting import shorten, shorten_lines
@@ -23,16 +23,20 @@ from fifa.scoring.margin import committee
 from fifa.scoring.rewards.metrics import agreement, by_margin
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import Scores, map_array, score_facts, score_path
+from fifa.selection.choose import aspects_disagree
 from fifa.selection.readable import UNREADABLE_FILE
 from fifa.selection.strategies import STRATEGIES
 from fifa.shards.files import read_table
 
 MAP_ROWS = 20_000  # prompts that the map is fitted on
+NAMED = 20  # generators, two of them, or categories in a table
 LISTED = 100  # ids of likely mislabelled pairs
 # In the order in which the page has them; a reason that is not here comes after these
 REASONS = {
     "tie": "the people preferred neither image",
     "duplicate": "the same two images as an earlier pair, or an image against itself",
+    "other_generator": "an image by a generator that was not asked for",
+    "aspects_disagree": "one image wins by one aspect, the other one by another",
     "unreadable_image": "an image could not be opened",
     "unsafe_prompt": "the rater flagged the prompt as unsafe",
     "low_quality_prompt": "the prompt is nonsense, or rated below the limit",
@@ -110,7 +114,7 @@ def selection_context(
     return {
         "recipe": recipe,
         "recipe_yaml": shorten_lines(recipe.to_yaml()),
-        "older": knobs is not None and knobs != json.loads(json.dumps(asdict(select))),
+        "older": knobs is not None and {**_plain(Select()), **knobs} != _plain(select),
         "origin": pairs.origin,
         "funnel": _funnel(folder, pairs, columns),
         "pairs": len(pairs),
@@ -121,6 +125,7 @@ def selection_context(
         "least": numbers.LEAST,
         "by_labels": STRATEGIES[select.strategy].unanimous or bool(select.min_agreement),
         "distributions": _distributions(columns),
+        "named": _named(pairs, columns),
         "groups": groups,
         "noise": noise,
         "noisy_ids": pairs.table["pair_id"].take(noise.rows[:LISTED]).to_pylist() if noise else [],
@@ -134,6 +139,11 @@ def selection_context(
         "fingerprints": _fingerprints(scores),
         "source": shlex.quote(shorten(recipe.read.source or "SOURCE", 400)),
     }
+
+
+def _plain(select: Select) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(select)))
+    return plain
 
 
 def _funnel(folder: Path, pairs: Pairs, columns: numbers.Columns) -> dict[str, Any]:
@@ -218,6 +228,27 @@ def _distributions(columns: numbers.Columns) -> list[dict[str, Any]]:
                 {"name": name, "meaning": meaning, "histogram": histogram, "figure": figure}
             )
     return found
+
+
+def _named(pairs: Pairs, columns: numbers.Columns) -> dict[str, Any] | None:
+    """The tables by generator, category and aspect; None where the source names none of them."""
+    single, double = numbers.by_generator(pairs.table, columns)
+    groups = {
+        "generator": single,
+        "two generators": double,
+        "category": numbers.by_category(pairs.table, columns),
+    }
+    aspects = numbers.by_aspects(pairs.table, columns)
+    if not aspects and not any(groups.values()):
+        return None
+    disagree = aspects_disagree(pairs.table) if aspects else np.zeros(0, bool)
+    return {
+        "groups": {what: rows[:NAMED] for what, rows in groups.items() if rows},
+        "more": {what: len(rows) - NAMED for what, rows in groups.items() if len(rows) > NAMED},
+        "aspects": aspects,
+        "disagree": int(disagree.sum()),
+        "disagree_kept": int((disagree & columns.kept).sum()) if aspects else 0,
+    }
 
 
 def _prompt_map(

@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 from fifa.config import Export, Recipe, Train, changed
 from fifa.console import echo, note
 from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
+from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.read import read_source, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
 from fifa.scoring import score
 from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_files
-from fifa.selection.choose import select
+from fifa.selection.choose import columns_needed, select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import load_selection, reason_counts, write_selection
 from fifa.shards.files import read_json, read_table, take_rows, write_json
@@ -199,11 +200,13 @@ def _is_untouched(pairs: Pairs) -> bool:
 
 def echo_read(pairs: Pairs) -> None:
     """Print how many rows were read, merged and rejected."""
-    origin = pairs.origin
+    origin, there = pairs.origin, pairs.table.column_names
     echo(
         f"read {origin.rows:,} rows as {origin.format}: {len(pairs):,} pairs, "
         f"{pairs.prompts.num_rows:,} prompts"
     )
+    if beside := [name for name in (*NAMES, *labels_by_aspect(pairs.table)) if name in there]:
+        echo(f"  kept beside the labels: {', '.join(beside)}")
     if origin.merged:
         echo(f"  merged   {origin.merged:>10,}  repeated pairs, labels averaged")
     for reason, count in origin.not_made.items():
@@ -382,9 +385,11 @@ def _door(run: Run, allow_download: bool = False) -> Door:
 
 def _load_for_choice(run: Run) -> tuple[Pairs, Scores]:
     """What choosing pairs reads of a run: ten million pairs are selected in seconds."""
-    origin = load_origin(run.folder)
+    origin, path = load_origin(run.folder), run.folder / FILES["table"]
+    there = pq.read_schema(path).names
+    needed = [*NEEDED, *columns_needed(run.recipe.select, there)]
     with ThreadPoolExecutor() as pool:
-        table = pool.submit(_read_columns, run.folder / FILES["table"], NEEDED, _again(run))
+        table = pool.submit(_read_columns, path, needed, _again(run))
         prompts = pool.submit(
             _read_columns, run.folder / FILES["prompts"], ["prompt_id"], _again(run)
         )

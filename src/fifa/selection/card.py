@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,12 @@ pairs = load_dataset("path/to/this/folder", split="train")
 | `margin`, `signed_margin`, `agreement` | what the reward models say of the pair |
 | `quality`, `diversity` | what raters and neighbours say of the prompt |
 | `importance`, `rank` | FiFA's importance, and the place in the order |
-| `weight` | for the loss; 1.0 unless the selection is a soft one |"""
+| `weight` | for the loss; 1.0 unless the selection is a soft one |{names}"""
+NAMES = {
+    "model_0": "the generator of image 0",
+    "model_1": "the generator of image 1",
+    "category": "the source's category",
+}
 LICENCE = ("license", "license_name", "license_link")  # as cards on the hub name it
 MAX_README = 1 << 20
 GENERATORS = 50  # at most so many in a card
@@ -194,7 +200,7 @@ def dataset_card(subset: dict[str, Any], made_for: Target) -> str:
         total=sum(reasons.values()),
         source=_line(subset["source"]["source"], 1000).replace("`", "'"),
         format=subset["source"]["format"],
-        use=_columns(subset["images"]) if to == Export().to else use,
+        use=_columns(subset["images"], subset.get("names", ())) if to == Export().to else use,
         about="\n".join(f"| {name} | {text} |" for name, text in _about(known, subset, recipe)),
         generators=_generator_table(known.generators),
         recipe=recipe.to_yaml(),
@@ -216,7 +222,7 @@ def _front(subset: dict[str, Any], licence: dict[str, str]) -> str:
     return text + (CONFIGS.format(files=files) if files else "")
 
 
-def _columns(images: bool) -> str:
+def _columns(images: bool, names: Sequence[str]) -> str:
     pixels = (
         "`jpg_0` and `jpg_1` are the source's own bytes, never re-encoded."
         if images
@@ -224,7 +230,8 @@ def _columns(images: bool) -> str:
         "rebuild it from a source with images."
     )
     rows = "| `jpg_0`, `jpg_1` | the images, as bytes |\n" if images else ""
-    return COLUMNS.format(images=pixels, image_columns=rows)
+    named = "".join(f"\n| `{name}` | {NAMES[name]} |" for name in names)
+    return COLUMNS.format(images=pixels, image_columns=rows, names=named)
 
 
 def _about(known: About, subset: dict[str, Any], recipe: Recipe) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ takes the best.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from fifa.config import Select
 from fifa.console import echo
+from fifa.data.names import label_columns, labels_by_aspect
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.margin import committee
@@ -165,7 +166,8 @@ def reason_codes(
     Parameters
     ----------
     table
-        ``pair_id``, ``label`` and ``repeat`` of `Pairs.table`.
+        ``pair_id``, ``label`` and ``repeat`` of `Pairs.table`, and the columns that
+        `columns_needed` names.
     terms
         The scores by pair.
     knobs
@@ -179,6 +181,9 @@ def reason_codes(
     -------
     uint8 [pairs], index into `REASONS`: the first gate that stops the pair, or ``below_cutoff``
     for one that is eligible and so far not selected.
+
+    Raises `FifaError` for a generator that made none of the images, and for a gate whose columns
+    the pairs do not have.
     """
     codes = np.full(table.num_rows, BELOW_CUTOFF, np.uint8)
     for reason, stopped in _gates(table, terms, knobs, unreadable, same):
@@ -206,6 +211,10 @@ def _gates(
         yield "duplicate", _mask(table["repeat"])
         if len(same):
             yield "duplicate", _listed(table, same)
+    if knobs.generators or knobs.not_generators:
+        yield "other_generator", _other_generator(table, knobs)
+    if knobs.drop_disagreeing:
+        yield "aspects_disagree", aspects_disagree(table)
     if len(unreadable):
         yield "unreadable_image", _listed(table, unreadable)
     if terms.unsafe is not None:
@@ -224,6 +233,65 @@ def _gates(
         yield "outside_margin_window", terms.margin < np.float32(low)
     if terms.margin is not None and high is not None:
         yield "outside_margin_window", terms.margin > np.float32(high)
+
+
+def columns_needed(knobs: Select, there: Iterable[str]) -> list[str]:
+    """The columns that gates ask for, of those that are ``there`` beyond the labels and ids."""
+    wanted = ["model_0", "model_1"] if knobs.generators or knobs.not_generators else []
+    wanted += label_columns(there) if knobs.drop_disagreeing else []
+    return [name for name in wanted if name in there]
+
+
+def _other_generator(table: pa.Table, knobs: Select) -> Mask:
+    """Pairs with an image whose generator is not to be kept, or is not known to be."""
+    if "model_0" not in table.column_names:
+        raise FifaError(
+            "the source does not say which generator made an image",
+            do="leave --generators and --not-generators out, or name the columns with --columns "
+            "model_0=...,model_1=...",
+        )
+    sides = [_encoded(table[name]) for name in ("model_0", "model_1")]
+    there = sorted({name for side in sides for name in side.dictionary.to_pylist() if name})
+    unknown = [name for name in (*knobs.generators, *knobs.not_generators) if name not in there]
+    if unknown:
+        raise FifaError(
+            f"no generator is named {', '.join(map(repr, unknown))}",
+            do=f"take some of {', '.join(there[:50])}{', ...' if len(there) > 50 else ''}",
+        )
+    stopped = np.zeros(len(table), bool)
+    for side in sides:
+        names = side.dictionary.to_pylist()
+        other = [
+            (bool(knobs.generators) and name not in knobs.generators)
+            or name in knobs.not_generators
+            for name in [*names, None]
+        ]
+        stopped |= np.array(other)[side.indices.fill_null(len(names)).to_numpy()]
+    return stopped
+
+
+def aspects_disagree(table: pa.Table) -> Mask:
+    """Pairs with one winner by the label or by one aspect, and the other one by another aspect.
+
+    A tie is nobody's win. Raises `FifaError` for a table without labels by aspect.
+    """
+    names = labels_by_aspect(table)
+    if not names:
+        raise FifaError(
+            "the source has no labels by aspect",
+            do="leave --drop-disagreeing out, or name their columns with --columns "
+            "label_ASPECT=COLUMN",
+        )
+    first, second = np.zeros(len(table), bool), np.zeros(len(table), bool)
+    for name in ("label", *names):
+        label = table[name].to_numpy()
+        first |= label > 0.5
+        second |= label < 0.5
+    return first & second
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    return column.unify_dictionaries().combine_chunks()
 
 
 def _not_scored(terms: Terms, knobs: Select, n: int) -> Mask:
@@ -352,8 +420,8 @@ def select(
     ----------
     pairs, scores
         What `fifa.read_pairs` and `fifa.score` gave. ``pairs.table`` may hold ``pair_id``,
-        ``prompt_index``, ``label`` and ``repeat`` only, and ``pairs.prompts`` the ``prompt_id``
-        only; score tables in another order are aligned by id.
+        ``prompt_index``, ``label``, ``repeat`` and the `columns_needed` only, and
+        ``pairs.prompts`` the ``prompt_id`` only; score tables in another order are aligned by id.
     knobs
         Strategy, weights and gates; None is the default recipe's.
     unreadable

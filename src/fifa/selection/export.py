@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -51,8 +51,13 @@ Contents = npt.NDArray[np.uint64]
 _OURS = re.compile(r"subset\.json|README\.md|data(/train-\d{5}-of-\d{5}(-[0-9a-f]{16}\.parquet)?)?")
 
 
-def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> pa.Table:
-    """`COLUMNS` without the images, for some rows of the pairs.
+NAMED = ("model_0", "model_1", "category")  # after `COLUMNS`, as text, where the source has them
+
+
+def subset_rows(
+    pairs: Pairs, rows: Integers, columns: dict[str, pa.Array], names: Sequence[str] = ()
+) -> pa.Table:
+    """`COLUMNS` without the images, then ``names``, for some rows of the pairs.
 
     Parameters
     ----------
@@ -62,6 +67,8 @@ def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> p
         int64 [subset], rows of ``pairs.table`` in the subset's order.
     columns
         `FROM_SELECTION`, [subset] each.
+    names
+        Some of `NAMED`.
     """
     chosen = pairs.table.take(rows)
     label = chosen["label"].to_numpy()
@@ -82,8 +89,10 @@ def subset_rows(pairs: Pairs, rows: Integers, columns: dict[str, pa.Array]) -> p
         "label": chosen["label"],
         "votes": chosen["votes"],
         **columns,
+        **{name: chosen[name].cast(pa.string()) for name in names},
     }
-    schema = pa.schema([field for field in COLUMNS if field.name not in IMAGES])
+    fields = [field for field in COLUMNS if field.name not in IMAGES]
+    schema = pa.schema([*fields, *((name, pa.string()) for name in names)])
     return pa.table([made[name] for name in schema.names], schema=schema).combine_chunks()
 
 
@@ -211,6 +220,8 @@ class Subset:
         For the card.
     to
         The trainer that it was written for, where that is not the default one.
+    names
+        Those of `NAMED` that it has.
     """
 
     fifa_subset: Literal[2]
@@ -228,6 +239,7 @@ class Subset:
     columns: dict[str, str]
     about: About = field(default_factory=About)
     to: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -321,6 +333,8 @@ def export(
         "reasons": reason_counts(selection),
         "about": asdict(about(pairs, rows, scores)),
     }
+    if names := [name for name in NAMED if name in pairs.table.column_names]:
+        facts["names"] = names
     images = allow_download or has_pixels(pairs.table, pairs.origin)
     if made_for.images == "needed" and not images:
         raise FifaError(
@@ -338,7 +352,7 @@ def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
     origin = pairs.origin
     used = json.loads((selection.schema.metadata or {}).get(b"fifa.select", b"{}"))
     return Recipe(
-        read=Read(origin.source, origin.format, origin.columns),
+        read=Read(origin.source, origin.format, origin.columns, label_aspect=origin.label_aspect),
         score=scores.knobs or Score(tuple(scores.margins)),
         select=build(Select, used.get("select", {}), where="the selection's metadata"),
     )
@@ -389,6 +403,9 @@ def rebuild(
         )
     facts = {name: getattr(known, name) for name in ("recipe", "source", "scores", "reasons")}
     facts["about"] = asdict(known.about)
+    if known.names:
+        _check_names(path, known.names, pairs)
+        facts["names"] = list(known.names)
     door = partial(read, allow_download=allow_download) if known.images else None
     check = partial(_refuse_changed, path, pairs, known)
     return _write(folder, pairs, rows, columns, facts, door, known.to or Export().to, check)
@@ -407,7 +424,7 @@ def _write(
     """The subset of some rows for a target; without ``door`` its images are not read."""
     from fifa import __version__
 
-    table = subset_rows(pairs, rows, columns)
+    table = subset_rows(pairs, rows, columns, facts.get("names", ()))
     facts = json.loads(json.dumps(facts, sort_keys=True))  # as it is when it is read again
     made_for, is_default = target(to), to == Export().to
     with ExitStack() as stack:
@@ -509,6 +526,19 @@ def _refuse_address(path: Path, address: str, allow_download: bool) -> None:
             "the subset's source is an address, and a file is not asked where to fetch from",
             where=f"{path} names {address[:500]}",
             do=f"if you trust the address, name it with --source{also}",
+        )
+
+
+def _check_names(path: Path, names: Sequence[str], pairs: Pairs) -> None:
+    """Raise `FifaError` for names that a subset does not have, or that the source lacks now."""
+    if not set(names) <= set(NAMED):
+        raise FifaError("it names columns that no subset has", where=str(path))
+    lacks = [name for name in names if name not in pairs.table.column_names]
+    if lacks:
+        raise FifaError(
+            f"the subset has a column {lacks[0]!r}, and the source has none now",
+            where=pairs.origin.source,
+            do="name the data set as it was with --source",
         )
 
 

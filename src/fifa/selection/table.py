@@ -17,6 +17,8 @@ SELECTION_FILE = "selection.parquet"
 GATES = (
     "tie",
     "duplicate",
+    "other_generator",
+    "aspects_disagree",
     "unreadable_image",
     "unsafe_prompt",
     "low_quality_prompt",

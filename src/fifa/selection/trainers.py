@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,12 @@ COLUMNS = pa.schema(
     ]
 )
 METADATA = "metadata.jsonl"  # of an imagefolder
-SIDES = (("label_0", "label_1"), ("image_0_uid", "image_1_uid"), ("image_0_url", "image_1_url"))
+SIDES = (
+    ("label_0", "label_1"),
+    ("image_0_uid", "image_1_uid"),
+    ("image_0_url", "image_1_url"),
+    ("model_0", "model_1"),  # where the source has them
+)
 SIGNS = (  # how the files of each image format begin
     ("jpg", 0, (b"\xff\xd8\xff",)),
     ("png", 0, (b"\x89PNG\r\n\x1a\n",)),
@@ -72,7 +78,8 @@ class Chosen:
     Parameters
     ----------
     table
-        `COLUMNS` without the images, [pairs], the most important pair first.
+        `COLUMNS` without the images, then the names that the source has, [pairs], the most
+        important pair first.
     sizes
         int64 [pairs], bytes of both images of each; 0 without images.
     images
@@ -101,7 +108,8 @@ class Chosen:
         """`pairs` with the winner as image 0 in every row."""
         for row, images in self.pairs():
             if row["label_0"] == 0.0:
-                sides = {mine: row[other] for pair in SIDES for mine, other in (pair, pair[::-1])}
+                both = [(mine, other) for pair in SIDES for mine, other in (pair, pair[::-1])]
+                sides = {mine: row[other] for mine, other in both if other in row}
                 row |= sides | {"label": 1.0 - row["label"]}
                 images = images[::-1]
             yield row, images
@@ -141,15 +149,17 @@ def target(name: str) -> Target:
 
 
 def diffusers(folder: Path, chosen: Chosen) -> list[str]:
-    """Parquet shards with `COLUMNS`; without `IMAGES` where there are none."""
+    """Parquet shards with `COLUMNS` and names; without `IMAGES` where there are none."""
     if chosen.images is None:
         return parquet_shards(folder, chosen, chosen.table.schema, lambda part, cells: part)
-    return parquet_shards(folder, chosen, COLUMNS, _with_images)
+    pixels = [COLUMNS.field(name) for name in IMAGES]
+    schema = pa.schema([*pixels, *chosen.table.schema])
+    return parquet_shards(folder, chosen, schema, partial(_with_images, schema))
 
 
-def _with_images(part: pa.Table, cells: list[tuple[bytes, bytes]]) -> pa.Table:
+def _with_images(schema: pa.Schema, part: pa.Table, cells: list[tuple[bytes, bytes]]) -> pa.Table:
     columns = [pa.array([cell[side] for cell in cells], pa.binary()) for side in (0, 1)]
-    return pa.Table.from_arrays([*columns, *part.columns], schema=COLUMNS)
+    return pa.Table.from_arrays([*columns, *part.columns], schema=schema)
 
 
 def parquet_shards(

@@ -1,0 +1,184 @@
+"""What a source says beside the labels: who made the images, who judged them, and what they are of.
+
+Here is which of a source's columns hold it. It becomes columns of the table of pairs, after `PAIRS`
+and only where the source has it: the `NAMES`, dictionary-encoded, and a label an aspect,
+``label_ASPECT``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fifa.data.columns import Columns, Text, has
+from fifa.data.labels import Labels, own_label, vote_share, weight_share
+from fifa.errors import FifaError
+
+NAMES = ("model_0", "model_1", "annotator", "category")
+ASPECT = re.compile(r"label_(?!(?:0|1|votes)$)(\w+)")  # `PAIRS` and the public formats have three
+# The generators of image 0 and image 1, in files that list the images side by side
+SIDE_BY_SIDE = (
+    ("model_0", "model_1"),
+    ("model1", "model2"),
+    ("model_1", "model_2"),
+    ("model_a", "model_b"),
+    ("left_model", "right_model"),
+    ("model_left", "model_right"),
+)
+# and in files that list the winner first, by a column of that name
+WINNER_FIRST = (
+    ("chosen_model", "rejected_model"),
+    ("model_chosen", "model_rejected"),
+    ("winner_model", "loser_model"),
+    ("model_win", "model_lose"),
+)
+ONE_A_PAIR = {
+    "annotator": ("annotator", "annotator_id", "user_id", "worker_id"),
+    "category": ("category", "tags"),
+}
+SHARES = re.compile(r"(weighted_results|votes)_image1_(\w+)")  # and _image2_: labels by aspect
+
+
+Aspect = tuple[tuple[str, ...], Callable[[Columns], Labels]]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Which of a file's columns hold names and labels by aspect.
+
+    Parameters
+    ----------
+    texts
+        The file's column for each of `NAMES` that it has.
+    aspects
+        By aspect: the columns its label is made of, and how.
+    """
+
+    texts: dict[str, str] = field(default_factory=dict)
+    aspects: dict[str, Aspect] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """The file's columns."""
+        needs = [name for needs, _ in self.aspects.values() for name in needs]
+        return [*self.texts.values(), *needs]
+
+    def uses(self) -> dict[str, str]:
+        """The file's columns, each with what it is."""
+        used = {own: name for name, own in self.texts.items()}
+        for aspect, (needs, _) in self.aspects.items():
+            used |= dict.fromkeys(needs, f"label by {aspect}")
+        return used
+
+    def read(self, columns: Columns) -> dict[str, Text]:
+        """The table's columns, a row for each of the file's: names as text, labels as float64."""
+        found: dict[str, Text] = {name: columns.named(own) for name, own in self.texts.items()}
+        for aspect, (_, function) in self.aspects.items():
+            labels = function(columns)
+            value = labels.value.copy()
+            value[list(labels.wrong)] = np.nan
+            value[~((value >= 0) & (value <= 1))] = np.nan
+            found[f"label_{aspect}"] = pa.array(value, pa.float64())
+        return found
+
+
+def find_names(
+    columns: Columns,
+    images: tuple[str, str],
+    given: Mapping[str, str],
+    aspect: str | None,
+) -> Names:
+    """The names in a file with a row a pair.
+
+    Parameters
+    ----------
+    columns
+        The file.
+    images
+        Its columns of images, which tell whose generator is whose.
+    given
+        What the user named: columns for `NAMES`, and for ``label_ASPECT`` a column or one of
+        `fifa.data.labels.OTHER_SCALES`.
+    aspect
+        The one that gives the labels; a file's only aspect is not kept beside the label it is.
+
+    Raises `FifaError` for a column that was named and is not there.
+    """
+    by_winner = re.search("chosen|win", images[0].lower()) is not None
+    models = WINNER_FIRST if by_winner else SIDE_BY_SIDE
+    sides = next((names for names in models if set(names) <= columns.names), ())
+    texts = dict(zip(NAMES, sides, strict=False))
+    for name, known in ONE_A_PAIR.items():
+        if own := next((column for column in known if column in columns.names), None):
+            texts[name] = own
+    texts |= {name: own for name, own in given.items() if name in NAMES}
+    aspects: dict[str, Aspect] = {
+        found[2]: _shares(found[1], found[0], found[0].replace("_image1_", "_image2_"))
+        for found in map(SHARES.fullmatch, sorted(columns.names))
+        if found and found[0].replace("_image1_", "_image2_") in columns.names
+    }
+    if len(aspects) == 1 and aspect not in aspects:
+        aspects = {}
+    aspects |= {
+        found[1]: own_label(given[name])
+        for name in given
+        if (found := ASPECT.fullmatch(name)) is not None
+    }
+    names = Names(texts, aspects)
+    if len(texts.keys() & {"model_0", "model_1"}) == 1:
+        raise FifaError("a generator of one image", do="name both: model_0=...,model_1=...")
+    lacks = [name for name in names.columns if not has(columns, name)]
+    if lacks:
+        raise FifaError(
+            f"no column {lacks[0]!r}",
+            where=columns.file,
+            do="it has " + ", ".join(sorted(columns.names)),
+        )
+    return names
+
+
+def _shares(kind: str, first: str, second: str) -> Aspect:
+    share = vote_share if kind == "votes" else weight_share
+    return (first, second), lambda columns: share(columns, first, second)
+
+
+def by_aspect(columns: dict[str, Text], aspect: str, file: str) -> None:
+    """Make the labels those of one aspect; raises `FifaError` where there is no such aspect."""
+    name, found = f"label_{aspect}", label_columns(columns)
+    if name not in found:
+        named = f"name its column with --columns {name}=COLUMN"
+        there = f"take one of {', '.join(one.removeprefix('label_') for one in found)}"
+        raise FifaError(
+            f"no labels by the aspect {aspect!r}",
+            where=file,
+            do=there if found else f"the source has none: leave --label-aspect out, or {named}",
+        )
+    columns["label"] = columns[name]
+
+
+def label_columns(names: Iterable[str]) -> list[str]:
+    """Those of the names that are ``label_ASPECT``."""
+    return [name for name in names if ASPECT.fullmatch(name)]
+
+
+def labels_by_aspect(table: pa.Table | Mapping[str, Text]) -> list[str]:
+    """`label_columns` of a table of pairs: float32, while a score of such a name is float64."""
+    names = table.column_names if isinstance(table, pa.Table) else table
+    return [name for name in label_columns(names) if table[name].type == pa.float32()]
+
+
+def exchanged(sides: tuple[Text, Text], swapped: np.ndarray) -> tuple[Text, Text]:
+    """Two columns of names [n], changed for one another in the rows that are ``swapped``."""
+    both = pa.chunked_array(sides).unify_dictionaries()
+    first, second = (chunk.indices for chunk in both.chunks)
+    turn, names = pa.array(swapped), both.chunk(0).dictionary
+    zero, one = pc.if_else(turn, second, first), pc.if_else(turn, first, second)
+    return (
+        pa.DictionaryArray.from_arrays(zero, names),
+        pa.DictionaryArray.from_arrays(one, names),
+    )
