@@ -157,7 +157,7 @@ def test_a_pipe_or_device_is_no_source(tmp_path: Path, name: str) -> None:
         ("a\0b", "cannot be opened"),
         ("~nobody/a", "no such file"),
         ("caf\udce9", "no UTF-8"),
-        ("zip://a.csv::https://a.b/c.zip", "a source within a source"),
+        ("zip://a.csv::https://a.b/c.zip", "a zip file is named by its path"),
         ("{}/loop", "cannot be opened|no such file"),
         ("{}/file/x.csv", "cannot be opened: Not a directory"),
     ],

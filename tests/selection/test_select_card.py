@@ -128,7 +128,7 @@ def test_the_readme_of_a_data_set_on_the_hub_is_that_of_the_whole(monkeypatch):
         asked.append(url)
         return system, url.removeprefix("hf://datasets")
 
-    monkeypatch.setattr("fifa.data.source._remote", remote)
+    monkeypatch.setattr("fifa.data.remote.open_store", remote)
     root = "hf://datasets/someone/pairs/data/train"
     assert source_licence(Origin(root=root)) == {"license": "mit"}
     assert asked == ["hf://datasets/someone/pairs/README.md"]

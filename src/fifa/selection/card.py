@@ -15,6 +15,7 @@ import pyarrow as pa
 import yaml
 
 from fifa.config import Export, Recipe, Select, build
+from fifa.data.remote import fetch_file
 from fifa.data.source import Root, is_url
 from fifa.data.table import Origin, Pairs
 from fifa.scoring.table import Scores
@@ -176,8 +177,7 @@ def source_licence(origin: Origin) -> dict[str, str]:
         return {}
     found: Any = None
     with suppress(Exception):  # whatever a file system or a README comes up with: not stated
-        with Root(root).open("README.md") as file:
-            text = file.read(MAX_README).decode("utf-8-sig")
+        text = _readme(root).decode("utf-8-sig")
         if front := re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL):
             found = yaml.safe_load(front[1])
     given = found if isinstance(found, dict) else {}
@@ -185,6 +185,13 @@ def source_licence(origin: Origin) -> dict[str, str]:
     if isinstance(several := told["license"], list):
         told["license"] = ", ".join(one for one in several if isinstance(one, str))
     return {name: _line(value) for name, value in told.items() if value and isinstance(value, str)}
+
+
+def _readme(root: str) -> bytes:
+    if is_url(root):
+        return fetch_file(f"{root}/README.md", MAX_README)[:MAX_README]
+    with Root(root).open("README.md") as file:
+        return file.read(MAX_README)
 
 
 def dataset_card(subset: dict[str, Any], made_for: Target) -> str:

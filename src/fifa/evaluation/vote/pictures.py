@@ -26,16 +26,6 @@ from fifa.evaluation.generate import png
 from fifa.shards.files import PREFIX, cannot_write
 
 TILES = 8  # a side
-ORIENTATION = 0x0112  # Exif's
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def canonical_png(data: bytes) -> bytes:
@@ -69,17 +59,7 @@ def _pixels(data: bytes) -> np.ndarray:
         image = open_image(data)
     except BadImage as error:
         raise FifaError(f"an image cannot be shown: {error}") from error
-    turn = TURNS.get(_orientation(image))
-    shown = _in_srgb(image)
-    return np.array(shown if turn is None else shown.transpose(turn))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        found = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged Exif turns nothing, as in browsers
-        return 1
-    return found if isinstance(found, int) else 1
+    return np.array(_in_srgb(image))
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
