@@ -10,6 +10,7 @@ it for `STALE` seconds by the file system's own clock.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -99,24 +101,35 @@ def _lease(path: Path, folder: Path) -> Callable[[], None]:
     mine.write_bytes(_me())
     try:
         while not _made(mine, path):
-            holder = _read(path) or _read(path, wait=0.2)
-            if holder and not _is_dead(path, holder):
-                raise _taken(folder, holder)
-            _remove(path, holder)
+            seen = _see(path)
+            if seen.state and not seen.holder:
+                time.sleep(0.2)  # for the content of a file that was just made
+                seen = _see(path)
+            if not seen.state:
+                continue
+            if seen.holder and not _is_dead(path, seen.holder):
+                raise _taken(folder, seen.holder)
+            _remove(path, seen, folder)
     finally:
         mine.unlink(missing_ok=True)
+    state = path.stat()
     ended = threading.Event()
+
+    def is_mine() -> bool:
+        return os.path.samestat(state, path.stat())
 
     def beat() -> None:
         while not ended.wait(BEAT):
             with suppress(OSError):
-                os.utime(path)
+                if is_mine():
+                    os.utime(path)
 
     threading.Thread(target=beat, daemon=True).start()
 
     def release() -> None:
         ended.set()
-        path.unlink()
+        if is_mine():  # not after a sleep of `STALE` seconds, in which somebody else took it
+            path.unlink()
 
     return release
 
@@ -152,22 +165,36 @@ def _is_dead(path: Path, holder: bytes) -> bool:
             return True
 
 
-def _remove(path: Path, holder: bytes) -> None:
-    """Remove a dead process's lock, unless somebody else has just put theirs in its place."""
-    aside = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}-old")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read(aside) != holder:
-            _made(aside, path)
-        aside.unlink()
+def _remove(path: Path, dead: _Seen, folder: Path) -> None:
+    """Remove a dead process's lock.
 
-
-def _read(path: Path, wait: float = 0.0) -> bytes:
-    time.sleep(wait)  # for the content of a file that was just made
+    Of all that have seen it dead, only the one that holds a lock with this one's name may do so:
+    whoever comes later finds another file in its place, and leaves that alone.
+    """
+    name = hashlib.sha256(repr(dead).encode()).hexdigest()[:16]
+    release = _lease(path.with_name(f"{path.name}-{name}"), folder)
     try:
-        return path.read_bytes()[:4096]
+        if _see(path) == dead:
+            path.unlink()
+    finally:
+        release()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A lock's file as it was at one moment; ``state`` is empty where there was none."""
+
+    holder: bytes = b""
+    state: tuple[int, ...] = ()
+
+
+def _see(path: Path) -> _Seen:
+    try:
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            return _Seen(file.read(4096), (state.st_dev, state.st_ino, state.st_mtime_ns))
     except FileNotFoundError:
-        return b""
+        return _Seen()
 
 
 def _me() -> bytes:
