@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,7 +91,7 @@ class ParquetColumns:
     def reference(self, name: str) -> Text:
         """A column of paths or URLs as strings, each passed through `outside`."""
         refs = self.text(name)
-        ours = pc.match_substring_regex(refs, "^" + "|^".join(OURS))
+        ours = begins(refs, OURS)
         if not pc.any(ours).as_py():  # joining every row takes its time
             return refs
         return pc.if_else(ours, pc.binary_join_element_wise("./", refs, ""), refs)
@@ -454,6 +455,11 @@ def _is_utf8(column: pa.ChunkedArray) -> bool:
         column.validate(full=True)
         return True
     return False
+
+
+def begins(texts: Text, prefixes: Iterable[str]) -> Text:
+    """Whether each text begins with one of ``prefixes``; faster than a regular expression."""
+    return reduce(pc.or_, (pc.starts_with(texts, prefix) for prefix in prefixes))
 
 
 def encoded(column: Text) -> pa.DictionaryArray:

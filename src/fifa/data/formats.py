@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, as_number, has, parsed
+from fifa.data.columns import Columns, Text, as_number, begins, has, parsed
 from fifa.data.labels import (
     NOT_COUNTED,
     Labels,
@@ -239,7 +239,7 @@ def _side(
 
 def _written_out(refs: Text, side: int) -> dict[int, str]:
     """The rows whose image is text: a ``data:`` URL, or base64 of a PNG, JPEG or WEBP."""
-    found = np.asarray(pc.fill_null(pc.match_substring_regex(refs, WRITTEN), False))
+    found = np.asarray(pc.fill_null(begins(refs, WRITTEN_OUT), False))
     reason = f"image {side} is base64 text: write it to a file, or as bytes into Parquet"
     return dict.fromkeys(np.flatnonzero(found).tolist(), reason)
 
@@ -257,7 +257,6 @@ def _keys(columns: Columns, refs: Text) -> Text:
     return pa.array(named, pa.string())
 
 
-WRITTEN = f"^({'|'.join(WRITTEN_OUT)})"
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 RESPONSE_STATUS = "preference.responses.status"

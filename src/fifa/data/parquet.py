@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import IO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -104,7 +105,7 @@ def read_columns(
         _check(unpacked, most, where)
         kind = schema.field(field.name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        plain = table[i].cast(field.type.value_type)  # Arrow casts no dictionary to a view
+        plain = pa.chunked_array(map(_plain, table[i].chunks), field.type.value_type)
         table = table.set_column(i, field.name, plain.cast(kind))
     return table
 
@@ -150,6 +151,15 @@ def _written_out(chunk: pa.DictionaryArray) -> int:
         return len(chunk) * 8
     lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
     return pc.sum(lengths.take(chunk.indices)).as_py() or 0
+
+
+def _plain(chunk: pa.DictionaryArray) -> pa.Array:
+    """The values, each as often as it is there; nothing is copied where each is there once."""
+    if len(chunk) == len(chunk.dictionary) and not chunk.null_count:
+        indices = np.asarray(chunk.indices)
+        if np.array_equal(indices, np.arange(len(indices))):
+            return chunk.dictionary
+    return chunk.dictionary_decode()
 
 
 def _is_below(path: str, names: set[str]) -> bool:
