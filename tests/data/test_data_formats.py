@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fifa.data import read_pairs
-from fifa.data.pairs import side_pairs
+from fifa.data.columns import side_pairs
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 

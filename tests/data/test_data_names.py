@@ -180,3 +180,95 @@ def test_ratings_of_images_are_labels_by_aspect(tmp_path):
             assert label == 0.5 + 0.5 * np.sign(difference)
     by_fidelity = read_pairs(source, label_aspect="fidelity").table
     assert by_fidelity["label"].to_pylist() == pairs.table["label_fidelity"].to_pylist()
+
+
+IMAGES = [
+    {"prompt": "p", "image": f"{name}.png", "mos": score, "gen": f"of {name}", "who": who}
+    | {"taste": taste, "category": "x"}
+    for name, score, who, taste in (("a", 5, 1, 2), ("b", 3, 2, 2), ("c", 1, 1, 9))
+]
+
+
+def test_names_of_images_go_with_them_into_their_pairs(tmp_path):
+    source = write(tmp_path / "rows.jsonl", IMAGES)
+    columns = {"image": "image", "score": "mos", "model": "gen", "annotator": "who"}
+    columns |= {"label_taste": "taste"}
+    pairs = read_pairs(source, columns=columns)
+    assert len(pairs) == 3
+    by_image = {row["image"]: row for row in IMAGES}
+    for row in pairs.table.to_pylist():
+        zero, one = (by_image[row[f"image_{side}"]] for side in (0, 1))
+        assert (row["model_0"], row["model_1"]) == (zero["gen"], one["gen"])
+        assert set(row["annotator"].split(", ")) == {str(zero["who"]), str(one["who"])}
+        assert row["category"] == "x"
+        assert row["label_taste"] == 0.5 + 0.5 * np.sign(zero["taste"] - one["taste"])
+    by_taste = read_pairs(source, columns=columns, label_aspect="taste").table
+    assert by_taste["label"].to_pylist() == pairs.table["label_taste"].to_pylist()
+    assert by_taste["label_plain"].to_pylist() == pairs.table["label"].to_pylist()
+
+
+ANSWERS = {
+    f"response_{side}": {"model_name": f"of {side}", "response_content": [["image", f"{side}.png"]]}
+    for side in "ab"
+}
+RANKED = {"prompt": "p", "image_path": ["a.png", "b.png"], "category": "x"}
+NOTES = [{"rank": [1, 2], "user_hash": who} for who in ("u", "v")]
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        (RANKED | {"raw_annotations": NOTES}, {"annotator": "u, v", "category": "x"}),
+        (
+            {"prompt": "p", "generations": ["a", "b"], "ranking": [1, 2], "user_id": 7},
+            {"annotator": "7"},
+        ),
+        (
+            {"prompt": "p", "file_path": ["a", "b"], "human_preference": [1, 0]}
+            | {"model_1": "of a", "model_2": "of b"},
+            {"model_0": "of a", "model_1": "of b"},
+        ),
+        (
+            {"prompt_content": [["text", "p"]], "human_annotations": [5], "chosen": "A"} | ANSWERS,
+            {"model_0": "of a", "model_1": "of b"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rankings_and_nested_pairs_keep_the_names_they_have(tmp_path, row, names, kind):
+    other = json.loads(json.dumps(row).replace('"p"', '"q"'))
+    if kind == "parquet" and "prompt_content" not in row:
+        pq.write_table(pa.Table.from_pylist([row, other]), tmp_path / "rows.parquet")
+    else:
+        write(tmp_path / "rows.jsonl", [row, other])
+    pairs = read_pairs(tmp_path)
+    assert [name for name in pairs.table.column_names if name in NAMES] == list(names)
+    assert rows_of(pairs, *names) == [tuple(names.values())] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (RANKED | {"rank": [1, 2]}, "model_0"),
+        (RANKED | {"rank": [1, 2]}, "label_taste"),
+        ({"prompt_id": 1, "prompt": "p", "image": "a", "rank": 1}, "model_1"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "model"),
+    ],
+)
+def test_a_name_that_such_a_row_cannot_have_is_refused(tmp_path, row, name):
+    source = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(FifaError, match=f"{name} in --columns, where a row is a"):
+        read_pairs(source, columns={name: "prompt"})
+
+
+def test_the_plain_label_stays_beside_the_aspect_that_replaces_it(tmp_path):
+    rows = [
+        {"prompt": f"p{i}", "image_0": "a", "image_1": "b", "label": i % 2, "taste": 1 - i % 2}
+        for i in range(4)
+    ]
+    source, columns = write(tmp_path / "rows.jsonl", rows), {"label_taste": "taste"}
+    pairs = read_pairs(source, columns=columns, label_aspect="taste")
+    assert pairs.table["label"].to_pylist() == [1, 0, 1, 0]
+    assert pairs.table["label_plain"].to_pylist() == [0, 1, 0, 1]
+    rewards = write(tmp_path / "rows.jsonl", [row | {"label": 7.5} for row in rows])
+    assert read_pairs(rewards, columns=columns, label_aspect="taste").table["label"][0].as_py() == 1

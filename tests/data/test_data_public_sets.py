@@ -180,6 +180,7 @@ SEEN = [
     (["left", "right", "tie"], "words", "label=winner:left/right/tie if 'left' means image_0"),
     (["image_1", "image_2"], "words", "label=winner:image_1/image_2 if"),
     ([1, 2, 1], "the number of an image", "label=winner:1/2 if 1"),
+    ([1, 2, 0], "the number of an image", "label=winner:1/2/0 if 0 is a tie and 1"),
     ([1, -1, 0], r"\+1 and -1", "label=winner:1/-1/0 if 1"),
     ([12, 0, 3], "counts of votes", "label=winner/(winner+OTHER)"),
     ([0.3, -2.5, 7.1], "a score or a reward", "label=winner>OTHER"),
@@ -218,6 +219,67 @@ def test_a_table_of_other_names_is_told_the_option_to_copy(tmp_path: Path) -> No
     rows += [rows[0] | {"pref_0": "\ud800"}]  # in words that can be printed
     with pytest.raises(FifaError, match="label=pref_0:FIRST/SECOND/TIE"):
         read_pairs(table(tmp_path / "a.jsonl", rows))
+    rows = [{"prompt": "x", "image_1": "a", "image_2": "b", "votes_image_1": 3, "votes_image_2": 1}]
+    with pytest.raises(FifaError) as error:
+        read_pairs(table(tmp_path / "a.jsonl", rows))
+    names = "prompt=prompt,image_0=image_1,image_1=image_2"
+    share = "label=votes_image_1/(votes_image_1+votes_image_2)"
+    assert f"--columns {names},{share}, or label=votes_image_1>votes_image_2" in str(error.value)
+
+
+NUMBERS = {"image_0": "a", "image_1": "b", "va": 3, "vb": 1, "win_score": 0.5, "lose_score": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        ("votes_0=va,votes_1=vb", (0.75, 4)),
+        ("votes_0=vb,votes_1=va", (0.25, 4)),
+        ("label=va / (va + vb)", (0.75, 4)),
+        ("label=vb/(va+vb)", (0.25, 4)),
+        ("label=vb > va", (0.0, 1)),
+        ("label=win_score>lose_score", (1.0, 1)),
+        ("label=win_score", "seen: 0.5 and 0.2 (1): scores of the two images"),
+        ("votes_0=va", "votes_0 in --columns"),
+        ("votes_0=va,votes_1=vb,label=va", "label and votes_0 and votes_1 in --columns"),
+        ("label=va:3/3", "one value twice in label=va:3/3"),
+        ("label=va/(va+vb),promt=image_0", "did you mean one of prompt, image_0"),
+        ("image=image_0", "image with nothing in --columns"),
+        ("image=image_0,score=va,rank=vb", "image with rank, score in --columns"),
+        ("image=image_0,score=va,embedding=vb", "embedding in --columns, where a row is an image"),
+    ],
+)
+def test_counts_and_scores_of_two_columns_are_read_or_told(
+    tmp_path: Path, columns: str, label: tuple[float, int] | str
+) -> None:
+    path = table(tmp_path / "a.jsonl", [P | NUMBERS])
+    named = dict(part.split("=", 1) for part in columns.split(","))
+    if isinstance(label, str):
+        with pytest.raises(FifaError) as error:
+            read_pairs(path, columns=named)
+        assert label in str(error.value)
+    else:
+        row = read_pairs(path, columns=named).table.to_pylist()[0]
+        assert (row["label"], row["votes"]) == pytest.approx(label)
+
+
+def test_nought_and_one_are_told_as_an_answer_or_an_index(tmp_path: Path) -> None:
+    rows = [P | {"image_a": f"{i}a", "image_b": f"{i}b", "winner": i % 2} for i in range(4)]
+    with pytest.raises(FifaError) as error:
+        read_pairs(table(tmp_path / "a.jsonl", rows))
+    names = {"image_0": "image_a", "image_1": "image_b"}
+    for spec, wins in (("winner", 1.0), ("winner:0/1", 0.0)):  # never 1/-1/0: 0 is no tie here
+        assert f"label={spec} if " in str(error.value)
+        pairs = read_pairs(tmp_path / "a.jsonl", columns=names | {"label": spec})
+        assert pairs.table["label"].to_pylist() == [1 - wins, wins, 1 - wins, wins]
+
+
+def test_which_images_are_compared_is_no_question_where_a_row_is_a_pair(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.jsonl", [P | {"chosen": "a", "rejected": "b"}])
+    assert len(read_pairs(path, pairs="all")) == 1
+    for knobs in ({"pairs": "best-worst"}, {"min_gap": 1.0}):
+        with pytest.raises(FifaError, match="here a row is a pair"):
+            read_pairs(path, **knobs)  # type: ignore[arg-type]
 
 
 SCORES = {"a": 4.0, "b": 1.0, "c": 3.5, "d": 1.25}

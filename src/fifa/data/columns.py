@@ -25,6 +25,17 @@ from fifa.errors import FifaError
 
 Text: TypeAlias = "pa.Array | pa.ChunkedArray"
 
+# Words by which the columns of the two sides tell themselves apart.
+SIDES = (
+    ("0", "1"),
+    ("1", "2"),
+    ("a", "b"),
+    ("chosen", "rejected"),
+    ("winner", "loser"),
+    ("win", "lose"),
+    ("left", "right"),
+)
+
 
 class ParquetColumns:
     """A Parquet file. ``source`` is a path, or an open file for what is not local."""
@@ -353,6 +364,27 @@ Columns: TypeAlias = "ParquetColumns | RecordColumns"
 def has(columns: Columns, name: str) -> bool:
     """True if the column, or the struct that a dotted name goes into, is there."""
     return name in columns.names or name.partition(".")[0] in columns.names
+
+
+def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Columns that hold the same thing for side 0 and side 1: their names differ in one word.
+
+    ``hpsv2_0`` goes with ``hpsv2_1``, ``chosen_score`` with ``rejected_score``, ``image1_model``
+    with ``image2_model``. Every name is used once, the first of `SIDES` that fits wins.
+    """
+    left = list(names)
+    pairs = []
+    for zero, one in SIDES:
+        edge = r"(?<![0-9])" if zero.isdigit() else r"(?<![A-Za-z])"
+        after = r"(?![0-9])" if zero.isdigit() else r"(?![A-Za-z])"
+        for name in list(left):
+            for match in re.finditer(edge + zero + after, name):
+                other = name[: match.start()] + one + name[match.end() :]
+                if name in left and other in left:
+                    pairs.append((name, other))
+                    left.remove(name)
+                    left.remove(other)
+    return pairs
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, as_number, begins, has, parsed
+from fifa.data.columns import Columns, Text, as_number, begins, has, parsed, side_pairs
 from fifa.data.labels import (
     NOT_COUNTED,
     Labels,
@@ -28,9 +28,10 @@ from fifa.data.labels import (
     vote_share,
     weight_share,
 )
-from fifa.data.pairs import FilePairs, pair_columns, side_pairs
+from fifa.data.names import KNOWN, NAMES
+from fifa.data.pairs import FilePairs, pair_columns
 from fifa.data.rankings import (
-    Compare,
+    NESTED,
     Ranked,
     generations,
     nested_pairs,
@@ -99,9 +100,7 @@ class Layout:
         named = _present(columns, self.keys) or _present(columns, self.images)
         return lacks + ([] if named else list(self.images))
 
-    def read(
-        self, columns: Columns, carried: dict[str, str], compare: Compare | None = None
-    ) -> FilePairs:
+    def read(self, columns: Columns, carried: dict[str, str]) -> FilePairs:
         """The pairs of one file; raises `FifaError` where a column is missing.
 
         ``carried`` are further columns to keep: the name to keep each under, and its name in the
@@ -143,6 +142,16 @@ class Layout:
             for side in (0, 1)
         ]
         prompt = columns.text(self.prompt)
+        kept = {name: columns.extra(column) for name, column in carried.items()}
+        for name, values in kept.items():
+            none = pc.all(pc.is_null(values, nan_is_null=True)).as_py()
+            if none and any(value is not None for value in columns.values(carried[name])):
+                raise FifaError(
+                    f"{name}={carried[name]} in --columns keeps a column of numbers, and there are "
+                    "none in it",
+                    where=columns.file,
+                    do=f"did you mean one of {', '.join((*PAIR_COLUMNS, *COUNTS, *NAMES))}?",
+                )
         return FilePairs(
             columns.file,
             pair_columns(
@@ -153,8 +162,7 @@ class Layout:
                 labels.value,
                 labels.votes,
             ),
-            scores={name: pa.array(columns.number(name)) for name in numbers}
-            | {name: columns.extra(column) for name, column in carried.items()},
+            scores={name: pa.array(columns.number(name)) for name in numbers} | kept,
             wrong=labels.wrong
             | (columns.no_texts(self.prompt) if prompt.null_count else {})
             | _written_out(sides[0][1], 0)
@@ -258,6 +266,7 @@ def _keys(columns: Columns, refs: Text) -> Text:
 
 
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
+COUNTS = ("votes_0", "votes_1")  # of the votes for either image, instead of a label
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 RESPONSE_STATUS = "preference.responses.status"
 RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
@@ -272,12 +281,6 @@ class Winner:
     def fits(self, columns: Columns) -> bool:
         """True if it has a prompt, two images and a winner, one of each by its name."""
         return find_winner(columns) is not None
-
-    def read(
-        self, columns: Columns, carried: dict[str, str], compare: Compare | None = None
-    ) -> FilePairs:
-        """As `Layout.read`; raises `FifaError` where the words say nothing."""
-        return self.layout(columns).read(columns, carried)
 
     def uses(self, columns: Columns) -> dict[str, str]:
         """As `Layout.uses`."""
@@ -296,6 +299,13 @@ class Winner:
 def own_layout(columns: dict[str, str]) -> Layout:
     """A table of the user's own; what ``columns`` leaves out goes by its own name."""
     prompt, first, second, label = (columns.get(name, name) for name in PAIR_COLUMNS)
+    if counts := [columns[name] for name in COUNTS if name in columns]:
+        if "label" in columns or len(counts) < len(COUNTS):
+            raise FifaError(
+                f"{' and '.join(sorted(columns.keys() & {'label', *COUNTS}))} in --columns",
+                do="name label=..., or the counts of both images: votes_0=...,votes_1=...",
+            )
+        label = "{0}/({0}+{1})".format(*counts)
     needs, function = own_label(label)
     winner_first = function is first_wins
     return Layout(
@@ -450,7 +460,12 @@ Format: TypeAlias = Layout | Ranked | Winner
 
 # A data set's format is an entry here. In this order: the first that fits is the file's format.
 FORMATS: tuple[Format, ...] = (
-    Ranked("hpdv2", (("prompt",), ("file_path", "image_path"), ("human_preference",)), two_paths),
+    Ranked(
+        "hpdv2",
+        (("prompt",), ("file_path", "image_path"), ("human_preference",)),
+        two_paths,
+        images=("first", "second"),
+    ),
     Ranked(
         "hpdv2",
         (("prompt",), ("image_path", "file_path"), ("raw_annotations", "rank")),
@@ -462,6 +477,7 @@ FORMATS: tuple[Format, ...] = (
         "imagereward",
         (("prompt_id",), ("prompt",), ("rank",), ("image", "image_path")),
         one_image_a_row,
+        images=("image",),
     ),
     rated("evalmuse", _EVALMUSE),
     *(
@@ -470,14 +486,9 @@ FORMATS: tuple[Format, ...] = (
     ),
     Ranked(
         "mmrb2",
-        (
-            ("prompt_content",),
-            ("response_a",),
-            ("response_b",),
-            ("human_annotations",),
-            ("chosen",),
-        ),
+        tuple((name,) for name in NESTED),
         nested_pairs,
+        images=("response_a", "response_b"),
     ),
     Layout(
         "rapidata",
@@ -578,7 +589,7 @@ FORMATS: tuple[Format, ...] = (
 
 
 def known_columns() -> frozenset[str]:
-    """Every column that a format with a row a pair reads, and WebDataset's names for some."""
+    """Every column that a format with a row a pair reads, names, and WebDataset's for some."""
     layouts = [form for form in FORMATS if isinstance(form, Layout)]
     some = [(form.prompt, *form.images, *form.needs, *form.reads) for form in layouts]
-    return frozenset().union(TAR_NAMES, *some, *(form.keys or () for form in layouts))
+    return frozenset().union(TAR_NAMES, KNOWN, *some, *(form.keys or () for form in layouts))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fifa.data.columns import Columns, as_number
+from fifa.data.columns import Columns, as_number, side_pairs
 from fifa.errors import FifaError
 
 CLOSE = 1e-6  # what a share may be off by rounding
@@ -95,24 +95,35 @@ def other_scale(
     )
 
 
-def looks_like(counts: Counter[str], column: str) -> tuple[str, str]:
-    """What a column's values (`_name`) look like, and what to write after ``--columns``."""
+def looks_like(
+    counts: Counter[str], column: str, sides: Iterable[tuple[str, str]] = ()
+) -> tuple[str, str]:
+    """What a column's values (`_name`) look like, and what to write after ``--columns``.
+
+    ``sides`` are columns that hold the same thing for image_0 and for image_1.
+    """
     numbers = [as_number(value) for value in counts]
     if any(number != number for number in numbers):
         words = [value for value, _ in counts.most_common() if value not in NO_VALUE]
         ties = [value for value in words if TIE.fullmatch(value)]
-        sides = sorted(value for value in words if value not in ties)
-        if len(sides) != 2:
+        two = sorted(value for value in words if value not in ties)
+        if len(two) != 2:
             return "text", f"label={column}:FIRST/SECOND/TIE names the value of each"
-        spec = "/".join((*sides, *ties))
-        return "words for the sides", f"label={column}:{spec} if {sides[0]!r} means image_0"
+        spec = "/".join((*two, *ties))
+        return "words for the sides", f"label={column}:{spec} if {two[0]!r} means image_0"
+    if set(numbers) <= {1.0, 0.0}:
+        index = f"label={column}:0/1 if it is the index of the better one"
+        return "0 and 1", f"label={column} if 1 means image_0, {index}"
     if set(numbers) <= {1.0, -1.0, 0.0}:
         return "+1 and -1", f"label={column}:1/-1/0 if 1 means image_0"
-    if set(numbers) <= {1.0, 2.0}:
-        return "the number of an image", f"label={column}:1/2 if 1 means image_0"
+    if set(numbers) <= {1.0, 2.0, 0.0}:
+        tie = "/0 if 0 is a tie and" if 0.0 in numbers else " if"
+        return "the number of an image", f"label={column}:1/2{tie} 1 means image_0"
+    other = next((second for first, second in sides if first == column), "OTHER")
     if all(number >= 0 and number.is_integer() for number in numbers):
-        return "counts of votes, or ratings", f"label={column}/({column}+OTHER), or {column}>OTHER"
-    return "a score or a reward", f"label={column}>OTHER, where OTHER is image_1's"
+        share = f"label={column}/({column}+{other})"
+        return "counts of votes, or ratings", f"{share}, or label={column}>{other}"
+    return "a score or a reward", f"label={column}>{other}, where {other} is image_1's"
 
 
 def two_labels(
@@ -146,31 +157,48 @@ def two_labels(
             beyond = both & ((values < -CLOSE) | (values > 1.0 + CLOSE))
             if beyond.any():
                 raise other_scale(name, values[both].tolist(), where, do, name)
-        if 2 * np.count_nonzero(bad & both) > np.count_nonzero(both):
-            seen = [f"{a:g} and {b:g}" for a, b in zip(first[both], second[both], strict=True)]
-            scores = "scores of the two images", "label=label_0>label_1"
-            raise other_scale("the pair of label_0 and label_1", seen, where, do, looks=scores)
+        _refuse_scores(first[both], second[both], ("label_0", "label_1"), where, do)
     wrong |= dict.fromkeys(
         np.flatnonzero(unlabelled).tolist(), "nobody labelled it (has_label is false)"
     )
     return on_scale(Labels(first, wrong), where, "label_0", do, "label_0")
 
 
+def _refuse_scores(
+    first: npt.NDArray[np.float64],
+    second: npt.NDArray[np.float64],
+    names: tuple[str, str],
+    where: str,
+    do: str = OTHER_SCALES,
+) -> None:
+    """Raise `FifaError` where most rows' two numbers do not sum to 1: they are no shares."""
+    if 2 * np.count_nonzero(np.abs(first + second - 1.0) > CLOSE) > len(first):
+        seen = [f"{a:g} and {b:g}" for a, b in zip(first, second, strict=True)]
+        scores = "scores of the two images", "label={}>{}".format(*names)
+        column = "the pair of {} and {}".format(*names)
+        raise other_scale(column, seen, where, do, looks=scores)
+
+
 def own_label(spec: str) -> tuple[tuple[str, ...], Callable[[Columns], Labels]]:
     """The columns that a user's ``label=SPEC`` needs, and how it reads them (`OTHER_SCALES`)."""
     if spec == ":first":
         return (), first_wins
-    if match := re.fullmatch(r"(.+)/\((.+)\+(.+)\)", spec):
-        one, again, two = match.groups()
-        if one == again:
-            return (one, two), lambda columns: vote_share(columns, one, two)
-    if match := re.fullmatch(r"([^:]+)>([^:]+)", spec):
+    if match := re.fullmatch(r"(.+?) */ *\( *(.+?) *\+ *(.+?) *\)", spec):
+        one, *both = match.groups()
+        if one in both:
+            both.remove(one)
+            return (one, *both), lambda columns: vote_share(columns, one, *both)
+    if match := re.fullmatch(r"([^:]+?) *> *([^:]+)", spec):
         better, worse = match.groups()
         return (better, worse), lambda columns: _larger(columns, better, worse)
     if match := re.fullmatch(r"([^:]+):([^/]+)/([^/]+)((?:/[^/]+)*)", spec):
         column, *sides, ties = match.groups()
         values = dict.fromkeys((_name(tie) for tie in ties.split("/")[1:]), 0.5)
         values |= {_name(sides[1]): 0.0, _name(sides[0]): 1.0}
+        if len(values) < len(sides) + ties.count("/"):
+            raise FifaError(
+                f"one value twice in label={spec}", do="name each side by its own value"
+            )
         return (column,), lambda columns: _named(columns, column, values)
     return (spec,), lambda columns: _share(columns, spec)
 
@@ -226,7 +254,15 @@ def _named(columns: Columns, column: str, meaning: dict[str, float]) -> Labels:
 
 
 def _share(columns: Columns, column: str) -> Labels:
-    return Labels(label_numbers(columns, column), {})
+    """A column of shares; refused where there is one like it of the other image (`win_score`)."""
+    found = label_numbers(columns, column)
+    names = next((names for names in side_pairs(columns.numeric()) if column in names), None)
+    if names and not ((found < 0) | (found > 1)).any():
+        sides = np.array([columns.number(name) for name in names])
+        one, two = sides[:, np.isfinite(sides).all(axis=0)]
+        if not np.isin(sides, (0.0, 0.5, 1.0)).all():  # those are answers
+            _refuse_scores(one, two, names, columns.file)
+    return Labels(found, {})
 
 
 def label_numbers(columns: Columns, column: str) -> npt.NDArray[np.float64]:

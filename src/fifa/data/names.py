@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -37,10 +38,13 @@ WINNER_FIRST = (
     ("winner_model", "loser_model"),
     ("model_win", "model_lose"),
 )
+# The generator of the image that a row is
+OF_AN_IMAGE = (("model",), ("model_name",), ("generator",))
 ONE_A_PAIR = {
     "annotator": ("annotator", "annotator_id", "user_id", "worker_id"),
-    "category": ("category", "tags"),
+    "category": ("category", "tags", "classification"),
 }
+KNOWN = {*chain(*SIDE_BY_SIDE, *WINNER_FIRST, *OF_AN_IMAGE, *ONE_A_PAIR.values())}
 SHARES = re.compile(r"(weighted_results|votes)_image1_(\w+)")  # and _image2_: labels by aspect
 
 
@@ -57,26 +61,30 @@ class Names:
         The file's column for each of `NAMES` that it has.
     aspects
         By aspect: the columns its label is made of, and how.
+    ratings
+        Where a row is an image, by aspect: the column of its rating.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     aspects: dict[str, Aspect] = field(default_factory=dict)
+    ratings: dict[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
         """The file's columns."""
         needs = [name for needs, _ in self.aspects.values() for name in needs]
-        return [*self.texts.values(), *needs]
+        return [*self.texts.values(), *needs, *self.ratings.values()]
 
     def uses(self) -> dict[str, str]:
         """The file's columns, each with what it is."""
         used = {own: name for name, own in self.texts.items()}
+        used |= {own: f"rating by {aspect}" for aspect, own in self.ratings.items()}
         for aspect, (needs, _) in self.aspects.items():
             used |= dict.fromkeys(needs, f"label by {aspect}")
         return used
 
     def read(self, columns: Columns) -> dict[str, Text]:
-        """The table's columns, a row for each of the file's: names as text, labels as float64."""
+        """Names as text, labels and ratings as float64, a row for each of the file's."""
         found: dict[str, Text] = {name: columns.named(own) for name, own in self.texts.items()}
         for aspect, (_, function) in self.aspects.items():
             labels = function(columns)
@@ -84,39 +92,49 @@ class Names:
             value[list(labels.wrong)] = np.nan
             value[~((value >= 0) & (value <= 1))] = np.nan
             found[f"label_{aspect}"] = pa.array(value, pa.float64())
-        return found
+        return found | {f"label_{a}": pa.array(columns.number(c)) for a, c in self.ratings.items()}
 
 
 def find_names(
     columns: Columns,
-    images: tuple[str, str],
+    images: tuple[str, ...],
     given: Mapping[str, str],
-    aspect: str | None,
+    aspect: str | None = None,
 ) -> Names:
-    """The names in a file with a row a pair.
+    """The names in a file.
 
     Parameters
     ----------
     columns
         The file.
     images
-        Its columns of images, which tell whose generator is whose.
+        Its columns of images, which tell whose generator is whose: two of a row a pair, one of a
+        row an image (of which ``model`` is the generator, and ``label_ASPECT`` a rating, where more
+        is better), none of a row a ranking.
     given
         What the user named: columns for `NAMES`, and for ``label_ASPECT`` a column or one of
         `fifa.data.labels.OTHER_SCALES`.
     aspect
         The one that gives the labels; a file's only aspect is not kept beside the label it is.
 
-    Raises `FifaError` for a column that was named and is not there.
+    Raises `FifaError` for a column that was named and is not there, or is of no such row.
     """
-    by_winner = re.search("chosen|win", images[0].lower()) is not None
-    models = WINNER_FIRST if by_winner else SIDE_BY_SIDE
-    sides = next((names for names in models if set(names) <= columns.names), ())
-    texts = dict(zip(NAMES, sides, strict=False))
-    for name, known in ONE_A_PAIR.items():
-        if own := next((column for column in known if column in columns.names), None):
-            texts[name] = own
-    texts |= {name: own for name, own in given.items() if name in NAMES}
+    by_winner = re.search("chosen|win", " ".join(images).lower()) is not None
+    known = ((), OF_AN_IMAGE, WINNER_FIRST if by_winner else SIDE_BY_SIDE)[len(images)]
+    sides = next((names for names in known if set(names) <= columns.names), ())
+    own = ((), ("model",), ("model_0", "model_1"))[len(images)]
+    refuse_names(
+        set(given).difference(own, ONE_A_PAIR, label_columns(given) if images else ()),
+        images,
+        columns.file,
+    )
+    texts = dict(zip(own, sides, strict=False))
+    for name, names_of in ONE_A_PAIR.items():
+        if there := next((column for column in names_of if column in columns.names), None):
+            texts[name] = there
+    texts |= {name: column for name, column in given.items() if not ASPECT.fullmatch(name)}
+    rated = [name for name in columns.numeric() if name.endswith("_rating")]
+    ratings = {name.removesuffix("_rating"): name for name in rated if len(images) == 1}
     aspects: dict[str, Aspect] = {
         found[2]: _shares(found[1], found[0], found[0].replace("_image1_", "_image2_"))
         for found in map(SHARES.fullmatch, sorted(columns.names))
@@ -124,12 +142,12 @@ def find_names(
     }
     if len(aspects) == 1 and aspect not in aspects:
         aspects = {}
-    aspects |= {
-        found[1]: own_label(given[name])
-        for name in given
-        if (found := ASPECT.fullmatch(name)) is not None
-    }
-    names = Names(texts, aspects)
+    own_aspects = {name.removeprefix("label_"): given[name] for name in label_columns(given)}
+    if len(images) == 1:
+        ratings |= own_aspects
+    else:
+        aspects |= {aspect: own_label(spec) for aspect, spec in own_aspects.items()}
+    names = Names(texts, aspects, ratings)
     if len(texts.keys() & {"model_0", "model_1"}) == 1:
         raise FifaError("a generator of one image", do="name both: model_0=...,model_1=...")
     lacks = [name for name in names.columns if not has(columns, name)]
@@ -140,6 +158,18 @@ def find_names(
             do="it has " + ", ".join(sorted(columns.names)),
         )
     return names
+
+
+def refuse_names(names: Iterable[str], images: tuple[str, ...], file: str) -> None:
+    """Raise `FifaError` where there are ``names`` in ``--columns`` that such a row has not."""
+    if names := sorted(names):
+        row = ("a ranking", "an image", "a pair")[len(images)]
+        more = ": name its generator with model=COLUMN" if len(images) == 1 else ""
+        raise FifaError(
+            f"{', '.join(names)} in --columns, where a row is {row}",
+            where=file,
+            do=f"leave it out{more}",
+        )
 
 
 def _shares(kind: str, first: str, second: str) -> Aspect:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,17 +19,6 @@ MAX_PROMPT = 100_000  # bytes of UTF-8; text encoders read a few hundred
 MAX_KEY = 4_096  # bytes of a path or URL
 NO_TEXT = "no prompt, or no valid text"
 Rejected = list[tuple[int | None, str]]  # a row and why it is no pair; row None is the whole file
-
-# Words by which the columns of the two sides tell themselves apart.
-SIDES = (
-    ("0", "1"),
-    ("1", "2"),
-    ("a", "b"),
-    ("chosen", "rejected"),
-    ("winner", "loser"),
-    ("win", "lose"),
-    ("left", "right"),
-)
 
 
 @dataclass
@@ -227,24 +215,3 @@ def _in_order(prompt: pa.DictionaryArray) -> pa.DictionaryArray:
     number = np.empty(len(texts), np.int32)
     number[used] = np.arange(len(used))
     return pa.DictionaryArray.from_arrays(number[codes], texts.take(pa.array(used)))
-
-
-def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Columns that hold the same thing for side 0 and side 1: their names differ in one word.
-
-    ``hpsv2_0`` goes with ``hpsv2_1``, ``chosen_score`` with ``rejected_score``, ``image1_model``
-    with ``image2_model``. Every name is used once, the first of `SIDES` that fits wins.
-    """
-    left = list(names)
-    pairs = []
-    for zero, one in SIDES:
-        edge = r"(?<![0-9])" if zero.isdigit() else r"(?<![A-Za-z])"
-        after = r"(?![0-9])" if zero.isdigit() else r"(?![A-Za-z])"
-        for name in list(left):
-            for match in re.finditer(edge + zero + after, name):
-                other = name[: match.start()] + one + name[match.end() :]
-                if name in left and other in left:
-                    pairs.append((name, other))
-                    left.remove(name)
-                    left.remove(other)
-    return pairs

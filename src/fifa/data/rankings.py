@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, groupby, pairwise
@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from fifa.data.columns import Columns, as_number, has, parsed, text_array
+from fifa.data.columns import Columns, as_name, as_number, encoded, has, parsed, text_array
 from fifa.data.ids import fold_prompt
+from fifa.data.names import ASPECT, NAMES, find_names
 from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
 from fifa.data.records import encodable, in_file, outside, tar_ref
 from fifa.errors import FifaError
 
-ROW_AN_IMAGE = "a row an image, where this format has a row a prompt with all its images"
+ROW_AN_IMAGE = ("prompt", "prompt_id", "image", "score", "rank")  # of a table of the user's own
 MAX_IMAGES = 256  # in one ranking: 32,640 pairs; a longer list is no ranking by people
 PAIRINGS = ("all", "best-worst", "adjacent")
 NESTED = ("prompt_content", "response_a", "response_b", "human_annotations", "chosen")
@@ -96,6 +97,8 @@ class Ranked:
         The column that has to be one of truth values.
     own
         What a column is and its name, where a row is an image.
+    images
+        The columns of images, as for `fifa.data.names.find_names`: none of a row a ranking.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Ranked:
     lacks: str | None = None
     truths: str | None = None
     own: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
 
     def fits(self, columns: Columns) -> bool:
         """True if the file has the columns."""
@@ -114,17 +118,32 @@ class Ranked:
         return self.truths is None or columns.truths(self.truths)
 
     def read(
-        self, columns: Columns, carried: dict[str, str], compare: Compare = Compare()
+        self, columns: Columns, named: Mapping[str, str], compare: Compare = Compare()
     ) -> FilePairs:
-        """The pairs of one file; columns to be carried along are none of a ranking's."""
-        return self.convert(columns, compare)
+        """The pairs or the images of one file, with its names; ``named`` are those of the user."""
+        names = find_names(columns, self.images, named)
+        columns.beside = names.columns
+        own = self.convert(columns, compare)
+        own.used = names.uses()
+        table = own.columns if own.members is None else own.members
+        if len(own) or own.members is not None:
+            at = pa.array(np.searchsorted(columns.rows, np.asarray(table["row"])))
+            found = {name: column.take(at) for name, column in names.read(columns).items()}
+            if own.members is None:
+                own.columns |= found
+            else:
+                for name, column in found.items():
+                    kind = pa.float64() if ASPECT.fullmatch(name) else pa.string()
+                    own.members = own.members.append_column(name, column.cast(kind))
+        return own
 
     def uses(self, columns: Columns) -> dict[str, str]:
         """The columns that are read, each with what it is."""
         if self.own:
             return {column: what for what, column in self.own}
         there = [next((n for n in names if has(columns, n)), "") for names in self.needs]
-        return {name: "images and who is better" for name in there if name}
+        what = {"prompt": "prompt", "prompt_id": "prompt_id", "rank": "who is better"}
+        return {name: what.get(name, "images and who is better") for name in there if name}
 
 
 @dataclass
@@ -136,14 +155,14 @@ class _Rankings:
     pairs
         Row, prompt, both keys, both references, label and votes of each.
     scores
-        The numbers of both images of each pair.
+        The ratings and names of both images of each pair.
     rejected, not_made
         As in `FilePairs`.
     """
 
     compare: Compare
     pairs: list[tuple[Any, ...]] = field(default_factory=list)
-    scores: list[tuple[dict[str, float], dict[str, float]]] = field(default_factory=list)
+    scores: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     rejected: list[tuple[int | None, str]] = field(default_factory=list)
     not_made: Counter[str] = field(default_factory=Counter)
 
@@ -154,7 +173,7 @@ class _Rankings:
         keys: Any,
         orders: Sequence[Any],
         refs: Sequence[str | None] | None = None,
-        scores: Sequence[dict[str, float]] | None = None,
+        scores: Sequence[dict[str, Any]] | None = None,
         variance: np.ndarray | None = None,
     ) -> str:
         """One prompt's images, ranked by people, or the reason why that is no ranking.
@@ -170,7 +189,8 @@ class _Rankings:
         elif len(prompt.encode()) > MAX_PROMPT:
             reason = f"the prompt has more than {MAX_PROMPT:,} bytes"
         elif isinstance(keys, str):
-            reason = f"{ROW_AN_IMAGE}: --columns prompt=...,image=...,rank=... reads that"
+            reason = "a row an image, where this format has a row a prompt with all its images: "
+            reason += "--columns prompt=...,image=...,rank=... reads that"
         elif not isinstance(keys, list) or not all(map(_is_key, keys)):
             reason = "an image is missing, or its name is too long or no text"
         elif not 2 <= len(keys) <= MAX_IMAGES:
@@ -190,14 +210,16 @@ class _Rankings:
             return ""
         return reason
 
-    def take(self, row: int, prompt: Any, keys: Any, orders: Sequence[Any]) -> None:
-        """`add` a row that is a ranking, or reject it."""
-        reason = self.add(row, prompt, keys, orders)
+    def take(
+        self, row: int, prompt: Any, keys: Any, orders: Sequence[Any], own: Any = None
+    ) -> None:
+        """`add` a row that is a ranking, or reject it; ``own`` are names of all its images."""
+        reason = self.add(row, prompt, keys, orders, scores=own and [own] * MAX_IMAGES)
         if reason:
             self.rejected.append((row, reason))
 
     def file_pairs(self, file: str, names: Sequence[str] = ()) -> FilePairs:
-        """All pairs, with the scores of these names.
+        """All pairs, with the ratings and names of these.
 
         Rankings are often listed best first, so sides are assigned by the images' keys.
         """
@@ -205,33 +227,31 @@ class _Rankings:
             list(zip(*self.pairs, strict=True)) or [()] * 8
         )
         texts = [text_array(values) for values in (prompt, key_0, key_1, ref_0, ref_1)]
-        scores = {
-            f"{name}_{side}": pa.array([both[side][name] for both in self.scores], pa.float64())
-            for name in names
-            for side in (0, 1)
-        }
         columns = pair_columns(row, texts[0], texts[1:3], texts[3:], label, votes)
+        scores: dict[str, pa.Array] = {}
+        for name in names:
+            sides = [[both[side][name] for both in self.scores] for side in (0, 1)]
+            if name == "model":
+                for side in (0, 1):
+                    columns[f"model_{side}"] = encoded(text_array(sides[side]))
+            elif name in NAMES:  # of both images, each once
+                whole = (dict.fromkeys(filter(None, both)) for both in zip(*sides, strict=True))
+                columns[name] = encoded(text_array(", ".join(own) or None for own in whole))
+            elif ASPECT.fullmatch(name):
+                # label = 1 if the rating of image 0 is the higher one, 0.5 if they are equal
+                one, two = (np.asarray(side, np.float64) for side in sides)
+                columns[name] = pa.array(0.5 * (np.sign(one - two) + 1.0))
+            else:
+                scores |= {f"{name}_{i}": pa.array(sides[i], pa.float64()) for i in (0, 1)}
         return FilePairs(
             file,
-            columns | _by_rating(scores, names),
+            columns,
             scores=scores,
-            swaps=[(f"{name}_0", f"{name}_1") for name in names],
+            swaps=[(one, f"{one[:-1]}1") for one in scores if one.endswith("_0")],
             winner_first=True,
             rejected=self.rejected,
             not_made=self.not_made,
         )
-
-
-def _by_rating(scores: dict[str, pa.Array], names: Sequence[str]) -> dict[str, pa.Array]:
-    """A label by aspect for each rating: ``label_fidelity`` of ``fidelity_rating``."""
-    found = {}
-    for name in names:
-        one, two = (np.asarray(scores[f"{name}_{side}"].fill_null(np.nan)) for side in (0, 1))
-        # label = 1 if the rating of image 0 is the higher one, 0.5 if they are equal
-        if name.endswith("_rating"):
-            share = pa.array(0.5 * (np.sign(one - two) + 1.0))
-            found[f"label_{name.removesuffix('_rating')}"] = share
-    return found
 
 
 def two_paths(columns: Columns, compare: Compare) -> FilePairs:
@@ -274,9 +294,11 @@ def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
     columns.load(NESTED)
     rows = list(zip(*(parsed(columns, name) for name in NESTED), strict=True))
     texts = [[only_part(content, "text") for content, *_ in rows]]
+    models = []
     for side in (1, 2):
         answers = [row[side] if isinstance(row[side], dict) else {} for row in rows]
         texts.append([only_part(answer.get("response_content"), "image") for answer in answers])
+        models.append(encoded(text_array(as_name(answer.get("model_name")) for answer in answers)))
     label, wrong = np.full(len(rows), np.nan), {}
     for i, (*_, notes, chosen) in enumerate(rows):
         notes = notes if isinstance(notes, list) else []
@@ -289,8 +311,9 @@ def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
     votes = [len(row[3]) if isinstance(row[3], list) else 1 for row in rows]
     prompt, *keys = (text_array(values) for values in texts)
     refs = [text_array(key and outside(key) for key in side) for side in texts[1:]]
+    found = pair_columns(columns.rows, prompt, keys, refs, label, votes)
     return FilePairs(
-        columns.file, pair_columns(columns.rows, prompt, keys, refs, label, votes), wrong=wrong
+        columns.file, found | {"model_0": models[0], "model_1": models[1]}, wrong=wrong
     )
 
 
@@ -317,8 +340,10 @@ def ranked_paths(columns: Columns, compare: Compare) -> FilePairs:
         orders = [note.get("rank") if isinstance(note, dict) else None for note in notes]
         if not orders and "rank" in values:
             orders = [values["rank"][i]]
-        found.take(int(columns.rows[i]), prompt, paths, orders)
-    return found.file_pairs(columns.file)
+        who = [as_name(note.get("user_hash")) for note in notes if isinstance(note, dict)]
+        judges = {"annotator": ", ".join(dict.fromkeys(filter(None, who)))}
+        found.take(int(columns.rows[i]), prompt, paths, orders, judges)
+    return found.file_pairs(columns.file, ["annotator"] if "raw_annotations" in values else ())
 
 
 def generations(columns: Columns, compare: Compare) -> FilePairs:
@@ -423,8 +448,15 @@ def own_rankings(columns: dict[str, str]) -> Ranked | None:
     ``prompt`` and ``prompt_id``: the images of a prompt are compared in pairs.
     """
     one = columns.keys() & {"score", "rank"}
-    if "image" not in columns or len(one) != 1 or columns.keys() & {"image_0", "image_1", "label"}:
+    if "image" not in columns or columns.keys() & {"image_0", "image_1"}:
         return None
+    if len(one) != 1 or "label" in columns:
+        raise FifaError(
+            f"image with {', '.join(sorted({'label', *one} & columns.keys())) or 'nothing'} in "
+            "--columns",
+            do="name the number of each image: score=... (more is better) or rank=... (less is), "
+            "or the two images of a row: image_0=...,image_1=...,label=...",
+        )
     kept = {name: columns[name] for name in ("prompt_id", "image", *one) if name in columns}
     return rated("columns", {"prompt": columns.get("prompt", "prompt"), **kept})
 
@@ -435,7 +467,8 @@ def rated(
     """A format with a row an image; ``own`` and ``gap`` are as for `one_image_a_row`."""
     convert = partial(one_image_a_row, own=own, gap=gap)
     needs = tuple((column,) for column in own.values())
-    return Ranked(name, needs, convert, truths=truths, own=tuple(own.items()))
+    own_ = tuple(own.items())
+    return Ranked(name, needs, convert, truths=truths, own=own_, images=(own["image"],))
 
 
 def _group(value: Any) -> str | None:

@@ -6,8 +6,10 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,13 +20,21 @@ import pyarrow.compute as pc
 from fifa.config import Read
 from fifa.console import note, progress
 from fifa.data import formats
-from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text
+from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text, has
 from fifa.data.folders import read_sides
-from fifa.data.formats import PAIR_COLUMNS, Format, Layout, Winner, own_layout
+from fifa.data.formats import COUNTS, PAIR_COLUMNS, Format, Winner, own_layout
 from fifa.data.merge import merge
-from fifa.data.names import NAMES, by_aspect, find_names, label_columns
+from fifa.data.names import (
+    NAMES,
+    OF_AN_IMAGE,
+    Names,
+    by_aspect,
+    find_names,
+    label_columns,
+    refuse_names,
+)
 from fifa.data.pairs import FilePairs, Rejected, finish
-from fifa.data.rankings import PAIRINGS, Compare, join, own_rankings
+from fifa.data.rankings import PAIRINGS, ROW_AN_IMAGE, Compare, Ranked, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
 from fifa.data.source import Root, Source, SourceFile, find_files, has_file
 from fifa.data.subset import check_subset
@@ -174,21 +184,18 @@ class _Reader:
             if columns[KEY] != "dots":
                 raise FifaError(f"{KEY} is {columns[KEY]!r}", do=f"say {DOTTED}, or leave it out")
             self._dots = formats.known_columns() | set(columns.values())
-        named = {*NAMES, *label_columns(columns)}
+        named = {*NAMES, *OF_AN_IMAGE[0], *label_columns(columns)}
         self.named = {name: column for name, column in columns.items() if name in named}
-        self.carried = {
-            name: column
-            for name, column in columns.items()
-            if name not in (*PAIR_COLUMNS, KEY, *named)
-        }
-        own = {name: column for name, column in columns.items() if name in PAIR_COLUMNS}
+        own: tuple[str, ...] = (*PAIR_COLUMNS, *COUNTS)
         self._own: Format | None = own_rankings(columns)
         if self._own:
-            self.carried = {}
-        elif own or format == "columns":
-            self._own = own_layout(own)
+            own = ROW_AN_IMAGE
+        elif format == "columns" or columns.keys() & {*own}:
+            self._own = own_layout({name: columns[name] for name in own if name in columns})
         if self._own:
             self.name = "columns"
+        used = {*own, KEY, *named}
+        self.carried = {name: column for name, column in columns.items() if name not in used}
 
     def read(self, file: SourceFile) -> tuple[str, FilePairs]:
         """A file's format and pairs; one that cannot be read is one rejected row."""
@@ -225,17 +232,34 @@ class _Reader:
     def _pairs(self, columns: Columns, form: Format) -> FilePairs:
         """A file's pairs, with its names; the labels are those of the aspect, if one is asked."""
         form = form.layout(columns) if isinstance(form, Winner) else form
-        if isinstance(form, Layout):
+        if len(form.images) == 2 and self.compare not in (Compare(), Compare(PAIRINGS[0])):
+            raise FifaError(
+                "--pairs and --min-gap are for several rated images of a prompt; here a row is a "
+                "pair",
+                where=columns.file,
+                do="leave them out",
+            )
+        if isinstance(form, Ranked):
+            refuse_names(self.carried, form.images, columns.file)
+            own = form.read(columns, self.named, self.compare)
+            if self.aspect and own.columns:
+                own.columns["label_plain"] = own.columns["label"]
+        else:
             names = find_names(columns, form.images, self.named, self.aspect)
+            plain = Names()
             if self.aspect in names.aspects:
+                reads = tuple(name for name in form.reads if has(columns, name))
+                there = all(has(columns, name) for name in form.needs)
+                if there and form.needs not in map(itemgetter(0), names.aspects.values()):
+                    plain = Names(aspects={"plain": (form.needs + reads, form.label)})
                 needs, label = names.aspects[self.aspect]
                 form = replace(form, label=label, needs=needs, reads=())
-            columns.beside = names.columns
-            own = form.read(columns, self.carried, self.compare)
+            columns.beside = [*names.columns, *plain.columns]
+            own = form.read(columns, self.carried)
             own.columns |= names.read(columns)
-            own.used = names.uses()
-        else:
-            own = form.read(columns, self.carried, self.compare)
+            with suppress(FifaError):  # on another scale, and not asked for
+                own.columns |= plain.read(columns)
+            own.used = names.uses() | plain.uses()
         if self.aspect and own.members is None and len(own):
             by_aspect(own.columns, self.aspect, columns.file)
         return own
@@ -349,6 +373,7 @@ def _file_pairs(
             yield own
     for own in join(ranked, reader.compare):
         if reader.aspect and len(own):
+            own.columns["label_plain"] = own.columns["label"]
             by_aspect(own.columns, reader.aspect, own.file)
         yield finish(own)
     reader.name = next(iter(forms), reader.name)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fifa.data.columns import Columns, has
+from fifa.data.columns import Columns, has, side_pairs
 from fifa.data.labels import NO_VALUE, TIE, Labels, looks_like, other_scale
 from fifa.data.records import encodable
 
@@ -86,7 +86,8 @@ def _plain(word: str) -> str:
 
 def likely_columns(columns: Columns) -> str:
     """What to say to a table that may have a row a pair: the option that would read it."""
-    images = [name for name in sorted(columns.names) if re.search("image|img|jpg|pic", name)]
+    texts = sorted(columns.names.difference(columns.numeric()))
+    images = [name for name in texts if re.search("image|img|jpg|pic", name)]
     prompts = [name for name in PROMPTS if name in columns.names]
     if len(images) != 2 or not prompts:
         return ""
@@ -96,9 +97,8 @@ def likely_columns(columns: Columns) -> str:
     if said:
         columns.load(said)
         values = [value for value in columns.values(said[0]) if value is not None][:1000]
-        _, option = looks_like(
-            Counter(str(value).strip().lower()[:40] for value in values), said[0]
-        )
+        seen = Counter(str(value).strip().lower()[:40] for value in values)
+        _, option = looks_like(seen, said[0], side_pairs(said))
         option = f"label={said[0]} if true means image_0" if columns.truths(said[0]) else option
     names = f"prompt={prompts[0]},image_0={images[0]},image_1={images[1]}"
     return encodable(f" (it looks like a row a pair: --columns {names},{option})")
