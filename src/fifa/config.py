@@ -240,6 +240,9 @@ class Select(Knobs):
         Drop pairs with an image by one of these generators.
     min_agreement
         Drop pairs where a smaller share of the committee than this agrees with the person.
+    margin_unit
+        The unit of the margin: ``reward`` takes rewards as they are, ``sigma`` divides the
+        difference of a reward model that says how sure it is (hpsv3) by its own uncertainty.
     margin_window
         Keep only pairs whose absolute margin is within these bounds. A single scorer has its own
         scale; with a committee the unit is the spread of each scorer's differences.
@@ -265,6 +268,7 @@ class Select(Knobs):
     generators: Annotated[tuple[str, ...], Option(commas=True)] = ()
     not_generators: Annotated[tuple[str, ...], Option(commas=True)] = ()
     min_agreement: Share | None = None
+    margin_unit: Literal["reward", "sigma"] = "reward"
     margin_window: tuple[float | None, float | None] = (None, None)
     margin_percentiles: tuple[float, float] = (0.0, 100.0)
     per_prompt: Count | None = None

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import fifa
 from fifa.console import collect_facts
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.errors import FifaError
-from fifa.scoring.margin import CHUNK, committee, margin_scores
-from fifa.scoring.table import MARGIN, score_facts
+from fifa.scoring.margin import CHUNK, committee, margin_scores, pair_rewards
+from fifa.scoring.table import MARGIN, SIGMAS, Scores, score_facts
 
 DATA = Path("../shared/data/pickapic_val500/pairs.parquet")
 
@@ -203,3 +204,57 @@ def test_pickscores_probabilities_agree_with_the_people_as_published_data_says()
     agreed = np.mean((p_0 > p_1)[untied] == (label > 0.5)[untied])
     assert np.nanmean(ours.signed_margin[untied] > 0) == pytest.approx(agreed)
     assert agreed == pytest.approx(0.76, abs=0.01)
+
+
+NAN = math.nan
+#             mu_0  mu_1  sigma_0  sigma_1   z
+UNSURE = [
+    (3.0, 1.0, 0.6, 0.8, 2.0),
+    (1.0, 3.0, 0.6, 0.8, -2.0),
+    (3.0, 1.0, 3.0, 4.0, 0.4),
+    (1.0, 1.0, 0.6, 0.8, 0.0),
+    (NAN, 1.0, NAN, 0.8, NAN),
+    (1.0, 0.0, 0.0, 0.0, NAN),  # sure of everything: the unit is nothing
+]
+
+
+def unsure() -> tuple[Pairs, pa.Table]:
+    pairs = pairs_with(
+        len(UNSURE),
+        label=pa.array([1.0] * len(UNSURE), pa.float32()),
+        prompt_index=pa.array(range(len(UNSURE)), pa.int32()),
+        repeat=[False] * len(UNSURE),
+    )
+    *columns, _ = (pa.array(c, pa.float32()) for c in zip(*UNSURE, strict=True))
+    schema = pa.schema([*MARGIN, *SIGMAS])
+    return pairs, pa.table([pairs.table["pair_id"], *columns], schema=schema)
+
+
+def test_in_the_unit_sigma_a_difference_counts_in_standard_deviations() -> None:
+    _, table = unsure()
+    z = np.subtract(*pair_rewards(table, "sigma"))
+    expected = np.array([row[-1] for row in UNSURE], np.float32)
+    finite = np.isfinite(expected)
+    assert z[finite] == pytest.approx(expected[finite])
+    assert not np.isfinite(z[~finite]).any()
+    as_they_are = pair_rewards(table.select(MARGIN.names), "sigma")  # nothing says how sure
+    for one, other in zip(pair_rewards(table), as_they_are, strict=True):
+        assert np.array_equal(one, other, equal_nan=True)
+
+
+def test_selection_takes_the_margin_in_the_unit_asked_for() -> None:
+    pairs, table = unsure()
+    z = np.array([row[-1] for row in UNSURE])
+    alone = Scores({"hpsv3": table})
+    chosen = fifa.select(pairs, alone, keep=3, margin_unit="sigma", margin_window=(0.3, None))
+    assert chosen["signed_margin"].to_numpy() == pytest.approx(z, nan_ok=True)
+    reasons = chosen["reason"].to_pylist()
+    assert reasons == ["selected"] * 3 + ["outside_margin_window"] + ["not_scored"] * 2
+    plain = table.select(MARGIN.names)
+    both = fifa.select(pairs, Scores({"hpsv3": table, "x": plain}), keep=3, margin_unit="sigma")
+    other = pair_rewards(plain)
+    label = np.ones(len(z))
+    expected = committee([pair_rewards(table, "sigma"), other], label).signed_margin
+    assert both["signed_margin"].to_numpy() == pytest.approx(expected, nan_ok=True)
+    with pytest.raises(FifaError, match="says how sure it is: x"):
+        fifa.select(pairs, Scores({"x": plain}), margin_unit="sigma")

@@ -19,7 +19,7 @@ from fifa.formatting import shorten, shorten_lines
 from fifa.reporting import figures, numbers
 from fifa.reporting.examples import load_examples
 from fifa.reporting.numbers import label_noise
-from fifa.scoring.margin import committee
+from fifa.scoring.margin import committee, pair_rewards
 from fifa.scoring.rewards.metrics import agreement, by_margin
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import Scores, map_array, score_facts, score_path
@@ -64,14 +64,15 @@ def load_scores(scores: Path, selection: pa.Table, recipe: Recipe) -> Scores:
     """The scores that a selection was made of, as it says itself, as far as they are there."""
     used = _made_with(selection)
 
-    def load(name: str | None, columns: list[str]) -> pa.Table | None:
+    def load(name: str | None, columns: list[str] | None) -> pa.Table | None:
         path = scores / name if name else None
         again = f"run `fifa score {scores.parent}`: it makes it again"
         return read_table(path, columns, do=again) if path and path.exists() else None
 
     margins = used.get("margin", {})
     names = sorted(margins, key=[*recipe.score.margin, *margins].index)
-    found = {name: load(margins[name], ["reward_0", "reward_1"]) for name in names}
+    rewards = None if _unit(used) == "sigma" else ["reward_0", "reward_1"]
+    found = {name: load(margins[name], rewards) for name in names}
     return Scores(
         margins={name: table for name, table in found.items() if table is not None},
         quality=load(used.get("quality"), ["flags"]),
@@ -83,6 +84,11 @@ def _made_with(selection: pa.Table) -> dict[str, Any]:
     """The knobs and score files of a selection that was read from its file."""
     used: dict[str, Any] = json.loads((selection.schema.metadata or {}).get(b"fifa.select", b"{}"))
     return used
+
+
+def _unit(made_with: dict[str, Any]) -> str:
+    unit: str = made_with.get("select", {}).get("margin_unit", Select.margin_unit)
+    return unit
 
 
 def selection_context(
@@ -104,13 +110,14 @@ def selection_context(
             do="select again: `fifa select`",
         )
     columns = numbers.columns_of(pairs.table, selection)
+    made_with = _made_with(selection)
+    select, knobs = recipe.select, made_with.get("select")
     rewards = {
-        spec.removeprefix("column:"): (table["reward_0"].to_numpy(), table["reward_1"].to_numpy())
+        spec.removeprefix("column:"): pair_rewards(table, _unit(made_with))
         for spec, table in scores.margins.items()
     }
     noise = label_noise(columns, rewards)
     groups = load_examples(pairs, columns, scores.quality, noise.rows if noise else ())
-    select, knobs = recipe.select, _made_with(selection).get("select")
     return {
         "recipe": recipe,
         "recipe_yaml": shorten_lines(recipe.to_yaml()),

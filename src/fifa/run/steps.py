@@ -31,7 +31,7 @@ from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_p
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
 from fifa.scoring import score
-from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, Scores, score_files
+from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, SIGMAS, Scores, score_files
 from fifa.selection.choose import columns_needed, select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import load_selection, reason_counts, write_selection
@@ -238,7 +238,7 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
 
 def load_scores(run: Run) -> Scores:
     """The scores of a run; tables that lie row by row with the pairs come without their ids."""
-    index = _scores_index(run)
+    index, margin = _scores_index(run), pa.schema([*MARGIN, *SIGMAS])
 
     def table(name: str | None, schema: pa.Schema, base: str) -> pa.Table | None:
         if name is None:
@@ -246,7 +246,7 @@ def load_scores(run: Run) -> Scores:
         return _scores(run.scores / name, schema, run.folder / FILES[base], _again(run))
 
     return Scores(
-        margins={spec: table(name, MARGIN, "table") for spec, name in index["margins"].items()},
+        margins={spec: table(name, margin, "table") for spec, name in index["margins"].items()},
         quality=table(index["quality"], QUALITY, "prompts"),
         diversity=table(index["diversity"], DIVERSITY, "prompts"),
     )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from fifa.config import Compute, Read, Reward
+from fifa.config import Compute, Read, Reward, Select
 from fifa.console import echo, note
 from fifa.data.images import Images, has_pixels
 from fifa.data.table import Pairs
@@ -25,7 +25,7 @@ from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.fit import crossfit_rewards
 from fifa.scoring.rewards.worker import runtime_of
 from fifa.scoring.specs import REWARDS, Spec
-from fifa.scoring.table import MARGIN, NUMERIC, score_path, scored_once, source_columns
+from fifa.scoring.table import MARGIN, NUMERIC, SIGMAS, score_path, scored_once, source_columns
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
 
@@ -93,8 +93,9 @@ def margin_scores(
     Returns
     -------
     pyarrow.Table
-        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``. NaN where an image could not
-        be read; NaN and infinite scores of a column stay as they are. Selection reports both.
+        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``; `fifa.scoring.table.SIGMAS`
+        of a model that says how sure it is. NaN where an image could not be read; NaN and infinite
+        scores of a column stay as they are. Selection reports both.
 
     Raises
     ------
@@ -204,6 +205,33 @@ def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
         return pa.table([ids, *(pa.array(r) for r in rewards)], schema=MARGIN)
 
     return scored_once(path, make, {"scorer": spec.text, "reading": reading})
+
+
+def pair_rewards(table: pa.Table, unit: str = Select.margin_unit) -> tuple[Numbers, Numbers]:
+    """The rewards of both images of every pair, float32 [pairs] each, in the unit asked for.
+
+    In the unit ``sigma``, of a reward model that says how sure it is, their difference is::
+
+        z = (r_0 - r_1) / sqrt(sigma_0^2 + sigma_1^2)
+
+    Parameters
+    ----------
+    table
+        `fifa.scoring.table.MARGIN`, with or without `fifa.scoring.table.SIGMAS`: without them the
+        rewards stay as they are.
+    unit
+        ``reward`` or ``sigma``, as `fifa.config.Select.margin_unit`.
+    """
+    reward_0, reward_1, *sigmas = (
+        table[name].to_numpy().astype(np.float32, copy=False)  # nulls are NaN
+        for name in (*MARGIN.names[1:], *SIGMAS.names)
+        if name in table.column_names
+    )
+    if unit == "reward" or not sigmas:
+        return reward_0, reward_1
+    sigma = np.hypot(*sigmas)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return reward_0 / sigma, reward_1 / sigma
 
 
 def committee(

@@ -28,6 +28,8 @@ NUMERIC = (pa.types.is_floating, pa.types.is_integer)
 MARGIN = pa.schema(
     [("pair_id", pa.string()), ("reward_0", pa.float32()), ("reward_1", pa.float32())]
 )
+# behind them, of a model that says how sure it is: the standard deviation of each reward
+SIGMAS = pa.schema([("sigma_0", pa.float32()), ("sigma_1", pa.float32())])
 # flags: comma-joined names in alphabetical order, "" for none, null where the prompt was not rated
 QUALITY = pa.schema([("prompt_id", pa.string()), ("rating", pa.float32()), ("flags", pa.string())])
 DIVERSITY = pa.schema(
@@ -42,8 +44,8 @@ class Scores:
     Parameters
     ----------
     margins
-        A `MARGIN` table a scorer, by its name, row by row with `Pairs.table`; NaN or infinite
-        rewards where it could not score.
+        A `MARGIN` table a scorer (`SIGMAS` may follow), by its name, row by row with
+        `Pairs.table`; NaN or infinite rewards where it could not score.
     quality
         `QUALITY` (more columns may follow), row by row with `Pairs.prompts`; None without a rater.
     diversity

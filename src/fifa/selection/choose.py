@@ -21,8 +21,8 @@ from fifa.console import echo
 from fifa.data.names import label_columns, labels_by_aspect
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.margin import committee
-from fifa.scoring.table import Scores
+from fifa.scoring.margin import committee, pair_rewards
+from fifa.scoring.table import SIGMAS, Scores
 from fifa.selection.strategies import (
     STRATEGIES,
     Candidates,
@@ -80,7 +80,7 @@ def gather_terms(pairs: Pairs, scores: Scores, knobs: Select) -> Terms:
     found: dict[str, npt.NDArray[np.generic]] = {}
     if scores.margins:
         label = _floats(pairs.table["label"])
-        result = committee(_rewards(pairs, scores), label)
+        result = committee(_rewards(pairs, scores, knobs.margin_unit), label)
         found["margin"] = _finite(result.margin)
         found["signed_margin"] = _finite(result.signed_margin)
         found["agreement"] = result.agreement
@@ -103,6 +103,12 @@ def gather_terms(pairs: Pairs, scores: Scores, knobs: Select) -> Terms:
 
 def _check(scores: Scores, knobs: Select) -> None:
     if scores.margins:
+        sure = any(SIGMAS.names[0] in table.column_names for table in scores.margins.values())
+        if knobs.margin_unit == "sigma" and not sure:
+            raise FifaError(
+                f"no reward model here says how sure it is: {', '.join(scores.margins)}",
+                do="leave --margin-unit out, or score with --margin hpsv3",
+            )
         return
     weighed = (scores.quality is not None and knobs.alpha > 0) or (
         scores.diversity is not None and knobs.gamma > 0
@@ -123,10 +129,12 @@ def _check(scores: Scores, knobs: Select) -> None:
         )
 
 
-def _rewards(pairs: Pairs, scores: Scores) -> list[tuple[Floats, Floats]]:
-    ids, names = pairs.table["pair_id"], ["reward_0", "reward_1"]
-    tables = (_aligned(table, "pair_id", ids, names) for table in scores.margins.values())
-    return [(_floats(table["reward_0"]), _floats(table["reward_1"])) for table in tables]
+def _rewards(pairs: Pairs, scores: Scores, unit: str) -> list[tuple[Floats, Floats]]:
+    ids, found = pairs.table["pair_id"], []
+    for table in scores.margins.values():
+        columns = [name for name in table.column_names if name != "pair_id"]
+        found.append(pair_rewards(_aligned(table, "pair_id", ids, columns), unit))
+    return found
 
 
 def _aligned(table: pa.Table, key: str, ids: pa.ChunkedArray, columns: list[str]) -> pa.Table:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Tiny, cells, files, one_by_one, picture, recurring
+from tiny import Tiny, Unsure, cells, files, one_by_one, picture, recurring
 
 from fifa.config import Compute
 from fifa.console import collect_facts
@@ -25,7 +25,7 @@ from fifa.scoring.rewards.engine import (
     score_pairs,
     unreadable_path,
 )
-from fifa.scoring.table import MARGIN, features_table, table_features
+from fifa.scoring.table import MARGIN, SIGMAS, features_table, table_features
 from fifa.shards import files as atomic
 
 SMALL = {"compute": Compute(batch=4, workers=2), "shard": 7}
@@ -41,6 +41,23 @@ def naive(rows):
 
 def rewards(table):
     return np.stack([table["reward_0"].to_numpy(), table["reward_1"].to_numpy()], 1)
+
+
+def test_of_a_model_that_says_how_sure_it_is_both_are_kept(tmp_path):
+    pairs, rows = recurring(tmp_path / "source", pairs=20)
+    rows = [*in_order_of(pairs, rows), ("prompt", picture(0), b"no image")]
+    pairs = cells(tmp_path / "more", rows)
+    rows = in_order_of(pairs, rows)
+    table = score_pairs(pairs, Unsure(), folder=tmp_path, **SMALL)
+    assert table.schema.names == [*MARGIN.names, *SIGMAS.names]
+    plain = rewards(score_pairs(pairs, Tiny(), **SMALL))
+    assert np.array_equal(rewards(table), plain, equal_nan=True)
+    sure = Tiny().prompt_features([prompt for prompt, *_ in rows])[:, 0].numpy() + 0.5
+    lost = [[b"no image" in row[1:2], b"no image" in row[2:]] for row in rows]
+    expected = np.where(lost, np.nan, sure[:, None]).astype(np.float32)
+    sigmas = np.stack([table[name].to_numpy() for name in SIGMAS.names], 1)
+    assert np.isnan(expected).sum() == 1
+    assert np.array_equal(sigmas, expected, equal_nan=True)
 
 
 def in_order_of(pairs, rows):

@@ -1,18 +1,22 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from references import linear, qwen_text, qwen_vision
 from safetensors.torch import save_file
-from tiny_models import drawing, images, write_qwen_tokenizer
+from tiny_models import drawing, images, png, write_qwen_tokenizer
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from commands import fifa
 from fifa.data.decode import BadImage
 from fifa.errors import FifaError
 from fifa.scoring.rewards import load_reward, score
+from fifa.scoring.table import MARGIN, SIGMAS
 
 RUBRIC = (
     "\nHow good is this image?\nTextual prompt - {text_prompt}\n\n\n\nMark: <|Reward|>\n\nEND\n"
@@ -70,7 +74,7 @@ def model(checkpoint):
 
 
 def original(folder, state, prompt, picture):
-    """HPSv3RewardInferencer.reward of hpsv3 1.0.0 for one image: mu at the reward's token."""
+    """HPSv3RewardInferencer.reward of hpsv3 1.0.0 for one image: what the head says."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|Reward|>"]})
     area = 256 * 28 * 28
@@ -91,17 +95,53 @@ def original(folder, state, prompt, picture):
     states = qwen_text(state, states, HEADS, KV_HEADS, THETA)
     (place,) = (ids == tokenizer.convert_tokens_to_ids("<|Reward|>")).nonzero()[:, 0]
     x = linear(state, "rm_head.0", states[place]).relu()
-    return linear(state, "rm_head.5", linear(state, "rm_head.3", x).relu())[0].item()
+    return linear(state, "rm_head.5", linear(state, "rm_head.3", x).relu())
 
 
 def test_it_is_the_originals_arithmetic(checkpoint, model):
     pictures = [images()[i] for i in (0, 2, 6, 8)]  # RGB, tall, RGBA, palette
-    theirs = [original(*checkpoint, p, i) for p, i in zip(PROMPTS, pictures, strict=True)]
+    outputs = [original(*checkpoint, p, i) for p, i in zip(PROMPTS, pictures, strict=True)]
+    theirs = [mu.item() for mu, _ in outputs]
     alone = [score(model, [p], [i])[0] for p, i in zip(PROMPTS, pictures, strict=True)]
     assert np.abs(np.array(theirs) - alone).max() < 1e-5
     assert np.std(theirs) > 0.01
     # prompts of all lengths and images of two shapes together
     assert np.abs(score(model, PROMPTS, pictures) - theirs).max() < 1e-5
+    # sigma_chosen = torch.exp(rewards_A[:, 1]): the loss that it was trained with
+    seen = model.image_features(torch.from_numpy(model.preprocess(pictures[0]))[None])
+    judged = model.rewards(model.prompt_features(PROMPTS[:1]), seen)[0]
+    assert judged.tolist() == pytest.approx([theirs[0], outputs[0][1].exp().item()], abs=1e-5)
+
+
+def test_a_run_is_selected_in_the_unit_of_the_models_own_uncertainty(checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [{"caption": f"the cat {i}", "label_0": float(i % 2)} for i in range(4)]
+    for row in rows:
+        row |= {"label_1": 1 - row["label_0"]}
+        row |= {f"jpg_{side}": png(drawing(rng.integers(99), 64, 64)) for side in (0, 1)}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    margin = ("--margin", f"hpsv3:{checkpoint[0]}", "--device", "cpu", "--dtype", "float32")
+    plain = ("--quality", "none", "--diversity", "none", "--keep", "2", "--out", tmp_path / "run")
+    done = fifa("filter", tmp_path / "pairs.parquet", *margin, *plain)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "run" / "scores").glob("margin-hpsv3-*.parquet")
+    scored = pq.read_table(file)
+    assert scored.schema.names == [*MARGIN.names, *SIGMAS.names]
+    mu, sigma = (
+        np.stack([scored[f"{name}_{side}"].to_numpy() for side in (0, 1)])
+        for name in ("reward", "sigma")
+    )
+    z = (mu[0] - mu[1]) / np.sqrt(sigma[0] ** 2 + sigma[1] ** 2)
+    for command in ("select", "report"):
+        unit = ("--margin-unit", "sigma") if command == "select" else ()
+        done = fifa(command, tmp_path / "run", *unit)
+        assert done.returncode == 0, done.stderr
+    assert np.abs(mu[0] - mu[1]) != pytest.approx(np.abs(z))
+    selection = pq.read_table(tmp_path / "run" / "selection.parquet")
+    assert selection["margin"].to_numpy() == pytest.approx(np.abs(z), rel=1e-5)
+    kept = selection["status"].to_numpy(zero_copy_only=False) == "selected"
+    assert sorted(np.abs(z)[kept]) == sorted(np.abs(z))[2:]
+    assert "margin_unit: sigma" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_patches_are_those_of_qwens_processor(model):

@@ -62,6 +62,15 @@ class Tiny:
         return (prompts * images).sum(-1)
 
 
+class Unsure(Tiny):
+    """Says how sure it is: the less, the larger the first number of the prompt."""
+
+    name, has_sigma = "unsure", True
+
+    def rewards(self, prompts, images):
+        return torch.stack([super().rewards(prompts, images), prompts[:, 0] + 0.5], 1)
+
+
 class Fragile(Tiny):
     """Takes its whole process with it, once: where ``death`` names a file not there yet."""
 

@@ -1,5 +1,6 @@
 """Models of the real classes and checkpoints of the real names, small and random, and images."""
 
+import io
 import json
 
 import numpy as np
@@ -46,6 +47,13 @@ def drawing(seed, width, height):
     pixels[height // 3 : height // 2, width // 4 : width // 2] = random.integers(0, 256, 3)
     pixels += random.normal(0, 12, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def png(image):
+    """The image's bytes in a file."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def shake(module, seed=0):

@@ -38,6 +38,8 @@ class RewardModel(Protocol):
         scores.
     scale
         What a reward is, in words and formula. Rewards of different scales are never mixed.
+    has_sigma
+        True for a model that says how sure it is; one that has no such attribute does not.
     """
 
     @property
@@ -65,7 +67,10 @@ class RewardModel(Protocol):
         ...
 
     def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
-        """float32 ``[n]``: the reward of image feature i for prompt feature i."""
+        """float32 ``[n]``: the reward of image feature i for prompt feature i.
+
+        ``[n, 2]`` of a model with ``has_sigma``: the reward, and its standard deviation.
+        """
         ...
 
 
@@ -165,7 +170,8 @@ def score(
 
         def rewards(part: slice, batch: list[int] = batch) -> Tensor:
             seen = model.image_features(torch.stack([pixels[i] for i in batch[part]]))
-            return model.rewards(features[batch[part]], seen).float().cpu()
+            judged = model.rewards(features[batch[part]], seen).float().cpu()
+            return judged.reshape(len(judged), -1)[:, 0]
 
         out[batch] = torch.cat(list(parts.run(rewards, len(batch), len(batch)))).numpy()
     return out

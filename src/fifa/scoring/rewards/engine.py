@@ -32,6 +32,7 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.rewards import RewardModel
 from fifa.scoring.rewards.worker import (
+    REWARDS,
     SCALED,
     ImageShard,
     Load,
@@ -39,7 +40,7 @@ from fifa.scoring.rewards.worker import (
     images_at_a_time,
     runtime_of,
 )
-from fifa.scoring.table import MARGIN, array_once, score_path, scored_once, table_features
+from fifa.scoring.table import MARGIN, SIGMAS, array_once, score_path, scored_once, table_features
 from fifa.shards.files import column_digest, digest, write_table
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool, Shard, run_shards
@@ -141,14 +142,15 @@ class Engine:
         Returns
         -------
         pyarrow.Table
-            `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``. NaN where an image could
-            not be read.
+            `fifa.scoring.table.MARGIN`, with `SIGMAS` of a model that says how sure it is, row
+            by row with ``pairs.table``. NaN where an image could not be read.
         """
         images, of_slot = unique_images(pairs)
 
-        def arrange(rewards: Rewards) -> pa.Table:
-            sides = [pa.array(rewards[side::2]) for side in (0, 1)]
-            return pa.table([pairs.table["pair_id"], *sides], schema=MARGIN)
+        def arrange(*columns: Rewards) -> pa.Table:
+            sides = [pa.array(column[side::2]) for column in columns for side in (0, 1)]
+            schema = pa.schema([*MARGIN, *SIGMAS][: 1 + len(sides)])
+            return pa.table([pairs.table["pair_id"], *sides], schema=schema)
 
         prompt = np.repeat(pairs.table["prompt_index"].to_numpy().astype(np.int64), 2)
         asked = (images, pairs.prompts["prompt"], of_slot, prompt)
@@ -163,7 +165,7 @@ class Engine:
         *,
         kind: str = "rewards",
         identity: Sequence[object] = (),
-        arrange: Callable[[Rewards], pa.Table] = lambda rewards: pa.table([rewards], schema=REWARD),
+        arrange: Callable[..., pa.Table] = lambda rewards, *_: pa.table([rewards], schema=REWARD),
     ) -> pa.Table:
         """What the model gives images for prompts: request i is ``image[i]`` for ``prompt[i]``.
 
@@ -180,7 +182,7 @@ class Engine:
             the model, the images and the prompts.
         arrange
             From float32 [requests], NaN where an image could not be read, to the table that is
-            kept.
+            kept. Of a model that says how sure it is, their standard deviations come second.
 
         Raises
         ------
@@ -207,7 +209,7 @@ class Engine:
                 which = np.divmod(unique, n)
                 rewards, bad = engine._rewards(images, distinct, prompts, *which, ledger)
                 write_table(unreadable_path(path), bad)
-                return arrange(rewards[of_request.reshape(-1)])
+                return arrange(*(column[of_request.reshape(-1)] for column in rewards))
 
             _forget_half(path)
             return scored_once(path, make, facts, engine.compute.store)
@@ -271,7 +273,10 @@ class Engine:
         prompt: Integers,
         ledger: Ledger,
     ) -> tuple[Rewards, pa.Table]:
-        """The rewards of different images for prompts, sorted by image; and `UNREADABLE`."""
+        """The rewards of different images for prompts, sorted by image; and `UNREADABLE`.
+
+        float32 [1, rewards]; [2, rewards] with the standard deviations, where the model has them.
+        """
         model, n = _same(self.model), len(distinct)
         features = self.prompt_features(prompts) if n else np.empty((0, 1), np.float32)
 
@@ -298,17 +303,18 @@ class Engine:
         where = f"{runtime.device}, {runtime.precision}"
         echo_once(f"{model.name}: {where}, {many} images at a time")
         tables = self._run(f"images through {model.name}", ledger, shards, prepare)
-        rewards = np.empty(len(image), np.float32)
+        columns = REWARDS.names[: 2 if getattr(model, "has_sigma", False) else 1]
+        rewards = np.empty((len(columns), len(image)), np.float32)
         reasons: dict[int, str] = {}
         start = 0
         for table in tables:
             stop = start + table.num_rows
-            rewards[start:stop] = table["reward"].to_numpy()
+            rewards[:, start:stop] = [table[column].to_numpy() for column in columns]
             for position, reason in enumerate(table["reason"].to_pylist(), start):
                 if reason is not None:
                     reasons[int(image[position])] = reason
             start = stop
-        if start != len(rewards):
+        if start != len(image):
             raise FifaError("files of finished shards are missing", do="run it again")
         bad = _unreadable(images, distinct, reasons)
         note(images=n, images_unreadable=bad.num_rows, rewards=len(image))

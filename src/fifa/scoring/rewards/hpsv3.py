@@ -58,6 +58,7 @@ class HPSv3(PublishedReward):
     """
 
     side = math.isqrt(AREA)
+    has_sigma = True
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
@@ -118,7 +119,7 @@ class HPSv3(PublishedReward):
         return ids.to(self.runtime.device)
 
     def rewards(self, prompts: Tensor, images: Tensor) -> Tensor:
-        """float32 ``[n]``: mu. All of ``images`` have one grid."""
+        """float32 ``[n, 2]``: mu and sigma. All of ``images`` have one grid."""
         torch = require("torch")
         language = self._model["language"]
         b, h, w, d = images.shape
@@ -135,9 +136,10 @@ class HPSv3(PublishedReward):
             # without position_ids the language model counts 0, 1, 2, ... image tokens and all
             out = language(inputs_embeds=states, attention_mask=mask.long(), use_cache=False)
             last = out.last_hidden_state[torch.arange(b, device=ids.device), lengths - 1]
-            # (mu, sigma) = W3 relu(W2 relu(W1 state))
-            judged: Tensor = self._model["head"](last.float())
-            return judged[:, 0]
+            # (mu, log sigma) = W3 relu(W2 relu(W1 state))
+            mu, log_sigma = self._model["head"](last.float()).unbind(1)
+            judged: Tensor = torch.stack([mu, log_sigma.exp()], 1)
+        return judged
 
     def _patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels ``[b, 3, h, w]`` as Qwen2-VL's rows of patches, and each image's grid."""

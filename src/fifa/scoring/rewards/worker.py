@@ -22,7 +22,7 @@ from fifa.scoring.rewards import RewardModel
 from fifa.scoring.rewards.pixels import prepared
 from fifa.scoring.table import features_table
 
-REWARDS = pa.schema([("reward", pa.float32()), ("reason", pa.string())])
+REWARDS = pa.schema([("reward", pa.float32()), ("sigma", pa.float32()), ("reason", pa.string())])
 SIDE = 224  # pixels; what `Compute.batch` counts in
 PROMPTS = 8  # times the batch: prompts are shorter than images
 # Images in a batch, if `Compute.batch` does not say: a processor's caches are full, a GPU's cores
@@ -187,11 +187,12 @@ class ScoreStep:
             there = read_back(torch.cat(found)) if found else None
 
         def table() -> pa.Table:
-            rewards = np.full(len(shard.image), np.nan, np.float32)
+            rewards = np.full((2, len(shard.image)), np.nan, np.float32)  # and their sigmas
             if there is not None:
-                rewards[np.concatenate(asks)] = there().numpy()
+                judged = there().numpy().T
+                rewards[: 1 if judged.ndim == 1 else 2, np.concatenate(asks)] = judged
             reasons = pa.array([bad.get(image) for image in shard.image.tolist()], pa.string())
-            return pa.table({"reward": pa.array(rewards), "reason": reasons}, schema=REWARDS)
+            return pa.table([*map(pa.array, rewards), reasons], schema=REWARDS)
 
         return table
 
