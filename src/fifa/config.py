@@ -666,8 +666,8 @@ class Generate(Knobs):
     steps: Annotated[Count | None, Option(family="steps")] = None
     guidance: Annotated[NotNegative | None, Option(family="guidance")] = None
     sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
-    width: Annotated[int, Field(ge=8)] | None = None
-    height: Annotated[int, Field(ge=8)] | None = None
+    width: Annotated[int, Field(ge=8, le=6000)] | None = None
+    height: Annotated[int, Field(ge=8, le=6000)] | None = None
     negative: str = ""
     batch: Count | None = None
     device: str | None = None

@@ -165,11 +165,15 @@ def test_a_trainer_makes_the_noise_again_from_the_seed(made, base, lora):
         assert png(pixels) == row[f"jpg_{side}"]
 
 
-def test_finished_pairs_are_left_alone_and_others_refused(made, base, lora, prompts, judges):
+def test_finished_pairs_are_left_alone_and_others_refused(
+    made, base, lora, prompts, judges, tmp_path
+):
     out, bytes_ = made.path.parent, made.path.read_bytes()
     knobs = {**QUICK, "batch": 1, "tuned": f"mine={lora}", "pairs": "all"}
-    assert fifa.generate_pairs(base, prompts, judges, out, **knobs) == made
-    with pytest.raises(FifaError, match=r"made in another way.*pairs: 'all' / 'adjacent'"):
+    copied = shutil.copy(prompts, tmp_path / f"same{prompts.suffix}")
+    for same in (knobs, {**knobs, "batch": 2, "device": "cpu"}):
+        assert fifa.generate_pairs(base, copied, judges, out, **same) == made
+    with pytest.raises(FifaError, match=r"made in another way.*knobs\.pairs: 'all' / 'adjacent'"):
         fifa.generate_pairs(base, prompts, judges, out, **{**knobs, "pairs": "adjacent"})
     assert made.path.read_bytes() == bytes_
     with pytest.raises(FifaError, match="holds no pairs of a model"):

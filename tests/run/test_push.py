@@ -199,6 +199,8 @@ def checkpoint(tmp_path: Path) -> Path:
         "checkpoints/step-5/pytorch_lora_weights.safetensors",
         "logs/events.out.tfevents.1",
         "cache/latents.npy",
+        "pipeline/unet/config.json",
+        "pipeline/vae/diffusion_pytorch_model.safetensors",
         "device.json",
         ".fifa-lock",
     ):

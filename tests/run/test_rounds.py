@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from itertools import islice
 from pathlib import Path
@@ -187,6 +188,7 @@ def test_a_killed_loop_goes_on_to_the_same_bytes(looped, recipe, tmp_path):
         ("train", {"lr": 0.5}, "another recipe.*train.lr: 0.01 / 0.5"),
         ("train", {"model": "m"}, "the loop itself sets train.model"),
         ("generate", {"margin": []}, "the recipe has no generate.margin"),
+        ("score", {"margin": ["picscore"]}, "another recipe.*score.margin"),
         ("generate", {"per_prompt": 1}, "greater than or equal to 2"),
         ("evaluate", {"prompts": "nothing.txt"}, "cannot open the prompts"),
     ],
@@ -199,6 +201,38 @@ def test_another_recipe_is_refused(looped, recipe, tmp_path, section, change, me
     with pytest.raises(FifaError, match=message):
         fifa.loop(tmp_path / "loop.yaml", looped)
     assert (looped / "loop.yaml").read_bytes() == before
+
+
+def test_what_is_missing_is_told_before_an_image_is_made(looped, recipe, tmp_path):
+    for section, change, message in [
+        ("score", {"margin": ["picscore"]}, "no such reward model: picscore"),
+        ("score", {"margin": ["pickscore:nothing"]}, "no such model: nothing"),
+        ("score", {"quality": "locl"}, "no such rater: locl"),
+        ("score", {"diversity": "text:nothing/at/all"}, "neither a folder nor on the hub"),
+        ("evaluate", {"measure": {"scorers": ["x"]}}, "no such reward model: x"),
+    ]:
+        knobs = yaml.safe_load(recipe.read_text())
+        knobs[section] |= change
+        (tmp_path / "loop.yaml").write_text(yaml.safe_dump(knobs))
+        with pytest.raises(FifaError, match=message):
+            fifa.loop(tmp_path / "loop.yaml", tmp_path / "out")
+        assert not list((tmp_path / "out").glob("round-*"))
+
+
+def test_other_prompts_in_the_file_are_told_and_a_pipeline_that_is_gone_is_made_again(
+    looped, recipe
+):
+    pipeline = looped / "round-1" / "checkpoint" / "pipeline"
+    weights = next(pipeline.glob("unet/*.safetensors"))
+    known, prompts = weights.read_bytes(), Path(Loop.from_yaml(recipe).generate.prompts)
+    before = prompts.read_text()
+    prompts.write_text(before.replace("\n", " at night\n"))
+    with pytest.raises(FifaError, match=r"made in another way .*prompts\.content: "):
+        fifa.loop(recipe, looped, rounds=3)
+    prompts.write_text(before)
+    shutil.rmtree(pipeline)
+    fifa.loop(recipe, looped)
+    assert weights.read_bytes() == known
 
 
 def test_the_recipe_in_the_guide_is_one():

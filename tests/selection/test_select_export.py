@@ -311,6 +311,13 @@ def test_a_folder_with_other_things_in_it_is_not_touched(source, tmp_path):
     run(source, tmp_path / "subset", keep=3)
     run(source, tmp_path / "subset", keep=4)  # its own it replaces, as a whole
     assert read_back(tmp_path / "subset").num_rows == 4
+    for name in ("notes.txt", ".git", "data/mine/x"):
+        other = tmp_path / "subset" / name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("mine")
+        with pytest.raises(FifaError, match=f"other things in it: {name}"):
+            run(source, tmp_path / "subset", keep=3)
+        other.unlink()
 
 
 def test_a_selection_of_other_pairs_is_refused(source, tmp_path):

@@ -288,7 +288,7 @@ def test_a_trainer_that_needs_images_is_refused_references(tmp_path, to):
 def test_folders_of_others_and_unknown_trainers_are_refused(selected, tmp_path, to):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    message = "no subset of fifa's" if to in TARGETS else r"no such target: kohya(.|\n)*webdataset"
+    message = "in it: notes.txt" if to in TARGETS else r"no such target: kohya(.|\n)*webdataset"
     with pytest.raises(FifaError, match=message):
         write(selected, tmp_path / "mine", to)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
@@ -311,8 +311,8 @@ def test_what_fails_halfway_leaves_the_old_export(selected, tmp_path, to, monkey
 
 
 def test_bytes_that_are_no_image_are_refused():
-    for data in (b"", b"GIF89a", b"<svg", b"RIFF\0\0\0\0WAVE"):
-        with pytest.raises(FifaError, match=r"no known format(.|\n)*pair p7"):
+    for data in (b"", b"GIF89a", b"<svg", b"RIFF\0\0\0\0WAVE", b"\0\0\0\x18ftypheic"):
+        with pytest.raises(FifaError, match=r"neither JPEG, PNG, WEBP nor AVIF(.|\n)*pair p7"):
             trainers.image_ending(data, "p7")
 
 

@@ -258,7 +258,7 @@ def _item(prompt: object, category: object = None) -> Item:
         return None, None, "the prompt is no text"
     if any("\ud800" <= char <= "\udfff" for char in prompt):
         return None, None, "no UTF-8"
-    if not prompt.strip():
+    if not any(map(str.isprintable, prompt.strip())):
         return None, None, "an empty prompt"
     if len(prompt) > LONGEST:
         return None, None, f"longer than {LONGEST:,} characters"

@@ -52,9 +52,10 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
         names = list(patterns or (f"*{suffix}" for suffix in MODEL_FILES))
         folder = Path(hub.snapshot_download(str(model), allow_patterns=names))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        no_id = isinstance(error, hub.errors.HFValidationError)
         raise FifaError(
             f"no such model: {model} is neither a folder nor on the hub",
-            where=str(error).splitlines()[0],
+            where=str(path.absolute()) if no_id else str(error).splitlines()[0],
             do="name a folder with safetensors weights, or a hub id while online",
         ) from error
     check_files(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from fifa.evaluation.pairs import (
     read_generated,
     write_pairs,
 )
-from fifa.evaluation.prompts import read_prompts
-from fifa.evaluation.sampling import settings_for
+from fifa.evaluation.prompts import Prompts, read_prompts
+from fifa.evaluation.sampling import Settings, settings_for
 from fifa.models.runtime import release_memory
 from fifa.run.folder import log_step
 from fifa.scoring.rewards import load_reward
@@ -32,6 +32,7 @@ from fifa.shards.files import check_free, digest, make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
 from fifa.shards.sealed import DamagedError
 
+CHOICE = ("per_prompt", "pairs", "min_margin", "first_seed")  # the other knobs are known by content
 MADE = ".made"  # images, scores and log: hidden, as readers take every file below the folder
 
 
@@ -93,6 +94,44 @@ def run_generation(
         return _run(asked, out, compute or Compute(device=asked.images.device))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What images and pairs are made of.
+
+    Parameters
+    ----------
+    prompts, model, settings
+        Of the images.
+    made_of
+        What names these, the judges and the choice of pairs, as JSON: the same pairs are of the
+        same.
+    """
+
+    prompts: Prompts
+    model: Model
+    settings: Settings
+    made_of: dict[str, Any]
+
+
+def plan_generation(asked: GeneratePairs, compute: Compute) -> Plan:
+    """Look at all that is needed, before hours of images.
+
+    Raises `FifaError` for a model, judges or prompts that are not there or do not fit.
+    """
+    judges = check_judges(asked.margin, compute)
+    prompts = read_prompts(asked.prompts, limit=asked.limit)
+    model = find_generator(asked)
+    settings = settings_for(asked.images, model.base)
+    made_of = {
+        "knobs": {name: getattr(asked, name) for name in CHOICE},
+        "weights": {model.name: model.weights},
+        "settings": settings.identity,
+        "prompts": {"content": digest(prompts.table.to_pylist())},
+        "judges": judges,
+    }
+    return Plan(prompts, model, settings, made_of)
+
+
 def find_generator(asked: GeneratePairs) -> Model:
     """The model that makes the images, named as the user would call it.
 
@@ -131,20 +170,10 @@ def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:
 def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
     if not (out / GENERATE_FILE).exists():
         check_free(out, "pairs of a model")
-    judges = check_judges(asked.margin, compute)
-    prompts = read_prompts(asked.prompts, limit=asked.limit)
-    model = find_generator(asked)
-    settings = settings_for(asked.images, model.base)
-    made_of = {
-        "knobs": asdict(asked),
-        "weights": {model.name: model.weights},
-        "settings": settings.identity,
-        "prompts": {"content": digest(prompts.table.to_pylist())},
-        "judges": judges,
-    }
+    planned = plan_generation(asked, compute)
     path, made = out / PAIRS_FILE, out / MADE
     if (found := _finished(path)) is not None:
-        _refuse_other(made_of, found)
+        refuse_other(planned, found.facts, path)
         echo(f"these pairs are finished: {path}")
         return found
     make_folder(made)
@@ -153,12 +182,12 @@ def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
     write_yaml(out / GENERATE_FILE, asked.to_yaml())
     with log_step(made, "generate"):
         plan = Evaluate(seeds=asked.per_prompt, first_seed=asked.first_seed, generate=asked.images)
-        images = generate(plan, [model], prompts, settings, made)
+        images = generate(plan, [planned.model], planned.prompts, planned.settings, made)
     release_memory()  # of the pipeline, before judges look for theirs
     with log_step(made, "judge"):
         judged = judge_images(images, made, asked.margin, compute)
         choice = choose_pairs(judged, asked)
-        facts = {"made_of": made_of, "model": model.name}
+        facts = {"made_of": planned.made_of, "model": planned.model.name}
         done = write_pairs(path, judged, choice, made, facts)
         note(pairs=done.facts["pairs"], **choice.left_out)
     return done
@@ -187,11 +216,11 @@ def _finished(path: Path) -> Generated | None:
         return None
 
 
-def _refuse_other(made_of: dict[str, Any], found: Generated) -> None:
-    """Raise `FifaError` unless these pairs are what was asked for."""
-    there, asked = found.facts["made_of"], json.loads(json.dumps(made_of))
+def refuse_other(planned: Plan, facts: dict[str, Any], where: Path) -> None:
+    """Raise `FifaError` unless the pairs with these facts are of what is planned."""
+    there, asked = facts["made_of"], json.loads(json.dumps(planned.made_of))
     changes = [
-        f"{name}: {there[part].get(name)!r} / {asked[part].get(name)!r}"
+        f"{part}.{name}: {there[part].get(name)!r} / {asked[part].get(name)!r}"
         for part in asked
         for name in asked[part] | there[part]
         if there[part].get(name) != asked[part].get(name)
@@ -200,6 +229,6 @@ def _refuse_other(made_of: dict[str, Any], found: Generated) -> None:
         raise FifaError(
             "the folder holds pairs that were made in another way (there / asked): "
             + "; ".join(changes),
-            where=str(found.path),
+            where=str(where),
             do="choose another --out",
         )

@@ -16,7 +16,8 @@ from fifa.config import Compute, Evaluate, Loop, Measure, Read, Recipe, changed
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.judges import Judge
-from fifa.evaluation.merge import merge_checkpoint
+from fifa.evaluation.measure import check_scorers
+from fifa.evaluation.merge import INDEX, merge_checkpoint
 from fifa.evaluation.models import find_models
 from fifa.evaluation.pairs import Generated
 from fifa.evaluation.prompts import read_prompts
@@ -26,8 +27,10 @@ from fifa.reporting.loop import ROUND_FILE, write_loop
 from fifa.reporting.page import write_report
 from fifa.run.evaluation import check_evaluation, run_evaluation
 from fifa.run.folder import begin, log_step
-from fifa.run.generation import check_judges, run_generation
+from fifa.run.generation import plan_generation, refuse_other, run_generation
 from fifa.run.steps import filter_pairs, train
+from fifa.scoring import check_score
+from fifa.scoring.specs import REWARDS
 from fifa.shards.files import read_json, write_json, write_yaml
 from fifa.shards.lock import only_writer
 
@@ -143,10 +146,14 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
                 where=str(folder),
                 do="choose another --out",
             )
-    for prompts in (made.prompts, asked.prompts):
-        read_prompts(prompts)
-    check_judges(made.margin, recipe.compute)
-    find_models(made.model, {})
+    planned = plan_generation(made, recipe.compute)
+    if _finished(folder):
+        first = _place(folder, 1) / ROUND_FILE
+        refuse_other(planned, read_json(first, "the round", sealed=True), first)
+    check_score(recipe.score)
+    looking = [spec for spec in recipe.score.margin if REWARDS.parse(spec).entry.maker]
+    check_scorers(looking, recipe.compute)
+    read_prompts(asked.prompts)
     usual = asked.measure.scorers == Measure().scorers and judged
     scorers = () if usual or asked.measure.scorers == ("none",) else asked.measure.scorers
     picked = (*made.margin, *recipe.score.margin, *asked.measure.picked)
@@ -162,9 +169,11 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
 
 
 def _finished(folder: Path) -> int:
-    """How many rounds are finished, from the first on."""
+    """How many rounds are finished, from the first on; one without its pipeline is not."""
     number = 0
     while (_place(folder, number + 1) / ROUND_FILE).is_file():
+        if not (_pipeline(folder, number + 1) / INDEX).is_file():
+            break
         number += 1
     return number
 

@@ -46,8 +46,11 @@ KINDS = {  # by the file that is written last, so that a folder without it is no
     "train.json": Kind("model", (*_WEIGHTS, "train.json", "train.yaml", "stats.jsonl")),
     "reward.json": Kind("model", (*_WEIGHTS, "*.json", "*.txt", "*.model")),
 }
-# of fifa's own use: locks, states and caches
-IGNORED = (".*", "*/.*", "state/*", "state-*", "checkpoints/*", "cache/*", "logs/*", "device.json")
+# of fifa's own use: locks, states and caches, and what a loop makes of a checkpoint
+IGNORED = (
+    *(".*", "*/.*", "state/*", "state-*", "checkpoints/*", "cache/*", "logs/*", "device.json"),
+    "pipeline/*",
+)
 
 
 def push(folder: str | Path, name: str, *, public: bool = False) -> str:

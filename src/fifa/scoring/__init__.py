@@ -71,6 +71,8 @@ def score(
 
     compute, folder = compute or Compute(), Path(folder) if folder is not None else None
     specs = (margin,) if isinstance(margin, str) else tuple(margin)
+    knobs = Score(specs, quality, diversity, k)
+    check_score(knobs)
     options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
     made, diverse, rated = {}, None, None
     with step("margin"):
@@ -84,6 +86,22 @@ def score(
         if quality != "none":
             limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
             rated = quality_scores(pairs, quality, folder=folder, **limits)
-    knobs = Score(specs, quality, diversity, k)
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
+
+
+def check_score(knobs: Score) -> None:
+    """Raise `FifaError` for a scorer that is unknown, or not there: before hours of others.
+
+    Reward models are looked for by name only, as looking at one loads it.
+    """
+    from fifa.scoring.encoders import make_encoder
+    from fifa.scoring.quality import make_rater
+    from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
+
+    for spec in knobs.margin:
+        REWARDS.parse(spec)
+    if knobs.diversity != "none" and not ENCODERS.parse(knobs.diversity).is_column:
+        make_encoder(knobs.diversity)
+    if knobs.quality != "none" and not RATERS.parse(knobs.quality).is_column:
+        make_rater(knobs.quality)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from fifa.config import Export, Recipe, Select, build
+from fifa.config import GENERATE_FILE, Export, Recipe, Select, build
 from fifa.data.remote import fetch_file
 from fifa.data.source import Root, is_url
 from fifa.data.table import Origin, Pairs
@@ -22,6 +23,7 @@ from fifa.scoring.table import Scores
 from fifa.selection.choose import gather_terms
 from fifa.selection.table import REASONS
 from fifa.selection.trainers import METADATA, Target
+from fifa.shards.files import read_yaml
 
 CARD = """\
 ---
@@ -33,7 +35,7 @@ CARD = """\
 
 # {pairs:,} preference pairs, selected by FiFA
 
-The {pairs:,} most important of {total:,} pairs of people's preferences between two images of one
+The {pairs:,} most important of {total:,} pairs of {whose} preferences between two images of one
 prompt. Source: `{source}` (read as {format}). Rows are in the order of selection, the most
 important first.
 
@@ -65,8 +67,8 @@ makes the same files again from the source.
 ## Licence
 
 Prompts, images and labels are the source's, and so is their licence: this card grants nothing
-beyond it. The prompts were written by people; which of them were left out as unsafe is the recipe's
-choice, and what the rater missed may still be there.
+beyond it. Which prompts were left out as unsafe is the recipe's choice, and what the rater missed
+may still be there.
 """
 CONFIGS = """\
 configs:
@@ -89,7 +91,7 @@ pairs = load_dataset("path/to/this/folder", split="train")
 |---|---|
 {image_columns}| `label_0`, `label_1` | 1.0 for the preferred image, 0.0 for the other; no ties |
 | `caption` | the prompt |
-| `label`, `votes` | the share of people for image 0, and how many labels it averages |
+| `label`, `votes` | the share of labels for image 0, and how many it averages |
 | `pair_id`, `prompt_id`, `image_0_uid`, `image_1_uid` | content keys |
 | `image_0_url`, `image_1_url` | URL or path in the source, where it names one |
 | `margin`, `signed_margin`, `agreement` | what the reward models say of the pair |
@@ -122,6 +124,8 @@ class About:
     generators
         Name, pairs and wins of each generator, the most frequent first, where the source has the
         columns ``model_0`` and ``model_1``.
+    judges
+        The reward models that made the labels, where `fifa.generate_pairs` made the source.
     """
 
     licence: dict[str, str] = field(default_factory=dict)
@@ -130,6 +134,7 @@ class About:
     rated: int | None = None
     flagged: int = 0
     generators: list[tuple[str, int, int]] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
 
 
 def about(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Scores) -> About:
@@ -150,6 +155,7 @@ def about(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Scores) -> About:
         rated=rated,
         flagged=flagged,
         generators=_generators(chosen, label),
+        judges=_judges(pairs.origin),
     )
 
 
@@ -163,6 +169,12 @@ def _generators(chosen: pa.Table, label: npt.NDArray[np.float32]) -> list[tuple[
         count.update({model for model in models if model})
         wins.update(filter(None, [models[0 if first else 1]]))
     return [(name, n, wins[name]) for name, n in sorted(count.items(), key=lambda x: (-x[1], x[0]))]
+
+
+def _judges(origin: Origin) -> list[str]:
+    path = Path(origin.root) / GENERATE_FILE
+    found = {} if is_url(origin.root) else read_yaml(path, "the options", missing={})
+    return [str(spec) for spec in found.get("margin", ())]
 
 
 def source_licence(origin: Origin) -> dict[str, str]:
@@ -204,6 +216,7 @@ def dataset_card(subset: dict[str, Any], made_for: Target) -> str:
     return CARD.format(
         front=_front(subset, known.licence),
         pairs=subset["pairs"],
+        whose="a reward model's" if known.judges else "people's",
         total=sum(reasons.values()),
         source=_line(subset["source"]["source"], 1000).replace("`", "'"),
         format=subset["source"]["format"],
@@ -245,7 +258,11 @@ def _about(known: About, subset: dict[str, Any], recipe: Recipe) -> list[tuple[s
     """The lines of the table "What it is"."""
     stated = ", ".join(known.licence[name] for name in LICENCE if name in known.licence)
     agreement = "one label for each pair, so that nothing is known of it"
-    if known.share is not None:
+    if known.judges:
+        agreement = (
+            f"no person was asked: the labels are what {_cell(', '.join(known.judges))} says"
+        )
+    elif known.share is not None:
         agreement = (
             f"{known.several:,} pairs have several votes, of which {known.share:.0%} are for the "
             "winner on average"

@@ -48,9 +48,10 @@ from fifa.shards.sealed import check_whole
 Integers = npt.NDArray[np.int64]
 Contents = npt.NDArray[np.uint64]
 
-_OURS = re.compile(r"subset\.json|README\.md|data(/train-\d{5}-of-\d{5}(-[0-9a-f]{16}\.parquet)?)?")
-
-
+_OURS = re.compile(  # what an export may consist of, whichever trainer it is for
+    r"README\.md|(subset|multidatabackend|concepts)\.json|train\.parquet"
+    r"|(data|images|win|lose|train-\w+|prompts-\w+)(/[^/]+)?"
+)
 NAMED = ("model_0", "model_1", "category")  # after `COLUMNS`, as text, where the source has them
 
 
@@ -562,16 +563,18 @@ def _by_rank(selection: pa.Table) -> Integers:
 def _refuse_foreign(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    others = sorted(name for name in names if not _OURS.fullmatch(name))
+    if others or not {SUBSET_FILE, "README.md"} <= names:
+        what = f": {others[0]}" if others else ", or no subset of fifa's"
+        raise FifaError(
+            f"the folder has other things in it{what}",
+            where=str(folder),
+            do="choose another folder",
+        )
     try:
         load_subset(folder / SUBSET_FILE)
-    except FifaError as error:
-        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-        if not {SUBSET_FILE, "data"} <= names or not all(map(_OURS.fullmatch, names)):
-            raise FifaError(
-                "the folder is not empty and holds no subset of fifa's",
-                where=str(folder),
-                do="choose another folder",
-            ) from error
+    except FifaError:
         echo(f"{folder / SUBSET_FILE} is damaged: made again")
 
 

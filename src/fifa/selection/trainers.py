@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fifa.config import Vote
+from fifa.data.kinds import kind_of
 from fifa.errors import FifaError
 from fifa.selection.table import SELECTION
 from fifa.shards.files import content_digest
@@ -61,14 +62,7 @@ SIDES = (
     ("image_0_url", "image_1_url"),
     ("model_0", "model_1"),  # where the source has them
 )
-SIGNS = (  # how the files of each image format begin
-    ("jpg", 0, (b"\xff\xd8\xff",)),
-    ("png", 0, (b"\x89PNG\r\n\x1a\n",)),
-    ("webp", 8, (b"WEBP",)),
-    ("avif", 4, (b"ftypavif", b"ftypavis")),
-    ("heic", 4, (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")),
-    ("jxl", 0, (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")),
-)
+SIGNS = (("jpg", 0, b"\xff\xd8\xff"), ("png", 0, b"\x89PNG\r\n\x1a\n"), ("webp", 8, b"WEBP"))
 
 
 @dataclass(frozen=True)
@@ -438,14 +432,20 @@ def flow_factory(folder: Path, chosen: Chosen) -> list[str]:
 
 
 def image_ending(data: bytes, pair: str) -> str:
-    """``jpg``, ``png`` and so on, by the bytes of an image of ``pair``; `FifaError` if unknown."""
-    for ending, at, signs in SIGNS:
-        if any(data.startswith(sign, at) for sign in signs):
+    """``jpg``, ``png``, ``webp`` or ``avif``, by the bytes of an image of ``pair``.
+
+    Raises `FifaError` for others: the trainers look for files by their names, and would leave out a
+    HEIC in silence.
+    """
+    if kind_of(data) == "AVIF":
+        return "avif"
+    for ending, at, sign in SIGNS:
+        if data.startswith(sign, at):
             return ending
     raise FifaError(
-        "an image of the selected pairs is of no known format",
+        "an image is neither JPEG, PNG, WEBP nor AVIF, and the trainer opens no others",
         where=f"pair {pair}",
-        do="select again: pairs with unreadable images are then replaced",
+        do="convert the source's images, or export with --to diffusers, which keeps all bytes",
     )
 
 
