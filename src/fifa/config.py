@@ -197,12 +197,17 @@ class Score(Knobs):
         The encoder of prompts, one of `fifa.scoring.specs.ENCODERS.forms`, none.
     k
         Diversity is the distance to the k-th nearest prompt.
+    budget
+        Ask a vision-language judge only about this part of the pairs, those that the other margins
+        are least sure of: a share (0.2) or as many as so many tokens allow (2000000). On the
+        command line also a percentage (20%).
     """
 
     margin: tuple[str, ...] = ()
     quality: str = "local"
     diversity: str = "minilm"
     k: Count = 10
+    budget: Count | Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @knobs
@@ -294,7 +299,7 @@ class Select(Knobs):
 class Compute(Knobs):
     """Where and how models run.
 
-    Only ``dtype`` and ``fast_decode`` change a reward by more than rounding.
+    Only ``dtype``, ``fast_decode`` and what a judge is sent change a reward by more than rounding.
 
     Parameters
     ----------
@@ -331,10 +336,15 @@ class Compute(Knobs):
         How many GB of a remote source's images are kept on this machine's disk (in the folder
         ``$FIFA_CACHE``, else ``~/.cache/fifa``); 0 keeps none. The oldest make room.
     in_flight
-        How many requests are sent to a rater's endpoint at the same time.
+        How many requests are sent to the endpoint of a rater or judge at the same time.
     max_tokens
-        How many tokens an answer of a rater's endpoint may have, including what the model thinks
+        How many tokens an answer of such an endpoint may have, including what the model thinks
         before it. An answer that was cut off does not count.
+    judge_side
+        Longest side, in pixels, of the images that a vision-language judge is sent; larger ones
+        are resized.
+    judge_images
+        How these images are encoded.
     """
 
     device: str | None = None
@@ -352,6 +362,8 @@ class Compute(Knobs):
     cache_gb: NotNegative = 10.0
     in_flight: Count = 16
     max_tokens: Count = 8192
+    judge_side: Annotated[int, Field(ge=28)] = 768
+    judge_images: Literal["jpeg", "png"] = "jpeg"
 
 
 @knobs

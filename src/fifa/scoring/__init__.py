@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fifa.config import Compute, Score
+from fifa.errors import FifaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import pyarrow as pa
 
     from fifa.data.table import Pairs
     from fifa.scoring.table import Scores
@@ -22,6 +25,7 @@ def score(
     diversity: str = Score.diversity,
     *,
     k: int = Score.k,
+    budget: int | float = Score.budget,
     folder: str | Path | None = None,
     compute: Compute | None = None,
     allow_download: bool = False,
@@ -43,6 +47,10 @@ def score(
         The encoder's spec: ``minilm``, ``text:MODEL``, ``clip:MODEL``, ``column:NAME``, ``none``.
     k
         The neighbour whose distance enters the entropy.
+    budget
+        The part of the pairs that a vision-language judge among ``margin`` is asked about, those
+        that the others are least sure of: a share (0.2), or as many as so many tokens allow
+        (a whole number).
     folder
         Where finished tables and unfinished shards are kept, so that nothing is scored twice;
         None keeps nothing.
@@ -71,13 +79,21 @@ def score(
 
     compute, folder = compute or Compute(), Path(folder) if folder is not None else None
     specs = (margin,) if isinstance(margin, str) else tuple(margin)
-    knobs = Score(specs, quality, diversity, k)
+    knobs = Score(specs, quality, diversity, k, budget)
     check_score(knobs)
     options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
-    made, diverse, rated = {}, None, None
+    made: dict[str, pa.Table] = {}
+    diverse, rated = None, None
     with step("margin"):
-        # Columns first: a mistyped name is refused before a model is loaded.
-        for spec in sorted(specs, key=lambda spec: not REWARDS.parse(spec).is_column):
+        # Columns first: a mistyped name is refused before a model is loaded. Judges last: what
+        # the others are unsure of is what they are asked.
+        parsed = {spec: REWARDS.parse(spec) for spec in specs}
+        cheaper = [spec for spec in specs if not parsed[spec].is_judge]
+        for spec in sorted(
+            specs, key=lambda spec: (parsed[spec].is_judge, not parsed[spec].is_column)
+        ):
+            if parsed[spec].is_judge:
+                options |= {"budget": budget, "cheaper": [made[other] for other in cheaper]}
             made[spec] = margin_scores(pairs, spec, folder, **options)
     with step("diversity"):
         if diversity != "none":
@@ -96,11 +112,17 @@ def check_score(knobs: Score) -> None:
     Reward models are looked for by name only, as looking at one loads it.
     """
     from fifa.scoring.encoders import make_encoder
+    from fifa.scoring.judges.judge import make_judge
     from fifa.scoring.quality import make_rater
     from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
 
-    for spec in knobs.margin:
-        REWARDS.parse(spec)
+    parsed = [REWARDS.parse(spec) for spec in knobs.margin]
+    judges = [make_judge(spec) for spec in parsed if spec.is_judge]
+    if knobs.budget != Score.budget and not 0 < len(judges) < len(parsed):
+        raise FifaError(
+            "a budget takes a vision-language judge and a cheaper one, which scores all pairs",
+            do="--margin pickscore --margin vlm:MODEL@URL, or leave out --budget",
+        )
     if knobs.diversity != "none" and not ENCODERS.parse(knobs.diversity).is_column:
         make_encoder(knobs.diversity)
     if knobs.quality != "none" and not RATERS.parse(knobs.quality).is_column:

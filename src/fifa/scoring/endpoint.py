@@ -159,14 +159,23 @@ class Endpoint(ABC):
     key_variable: str = "OPENAI_API_KEY"
 
     answer_type: ClassVar[type[BaseModel]]
+    # for messages: what is done, to what, and what then came of it
+    words: ClassVar[tuple[str, str, str]] = ("rating", "prompts", "rated")
 
     @abstractmethod
     def request(self, question: Any) -> dict[str, Any]:
-        """The body of the chat completion that asks ``question`` for the first time."""
+        """The body of the chat completion that asks ``question`` for the first time.
+
+        Called in a thread, so it may wait. Raises `NoAnswerError` where there is nothing to ask.
+        """
 
     @abstractmethod
     def read(self, text: str) -> BaseModel | str:
         """The answer in a completion's text, or why there is none."""
+
+    def read_reply(self, reply: Any) -> BaseModel | str:
+        """The answer in a completion (its JSON); raises `NoAnswerError` as `text_of` does."""
+        return self.read(text_of(reply, self.secrets()))
 
     def ask(self, questions: dict[str, Any]) -> dict[str, Any]:
         """Answers of `answer_type` by the questions' keys, without those that were given up.
@@ -189,7 +198,8 @@ class Endpoint(ABC):
                 note(answers_from_cache=len(known))
             if missing:
                 talk = _Conversation(self, answers, known=len(known))
-                with progress(f"rating prompts ({self.model})", len(missing)) as advance:
+                what = f"{' '.join(self.words[:2])} ({self.model})"
+                with progress(what, len(missing)) as advance:
                     known |= _run(talk.ask_all(missing, advance))
                 talk.report(len(missing))
         return known
@@ -230,6 +240,7 @@ class _Conversation:
     failures: int = 0  # in a row
     changes: set[str] = field(default_factory=set)  # to requests, because the server wants them
     unanswered: Counter[str] = field(default_factory=Counter)
+    not_asked: Counter[str] = field(default_factory=Counter)
     spent: Counter[str] = field(default_factory=Counter)
 
     async def ask_all(self, questions: dict[str, Any], advance: Any) -> dict[str, BaseModel]:
@@ -240,12 +251,17 @@ class _Conversation:
 
         async def worker(client: Any) -> None:
             for key, question in queue:
-                answer = await self._ask(client, question)
-                if isinstance(answer, str):
-                    self._give_up(answer)
+                try:
+                    request = await asyncio.to_thread(endpoint.request, question)
+                except NoAnswerError as error:
+                    self.not_asked[str(error)] += 1
                 else:
-                    self.answers.put(key, endpoint.model, answer.model_dump_json())
-                    found[key] = answer
+                    answer = await self._ask(client, request)
+                    if isinstance(answer, str):
+                        self._give_up(answer)
+                    else:
+                        self.answers.put(key, endpoint.model, answer.model_dump_json())
+                        found[key] = answer
                 advance(1)
 
         base = openai.DefaultAsyncHttpxClient
@@ -268,20 +284,21 @@ class _Conversation:
 
     def report(self, asked: int) -> None:
         """Note what was spent; say what could not be rated, or raise if nothing ever could."""
-        unrated = sum(self.unanswered.values())
-        retries = max(self.spent["requests"] - asked, 0)
+        unrated, things = sum(self.unanswered.values()), self.endpoint.words[1]
+        could = asked - sum(self.not_asked.values())
+        retries = max(self.spent["requests"] - could, 0)
         note(**self.spent, retries=retries, unrated=unrated)
-        if unrated == asked and not self.known:
-            raise self._hopeless(f"none of {asked} prompts")
+        if unrated and unrated == could and not self.known:
+            raise self._hopeless(f"none of {could} {things}")
+        if self.not_asked:
+            echo(f"{asked - could} of {asked} {things} were not asked: {_most(self.not_asked)}")
         if unrated:
-            echo(f"{unrated} of {asked} prompts could not be rated: {self._reasons()}")
-
-    def _reasons(self) -> str:
-        return "; ".join(f"{count} x {why}" for why, count in self.unanswered.most_common(5))
+            done = self.endpoint.words[2]
+            echo(f"{unrated} of {asked} {things} could not be {done}: {_most(self.unanswered)}")
 
     def _hopeless(self, what: str) -> FifaError:
         return FifaError(
-            f"the endpoint rated {what}: {self._reasons()}",
+            f"the endpoint {self.endpoint.words[2]} {what}: {_most(self.unanswered)}",
             where=f"{self.endpoint.model} at {self.endpoint.public_url}",
             do="raise --max-tokens if answers are cut off or thinking has no end; otherwise check "
             "the model's name, or choose a model that can answer with JSON",
@@ -292,17 +309,17 @@ class _Conversation:
         self.unanswered[reason] += 1
         count = sum(self.unanswered.values())
         if not (self.answered or self.known) and count >= max(HOPELESS, self.endpoint.in_flight):
-            raise self._hopeless(f"none of the first {count} prompts")
+            raise self._hopeless(f"none of the first {count} {self.endpoint.words[1]}")
 
-    async def _ask(self, client: Any, question: Any) -> BaseModel | str:
+    async def _ask(self, client: Any, request: dict[str, Any]) -> BaseModel | str:
         """The answer to one question, or why there is none."""
         openai = require("openai", "api")
         answer: BaseModel | str = "no answer"
         heard = unreadable = False
         for _ in range(self.endpoint.attempts):
             try:
-                reply = await self._send(client, question, heard)
-                answer = self.endpoint.read(text_of(reply, self.endpoint.secrets()))
+                reply = await self._send(client, request, heard)
+                answer = self.endpoint.read_reply(reply)
                 heard, unreadable = True, False
             except NoAnswerError as error:
                 answer, unreadable = str(error), error.unreadable
@@ -319,16 +336,14 @@ class _Conversation:
                 return answer
         return self._failed(str(answer)) if unreadable else answer
 
-    async def _send(self, client: Any, question: Any, heard: bool) -> Any:
+    async def _send(self, client: Any, asked: dict[str, Any], heard: bool) -> Any:
         """The JSON of one completion; what the server refuses of a request is changed once."""
         openai = require("openai", "api")
         create = client.chat.completions.with_raw_response.create
         changes = set(self.changes)
         while True:
-            request = self.endpoint.request(question)
-            if heard:
-                request["temperature"] = RETRY_TEMPERATURE
-            request = changed_request(request, changes)
+            again = {"temperature": RETRY_TEMPERATURE} if heard else {}
+            request = changed_request({**asked, **again}, changes)
             try:
                 raw = await create(**request)
                 break
@@ -358,7 +373,9 @@ class _Conversation:
                 return "no limit"
         if "temperature" in hint and "temperature" in request:
             return "no temperature"
-        # Perhaps a server without structured output; the rubric asks for JSON in words too.
+        if "logprobs" in hint and "logprobs" in request:
+            return "no logprobs"
+        # Perhaps a server without structured output; the question asks for JSON in words too.
         if "response_format" in request and not self.answered:
             return "no format"
         return ""
@@ -370,14 +387,15 @@ class _Conversation:
         once = self.answered or self.known
         if self.failures >= (max(DEAD, endpoint.in_flight) if once else DEAD):
             raise FifaError(
-                f"the endpoint keeps failing: {reason}, {self.failures} prompts in a row",
+                f"the endpoint keeps failing: {reason}, "
+                f"{self.failures} {endpoint.words[1]} in a row",
                 where=f"{endpoint.model} at {endpoint.public_url}",
                 do="mend what is named and run again: the answers so far are kept",
             ) from None
         return reason
 
     def _refused(self, error: Any) -> str:
-        """Why the server has no answer to a prompt; raises where it has none to any."""
+        """Why the server has no answer to a question; raises where it has none to any."""
         endpoint, status, headers = self.endpoint, error.status_code, error.response.headers
         at = f"{endpoint.model} at {endpoint.public_url}"
         words = words_of(error.response.content, endpoint.secrets())
@@ -413,7 +431,7 @@ def changed_request(request: dict[str, Any], changes: Collection[str]) -> dict[s
     """``request`` as a server wants it.
 
     ``changes``: ``max_completion_tokens`` in place of ``max_tokens``, ``no limit``,
-    ``no temperature``, ``no format``.
+    ``no temperature``, ``no format``, ``no logprobs``.
     """
     if "max_completion_tokens" in changes:
         request["max_completion_tokens"] = request.pop("max_tokens")
@@ -421,13 +439,18 @@ def changed_request(request: dict[str, Any], changes: Collection[str]) -> dict[s
         "no limit": ("max_tokens", "max_completion_tokens"),
         "no temperature": ("temperature",),
         "no format": ("response_format",),
+        "no logprobs": ("logprobs", "top_logprobs"),
     }
     left_out = {name for change in changes for name in gone.get(change, ())}
     return {name: value for name, value in request.items() if name not in left_out}
 
 
+def _most(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count} x {why}" for why, count in reasons.most_common(5))
+
+
 def endpoint_of(spec: Spec) -> tuple[str, str]:
-    """The model and the URL that ``openai:MODEL@URL`` names.
+    """The model and the URL that ``openai:MODEL@URL`` or ``vlm:MODEL@URL`` names.
 
     The URL is ``OPENAI_BASE_URL`` from the environment, or OpenAI's, where the spec has none.
     """
@@ -438,9 +461,10 @@ def endpoint_of(spec: Spec) -> tuple[str, str]:
     except ValueError:
         good = False
     if not spec.model or not good:
+        role = "rater" if spec.name == "openai" else "judge"
         raise FifaError(  # without the URL, which may hold a password that cannot be told apart
-            f"the rater has no model or no URL: openai:{spec.model}@...",
-            do="openai:MODEL@http://HOST:PORT/v1, or openai:MODEL",
+            f"the {role} has no model or no URL: {spec.name}:{spec.model}@...",
+            do=f"{spec.name}:MODEL@http://HOST:PORT/v1, or {spec.name}:MODEL",
         )
     return spec.model, url
 

@@ -14,12 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from fifa.config import Compute, Read, Reward, Select
+from fifa.config import Compute, Read, Reward, Score, Select
 from fifa.console import echo, note
 from fifa.data.images import Images, has_pixels
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.encoders import keep_embeddings
+from fifa.scoring.judges.pairs import judge_images, judge_pairs
 from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.fit import crossfit_rewards
@@ -66,6 +67,8 @@ def margin_scores(
     *,
     compute: Compute | None = None,
     allow_download: bool = False,
+    budget: int | float = Score.budget,
+    cheaper: Sequence[pa.Table] = (),
 ) -> pa.Table:
     """What one reward model gives both images of every pair.
 
@@ -89,6 +92,9 @@ def margin_scores(
         Where scores are kept; None keeps nothing.
     compute, allow_download
         How to look at images, and whether to fetch those that are only known by URL.
+    budget, cheaper
+        Of a vision-language judge: about which part of the pairs it is asked
+        (`fifa.config.Score`), and the tables of cheaper scorers that say which.
 
     Returns
     -------
@@ -113,6 +119,12 @@ def margin_scores(
             do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
         )
     compute = compute or Compute()
+    if parsed.is_judge:
+        rewards = [(t["reward_0"].to_numpy(), t["reward_1"].to_numpy()) for t in cheaper]
+        # against a label of 1 the signed margin is d itself
+        d = committee(rewards, np.ones(len(pairs))).signed_margin if rewards else None
+        how: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
+        return judge_pairs(pairs, parsed, folder, **how, budget=budget, cheaper=d)
     if parsed.trained_here:
         train = Reward(read=Read(allow_download=allow_download), device=compute.device)
         if image := parsed.at:
@@ -136,6 +148,10 @@ def image_rewards(
     ``spec`` is one of a model that looks at images; each of ``sets`` has images and a string an
     image, and an array of its own, kept in a file of its own. The rest as for `margin_scores`.
     """
+    parsed = REWARDS.parse(spec)
+    if parsed.is_judge:
+        asked = ((images, prompts.to_pylist()) for images, prompts in sets)
+        return [judge_images(*one, parsed, folder, compute) for one in asked]
     rewards = []
     with _engine(spec, folder, compute) as engine:
         for images, prompts in sets:

@@ -11,9 +11,11 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import ValidationError
 
 MAX_REPLY = 2 << 20  # bytes; an answer with 32,000 tokens of thinking takes some 200,000
 WORDS = 300  # characters of a server's own words that are quoted
@@ -22,6 +24,10 @@ NO_REPLY = "x-no-reply"  # our header on such a reply: a server may answer with 
 INSIDE = "x-error-inside"  # our header on an error that came with the status 200
 TOKENS = ("prompt_tokens", "completion_tokens")
 KEPT = ("retry-after", "retry-after-ms", "location")
+LAST = 100_000  # characters at the end of an answer in which its JSON is looked for
+BRACES = 1_000  # of them, the last places where an object may begin
+
+T = TypeVar("T")
 
 _NAMES = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection)"
 # Where thinking begins and ends: tags, Mistral's brackets, Kimi's arrows, the channels of gpt-oss.
@@ -278,6 +284,57 @@ def without_thinking(text: str) -> str | None:
                 kept.clear()
             start, thinking = mark.end(), False
     return None if thinking else "".join([*kept, text[start:]])
+
+
+def final_text(text: str) -> str:
+    """What an answer says after its thinking; raises `NoAnswerError` where that is nothing."""
+    if not text.strip():
+        raise NoAnswerError("empty answer")
+    final = without_thinking(text)
+    if final is None:
+        raise NoAnswerError("the thinking has no end")
+    if not final.strip():
+        raise NoAnswerError("thinking without an answer")
+    return final
+
+
+def last_object(
+    text: str, validate: Callable[[dict[str, Any]], T], names: Collection[str]
+) -> T | str:
+    """What ``validate`` makes of the last JSON object it takes, or why there is none.
+
+    Thinking is dropped; the object may stand within prose or a code fence.
+
+    Parameters
+    ----------
+    text
+        A model's answer.
+    validate
+        From an object to an answer; raises `pydantic.ValidationError`.
+    names
+        Keys, in lower case, one of which an object has that was meant as the answer.
+    """
+    try:
+        final = final_text(text)[-LAST:]
+    except NoAnswerError as error:
+        return str(error)
+    decoder, end = json.JSONDecoder(), 0
+    found: T | str = "no JSON object"
+    for brace in [place.start() for place in re.finditer(r"\{", final)][-BRACES:]:
+        if brace < end:  # within the object before
+            continue
+        try:
+            plain, after = decoder.raw_decode(final, brace)
+        except (ValueError, RecursionError):
+            continue
+        try:
+            found, end = validate(plain), after
+        except ValidationError as error:
+            wrong = ", ".join(sorted({str(e["loc"][0]) for e in error.errors()}))
+            meant = set(names) & {str(key).strip().lower() for key in plain}
+            if found == "no JSON object" or (isinstance(found, str) and meant):
+                found = f"wrong JSON: {wrong}"
+    return found
 
 
 def public_url(url: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fifa.scoring.replies import without_thinking
+from fifa.scoring.replies import last_object
 from fifa.shards.files import digest
 
 QUALITIES = ("clarity", "specificity", "harmlessness")
@@ -26,8 +25,6 @@ RATINGS = pa.schema(
 )
 LONGEST = 4_000  # characters of a prompt that a rater reads: no image model reads more
 PARSER = 2  # raised when an answer is read in another way: part of every cache key
-LAST = 100_000  # characters at the end of an answer in which its grades are looked for
-BRACES = 1_000  # of them, the last places where an object may begin
 
 Grade = Annotated[int, Field(ge=1, le=5, strict=True)]
 
@@ -124,31 +121,7 @@ def parse_answer(text: str) -> Answer | str:
     4.0 or "4" for 4, flags in any case and with any dash. Grades out of range or missing are not
     repaired: nobody gave them.
     """
-    if not text.strip():
-        return "empty answer"
-    final = without_thinking(text)
-    if final is None:
-        return "the thinking has no end"
-    if not final.strip():
-        return "thinking without an answer"
-    final = final[-LAST:]
-    decoder, end = json.JSONDecoder(), 0
-    found: Answer | str = "no JSON object"
-    for brace in [place.start() for place in re.finditer(r"\{", final)][-BRACES:]:
-        if brace < end:  # within the object before
-            continue
-        try:
-            plain, after = decoder.raw_decode(final, brace)
-        except (ValueError, RecursionError):
-            continue
-        tidy = _tidy(plain)
-        try:
-            found, end = Answer.model_validate(tidy), after
-        except ValidationError as error:
-            wrong = ", ".join(sorted({str(e["loc"][0]) for e in error.errors()}))
-            if found == "no JSON object" or (isinstance(found, str) and set(QUALITIES) & set(tidy)):
-                found = f"wrong JSON: {wrong}"
-    return found
+    return last_object(text, lambda plain: Answer.model_validate(_tidy(plain)), QUALITIES)
 
 
 _GRADES = {f"{grade}{rest}" for grade in range(1, 6) for rest in ("", ".0")}

@@ -96,6 +96,16 @@ class Spec:
         return self.name == "column"
 
     @property
+    def is_judge(self) -> bool:
+        """True for a vision-language model behind an endpoint."""
+        return self.entry.maker.startswith("judges.")
+
+    @property
+    def alone(self) -> bool:
+        """True for a judge that sees one image at a time: ``vlm-image:MODEL``."""
+        return self.text.startswith(f"{self.name}-image:")
+
+    @property
     def trained_here(self) -> bool:
         """True for a proxy that is cross-fitted on the pairs it scores."""
         return self.name == "proxy" and not self.model
@@ -143,6 +153,7 @@ class Registry:
         return FifaError(f"no such {self.role}: {text}", do=f"one of: {self.forms}")
 
 
+_JUDGE, _ASKED = "judges.judge:make_judge", "[-image]:MODEL[@URL]"
 _CLIP, _HPS = "rewards.clip:ClipReward", "rewards.hps:HPSReward"
 _AESTHETIC = "rewards.clip:AestheticReward"
 _COSINE = "cos(prompt, image)"
@@ -164,6 +175,10 @@ REWARDS = Registry(
     Entry("clipscore", _CLIP, "openai/clip-vit-large-patch14", _TORCHMETRICS, family="clip"),
     Entry("clipscore-b32", _CLIP, "openai/clip-vit-base-patch32", _HESSEL, family="clip"),
     Entry("aesthetic", _AESTHETIC, "trl-lib/ddpo-aesthetic-predictor", _POINTS),
+    # in the format of the model's family, or in one that is named
+    Entry("vlm", _JUDGE, takes=_ASKED),
+    Entry("unifiedreward", _JUDGE, takes=_ASKED, family="vlm"),
+    Entry("rationalrewards", _JUDGE, takes=_ASKED, family="vlm"),
     Entry("proxy", takes=""),
     Entry("proxy", takes="@ENCODER"),
     # as its head was trained

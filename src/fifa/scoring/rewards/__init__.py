@@ -143,6 +143,9 @@ def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> Rewar
             f"{spec} does not look at images",
             do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
         )
+    if parsed.is_judge:  # which runs elsewhere
+        judge: RewardModel = parsed.make()
+        return judge
     made = make_runtime(dtype=dtype or parsed.entry.dtype or None, **runtime)
     model: RewardModel = parsed.make(made)
     return model

@@ -316,7 +316,7 @@ class Engine:
             start = stop
         if start != len(image):
             raise FifaError("files of finished shards are missing", do="run it again")
-        bad = _unreadable(images, distinct, reasons)
+        bad = unreadable(images, distinct, reasons)
         note(images=n, images_unreadable=bad.num_rows, rewards=len(image))
         lost = f"; {bad.num_rows:,} could not be read" if bad.num_rows else ""
         echo(f"margin {model.name}: {n:,} images, {len(image):,} rewards{lost}")
@@ -402,8 +402,11 @@ def _parts(n: int, size: int) -> list[range]:
     return [range(start, min(n, start + size)) for start in range(0, n, size)]
 
 
-def _unreadable(images: Images, distinct: Distinct, reasons: dict[int, str]) -> pa.Table:
-    """`UNREADABLE`: every key whose image failed, where it stands first, and why."""
+def unreadable(images: Images, distinct: Distinct, reasons: dict[int, str]) -> pa.Table:
+    """`UNREADABLE`: every key whose image failed, where it stands first, and why.
+
+    ``reasons`` are those of the different images that failed, by their rows in ``distinct``.
+    """
     failed = np.flatnonzero(np.isin(distinct.of_image, list(reasons)))
     rows = images.take(failed).table.select(["key", "file", "row", "column"])
     why = [reasons[image] for image in distinct.of_image[failed].tolist()]

@@ -1,0 +1,395 @@
+"""What a vision-language judge says of pairs and of images, as tables of scores.
+
+Every question is asked once, however often its prompt and images come up: its key is made from
+the judge, the prompt and the images' bytes, and its answer is kept as it arrives. A table is made
+from the answers alone, so a run that was killed ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fifa.config import Compute, Score
+from fifa.console import echo, note
+from fifa.data.images import Images, unique_images
+from fifa.data.table import Pairs
+from fifa.errors import FifaError
+from fifa.scoring.endpoint import Answers
+from fifa.scoring.judges.formats import Judgement
+from fifa.scoring.judges.judge import Question, VLMJudge, make_judge
+from fifa.scoring.judges.pictures import Pictures
+from fifa.scoring.rewards.engine import Distinct, Engine, unreadable, unreadable_path
+from fifa.scoring.rewards.metrics import accuracy, fit_temperature, wilson
+from fifa.scoring.specs import Spec
+from fifa.scoring.table import score_facts, score_path, scored_once
+from fifa.shards.files import column_digest, digest, read_table, write_table
+from fifa.shards.ledger import Ledger
+from fifa.shards.sealed import DamagedError
+
+Numbers = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Ask = tuple[str, tuple[int, ...]]  # a prompt, and the rows of the different images that it shows
+
+FIRST = 16  # pairs whose tokens are counted before a budget of tokens is shared out
+
+
+def judge_pairs(
+    pairs: Pairs,
+    spec: Spec,
+    folder: Path | None = None,
+    *,
+    compute: Compute | None = None,
+    allow_download: bool = False,
+    budget: int | float = Score.budget,
+    cheaper: Numbers | None = None,
+) -> pa.Table:
+    """What a judge gives both images of every pair.
+
+    With d_1 what it says in favour of image 0 where that is shown first, and d_2 where it is
+    shown second::
+
+        d = (d_1 + d_2) / 2,    reward_0 = d / 2,    reward_1 = -d / 2
+
+    so that a preference for a place cancels out. A judge that sees one image at a time gives each
+    its grade. Two images with the same bytes are not asked about: d = 0.
+
+    Parameters
+    ----------
+    pairs
+        The pairs, with images.
+    spec
+        A judge's.
+    folder
+        Where answers and tables are kept; None keeps nothing.
+    compute
+        Requests in flight, tokens of an answer, and how images are sent.
+    allow_download
+        Fetch images that are only known by URL.
+    budget
+        The share of the pairs that is asked about, or (a whole number) as many tokens as that may
+        take, the pairs with the smallest \\|d\\| by ``cheaper`` first. The others keep that d.
+        Both are divided by their `fifa.scoring.rewards.metrics.fit_temperature`, so that they are
+        log-odds of what people prefer.
+    cheaper
+        d of a cheaper judge, float32 [pairs]; NaN where it has none.
+
+    Returns
+    -------
+    pyarrow.Table
+        `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``; NaN where an image could not
+        be read or an order was not answered. Of two images in a message also ``shown_first`` and
+        ``shown_second`` (d_1 and d_2, float32, null where not asked), and the aspects' shares for
+        image 0, their means over both orders.
+
+    Raises
+    ------
+    FifaError
+        As `fifa.scoring.endpoint.Endpoint.ask`; and for a budget without a cheaper judge, or of
+        tokens that the server does not count.
+    """
+    compute = compute or Compute()
+    judge = make_judge(spec, folder, compute)
+    if not is_all(budget) and cheaper is None:
+        raise FifaError(
+            "a budget needs a cheaper judge that scores all pairs",
+            where=spec.text,
+            do="add one: --margin pickscore, or --margin column:NAME_0,NAME_1",
+        )
+    images, of_slot = unique_images(pairs)
+    asking = _Asking.of(judge, images, compute, folder, allow_download)
+    slots = asking.distinct.of_image[of_slot].reshape(-1, 2)
+    prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
+    label = pairs.table["label"].to_numpy()
+    identity: list[object] = [judge.identity, pairs.pairs_digest, asking.distinct.identity]
+    if cheaper is not None and not is_all(budget):
+        identity += [budget, digest(cheaper.tobytes(), label.tobytes())]
+    path = folder and score_path(folder, "margin", judge.name, *identity, column_digest(prompts))
+    _forget_unanswered(path)
+
+    def make(ledger: Ledger) -> pa.Table:
+        asks = [
+            _asks(judge.shown, prompt, first, second)
+            for prompt, (first, second) in zip(prompts.to_pylist(), slots.tolist(), strict=True)
+        ]
+        order, share = np.arange(len(pairs)), budget
+        if cheaper is None or is_all(budget):
+            share = 1.0
+        else:  # the least certain first, those without a margin before all
+            order = np.argsort(np.nan_to_num(np.abs(cheaper), nan=-1.0), kind="stable")
+        rows = _ask_within(share, asking, asks, order)
+        table, facts = _table(pairs, judge, asking, asks, rows)
+        if share != 1.0 and cheaper is not None:
+            table, facts["cascade"] = _cascade(table, cheaper, label, rows)
+        if path is not None:
+            bad = unreadable(images, asking.distinct, asking.bad)
+            write_table(unreadable_path(path), bad)
+        _say(judge, facts)
+        return table.replace_schema_metadata({"fifa.score": json.dumps(facts)})
+
+    return scored_once(path, make, _facts(judge))
+
+
+def judge_images(
+    images: Images, prompts: Sequence[str], spec: Spec, folder: Path | None, compute: Compute
+) -> Numbers:
+    """The grade that a judge gives each image for its prompt, float32 [images].
+
+    NaN where an image could not be read or there was no answer. The rest as for `judge_pairs`.
+    """
+    judge = make_judge(spec, folder, compute, shown=1)
+    asking = _Asking.of(judge, images, compute, folder)
+    identity = (judge.identity, asking.distinct.identity, *prompts)
+    path = folder and score_path(folder, "rewards", judge.name, *identity)
+    _forget_unanswered(path)
+
+    def make(ledger: Ledger) -> pa.Table:
+        rows = asking.distinct.of_image.tolist()
+        asks = [(prompt, (row,)) for prompt, row in zip(prompts, rows, strict=True)]
+        asking(asks)
+        facts: dict[str, Any] = {"unanswered": asking.unanswered(asks)}
+        _say(judge, facts)
+        values = pa.array([asking.value(ask) for ask in asks], pa.float32())
+        table = pa.table({"reward": values})
+        return table.replace_schema_metadata({"fifa.score": json.dumps(facts)})
+
+    rewards: Numbers = scored_once(path, make, _facts(judge))["reward"].to_numpy()
+    return rewards
+
+
+def is_all(budget: int | float) -> bool:
+    """Whether a budget is for all pairs: the share 1.0, not a count of tokens."""
+    return isinstance(budget, float) and budget == 1.0
+
+
+@dataclass
+class _Asking:
+    """A judge, the different images that it may be shown, and what it has said of them."""
+
+    judge: VLMJudge
+    images: Images  # the different ones
+    distinct: Distinct
+    how: dict[str, Any]
+    said: dict[Ask, Judgement] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        judge: VLMJudge,
+        images: Images,
+        compute: Compute,
+        folder: Path | None,
+        allow_download: bool = False,
+    ) -> _Asking:
+        """The images told apart as reward models do."""
+        # to tell images apart by their bytes would fetch all of a remote source once more
+        trust = True if images.remote else None
+        engine = Engine(None, folder, compute, trust_keys=trust, allow_download=allow_download)
+        distinct = engine.distinct(images)
+        how = {"compute": compute, "folder": folder, "allow_download": allow_download}
+        return cls(judge, images.take(distinct.first), distinct, how)
+
+    def __call__(self, asks: Iterable[Ask]) -> None:
+        """Ask what was not asked before."""
+        contents, identity = self.distinct.contents.to_pylist(), self.judge.identity
+        new = {
+            digest(
+                identity,
+                ask[0].encode("utf-8", "surrogatepass"),
+                *map(contents.__getitem__, ask[1]),
+            ): ask
+            for ask in asks
+            if ask not in self.said
+        }
+        with closing(Answers(self.judge.folder)) as answers:
+            known = answers.get(list(new))
+        rows = sorted({row for key, (_, rows) in new.items() if key not in known for row in rows})
+        with closing(Pictures(self.images, rows, **self.how)) as pictures:
+            questions = {
+                key: Question(prompt, partial(pictures.urls, rows))
+                for key, (prompt, rows) in new.items()
+            }
+            found = self.judge.ask(questions)
+            self.bad |= pictures.bad
+        self.said |= {new[key]: judgement for key, judgement in found.items()}
+
+    def value(self, ask: Ask) -> float:
+        """What was said; NaN for nothing."""
+        return self.said[ask].value if ask in self.said else float("nan")
+
+    def unanswered(self, asks: Iterable[Ask]) -> int:
+        """How many different questions have no answer though their images could be read."""
+        left = {ask for ask in asks if ask not in self.said}
+        return sum(not set(rows) & set(self.bad) for _, rows in left)
+
+
+def _asks(shown: int, prompt: str, first: int, second: int) -> list[Ask]:
+    """The questions of a pair: both orders, or both images; none for an image against itself."""
+    if shown == 1:
+        return [(prompt, (first,)), (prompt, (second,))]
+    return [] if first == second else [(prompt, (first, second)), (prompt, (second, first))]
+
+
+def _ask_within(
+    budget: int | float, asking: _Asking, asks: Sequence[list[Ask]], order: Integers
+) -> Integers:
+    """Ask about as many pairs as a budget allows; the rows of those, in ``order``.
+
+    Tokens are counted after every round of questions, and the next round is as many pairs as
+    would take what is left if they took what pairs took so far.
+    """
+    if isinstance(budget, float):
+        rows = order[: math.ceil(budget * len(order))]
+        asking([ask for row in rows for ask in asks[row]])
+        return rows
+    spent, at, step = 0, 0, FIRST
+    while at < len(order) and step >= 1:
+        part = [ask for row in order[at : at + step] for ask in asks[row]]
+        asking(part)
+        spent += sum(asking.said[ask].tokens for ask in part if ask in asking.said)
+        at = min(at + step, len(order))
+        if not spent:
+            raise FifaError(
+                "the server does not count tokens, so a budget of tokens means nothing",
+                where=f"{asking.judge.model} at {asking.judge.public_url}",
+                do="give a share of the pairs: --budget 20%",
+            )
+        step = int((budget - spent) * at / spent)
+    return order[:at]
+
+
+def _table(
+    pairs: Pairs, judge: VLMJudge, asking: _Asking, asks: Sequence[list[Ask]], rows: Integers
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The scores of some rows, the others NaN, and what there is to say of them."""
+    n, two = len(pairs), judge.shown == 2
+    values = np.full((n, 2), np.nan, np.float32)
+    aspects: dict[str, Numbers] = {}
+    for row in rows.tolist():
+        both = [asking.said.get(ask) for ask in asks[row]]
+        if not both:
+            values[row] = 0
+        for place, said in enumerate(both):
+            if said is None:
+                continue
+            # d_2 is said of the other image
+            values[row, place] = -said.value if two and place else said.value
+            for name, share in said.aspects.items():
+                column = aspects.setdefault(name, np.full((n, 2), np.nan, np.float32))
+                column[row, place] = 1 - share if two and place else share
+    d = values.mean(1)
+    rewards = [d / 2, -d / 2] if two else [values[:, 0], values[:, 1]]
+    columns = {"reward_0": rewards[0], "reward_1": rewards[1]}
+    if two:
+        columns |= {"shown_first": values[:, 0], "shown_second": values[:, 1]}
+        columns |= {name: shares.mean(1) for name, shares in sorted(aspects.items())}
+    else:
+        sides = [(f"{name}_{i}", column[:, i]) for name, column in aspects.items() for i in (0, 1)]
+        columns |= dict(sorted(sides))
+    asked = [ask for row in rows.tolist() for ask in asks[row]]
+    answers = [asking.said[ask] for ask in dict.fromkeys(asked) if ask in asking.said]
+    facts: dict[str, Any] = {
+        "pairs": len(rows),
+        "questions": len(set(asked)),
+        "unanswered": asking.unanswered(asked),
+        "measured": sum(one.measured for one in answers),
+        "tokens": sum(one.tokens for one in answers),
+    }
+    if two:
+        first, second = values[:, 0], values[:, 1]
+        known = np.isfinite(first) & np.isfinite(second)
+        turned = known & (np.sign(first) != np.sign(second))
+        facts["orders"] = {
+            "pairs": int(known.sum()),
+            "turned": int(turned.sum()),
+            "to_first": int((turned & (first >= second)).sum()),
+        }
+    ids = pairs.table["pair_id"].combine_chunks()
+    return pa.table({"pair_id": ids, **{name: pa.array(c) for name, c in columns.items()}}), facts
+
+
+def _cascade(
+    table: pa.Table, cheaper: Numbers, label: Numbers, rows: Integers
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The judge's d where it has one, and the cheaper d elsewhere, both as log-odds."""
+    own = table["reward_0"].to_numpy() - table["reward_1"].to_numpy()
+    before = (cheaper / fit_temperature(cheaper, label)).astype(np.float32)
+    judged = np.zeros(len(own), bool)
+    judged[rows] = np.isfinite(own[rows])
+    after = np.where(judged, own / fit_temperature(own, label), before).astype(np.float32)
+    for i, reward in ((1, after / 2), (2, -after / 2)):
+        table = table.set_column(i, table.schema.names[i], pa.array(reward, pa.float32()))
+    both = judged & np.isfinite(before)
+    return table.append_column("judged", pa.array(judged)), {
+        "pairs": len(own),
+        "asked": len(rows),
+        "judged": int(judged.sum()),
+        "changed": int((np.sign(before[both]) != np.sign(after[both])).sum()),
+        "cheaper": accuracy(before[both], label[both]),
+        "judge": accuracy(after[both], label[both]),
+    }
+
+
+def position_bias(facts: dict[str, Any]) -> str:
+    """What a table's facts say of its judge's preference for a place; empty for nothing.
+
+    Of the pairs whose verdict turned with the order, those that went to the image shown first
+    would be one half without a preference: where a 95 % interval excludes that, there is one.
+    """
+    orders = facts.get("orders")
+    if not orders or not orders["pairs"]:
+        return ""
+    pairs, turned, first = orders["pairs"], orders["turned"], orders["to_first"]
+    text = (
+        f"in {turned:,} of {pairs:,} pairs ({turned / pairs:.1%}) the winner turned with the order"
+    )
+    low, high = wilson(first, turned)
+    if turned and (low > 0.5 or high < 0.5):
+        place, count = ("first", first) if low > 0.5 else ("second", turned - first)
+        text += f"; position bias: {count:,} of these went to the image shown {place}"
+    return text
+
+
+def _say(judge: VLMJudge, facts: dict[str, Any]) -> None:
+    """Print what there is to know of a judge's answers, and put it into the log."""
+    if orders := position_bias(facts):
+        echo(f"judge {judge.model}: {orders}")
+        note(pairs_turned=facts["orders"]["turned"])
+    measured, answered = facts.get("measured", 0), facts.get("questions", 0) - facts["unanswered"]
+    if 0 < measured < answered:
+        echo(
+            f"judge {judge.model}: log-probabilities came with {measured:,} of {answered:,} answers"
+        )
+    if cascade := facts.get("cascade"):
+        echo(
+            f"judge {judge.model}: asked about {cascade['asked']:,} of {cascade['pairs']:,} pairs "
+            f"({facts['tokens']:,} tokens); {cascade['changed']:,} winners changed; agreement with "
+            f"the labels there {cascade['cheaper']:.1%} before, {cascade['judge']:.1%} after"
+        )
+        note(pairs_asked=cascade["asked"], winners_changed=cascade["changed"])
+
+
+def _facts(judge: VLMJudge) -> dict[str, Any]:
+    return {"scorer": judge.name, "scale": judge.scale, "identity": judge.identity}
+
+
+def _forget_unanswered(path: Path | None) -> None:
+    """Remove a table with questions that were not answered: the others' answers are kept."""
+    if path is None or not path.exists():
+        return
+    with suppress(DamagedError):  # then it is made again as a whole
+        table = read_table(path)
+        if unanswered := score_facts(table).get("unanswered"):
+            echo(f"asking again {unanswered:,} questions that were not answered before")
+            path.unlink()
