@@ -197,16 +197,15 @@ class VLM:
 
     def _tokens(self, said: str, p: float, grade: float) -> list[dict[str, Any]]:
         """Tokens of words and marks; a value's alternatives have their probabilities."""
-        found, winner = [], False
+        found, name = [], ""
         for token in re.findall(r"\w+|\W+", said):
             top = {token: 1.0, "{": 1e-9}
-            if winner and token in ("A", "B", "tie"):
+            if name == "winner" and token in ("A", "B", "tie"):
                 top = {"A": 0.9 * p, "B": 0.9 * (1 - p), "tie": 0.1}
-            elif token.isdigit():
+            elif token.isdigit() and name != "safety":
                 low = min(int(grade), 4)  # the expected grade is the grade itself
                 top = {str(low): low + 1 - grade, str(low + 1): grade - low}
-            if token in ("safety", "winner"):
-                winner = token == "winner"
+            name = token if len(token) > 4 and token.isalpha() else name
             ranked = sorted(top.items(), key=lambda one: -one[1])
             alternatives = [{"token": t, "logprob": log(max(q, 1e-12))} for t, q in ranked]
             found.append({**alternatives[0], "token": token, "top_logprobs": alternatives})
