@@ -90,17 +90,17 @@ CASES = [(kind, "sigmoid") for kind in BACKBONES] + [("sd15", name) for name in 
 
 
 @pytest.mark.parametrize(("kind", "loss"), CASES)
-def test_weights_after_twenty_steps_are_the_plain_ones(kind, loss, zoo, tmp_path):
-    loop, plain = pair_of(zoo, tmp_path, kind, loss=loss, steps=20, sft=0.1, lr=1e-4, batch=1)
+def test_weights_after_eight_steps_are_the_plain_ones(kind, loss, zoo, tmp_path):
+    loop, plain = pair_of(zoo, tmp_path, kind, loss=loss, steps=8, sft=0.1, lr=1e-4, batch=1)
     start = {name: value.clone() for name, value in loop.state.weights().items()}
-    labels = [of_step(loop, step) for step in range(20)]
+    labels = [of_step(loop, step) for step in range(8)]
     loop.run()
     optimizer = torch.optim.AdamW(plain.learned().values(), lr=1e-4, weight_decay=0.01)
-    for step in range(20):
+    for step in range(8):
         optimizer.zero_grad()
         plain.loss(step, *labels[step]).backward()
         torch.nn.utils.clip_grad_norm_(plain.learned().values(), 1.0)
         optimizer.step()
     expected = {name: value.detach() for name, value in plain.learned().items()}
-    assert furthest(start, expected) > 1e-3
+    assert furthest(start, expected) > 5e-4
     assert furthest(loop.state.weights(), expected) < 1e-6
