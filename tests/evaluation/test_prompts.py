@@ -100,7 +100,7 @@ def test_parquet_and_csv(tmp_path):
     ("name", "text", "told"),
     [
         ("p.csv", "id,words\n1,a cat\n", "id, words"),
-        ("p.txt", "\n\n", "an empty prompt"),
+        ("p.txt", "\n\x00 \n", "an empty prompt"),
         ("p.txt", "", "empty"),
         ("p.json", "[", "cannot read"),
         ("p.json", '{"a": 1}', "neither a list"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from huggingface_hub import constants
 import fifa
 from fifa.config import Read, Recipe, Score, Select
 from fifa.errors import FifaError
+from fifa.shards.manifest import write_manifest
 
 TOKEN = "hf_right"
 # of the hub's client, when it sends a large file
@@ -256,6 +258,7 @@ def test_a_second_try_sends_no_large_file_again(hub: type[Hub], run: Path) -> No
 @pytest.mark.parametrize(
     ("where", "status", "words"),
     [
+        ("/repos/create", 409, "the upload failed"),
         ("/repos/create", 403, "the token may not write there"),
         ("/repos/create", 500, "does not work at the moment"),
         ("/preupload/", 403, "the token may not write there"),
@@ -315,7 +318,9 @@ def test_repositories_of_others_and_public_ones_are_left_alone(hub: type[Hub], r
     assert pushed(hub, "datasets/someone/open") == contents(run / "subset")
 
 
-@pytest.mark.parametrize("name", ["pairs", "a/b/c", "someone/", "someone/../x", "some one/pairs"])
+@pytest.mark.parametrize(
+    "name", ["pairs", "a/b/c", "someone/", "someone/../x", "some one/pairs", "a/b.git"]
+)
 def test_a_name_that_is_none_of_the_hubs_is_refused(hub: type[Hub], run: Path, name: str) -> None:
     with pytest.raises(FifaError, match="no name of a repository"):
         fifa.push(run / "subset", name)
@@ -325,6 +330,32 @@ def test_a_name_that_is_none_of_the_hubs_is_refused(hub: type[Hub], run: Path, n
 def test_a_folder_of_something_else_is_refused(hub: type[Hub], run: Path, tmp_path: Path) -> None:
     for folder in (run, tmp_path):  # a run is no subset
         with pytest.raises(FifaError, match=r"nothing to push(.|\n)*RUN/subset"):
+            fifa.push(folder, "someone/pairs")
+    assert hub.asked == []
+
+
+def test_what_is_not_as_it_was_written_stays_here(
+    hub: type[Hub], run: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    def change(folder: Path, name: str, data: bytes) -> Path:
+        (folder / name).write_bytes(data)
+        return folder
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(run / "subset", tmp_path / name))
+
+    (shard,) = (run / "subset" / "data").iterdir()
+    linked = copy("linked")
+    (linked / "data" / "link").symlink_to("/etc/hostname")
+    write_manifest(checkpoint, [checkpoint / "train.json"])
+    for folder, words in [
+        (change(copy("notes"), "notes.txt", b"mine"), "other things in it: notes.txt"),
+        (linked, "other things in it: data/link"),
+        (change(copy("cut"), f"data/{shard.name}", b"PAR1"), "is damaged"),
+        (change(copy("other"), "subset.json", b"{}"), "not a subset.json"),
+        (change(checkpoint, "train.json", b"{}"), "not as it was written"),
+    ]:
+        with pytest.raises(FifaError, match=words):
             fifa.push(folder, "someone/pairs")
     assert hub.asked == []
 

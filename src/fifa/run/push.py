@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fifa.console import echo
+from fifa.data.subset import SUBSET_FILE, check_subset
 from fifa.errors import FifaError
+from fifa.selection.export import load_subset, refuse_others
+from fifa.shards.manifest import check_manifest
 
 AGAIN = "run it again: what the hub has already is not sent again"
 WORDS = {  # what an answer of the hub means, and what to do
@@ -42,7 +45,7 @@ class Kind:
 
 _WEIGHTS = ("README.md", "*.safetensors", "*.safetensors.index.json", "*/config.json")
 KINDS = {  # by the file that is written last, so that a folder without it is not whole
-    "subset.json": Kind("dataset"),
+    SUBSET_FILE: Kind("dataset"),
     "train.json": Kind("model", (*_WEIGHTS, "train.json", "train.yaml", "stats.jsonl")),
     "reward.json": Kind("model", (*_WEIGHTS, "*.json", "*.txt", "*.model")),
 }
@@ -74,9 +77,10 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
     Raises
     ------
     FifaError
-        For a folder of something else, no token, a repository with other things in it or that is
-        public without ``public``, and whatever the hub answers. Until the end nothing there has
-        changed; what was uploaded until then is not sent again by the next try.
+        For a folder of something else or that is not as fifa wrote it, no token, a repository with
+        other things in it or that is public without ``public``, and whatever the hub answers. Until
+        the end nothing there has changed; what was uploaded until then is not sent again by the
+        next try.
     """
     import huggingface_hub as hub
 
@@ -89,6 +93,11 @@ def push(folder: str | Path, name: str, *, public: bool = False) -> str:
             where=str(folder),
             do="name the subset of a run (RUN/subset) or the folder of a training that is finished",
         )
+    check_manifest(folder)
+    if mark == SUBSET_FILE:
+        refuse_others(folder)
+        load_subset(folder / mark)
+        check_subset(folder)
     kind, api = KINDS[mark], hub.HfApi(token=hub.get_token())
     with _in_words(name):
         api.create_repo(name, repo_type=kind.repo, private=not public, exist_ok=True)
@@ -113,11 +122,11 @@ def check_push(name: str) -> None:
     import huggingface_hub as hub
 
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
-    if not re.fullmatch(f"{part}/{part}", name) or ".." in name or "--" in name:
+    if not re.fullmatch(f"{part}/{part}", name) or re.search(r"\.\.|--|\.git$", name):
         raise FifaError(f"{name!r} is no name of a repository", do="write ORG/NAME")
-    if not hub.get_token():
+    if not (token := hub.get_token()) or not token.isascii():
         raise FifaError(
-            "no token for the hub",
+            "no token for the hub, or one with letters that none has",
             do="set HF_TOKEN to one that may write, or run `hf auth login`",
         )
 
@@ -147,7 +156,7 @@ def _in_words(name: str) -> Iterator[None]:
     http: Any = hub.errors
     try:
         yield
-    except (OSError, ValueError, RuntimeError, http.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, http.HTTPError) as error:
         told: BaseException = error
         while not isinstance(told, hub.errors.HfHubHTTPError) and told.__cause__ is not None:
             told = told.__cause__

@@ -314,7 +314,7 @@ def export(
     """
     folder, to = Path(folder), to or Export().to
     made_for = target(to)
-    _refuse_foreign(folder)
+    _check_place(folder)
     if not selection["pair_id"].equals(pairs.table["pair_id"]):
         raise FifaError("the selection was made from other pairs", do="run `fifa select` again")
     rows = _by_rank(selection)
@@ -390,7 +390,7 @@ def rebuild(
     was = build(Recipe, known.recipe, where=str(path)).read
     columns = {name: _unpacked(path, known, name) for name in FROM_SELECTION}
     _check_values(path, columns)
-    _refuse_foreign(folder)
+    _check_place(folder)
     if source is None and is_url(was.source) and not was.source.startswith("file://"):
         _refuse_address(path, was.source, allow_download)
     # whoever made the file does not say where the reader's own rights are to be used
@@ -560,22 +560,30 @@ def _by_rank(selection: pa.Table) -> Integers:
     return np.asarray(kept[np.argsort(ranks)], np.int64)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    others = sorted(name for name in names if not _OURS.fullmatch(name))
-    if others or not {SUBSET_FILE, "README.md"} <= names:
+def _check_place(folder: Path) -> None:
+    refuse_others(folder)
+    if (folder / SUBSET_FILE).is_file():
+        try:
+            load_subset(folder / SUBSET_FILE)
+        except FifaError:
+            echo(f"{folder / SUBSET_FILE} is damaged: made again")
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise `FifaError` for a folder that is not empty and has other things in it than an export.
+
+    Links are such things, as they show what lies elsewhere.
+    """
+    files = list(folder.rglob("*")) if folder.is_dir() else [folder] if folder.exists() else []
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    others = sorted(n for n, path in names.items() if not _OURS.fullmatch(n) or path.is_symlink())
+    if others or (names and not {SUBSET_FILE, "README.md"} <= names.keys()):
         what = f": {others[0]}" if others else ", or no subset of fifa's"
         raise FifaError(
             f"the folder has other things in it{what}",
             where=str(folder),
-            do="choose another folder",
+            do="choose another folder, or remove them",
         )
-    try:
-        load_subset(folder / SUBSET_FILE)
-    except FifaError:
-        echo(f"{folder / SUBSET_FILE} is damaged: made again")
 
 
 def load_subset(path: Path) -> Subset:
