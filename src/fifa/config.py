@@ -247,7 +247,7 @@ class Select(Knobs):
         Drop pairs where a smaller share of the committee than this agrees with the person.
     margin_unit
         The unit of the margin: ``reward`` takes rewards as they are, ``sigma`` divides the
-        difference of a reward model that says how sure it is (hpsv3) by its own uncertainty.
+        difference of a model that says how sure it is (hpsv3, hpsv3++) by its own uncertainty.
     margin_window
         Keep only pairs whose absolute margin is within these bounds. A single scorer has its own
         scale; with a committee the unit is the spread of each scorer's differences.

@@ -156,6 +156,7 @@ class Registry:
 _JUDGE, _ASKED = "judges.judge:make_judge", "[-image]:MODEL[@URL]"
 _CLIP, _HPS = "rewards.clip:ClipReward", "rewards.hps:HPSReward"
 _AESTHETIC = "rewards.clip:AestheticReward"
+_HPSV3_PLUS = "rewards.hpsv3_plus:HPSv3Plus"
 _COSINE = "cos(prompt, image)"
 _TORCHMETRICS = f"max(100 * {_COSINE}, 0), as in torchmetrics"
 _HESSEL = "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021"
@@ -171,6 +172,7 @@ REWARDS = Registry(
     Entry("hpsv2", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
     Entry("hpsv2.1", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
     Entry("hpsv3", "rewards.hpsv3:HPSv3", "MizzenAI/HPSv3", _MU, dtype="bfloat16"),
+    Entry("hpsv3++", _HPSV3_PLUS, "Junjun2333/HPSv3-PlusPlus", _MU, dtype="bfloat16"),
     Entry("imagereward", "rewards.imagereward:ImageReward", "THUDM/ImageReward", _STANDARD),
     Entry("clipscore", _CLIP, "openai/clip-vit-large-patch14", _TORCHMETRICS, family="clip"),
     Entry("clipscore-b32", _CLIP, "openai/clip-vit-base-patch32", _HESSEL, family="clip"),

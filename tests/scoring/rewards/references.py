@@ -173,3 +173,84 @@ def qwen_text(w, x, heads, kv_heads, theta):
         x = x + (gate * (y @ w[f"{b}.mlp.up_proj.weight"].T)) @ w[f"{b}.mlp.down_proj.weight"].T
         i += 1
     return rms(w, "model.norm", x)
+
+
+def qwen3_vision(w, patches, h, w_, heads, inner):
+    """Qwen3VLVisionModel of transformers 4.57 for one image: the last layer's tokens and those of
+    the ``inner`` layers. Rotary angles in bfloat16, as model.to(bfloat16) rounds them."""
+    v = "model.visual"
+    x = patches @ w[f"{v}.patch_embed.proj.weight"].flatten(1).T + w[f"{v}.patch_embed.proj.bias"]
+    rows = torch.arange(h)[:, None].expand(h, w_)
+    columns = torch.arange(w_)[None].expand(h, w_)
+    place = torch.stack([rows, columns], -1).reshape(h // 2, 2, w_ // 2, 2, 2)
+    place = place.permute(0, 2, 1, 3, 4).reshape(-1, 2)
+    # a square table of positions, stretched over the image corner to corner
+    table = w[f"{v}.pos_embed.weight"]
+    side = round(len(table) ** 0.5)
+    grid = table.T.reshape(1, -1, side, side)
+    grid = F.interpolate(grid, (h, w_), mode="bilinear", align_corners=True)[0]
+    x = x + grid[:, place[:, 0], place[:, 1]].T
+    d = x.shape[-1] // heads
+    inverse = 1.0 / (10000.0 ** (torch.arange(0, d // 2, 2).float() / (d // 2)))
+    table = torch.outer(torch.arange(max(h, w_)).bfloat16(), inverse.bfloat16())
+    angles = table[place].flatten(1)
+    cos, sin = (t.repeat(1, 2).float()[:, None] for t in (angles.cos(), angles.sin()))
+
+    def merged(name, x, first):
+        groups = x.reshape(-1, 4 * x.shape[-1])
+        x = norm(w, f"{name}.norm", x, 1e-6).reshape(groups.shape) if first else groups
+        x = x if first else norm(w, f"{name}.norm", x, 1e-6)
+        return linear(w, f"{name}.linear_fc2", gelu(linear(w, f"{name}.linear_fc1", x)))
+
+    i, deep = 0, []
+    while f"{v}.blocks.{i}.norm1.weight" in w:
+        b = f"{v}.blocks.{i}"
+        qkv = linear(w, f"{b}.attn.qkv", norm(w, f"{b}.norm1", x, 1e-6))
+        q, k, u = qkv.reshape(len(x), 3, heads, d).unbind(1)
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        out = attend(*(t.reshape(1, len(x), -1) for t in (q, k, u)), heads)[0]
+        x = x + linear(w, f"{b}.attn.proj", out)
+        y = linear(w, f"{b}.mlp.linear_fc1", norm(w, f"{b}.norm2", x, 1e-6))
+        tanh = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+        x = x + linear(w, f"{b}.mlp.linear_fc2", tanh)
+        if i in inner:
+            deep.append(merged(f"{v}.deepstack_merger_list.{inner.index(i)}", x, False))
+        i += 1
+    return merged(f"{v}.merger", x, True), deep
+
+
+def qwen3_text(w, x, positions, image, deep, heads, kv_heads, theta, sections):
+    """Qwen3VLTextModel of transformers 4.57 for one sequence [t, d] at ``positions`` [3, t]."""
+    t, m = len(x), "model.language_model"
+    d = w[f"{m}.layers.0.self_attn.q_norm.weight"].shape[0]
+    inverse = 1.0 / (theta ** (torch.arange(0, d, 2).float() / d))
+    each = positions[..., None].float() * inverse.bfloat16().float()
+    angles = each[0].clone()
+    for number in range(d // 2):  # time, height, width, time, ... as long as a section lasts
+        axis = number % 3
+        if axis and number < 3 * sections[axis]:
+            angles[:, number] = each[axis, :, number]
+    angles = torch.cat([angles, angles], -1)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    mask = torch.full((t, t), float("-inf")).triu(1)
+    i = 0
+    while f"{m}.layers.{i}.input_layernorm.weight" in w:
+        b = f"{m}.layers.{i}"
+        y = rms(w, f"{b}.input_layernorm", x)
+        q, k, v = (
+            (y @ w[f"{b}.self_attn.{p}_proj.weight"].T).reshape(t, n, d)
+            for p, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        q, k = rms(w, f"{b}.self_attn.q_norm", q), rms(w, f"{b}.self_attn.k_norm", k)
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        k, v = (s.repeat_interleave(heads // kv_heads, 1) for s in (k, v))
+        out = attend(*(s.reshape(1, t, -1) for s in (q, k, v)), heads, mask)[0]
+        x = x + out @ w[f"{b}.self_attn.o_proj.weight"].T
+        y = rms(w, f"{b}.post_attention_layernorm", x)
+        gate = F.silu(y @ w[f"{b}.mlp.gate_proj.weight"].T)
+        x = x + (gate * (y @ w[f"{b}.mlp.up_proj.weight"].T)) @ w[f"{b}.mlp.down_proj.weight"].T
+        if i < len(deep):
+            x = x.clone()
+            x[image] += deep[i]
+        i += 1
+    return rms(w, f"{m}.norm", x)

@@ -125,7 +125,7 @@ def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> Rewar
         (where the original is one checkpoint) a file. ``proxy:FOLDER`` is one trained here.
     dtype
         ``float32``, or ``bfloat16`` or ``float16`` under autocast. The default is the model's own
-        (``bfloat16`` for hpsv3, ``float32`` for proxies, as they were trained), else the device's
+        (``bfloat16`` for hpsv3 and hpsv3++, ``float32`` for proxies, as trained), else the device's
         `fifa.models.runtime.best_dtype`.
     runtime
         ``device``, ``compile`` and ``channels_last`` as for `fifa.models.runtime.make_runtime`.

@@ -25,21 +25,17 @@ from fifa.scoring.rewards.pixels import MEAN, STD, Preprocess, fit_area, standar
 from fifa.scoring.specs import Spec
 from fifa.shards.files import digest, files_digest, read_json
 
-FILES = ("HPSv3.safetensors",)
-BASE_HUB = "Qwen/Qwen2-VL-7B-Instruct"
 AREA = 256 * 28 * 28  # pixels, least and most
 TOKENS = 1536  # of the rubric (378 words) with the prompt in it
 REWARD_TOKEN = "<|Reward|>"
 # 3584-1024-16-2 with ReLU; where the original's nn.Sequential has the linear layers
 LINEAR = (0, 3, 5)
-# Qwen2-VL's chat template around one image and one text; the answer's beginning is left out
-CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-)
+# Qwen's chat template around one image and one text; the answer's beginning is left out
+USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
 # of the template; none of them is left in a prompt
 MARKS = (REWARD_TOKEN, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 RUBRIC = "rubric.txt"
+COLLATOR = "data_collator_qwen.py"  # of the originals; holds the rubric
 
 
 class HPSv3(PublishedReward):
@@ -52,24 +48,30 @@ class HPSv3(PublishedReward):
     ----------
     spec
         The checkpoint: a file, a folder with it, or a hub id. Config and tokenizer lie beside it
-        or come from the hub's `BASE_HUB`.
+        or come from the hub's ``base``.
     runtime
         Where and how it computes: ``dtype`` is that of the weights; the head always in float32.
     """
 
     side = math.isqrt(AREA)
     has_sigma = True
+    files: Sequence[str] = ("HPSv3.safetensors",)
+    base = "Qwen/Qwen2-VL-7B-Instruct"
+    beside = "config.json"  # what a folder has that needs nothing of ``base``
+    chat = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{USER}"
+    mean, std = MEAN, STD
+    rubric = "pip install --no-deps hpsv3==1.0.0 (only its text is read), or write that file"
 
     def __init__(self, spec: Spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
-        self._weights = weights.find_weights(self.model, FILES)
+        self._weights = weights.find_weights(self.model, self.files)
         self._base = weights.companion_folder(
-            self._weights, ("config.json",), BASE_HUB, ("config.json", *weights.TOKENIZER_FILES)
+            self._weights, (self.beside,), self.base, ("config.json", *weights.TOKENIZER_FILES)
         )
         # pixels, uint8 [3, h, w]; `BadImage` for a sliver
         self.preprocess: Preprocess = partial(fit_area, area=AREA, factor=self._factor)
         self.preprocessing = (
-            f"area {AREA}, factor {self._factor}, mean {MEAN}, std {STD}; {TOKENS} tokens"
+            f"area {AREA}, factor {self._factor}, mean {self.mean}, std {self.std}; {TOKENS} tokens"
         )
 
     @property
@@ -85,15 +87,17 @@ class HPSv3(PublishedReward):
         return {**super().identity, "rubric": digest(*self._rubric)}
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The vision tower's tokens, ``[b, h / 28, w / 28, d]``."""
+        """The vision tower's tokens in their grid, ``[b, h / 28, w / 28, d]``."""
         torch = require("torch")
-        patches, grid = self._patches(standardise(self.runtime.pixels(pixels)))
+        standard = standardise(self.runtime.pixels(pixels), self.mean, self.std)
+        patches, grid = self._patches(standard)
         with torch.inference_mode():
             out = self._model["visual"](patches.to(self._dtype), grid_thw=grid)
+            # Qwen3-VL has more of them for its text half's first layers
+            layers = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+            joined: Tensor = torch.cat(layers, -1)
         b, height, width = len(pixels), *pixels.shape[2:]
-        shape = (b, height // self._factor, width // self._factor, -1)
-        tokens: Tensor = out.pooler_output.reshape(shape)
-        return tokens
+        return joined.reshape(b, height // self._factor, width // self._factor, -1)
 
     def prompt_features(self, prompts: Sequence[str]) -> Tensor:
         """Token ids up to ``<|Reward|>``, int32 ``[n, 1536]``, -1 where there is none.
@@ -110,7 +114,7 @@ class HPSv3(PublishedReward):
             plain = prompt[: TOKENS * CHARACTERS_PER_TOKEN]
             for mark in MARKS:
                 plain = plain.replace(mark, "")
-            own = self._tokenizer(CHAT + before + plain + after)["input_ids"]
+            own = self._tokenizer(self.chat + before + plain + after)["input_ids"]
             if len(own) > TOKENS:
                 own = own[: TOKENS - tail] + own[-tail:]
                 cut += 1
@@ -122,23 +126,36 @@ class HPSv3(PublishedReward):
         """float32 ``[n, 2]``: mu and sigma. All of ``images`` have one grid."""
         torch = require("torch")
         language = self._model["language"]
-        b, h, w, d = images.shape
+        b, h, w, _ = images.shape
         lengths = (prompts >= 0).sum(1)
         ids = prompts[:, : int(lengths.max())].long().clamp(min=0)
         image_token = self._tokenizer.convert_tokens_to_ids("<|image_pad|>")
         place = int((ids[0] == image_token).nonzero()[0, 0])
         with torch.inference_mode():
             embedded = self._model["embedding"](ids)
-            tokens = images.reshape(b, h * w, d).to(embedded.dtype)
+            layers = images.reshape(b, h * w, -1).to(embedded.dtype)
+            tokens, *deep = torch.split(layers, embedded.shape[-1], -1)
             states = torch.cat([embedded[:, :place], tokens, embedded[:, place + 1 :]], 1)
             lengths = lengths + h * w - 1
             mask = torch.arange(states.shape[1], device=ids.device) < lengths[:, None]
-            # without position_ids the language model counts 0, 1, 2, ... image tokens and all
-            out = language(inputs_embeds=states, attention_mask=mask.long(), use_cache=False)
+            more = self._places(states, place, (h, w), deep)
+            out = language(
+                inputs_embeds=states, attention_mask=mask.long(), use_cache=False, **more
+            )
             last = out.last_hidden_state[torch.arange(b, device=ids.device), lengths - 1]
-            # (mu, log sigma) = W3 relu(W2 relu(W1 state))
-            mu, log_sigma = self._model["head"](last.float()).unbind(1)
+            mu, log_sigma = self._judge(last).unbind(1)
             judged: Tensor = torch.stack([mu, log_sigma.exp()], 1)
+        return judged
+
+    def _places(
+        self, states: Tensor, place: int, grid: tuple[int, int], deep: list[Tensor]
+    ) -> dict[str, Any]:
+        """Nothing: without position_ids the text half counts 0, 1, 2, ... image tokens and all."""
+        return {}
+
+    def _judge(self, state: Tensor) -> Tensor:
+        """(mu, log sigma) = W3 relu(W2 relu(W1 state)), float32 ``[b, 2]``."""
+        judged: Tensor = self._model["head"](state.float())
         return judged
 
     def _patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,47 +196,71 @@ class HPSv3(PublishedReward):
     @cached_property
     def _rubric(self) -> tuple[str, str]:
         """What stands before and after the prompt, up to ``<|Reward|>``."""
-        text = _rubric_text(self._weights.parent / RUBRIC)
+        text = self._rubric_text()
         before, found, after = text.partition("{text_prompt}")
         after, ends, _ = after.partition(REWARD_TOKEN)
         if not found or not ends:
             raise FifaError("the rubric has no {text_prompt} or no <|Reward|> after it")
         return before, after + REWARD_TOKEN
 
+    def _rubric_text(self) -> str:
+        """What the model was trained to be asked: beside the weights, or in the hpsv3 package."""
+        path, source = self._weights.with_name(RUBRIC), self._weights.with_name(COLLATOR)
+        if path.is_file():
+            return path.read_text("utf-8")
+        found = source if source.is_file() else self._collator()
+        if found is None:
+            raise FifaError("the rubric is not here", where=str(path), do=self.rubric)
+        return read_rubric(found)
+
+    def _collator(self) -> Path | None:
+        return wheel_path("hpsv3", f"dataset/{COLLATOR}")
+
     @cached_property
     def _model(self) -> dict[str, Any]:
-        qwen, head = build(weights.read_weights(self._weights), self._config, self._weights)
+        qwen, heads = self._build(weights.read_weights(self._weights))
         qwen = qwen.to(self._dtype)
         plain = Runtime(self.runtime.device)
         return {
             "visual": self.runtime.place(qwen.visual),
             "language": self.runtime.place(qwen.language_model),
             "embedding": plain.place(qwen.language_model.embed_tokens),
-            "head": plain.place(head),
+            **{name: plain.place(head) for name, head in heads.items()},
         }
 
+    def _build(self, tensors: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Qwen2-VL without its language head, and the reward head, with HPSv3's weights.
 
-def build(tensors: dict[str, Any], settings: dict[str, Any], where: Path) -> tuple[Any, Any]:
-    """Qwen2-VL without its language head, and the reward head, with HPSv3's weights.
+        Its checkpoint's names are those of transformers 4.45: ``visual``, ``model``, ``lm_head``,
+        ``rm_head``. Raises `FifaError` for weights that are not HPSv3's.
+        """
+        where = self._weights
+        vision, language, head = weights.below(tensors, "visual.", "model.", "rm_head.")
+        if not all(f"{place}.weight" in head for place in LINEAR):
+            raise FifaError("not the weights of HPSv3", where=str(where))
+        named = {f"visual.{key}": tensor for key, tensor in vision.items()}
+        named |= {f"language_model.{key}": tensor for key, tensor in language.items()}
+        qwen = fill_qwen("Qwen2VL", named, self._config, where)
+        return qwen, {"head": weights.linear_head(head, LINEAR, where, between="ReLU")}
 
-    Its checkpoint's names are those of transformers 4.45: ``visual``, ``model``, ``lm_head``,
-    ``rm_head``. Raises `FifaError` for weights that are not HPSv3's.
+
+def fill_qwen(name: str, tensors: dict[str, Any], settings: dict[str, Any], where: Path) -> Any:
+    """The transformers model ``<name>Model`` of a vision-language Qwen with its weights.
+
+    Raises `FifaError` for weights or settings that are not those of such a model.
     """
     torch, transformers = require("torch"), require("transformers")
-    vision, language, head = weights.below(tensors, "visual.", "model.", "rm_head.")
-    embedding = language.get("embed_tokens.weight")
-    if embedding is None or not all(f"{place}.weight" in head for place in LINEAR):
-        raise FifaError("not the weights of HPSv3", where=str(where))
-    config = transformers.Qwen2VLConfig.from_dict(dict(settings))
-    # the tokenizer with <|Reward|> has fewer entries than Qwen2-VL has rows
+    embedding = tensors.get("language_model.embed_tokens.weight")
+    if embedding is None:
+        raise FifaError(f"not the weights of a {name}", where=str(where))
+    config = getattr(transformers, f"{name}Config").from_dict(dict(settings))
+    # the tokenizer with <|Reward|> has fewer entries than Qwen has rows
     config.text_config.vocab_size = embedding.shape[0]
     with torch.device("meta"):
-        qwen = transformers.Qwen2VLModel(config)
-    named = {f"visual.{key}": tensor for key, tensor in vision.items()}
-    named |= {f"language_model.{key}": tensor for key, tensor in language.items()}
-    weights.fill(qwen, named, where)
+        qwen = getattr(transformers, f"{name}Model")(config)
+    weights.fill(qwen, tensors, where)
     _restore_buffers(qwen, config)
-    return qwen, weights.linear_head(head, LINEAR, where, relu=True)
+    return qwen
 
 
 def _restore_buffers(qwen: Any, config: Any) -> None:
@@ -243,21 +284,8 @@ def _restore_buffers(qwen: Any, config: Any) -> None:
     qwen.language_model.rotary_emb, qwen.visual.rotary_pos_emb = text, vision
 
 
-def _rubric_text(path: Path) -> str:
-    """What the model was trained to be asked, from ``path`` or from the hpsv3 package.
-
-    The package is not imported (it needs transformers 4.45): its two strings are read out of its
-    source.
-    """
-    if path.is_file():
-        return path.read_text("utf-8")
-    source = wheel_path("hpsv3", "dataset/data_collator_qwen.py")
-    if source is None:
-        raise FifaError(
-            "HPSv3's rubric is not here",
-            where=str(path),
-            do="pip install --no-deps hpsv3==1.0.0 (only its text is read), or write that file",
-        )
+def read_rubric(source: Path) -> str:
+    """The rubric in an original's `COLLATOR`, which is parsed and not run."""
     found = {}
     for node in ast.parse(source.read_text("utf-8")).body:
         match node:

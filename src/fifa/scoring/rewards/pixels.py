@@ -22,6 +22,7 @@ from fifa.models.runtime import Tensor
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 # a function of a module, or a `partial` of one, can be called in other processes; a method cannot
 Preprocess = Callable[[Image.Image], np.ndarray]
+Channels = tuple[float, ...]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP; all scorers here use them
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -117,6 +118,21 @@ def fit_area(image: Image.Image, *, area: int, factor: int) -> Pixels:
     return _uint8(rgb.resize((w, h), Image.Resampling.BICUBIC))
 
 
+def fit_twice(image: Image.Image, *, area: int, factor: int, then: int) -> Pixels:
+    """`fit_area`, and again to multiples of ``then``, with torch's bicubic on bytes."""
+    functional = require("torch.nn.functional")
+    pixels = fit_area(image, area=area, factor=factor)
+    size = [max(then, round(side / then) * then) for side in pixels.shape[1:]]
+    if size == list(pixels.shape[1:]):
+        return pixels
+    bytes_ = require("torch").from_numpy(pixels)[None]
+    fitted = functional.interpolate(
+        bytes_, size=size, mode="bicubic", antialias=True, align_corners=False
+    )
+    again: Pixels = fitted[0].numpy()
+    return again
+
+
 PREPROCESSING: dict[str, Callable[..., Pixels]] = {
     "convert-crop": convert_crop,
     "crop-convert": crop_convert,
@@ -124,16 +140,15 @@ PREPROCESSING: dict[str, Callable[..., Pixels]] = {
 }
 
 
-def standardise(pixels: Tensor) -> Tensor:
+def standardise(pixels: Tensor, mean: Channels = MEAN, std: Channels = STD) -> Tensor:
     """``(x - mean) / std`` of pixels ``[b, 3, h, w]``: uint8 counts to 255, floats to 1."""
-    mean, std = by_channel(MEAN, pixels.device), by_channel(STD, pixels.device)
     unit = pixels if pixels.is_floating_point() else pixels.float().div(255)
-    standard: Tensor = (unit - mean) / std
+    standard: Tensor = (unit - by_channel(mean, pixels.device)) / by_channel(std, pixels.device)
     return standard
 
 
 @cache
-def by_channel(values: tuple[float, ...], device: Any) -> Tensor:
+def by_channel(values: Channels, device: Any) -> Tensor:
     """One number a channel, float32 ``[3, 1, 1]``; made once, as each copy makes a device wait."""
     torch = require("torch")
     with torch.inference_mode(False):  # whoever asks first: training may be next

@@ -136,7 +136,7 @@ def fill(module: Any, tensors: dict[str, Any], where: Path) -> None:
 
 
 def linear_head(
-    tensors: dict[str, Any], places: Sequence[int], where: Path, *, relu: bool = False
+    tensors: dict[str, Any], places: Sequence[int | str], where: Path, *, between: str = ""
 ) -> Any:
     """A head of linear layers with its weights, float32, as its original's `Sequential` has them.
 
@@ -147,8 +147,8 @@ def linear_head(
     places
         Where the linear layers stand in the original. What stands between (dropout) rests when
         nobody trains,
-    relu
-        but for a ReLU if this is True.
+    between
+        but for an activation, if this is its name (``ReLU``, ``GELU``).
     where
         For `FifaError`, which is raised unless all weights fit.
     """
@@ -160,8 +160,8 @@ def linear_head(
             weight = tensors.get(f"{place}.weight")
             if weight is None or weight.dim() != 2:
                 raise FifaError(f"the weights do not fit: no {place}.weight", where=str(where))
-            if relu and layers:
-                layers[f"relu-{place}"] = torch.nn.ReLU()
+            if between and layers:
+                layers[f"{between}-{place}"] = getattr(torch.nn, between)()
             layers[str(place)] = torch.nn.Linear(width or weight.shape[1], len(weight))
             width = len(weight)
         head = torch.nn.Sequential(OrderedDict(layers))
