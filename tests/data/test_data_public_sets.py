@@ -419,10 +419,14 @@ def test_votes_named_by_files_are_those_of_either_image_or_of_none(tmp_path: Pat
 def test_a_benchmark_row_whose_parts_are_none_of_a_pair_is_rejected(tmp_path: Path) -> None:
     good = next(example for example in EXAMPLES if example.name == "MMRB2").rows[0]
     edit = {"prompt_content": [["image", "in.jpg"], ["text", "make it blue"]]}
+    for side, name in (("response_a", "imagen4"), ("response_b", "flux")):
+        good = good | {side: good[side] | {"model_name": name}}
     rows = [good, good | edit, good | {"chosen": "A"}, good | {"human_annotations": [7]}]
     (tmp_path / "t2i.json").write_text(json.dumps({"pairs": rows}))
     pairs = read_pairs(tmp_path)
     assert len(pairs) == 1
+    names = pairs.table.select(["model_0", "model_1", "category"]).to_pylist()
+    assert names == [{"model_0": "imagen4", "model_1": "flux", "category": "wise"}]
     assert pairs.rejected["reason"].to_pylist() == [
         "no prompt, or no valid text",
         "the annotators' majority is not the one in chosen",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fifa.data.annotators import dawid_skene
 from fifa.data.ids import hex_strings
 from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.pairs import FilePairs
@@ -18,11 +20,14 @@ from fifa.errors import FifaError
 
 MAX_PIECES = 2_000  # of a column
 LAST_BITS = 0xFFFF
+WORST = 10  # annotators that are named
 HALVES = (0, 1)  # of all hashes, by their first bit
 
 
-def merge(files: Iterable[FilePairs]) -> Pairs:
+def merge(files: Iterable[FilePairs], *, weigh: bool = False) -> Pairs:
     """Join files' pairs into one table; of the origin it knows no more than what they hold.
+
+    ``weigh``: labels are not the votes' shares, but annotators weighed by their reliability.
 
     A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
     one's label and goes, its labels by aspect likewise and its annotators after the first one's;
@@ -38,7 +43,10 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
         cells = cells or own.cells
         if len(own):
             full.append(own)
-    table, prompts = _tables(full) if full else (PAIRS.empty_table(), PROMPTS.empty_table())
+    known: dict[str, Any] = {}
+    table, prompts = PAIRS.empty_table(), PROMPTS.empty_table()
+    if full:
+        table, prompts = _tables(full, known if weigh else None)
     beside = {*PAIRS.names, *NAMES, *labels_by_aspect(table)}
     scores = [name for name in table.column_names if name not in beside]
     pairs = sum(map(len, full))
@@ -50,12 +58,16 @@ def merge(files: Iterable[FilePairs]) -> Pairs:
         rows=pairs + len(rejected),
         merged=pairs - len(table),
         not_made=dict(not_made),
+        reliability=known,
     )
     return Pairs(table, prompts, pa.table(by_column, schema=REJECTED), origin)
 
 
-def _tables(files: list[FilePairs]) -> tuple[pa.Table, pa.Table]:
-    """The pairs, those met again merged, and the prompts."""
+def _tables(files: list[FilePairs], known: dict[str, Any] | None) -> tuple[pa.Table, pa.Table]:
+    """The pairs, those met again merged, and the prompts.
+
+    Annotators are weighed where ``known`` is given, which then has `Origin.reliability`.
+    """
     images = [own.images for own in files]
     words = _words(images)
     with ThreadPoolExecutor(len(HALVES)) as pool:  # sorting leaves the interpreter alone
@@ -68,7 +80,11 @@ def _tables(files: list[FilePairs]) -> tuple[pa.Table, pa.Table]:
     repeat[same_images[0]] = True
     columns["repeat"] = pa.chunked_array([repeat])
     aspects = labels_by_aspect(columns)
-    merged = _merge(columns, *_same_pairs(files, *same_images), files, aspects)
+    same = _same_pairs(files, *same_images)
+    weighed = None if known is None else _weighed(columns, *same, files, known)
+    merged = _merge(columns, *same, files, aspects)
+    if weighed is not None:
+        columns["label"] = pa.chunked_array([weighed])
     beside = [name for name in (*NAMES, *aspects) if name in columns]
     others = [name for name in columns if name not in {*PAIRS.names, *beside}]
     schema = pa.schema([*PAIRS, *((name, columns[name].type) for name in [*beside, *others])])
@@ -227,6 +243,49 @@ def _merge(
         votes[heads] = np.minimum(weight, np.iinfo(np.int32).max)
         columns["votes"] = pa.chunked_array([votes])
     return again
+
+
+def _weighed(
+    columns: dict[str, pa.ChunkedArray],
+    again: np.ndarray,
+    first: np.ndarray,
+    files: list[FilePairs],
+    known: dict[str, Any],
+) -> np.ndarray:
+    """The label of every row by the annotators' reliability, float32 [n]; fills ``known``.
+
+    In hundredths: what nobody can tell is a tie. Votes without a name are one annotator's.
+    """
+    advice = "leave --annotators weigh out"
+    if "annotator" not in columns:
+        raise FifaError(
+            "the source does not say who judged a pair",
+            do=f"{advice}, or name the column with --columns annotator=NAME",
+        )
+    pair = np.arange(len(columns["label"]))
+    pair[again] = first
+    high = np.concatenate([own.high for own in files])
+    vote = columns["label"].to_numpy().astype(np.float64)
+    vote = np.where(high != high[pair], 1 - vote, vote)
+    codes = columns["annotator"].combine_chunks()
+    names = [*codes.dictionary.to_pylist(), "(no name)"]
+    annotator = codes.indices.fill_null(len(names) - 1).to_numpy().astype(np.int64)
+    # two different annotators of one pair, for at least one pair
+    if not (annotator[again] != annotator[first]).any():
+        raise FifaError("no pair was judged by two annotators, each in a row of its own", do=advice)
+    heads, item = np.unique(pair, return_inverse=True)
+    found = dawid_skene(item, annotator, vote)
+    here = np.flatnonzero(found.votes)
+    worst = here[np.argsort(found.right[here], kind="stable")][:WORST]
+    known |= {
+        "annotators": len(here),
+        "votes": len(vote),
+        "worst": [[names[k], int(found.votes[k]), round(float(found.right[k]), 4)] for k in worst],
+    }
+    label = np.empty(len(pair), np.float32)
+    label[heads] = found.label.round(2)
+    label[again] = label[first]
+    return label
 
 
 def _means(

@@ -291,14 +291,17 @@ def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
     Its README does not say so; in all 1,000 rows of t2i.json ``chosen`` is what the majority of
     them says, and a row where it is not is rejected.
     """
-    columns.load(NESTED)
+    source = "prompt_source"
+    there = source in columns.names
+    columns.load([*NESTED, *([source] if there else [])])
     rows = list(zip(*(parsed(columns, name) for name in NESTED), strict=True))
     texts = [[only_part(content, "text") for content, *_ in rows]]
     models = []
     for side in (1, 2):
         answers = [row[side] if isinstance(row[side], dict) else {} for row in rows]
         texts.append([only_part(answer.get("response_content"), "image") for answer in answers])
-        models.append(encoded(text_array(as_name(answer.get("model_name")) for answer in answers)))
+        made_by = (answer.get("model_name") or answer.get("model") for answer in answers)
+        models.append(encoded(text_array(map(as_name, made_by))))
     label, wrong = np.full(len(rows), np.nan), {}
     for i, (*_, notes, chosen) in enumerate(rows):
         notes = notes if isinstance(notes, list) else []
@@ -312,9 +315,10 @@ def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
     prompt, *keys = (text_array(values) for values in texts)
     refs = [text_array(key and outside(key) for key in side) for side in texts[1:]]
     found = pair_columns(columns.rows, prompt, keys, refs, label, votes)
-    return FilePairs(
-        columns.file, found | {"model_0": models[0], "model_1": models[1]}, wrong=wrong
-    )
+    found |= {"model_0": models[0], "model_1": models[1]}
+    if there:
+        found["category"] = columns.named(source)
+    return FilePairs(columns.file, found, wrong=wrong)
 
 
 def only_part(content: Any, kind: str) -> str | None:

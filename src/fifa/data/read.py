@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -60,6 +60,7 @@ def read_pairs(
     min_gap: float | None = None,
     label_aspect: str | None = None,
     images_from: Sequence[str] = (),
+    annotators: Literal["count", "weigh"] = Read.annotators,
 ) -> Pairs:
     """Read preference pairs, whatever data set they come in, without reading pixels.
 
@@ -79,6 +80,8 @@ def read_pairs(
         ``__key__`` is ``dots`` where the keys of a WebDataset tar have dots in them.
     label_aspect
         The labels are those of this aspect, of a source that has several labels a pair.
+    annotators
+        ``count`` or ``weigh``, as in `fifa.config.Read`.
     pairs, min_gap
         Where a prompt has several rated or ranked images: which two of them make a pair, as in
         `fifa.data.rankings.Compare`; every two if not given.
@@ -108,7 +111,7 @@ def read_pairs(
             check_subset(place)
     reader = _Reader(found.root, format, columns, Compare(pairs, min_gap), label_aspect)
     with progress("reading files", len(found.files)) as advance:
-        read = merge(_file_pairs(reader, found, advance))
+        read = merge(_file_pairs(reader, found, advance), weigh=annotators == "weigh")
     if not len(read):
         raise _nothing(found, read)
     note(pairs=len(read), merged=read.origin.merged, rejected=len(read.rejected))
@@ -125,6 +128,7 @@ def read_pairs(
         pairs=pairs,
         min_gap=min_gap,
         label_aspect=label_aspect,
+        annotators=annotators,
         used=reader.used,
         ignored=tuple(sorted(reader.names - taken)),
         images_from=tuple(images_from),
@@ -144,6 +148,7 @@ def read_source(read: Read, source: str | None = None) -> Pairs:
         min_gap=read.min_gap,
         label_aspect=read.label_aspect,
         images_from=read.images_from,
+        annotators=read.annotators,
     )
 
 
@@ -160,8 +165,9 @@ def _fingerprint(found: Source, origin: Origin) -> str:
     if compare in ([None, None], [PAIRINGS[0], None]):  # as ever
         compare = []
     files = [file.__dict__ for file in found.files]
-    aspect = [origin.label_aspect] if origin.label_aspect else []
-    return digest([VERSION, origin.format, origin.columns, files, *compare, *aspect])
+    labels = [origin.label_aspect] if origin.label_aspect else []
+    labels += [origin.annotators] if origin.annotators != Read.annotators else []
+    return digest([VERSION, origin.format, origin.columns, files, *compare, *labels])
 
 
 class _Reader:

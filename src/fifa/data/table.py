@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -71,8 +72,11 @@ class Origin:
         The other columns, but those of ``score_columns``.
     remote
         Size and stamp of every file of a remote source, as `fifa.data.source.SourceFile` has them.
-    images_from, label_aspect
+    images_from, label_aspect, annotators
         As in `fifa.config.Read`.
+    reliability
+        Of weighed annotators: how many ``annotators`` there are, their ``votes``, and the ``worst``
+        of them: name, votes, and the share of these that is right.
     """
 
     source: str = ""
@@ -92,6 +96,8 @@ class Origin:
     remote: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_from: tuple[str, ...] = ()
     label_aspect: str | None = None
+    annotators: Literal["count", "weigh"] = "count"
+    reliability: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,13 @@ def _recipe(pairs: Pairs, selection: pa.Table, scores: Scores) -> Recipe:
     origin = pairs.origin
     used = json.loads((selection.schema.metadata or {}).get(b"fifa.select", b"{}"))
     return Recipe(
-        read=Read(origin.source, origin.format, origin.columns, label_aspect=origin.label_aspect),
+        read=Read(
+            origin.source,
+            origin.format,
+            origin.columns,
+            label_aspect=origin.label_aspect,
+            annotators=origin.annotators,
+        ),
         score=scores.knobs or Score(tuple(scores.margins)),
         select=build(Select, used.get("select", {}), where="the selection's metadata"),
     )
