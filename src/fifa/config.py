@@ -166,6 +166,9 @@ class Read(Knobs):
     label_aspect
         The labels are those of this aspect, for example ``alignment``, of a source that has several
         labels a pair.
+    annotators
+        What a pair's label is where annotators have names: ``count`` is the share of their votes,
+        ``weigh`` weighs each of them by how reliable they are (Dawid and Skene's model).
     allow_download
         Fetch images that the source only names by a URL (from public addresses only).
     images_from
@@ -179,6 +182,7 @@ class Read(Knobs):
     pairs: Literal["all", "best-worst", "adjacent"] = "all"
     min_gap: NotNegative | None = None
     label_aspect: str | None = None
+    annotators: Literal["count", "weigh"] = "count"
     allow_download: Annotated[bool, Option("--allow-download/--no-download")] = False
     images_from: tuple[str, ...] = ()
 
@@ -257,6 +261,8 @@ class Select(Knobs):
         Keep at most this many pairs of one prompt.
     drop_duplicates
         Drop a pair if an earlier pair has the same two images, or if both its images are the same.
+    anyway
+        Select by the margin even if it is near chance on these labels (see ``fifa trust``).
     seed
         Seed for random strategies.
     """
@@ -278,6 +284,7 @@ class Select(Knobs):
     margin_percentiles: tuple[float, float] = (0.0, 100.0)
     per_prompt: Count | None = None
     drop_duplicates: Annotated[bool, Option("--drop-duplicates/--keep-duplicates")] = True
+    anyway: Annotated[bool, Option("--anyway/--if-trusted")] = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -373,6 +380,22 @@ class Recipe(Knobs):
     read: Read = Read()
     score: Score = Score()
     select: Select = Select()
+    compute: Compute = Compute()
+
+
+@knobs
+class Trust(Knobs):
+    """What is judged, and by which labels.
+
+    Parameters
+    ----------
+    margin
+        A reward model, one of `fifa.scoring.specs.REWARDS.forms`. Several are also judged
+        together, as a committee. Those of a RUN are its recipe's if not given.
+    """
+
+    margin: tuple[str, ...] = ()
+    read: Read = Read()
     compute: Compute = Compute()
 
 

@@ -19,7 +19,7 @@ def test_a_share_at_the_edge_is_drawn(share, n):
     found = agreement(np.where(np.arange(n) < share * n, 1.0, -1.0))
     curve = numbers.agreement_curve(margins(1.0, share))
     assert "<path" in figures.draw_agreement([curve], (0.1, found))
-    assert "<path" in figures.draw_deciles([found] * 10)
+    assert "<path" in figures.draw_parts([found] * 10)
 
 
 def test_a_figure_holds_no_style_no_colour_of_its_own_and_no_date():

@@ -28,7 +28,7 @@ def test_the_pairs_that_all_scorers_contradict_are_those_a_loop_finds(tmp_path):
     assert set(noise.rows) == expected
     assert [entry["against"] for entry in noise.dissent] == [0, 1, 2, 3]
     assert noise.dissent[-1]["pairs"] == len(expected)
-    assert len(noise.members) == 3
+    assert len(noise.dissent) == 4
 
 
 def test_a_large_run_is_judged_on_a_sample_and_says_so(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_large_run_is_judged_on_a_sample_and_says_so(tmp_path, monkeypatch):
     noise = label_noise(*loaded(tmp_path))
     assert noise.sampled == 50
     assert all(0 <= row < 200 for row in noise.rows)
-    assert "50 pairs drawn from it" in write_report(tmp_path).read_text()
+    assert "50 pairs drawn from the data set" in write_report(tmp_path).read_text()
 
 
 def test_one_scorer_is_no_committee(tmp_path):

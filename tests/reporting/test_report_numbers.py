@@ -44,25 +44,6 @@ def test_the_curve_is_the_agreement_among_the_largest_margins(signed):
         assert row["fraction"] == n / len(known)
 
 
-@given(MARGINS)
-def test_the_tenths_hold_every_labelled_pair_once(signed):
-    tenths = numbers.agreement_deciles(signed)
-    known = np.abs(signed[np.isfinite(signed)])
-    if len(known) < numbers.LEAST:
-        assert tenths == []
-        return
-    assert sum(tenth.n for tenth in tenths) == len(known)
-    assert max(t.n for t in tenths) - min(t.n for t in tenths) <= 1
-    agreed = sum(tenth.share * tenth.n for tenth in tenths)
-    assert agreed == pytest.approx(agreement(signed).share * len(known))
-
-
-def test_the_first_tenth_has_the_smallest_margins():
-    signed = np.concatenate([-np.linspace(0.01, 0.1, 10), np.linspace(1, 2, 90)])
-    shares = [tenth.share for tenth in numbers.agreement_deciles(signed)]
-    assert shares == [0.0] + [1.0] * 9
-
-
 @given(MARGINS, st.integers(0, 2**32 - 1))
 def test_a_histogram_counts_every_finite_value(values, seed):
     kept = np.random.default_rng(seed).random(len(values)) < 0.5

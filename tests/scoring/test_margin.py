@@ -94,10 +94,10 @@ def test_what_is_not_finite_is_counted_and_not_hidden(reading: str) -> None:
     ],
 )
 def test_a_wrong_spec_says_what_there_is(spec: str, says: str) -> None:
-    pairs = pairs_with(1, a=[2.0], b=[0.0], names=["no number"])
+    pairs = pairs_with(1, a=[2.0], b=[0.0], words=["no number"])
     with pytest.raises(FifaError, match=says) as caught:
         margin_scores(pairs, spec)
-    assert "names" not in str(caught.value)
+    assert "words" not in str(caught.value)
 
 
 def test_a_finished_file_is_read_and_other_values_get_another(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_only_what_looks_at_no_image_or_is_trained_here_has_nothing_that_makes_i
     unmade = [e.form for registry in ALL for e in registry.entries if not e.maker]
     assert unmade == [
         "column:NAME_0,NAME_1",
+        "arena",
+        "arena:names",
         "proxy",
         "proxy@ENCODER",
         "column:NAME",

@@ -109,6 +109,24 @@ def select_command(run: str, **options: Any) -> None:
     click.echo(opened.folder / "selection.parquet")
 
 
+@cli.command("trust", cls=KnobCommand, knobs="Trust")
+@click.option("--scores", type=PATH, help="A folder where scores are kept; RUN has its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def trust_command(scores: Path | None, as_json: bool, **options: Any) -> None:
+    """Tell whether a margin can be trusted on SOURCE.
+
+    SOURCE is a data set or benchmark with people's labels, or a RUN that was read before. Each
+    judge is measured on these labels: accuracy by margin, calibration, position bias, agreement
+    with the other judges, accuracy by generator and category.
+    """
+    from fifa.config import Trust
+    from fifa.reporting.trust import trust_text
+    from fifa.run.trust import trust
+
+    found = trust(chosen(Trust(), options), scores=scores)
+    click.echo(json.dumps(found.plain(), indent=2) if as_json else trust_text(found))
+
+
 download_option = click.option(
     "--allow-download", is_flag=True, help="Fetch images that the source only names by a URL."
 )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from fifa.config import Read
 from fifa.errors import FifaError
 from fifa.shards.files import column_digest, read_table, write_table
 
@@ -96,7 +97,7 @@ class Origin:
     remote: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_from: tuple[str, ...] = ()
     label_aspect: str | None = None
-    annotators: Literal["count", "weigh"] = "count"
+    annotators: Literal["count", "weigh"] = Read.annotators
     reliability: dict[str, Any] = field(default_factory=dict)
 
 

@@ -117,8 +117,8 @@ def draw_agreement(curves: Sequence[pa.Table], cut: tuple[float, Agreement] | No
     )
 
 
-def draw_deciles(shares: Sequence[Agreement]) -> Markup:
-    """Agreement in each tenth by margin, with intervals and the line of a coin toss."""
+def draw_parts(shares: Sequence[Agreement]) -> Markup:
+    """Agreement in each part by margin, with intervals and the line of a coin toss."""
     figure, axes = canvas()
     x = range(1, len(shares) + 1)
     colour = COLOURS["kept"]
@@ -126,9 +126,9 @@ def draw_deciles(shares: Sequence[Agreement]) -> Markup:
     _draw_intervals(axes, x, shares, color=colour, ms=4, capsize=2.5)
     axes.set_xticks(x)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("tenth by margin, smallest first")
+    axes.set_xlabel(f"{len(shares)} equal parts by margin, smallest first")
     _agreement_axis(axes, min(s.low for s in shares))
-    return svg(figure, "deciles", "Agreement with the people's labels in each tenth by margin")
+    return svg(figure, "parts", "Agreement with the people's labels in each part by margin")
 
 
 def _draw_intervals(

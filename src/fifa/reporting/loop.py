@@ -11,7 +11,7 @@ from fifa.evaluation.measure import scorer_name
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import Results, load_results
 from fifa.evaluation.win_rates import Comparison, Level
-from fifa.formatting import interval, number, percent, shorten
+from fifa.formatting import interval, number, percent, shorten, text_table
 from fifa.reporting.figures import Share, draw_rounds, role
 from fifa.reporting.page import render
 from fifa.shards.files import read_json, write_text
@@ -94,9 +94,7 @@ def loop_text(folder: str | Path) -> str:
             row.append(f"{percent(found.wins.share)} ({interval(found.wins)})" if found else "-")
         level = context["diversity"].get(name)
         rows.append([*row, number(level.mean.mean) if level else "-"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(text_table(rows))
 
 
 def _rounds(folder: Path, results: Results) -> dict[str, dict[str, Any]]:

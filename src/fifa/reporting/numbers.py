@@ -18,19 +18,18 @@ from fifa.scoring.rewards.metrics import (
     Agreement,
     agreement,
     agreement_by_margin,
-    by_margin,
-    committee_report,
     dissent,
+    draw_rows,
     likely_mislabelled,
     wilson,
 )
+from fifa.scoring.trust import MOST
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
 
 LEAST = 20  # labelled pairs below which a share is given as a count, not drawn as a curve
-MOST = 200_000  # pairs that members are judged on; a larger set is sampled
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,6 @@ def agreement_curve(signed_margin: Floats, points: int = 160) -> pa.Table | None
         return None
     depths = np.unique(np.geomspace(LEAST, n, points).round())
     return agreement_by_margin(signed_margin, depths / n)
-
-
-def agreement_deciles(signed_margin: Floats) -> list[Agreement]:
-    """Agreement in each tenth by margin, smallest margins first; empty for too few pairs."""
-    ordered = by_margin(signed_margin)[::-1]
-    return (
-        [agreement(part) for part in np.array_split(ordered, 10)] if len(ordered) >= LEAST else []
-    )
 
 
 @dataclass(frozen=True)
@@ -219,21 +210,12 @@ def prompt_map(
     )
 
 
-def draw_rows(count: int, most: int) -> Ints:
-    """At most ``most`` of ``count`` rows, ascending, always the same ones."""
-    if count <= most:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
-
-
 @dataclass(frozen=True)
 class LabelNoise:
     """The committee's section.
 
     Parameters
     ----------
-    members
-        Rows of `fifa.scoring.rewards.metrics.MEMBERS`.
     dissent
         Rows of `fifa.scoring.rewards.metrics.DISSENT`.
     rows
@@ -242,7 +224,6 @@ class LabelNoise:
         How many pairs members were judged on; 0 for all.
     """
 
-    members: list[dict[str, Any]]
     dissent: list[dict[str, Any]]
     rows: list[int]
     sampled: int
@@ -266,7 +247,6 @@ def label_noise(columns: Columns, rewards: dict[str, tuple[Floats, Floats]]) -> 
     judged = {name: (first[rows], second[rows]) for name, (first, second) in rewards.items()}
     contradicted = likely_mislabelled(judged, label)["row"].to_numpy()
     return LabelNoise(
-        members=committee_report(judged, label, columns.prompt[rows]).to_pylist(),
         dissent=dissent(judged, label).to_pylist(),
         rows=rows[contradicted].tolist(),
         sampled=len(rows) if len(rows) < len(columns.label) else 0,

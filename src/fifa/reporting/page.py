@@ -17,7 +17,16 @@ from fifa.data.table import Pairs, load_pairs
 from fifa.evaluation.compare import Compared
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.results import RESULTS, is_evaluated
-from fifa.formatting import count, interval, number, page_templates, percent, seconds, shorten
+from fifa.formatting import (
+    count,
+    interval,
+    number,
+    page_templates,
+    percent,
+    seconds,
+    shorten,
+    text_table,
+)
 from fifa.reporting.evaluation import evaluation_context
 from fifa.reporting.figures import draw_learning, draw_wins, role
 from fifa.reporting.selection import load_scores, selection_context
@@ -175,6 +184,4 @@ def comparison_text(compared: Compared) -> str:
         cost = entry.cost
         times = [seconds(cost.selecting or float("nan")), seconds(cost.training)]
         rows.append([entry.label, *wins, diversity, *times, number(cost.hours)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(text_table(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from fifa.formatting import shorten, shorten_lines
 from fifa.reporting import figures, numbers
 from fifa.reporting.examples import load_examples
 from fifa.reporting.numbers import label_noise
+from fifa.reporting.trust import Trusted, judge_pairs
 from fifa.scoring.margin import committee, pair_rewards
-from fifa.scoring.rewards.metrics import agreement, by_margin
+from fifa.scoring.rewards.metrics import agreement, by_margin, draw_rows
 from fifa.scoring.specs import ENCODERS
-from fifa.scoring.table import Scores, map_array, score_facts, score_path
+from fifa.scoring.table import BLIND, Scores, map_array, score_facts, score_path
 from fifa.selection.choose import aspects_disagree
 from fifa.selection.readable import UNREADABLE_FILE
 from fifa.selection.strategies import STRATEGIES
@@ -71,8 +72,7 @@ def load_scores(scores: Path, selection: pa.Table, recipe: Recipe) -> Scores:
 
     margins = used.get("margin", {})
     names = sorted(margins, key=[*recipe.score.margin, *margins].index)
-    rewards = None if _unit(used) == "sigma" else ["reward_0", "reward_1"]
-    found = {name: load(margins[name], rewards) for name in names}
+    found = {name: load(margins[name], None) for name in names}
     return Scores(
         margins={name: table for name, table in found.items() if table is not None},
         quality=load(used.get("quality"), ["flags"]),
@@ -113,9 +113,15 @@ def selection_context(
     made_with = _made_with(selection)
     select, knobs = recipe.select, made_with.get("select")
     rewards = {
-        spec.removeprefix("column:"): pair_rewards(table, _unit(made_with))
+        spec.removeprefix("column:"): pair_rewards(table, _unit(made_with), blind=True)
         for spec, table in scores.margins.items()
     }
+    knew = any(BLIND in table.column_names for table in scores.margins.values())
+    if knew:
+        # that margin agrees with people by construction: what is shown is what it sees without them
+        seen = committee(list(rewards.values()), columns.label).signed_margin
+        columns = replace(columns, signed_margin=seen)
+    trusted = judge_pairs(pairs, scores, _unit(made_with), groups=False) if rewards else None
     noise = label_noise(columns, rewards)
     groups = load_examples(pairs, columns, scores.quality, noise.rows if noise else ())
     return {
@@ -128,9 +134,10 @@ def selection_context(
         "kept": int(columns.kept.sum()),
         "prompts": len(np.unique(columns.prompt)),
         "prompts_kept": len(np.unique(columns.prompt[columns.kept])),
-        **_agreement(columns, rewards),
+        **_agreement(columns, rewards, trusted),
+        "trusted": trusted,
         "least": numbers.LEAST,
-        "by_labels": STRATEGIES[select.strategy].unanimous or bool(select.min_agreement),
+        "by_labels": STRATEGIES[select.strategy].unanimous or bool(select.min_agreement) or knew,
         "distributions": _distributions(columns),
         "named": _named(pairs, columns),
         "groups": groups,
@@ -192,7 +199,9 @@ def _funnel(folder: Path, pairs: Pairs, columns: numbers.Columns) -> dict[str, A
 
 
 def _agreement(
-    columns: numbers.Columns, rewards: dict[str, tuple[numbers.Floats, numbers.Floats]]
+    columns: numbers.Columns,
+    rewards: dict[str, tuple[numbers.Floats, numbers.Floats]],
+    trusted: Trusted | None,
 ) -> dict[str, Any]:
     """The table of scorers and the two figures; a committee comes first, then its members."""
     named = {next(iter(rewards), "margin"): columns.signed_margin}
@@ -214,13 +223,13 @@ def _agreement(
         )
     drawn = [numbers.agreement_curve(signed_margin) for signed_margin in named.values()]
     curves = [curve for curve in drawn if curve is not None]
-    if drawn[0] is None:
-        return {"scorers": scorers, "curve": None, "deciles": None, "lines": 0}
+    if drawn[0] is None or trusted is None:
+        return {"scorers": scorers, "curve": None, "parts": None, "lines": 0}
     kept, everything = scorers[0]["kept"], scorers[0]["all"]
     return {
         "scorers": scorers,
         "curve": figures.draw_agreement(curves, (kept.n / everything.n, kept) if kept.n else None),
-        "deciles": figures.draw_deciles(numbers.agreement_deciles(columns.signed_margin)),
+        "parts": figures.draw_parts([part.own for part in trusted.judges[0].parts]),
         "lines": min(len(curves) - 1, figures.SCORERS),
     }
 
@@ -268,8 +277,8 @@ def _prompt_map(
         return None
     kept = np.unique(columns.prompt[columns.kept])
     found = numbers.prompt_map(
-        vectors[numbers.draw_rows(total, MAP_ROWS)].astype(np.float32),
-        vectors[kept[numbers.draw_rows(len(kept), MAP_ROWS)]].astype(np.float32),
+        vectors[draw_rows(total, MAP_ROWS)].astype(np.float32),
+        vectors[kept[draw_rows(len(kept), MAP_ROWS)]].astype(np.float32),
     )
     if found is None:
         return None

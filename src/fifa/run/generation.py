@@ -157,7 +157,7 @@ def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:
             raise FifaError(
                 "there are no columns to take rewards from yet"
                 if parsed.is_column
-                else "there are no labels to train a proxy on yet",
+                else "there are no labels to learn from yet",
                 where=spec,
                 do=f"one of: {REWARDS.made}",
             )

@@ -31,10 +31,11 @@ from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_p
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
 from fifa.scoring import score
-from fifa.scoring.table import DIVERSITY, MARGIN, QUALITY, SIGMAS, Scores, score_files
+from fifa.scoring.table import BLIND, DIVERSITY, MARGIN, QUALITY, SIGMAS, Scores, score_files
 from fifa.selection.choose import columns_needed, select
 from fifa.selection.readable import select_readable
 from fifa.selection.table import load_selection, reason_counts, write_selection
+from fifa.selection.trusted import check_trust
 from fifa.shards.files import read_json, read_table, take_rows, write_json
 from fifa.shards.lock import only_writer
 from fifa.shards.sealed import DamagedError, check_whole
@@ -207,6 +208,9 @@ def echo_read(pairs: Pairs) -> None:
     )
     if beside := [name for name in (*NAMES, *labels_by_aspect(pairs.table)) if name in there]:
         echo(f"  kept beside the labels: {', '.join(beside)}")
+    if known := origin.reliability:
+        worst = ", ".join(f"{name} ({right:.0%} of {n:,})" for name, n, right in known["worst"][:3])
+        echo(f"  {known['annotators']:,} annotators weighed; right least often: {worst}")
     if origin.merged:
         echo(f"  merged   {origin.merged:>10,}  repeated pairs, labels averaged")
     for reason, count in origin.not_made.items():
@@ -238,7 +242,8 @@ def score_step(run: Run, pairs: Pairs) -> Scores:
 
 def load_scores(run: Run) -> Scores:
     """The scores of a run; tables that lie row by row with the pairs come without their ids."""
-    index, margin = _scores_index(run), pa.schema([*MARGIN, *SIGMAS])
+    index = _scores_index(run)
+    margin = pa.schema([*MARGIN, *SIGMAS, (BLIND, pa.float32())])
 
     def table(name: str | None, schema: pa.Schema, base: str) -> pa.Table | None:
         if name is None:
@@ -293,6 +298,7 @@ def select_step(
         columns, vectors = partial(_columns, run, pairs), partial(_embeddings, run, pairs)
         if pairs is None or scores is None:
             pairs, scores = _load_for_choice(run)
+        check_trust(pairs, scores, knobs, str(run.folder))
         origin = pairs.origin
         unreadable = _unreadable(run, columns, index["margins"].values())
         embedded = None if run.recipe.score.diversity == "none" else vectors

@@ -19,6 +19,7 @@ from fifa.console import echo, note
 from fifa.data.images import Images, has_pixels
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.scoring.arena import arena_rewards
 from fifa.scoring.encoders import keep_embeddings
 from fifa.scoring.judges.pairs import judge_images, judge_pairs
 from fifa.scoring.rewards import load_reward
@@ -26,7 +27,15 @@ from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.fit import crossfit_rewards
 from fifa.scoring.rewards.worker import runtime_of
 from fifa.scoring.specs import REWARDS, Spec
-from fifa.scoring.table import MARGIN, NUMERIC, SIGMAS, score_path, scored_once, source_columns
+from fifa.scoring.table import (
+    BLIND,
+    MARGIN,
+    NUMERIC,
+    SIGMAS,
+    score_path,
+    scored_once,
+    source_columns,
+)
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Executor, LocalPool
 
@@ -88,6 +97,8 @@ def margin_scores(
         ``proxy@clip:MODEL`` the same on both towers of that CLIP, ``proxy@ENCODER`` on another
         image encoder (`fifa.scoring.specs.IMAGE_ENCODERS`). ``proxy:FOLDER``: one that
         `fifa.scoring.rewards.fit.train_reward` wrote.
+
+        ``arena`` and ``arena:names``: from the generators' names (`fifa.scoring.arena`).
     folder
         Where scores are kept; None keeps nothing.
     compute, allow_download
@@ -112,6 +123,8 @@ def margin_scores(
     parsed = REWARDS.parse(spec)
     if parsed.is_column:
         return _column_rewards(pairs, parsed, folder)
+    if parsed.by_generator:
+        return arena_rewards(pairs, parsed, folder)
     if not allow_download and not has_pixels(pairs.table, pairs.origin):
         raise FifaError(
             f"the margin {spec!r} needs images, and the source only refers to them",
@@ -223,7 +236,9 @@ def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
     return scored_once(path, make, {"scorer": spec.text, "reading": reading})
 
 
-def pair_rewards(table: pa.Table, unit: str = Select.margin_unit) -> tuple[Numbers, Numbers]:
+def pair_rewards(
+    table: pa.Table, unit: str = Select.margin_unit, *, blind: bool = False
+) -> tuple[Numbers, Numbers]:
     """The rewards of both images of every pair, float32 [pairs] each, in the unit asked for.
 
     In the unit ``sigma``, of a reward model that says how sure it is, their difference is::
@@ -237,7 +252,12 @@ def pair_rewards(table: pa.Table, unit: str = Select.margin_unit) -> tuple[Numbe
         rewards stay as they are.
     unit
         ``reward`` or ``sigma``, as `fifa.config.Select.margin_unit`.
+    blind
+        Without what they know of the person's choice: `fifa.scoring.table.BLIND`.
     """
+    if blind and BLIND in table.column_names:
+        difference: Numbers = table[BLIND].to_numpy()
+        return difference, 0 * difference
     reward_0, reward_1, *sigmas = (
         table[name].to_numpy().astype(np.float32, copy=False)  # nulls are NaN
         for name in (*MARGIN.names[1:], *SIGMAS.names)

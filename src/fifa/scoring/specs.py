@@ -106,6 +106,11 @@ class Spec:
         return self.text.startswith(f"{self.name}-image:")
 
     @property
+    def by_generator(self) -> bool:
+        """True for what needs the generators' names and no images."""
+        return self.name in ("arena", "arena:names")
+
+    @property
     def trained_here(self) -> bool:
         """True for a proxy that is cross-fitted on the pairs it scores."""
         return self.name == "proxy" and not self.model
@@ -137,7 +142,7 @@ class Registry:
 
     @property
     def made(self) -> str:
-        """The forms that need no pairs: neither columns nor proxies that are trained here."""
+        """The forms that need no pairs: neither columns, nor labels to learn from."""
         return ", ".join(entry.form for entry in self.entries if entry.maker)
 
     def parse(self, text: str) -> Spec:
@@ -168,6 +173,8 @@ _LOGODDS = "log-odds that people prefer the image, calibrated on prompts held ou
 REWARDS = Registry(
     "reward model",
     Entry("column", takes=":NAME_0,NAME_1"),
+    Entry("arena", takes=""),
+    Entry("arena:names", takes=""),
     Entry("pickscore", _CLIP, "yuvalkirstain/PickScore_v1", f"exp(logit_scale) * {_COSINE}"),
     Entry("hpsv2", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
     Entry("hpsv2.1", _HPS, "xswu/HPSv2", _COSINE, family="hps"),

@@ -30,6 +30,8 @@ MARGIN = pa.schema(
 )
 # behind them, of a model that says how sure it is: the standard deviation of each reward
 SIGMAS = pa.schema([("sigma_0", pa.float32()), ("sigma_1", pa.float32())])
+# A further column of a scorer whose rewards know the person's choice: the difference without it
+BLIND = "blind"
 # flags: comma-joined names in alphabetical order, "" for none, null where the prompt was not rated
 QUALITY = pa.schema([("prompt_id", pa.string()), ("rating", pa.float32()), ("flags", pa.string())])
 DIVERSITY = pa.schema(

@@ -80,7 +80,8 @@ def gather_terms(pairs: Pairs, scores: Scores, knobs: Select) -> Terms:
     found: dict[str, npt.NDArray[np.generic]] = {}
     if scores.margins:
         label = _floats(pairs.table["label"])
-        result = committee(_rewards(pairs, scores, knobs.margin_unit), label)
+        rewards = aligned_rewards(pairs, scores, knobs.margin_unit)
+        result = committee(list(rewards.values()), label)
         found["margin"] = _finite(result.margin)
         found["signed_margin"] = _finite(result.signed_margin)
         found["agreement"] = result.agreement
@@ -129,11 +130,15 @@ def _check(scores: Scores, knobs: Select) -> None:
         )
 
 
-def _rewards(pairs: Pairs, scores: Scores, unit: str) -> list[tuple[Floats, Floats]]:
-    ids, found = pairs.table["pair_id"], []
-    for table in scores.margins.values():
-        columns = [name for name in table.column_names if name != "pair_id"]
-        found.append(pair_rewards(_aligned(table, "pair_id", ids, columns), unit))
+def aligned_rewards(
+    pairs: Pairs, scores: Scores, unit: str = Select.margin_unit, *, blind: bool = False
+) -> dict[str, tuple[Floats, Floats]]:
+    """By scorer: `fifa.scoring.margin.pair_rewards`, aligned by id."""
+    ids, found = pairs.table["pair_id"], {}
+    for name, table in scores.margins.items():
+        columns = [column for column in table.column_names if column != "pair_id"]
+        aligned = _aligned(table, "pair_id", ids, columns)
+        found[name] = pair_rewards(aligned, unit, blind=blind)
     return found
 
 

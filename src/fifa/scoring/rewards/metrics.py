@@ -306,7 +306,7 @@ class Agreement(NamedTuple):
     n: int
 
 
-def wilson(agreed: float, n: int) -> tuple[float, float]:
+def wilson(agreed: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share, after Wilson (1927); (NaN, NaN) for no pairs.
 
     Inside [0, 1] and honest for few pairs and for shares near 1, unlike the normal interval.
@@ -326,6 +326,39 @@ def wilson(agreed: float, n: int) -> tuple[float, float]:
     half = Z95 * float(np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)))
     scale = 1 + Z95**2 / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def clustered(right: Array, prompt: Array) -> Agreement:
+    """A share and its 95 % interval, where the pairs of one prompt are not independent.
+
+    Wilson's interval for as many independent pairs as would vary as much (Korn and Graubard 1998)::
+
+        V = G / (G - 1) * sum over prompts of (sum of (right - share) in it)^2 / n^2
+        n' = share (1 - share) / V, at most n; the number of prompts G where V is 0
+
+    Parameters
+    ----------
+    right
+        1, 0, or 1/2 for what is half right, [pairs].
+    prompt
+        The number of each pair's prompt, from 0, [pairs].
+    """
+    n = len(right)
+    if not n:
+        return Agreement(float("nan"), float("nan"), float("nan"), 0)
+    share = float(np.mean(right))
+    off, groups = np.bincount(prompt, right - share), int(np.count_nonzero(np.bincount(prompt)))
+    variance = groups / max(groups - 1, 1) * float(off @ off) / n**2
+    alike = variance < 1e-12 or groups == 1
+    independent = min(max(groups if alike else share * (1 - share) / variance, 1.0), float(n))
+    return Agreement(share, *wilson(share * independent, independent), n)
+
+
+def draw_rows(count: int, most: int) -> npt.NDArray[np.int64]:
+    """At most ``most`` of ``count`` rows, ascending, always the same ones."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
 def agreement(signed_margin: Array) -> Agreement:
