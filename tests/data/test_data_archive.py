@@ -7,6 +7,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +70,19 @@ def test_members_of_an_archive_beside_the_table(tmp_path: Path) -> None:
         b"A", b"B", "no such file in the archive", "no such file", b"a name with two colons",
         "the path leaves the data set's folder",
     ]  # fmt: skip
+
+
+def test_of_a_remote_archive_nothing_is_read_and_that_is_told(tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    archive = zipped(tmp_path / "in.zip", {"a.png": b"A"})
+    system.pipe("/far/in.zip", archive.read_bytes())
+    system.pipe("/far/set.csv", b"prompt,image_0,image_1,label\np,in.zip::a.png,b.png,1\n")
+    assert images_of(read_pairs("memory://far/set.csv")) == [
+        "a member of a remote archive, of which nothing is read: download it",
+        "no such file",
+    ]
+    with pytest.raises(FifaError, match=r"remote zip file nothing is read(.|\n)*download it"):
+        read_pairs("memory://far/in.zip")
 
 
 def test_what_is_made_to_fill_memory_or_cannot_be_read_is_told(

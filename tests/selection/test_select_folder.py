@@ -144,6 +144,9 @@ def test_a_pair_with_an_unreadable_image_gives_its_place_to_the_next(tmp_path):
     bad = pq.read_table(tmp_path / "unreadable.parquet").to_pylist()
     assert {(row["pair_id"], row["side"]) for row in bad} == {(names[i], 1) for i in best}
     assert all("no JPEG" in row["reason"] for row in bad)
+    save_run(tmp_path / "none", with_images(pairs, tmp_path, broken=set(range(100))), scores)
+    with pytest.raises(FifaError, match=r"images cannot be read; the first: .*no JPEG"):
+        select_folder(tmp_path / "none", knobs)
 
 
 def test_a_pair_of_one_image_in_two_formats_is_a_duplicate(tmp_path):

@@ -582,6 +582,8 @@ def _remote_bytes(root: Root, ref: str) -> bytes | BadImage:
     """A file by its path relative to a remote root, or a zip file, which no path leads out of."""
     if root.archive is not None:
         return _zipped(root.archive, ref)
+    if split(ref)[1]:
+        return BadImage("a member of a remote archive, of which nothing is read: download it")
     url = None if ref.startswith("/") else below(root.name(ref), [root.url])
     return _named_bytes(url) if url else BadImage("the path leaves the data set's folder")
 

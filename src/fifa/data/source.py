@@ -231,6 +231,9 @@ def find_files(source: str | Path) -> Source:
         raise FifaError("a source within a source is not read", where=named, do=do)
     if encodable(named) != named:
         raise FifaError("the source's name is no UTF-8", where=encodable(named), do="rename it")
+    if is_url(named) and named.lower().endswith(".zip"):
+        do = "download it, and name the file or its folder"
+        raise FifaError("of a remote zip file nothing is read", where=named, do=do)
     found = _find_remote(named) if is_url(named) else _find_local(named)
     if not found.files and not found.refused:
         unpack = f"{UNPACK}: " if named.lower().endswith(ARCHIVES) else ""

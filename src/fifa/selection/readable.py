@@ -16,6 +16,7 @@ from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
 from fifa.data.images import Door, Images
 from fifa.data.prefetch import decode_images
+from fifa.errors import FifaError
 from fifa.shards.files import read_table, write_table
 from fifa.shards.sealed import DamagedError
 
@@ -70,7 +71,17 @@ def select_readable(
             note(unreadable_pairs=len(unreadable["pair_id"].unique()))
             return selection
         ids = (table["pair_id"].unique().to_pylist() for table in (unreadable, bad.filter(same)))
-        selection = choose(*ids)
+        try:
+            selection = choose(*ids)
+        except FifaError as error:
+            if not len(unreadable):
+                raise
+            first = f"{unreadable['reason'][0]} (pair {unreadable['pair_id'][0]})"
+            raise FifaError(
+                f"{error.what}: {len(unreadable):,} images cannot be read; the first: {first}",
+                where=error.where,
+                do="check where the images are, and relax a gate if other pairs are to take part",
+            ) from error
 
 
 def _known(path: Path) -> pa.Table:
