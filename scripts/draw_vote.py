@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFilter
 from playwright.sync_api import Page, sync_playwright
 
+from fifa.run.folder import begin
 from fifa.shards.files import write_table
 
 OUT = Path(__file__).parents[1] / "docs" / "images" / "vote.png"
@@ -55,6 +56,7 @@ def take_pictures(link: str) -> None:
 
 
 def make_run(run: Path) -> None:
+    begin(run)
     rows = []
     for model in ("base", "fifa"):
         for i in range(24):
