@@ -392,9 +392,12 @@ class Trust(Knobs):
     margin
         A reward model, one of `fifa.scoring.specs.REWARDS.forms`. Several are also judged
         together, as a committee. Those of a RUN are its recipe's if not given.
+    limit
+        Measure on at most this many pairs, drawn at random, always the same ones.
     """
 
     margin: tuple[str, ...] = ()
+    limit: Count | None = None
     read: Read = Read()
     compute: Compute = Compute()
 

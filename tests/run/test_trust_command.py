@@ -73,6 +73,8 @@ def test_the_table_of_a_source_is_that_of_its_run(source, tmp_path):
     }
     assert next(group["name"] for group in found["groups"]["generator"]) == "gamma"
     assert len(found["groups"]["two generators"]) == 2 and len(found["same"]) == 3
+    some = json.loads(fifa("trust", run, "--limit", 90, "--json").stdout)["judges"][0]
+    assert (some["pairs"], len(some["parts"])) == (90, 4)
     text = fifa("trust", run).stdout
     for words in (
         "answers by position: right on 100 %",

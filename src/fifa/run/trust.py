@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fifa.config import Select, Trust
@@ -12,6 +13,7 @@ from fifa.reporting.trust import Trusted, judge_pairs
 from fifa.run.folder import STAMP, open_run
 from fifa.run.steps import echo_read
 from fifa.scoring import score
+from fifa.scoring.rewards.metrics import draw_rows
 
 
 def trust(knobs: Trust, *, scores: Path | None = None) -> Trusted:
@@ -44,6 +46,9 @@ def trust(knobs: Trust, *, scores: Path | None = None) -> Trusted:
         raise FifaError(
             "no margin to judge", do="name one with --margin, for example --margin pickscore"
         )
+    if knobs.limit and knobs.limit < len(pairs):
+        rows = draw_rows(len(pairs), knobs.limit)
+        pairs = replace(pairs, table=pairs.table.take(rows))
     made = score(
         pairs,
         margin,
