@@ -12,7 +12,6 @@ from fifa.data.table import Pairs
 from fifa.formatting import count, interval, number, percent, shorten, text_table
 from fifa.reporting import numbers
 from fifa.scoring.rewards.metrics import Agreement
-from fifa.scoring.specs import REWARDS
 from fifa.scoring.table import Scores
 from fifa.scoring.trust import USABLE, Trust, measure_trust, same_verdicts
 from fifa.selection.trusted import differences
@@ -126,19 +125,19 @@ def _notes(pairs: Pairs, scores: Scores, judge: Trust) -> list[str]:
             f"least often: {worst}."
         )
     for name in scores.margins:
-        spec = REWARDS.parse(name)
-        if spec.trained_here:
+        kind, _, model = name.partition(":")  # scores that somebody made may have any name
+        if kind.partition("@")[0] == "proxy" and (kind != "proxy" or not model):
             notes.append(
                 f"{name} was trained on these labels, but each pair is scored by a model that has "
                 "not seen its prompt (cross-fitting): its accuracy is honest."
             )
-        elif spec.by_generator:
+        elif kind == "arena":
             notes.append(
                 f"{name} is measured by its generators' names alone, with strengths from the votes "
                 "on other prompts: the person's own choice is left out here, and its margins are "
                 "gaps of strengths."
             )
-        elif spec.name == "proxy":
+        elif kind == "proxy":
             notes.append(
                 f"If {name} was trained on these labels, its accuracy here says nothing; --margin "
                 "proxy is cross-fitted."
