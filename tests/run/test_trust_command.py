@@ -52,8 +52,6 @@ def test_a_margin_near_chance_is_refused_before_anything_is_selected(source, tmp
     assert fifa(*asked, "--margin", "column:chance_0,chance_1", "--anyway").returncode == 0
     page = (run / "report.html").read_text()
     assert "Can this margin be trusted here?" in page and "near chance here" in page
-    good = [*asked[:-1], tmp_path / "good", "--margin", "column:good_0,good_1"]
-    assert "margin column:good_0,good_1: usable at every margin" in fifa(*good).stderr
 
 
 def test_the_table_of_a_source_is_that_of_its_run(source, tmp_path):

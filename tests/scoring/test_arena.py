@@ -129,10 +129,14 @@ def test_pairs_of_votes_without_any_order_are_near_chance(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(None, "which generator made"), ([f"g{i}" for i in range(600)], "600 names of generators")],
+    [
+        (None, "which generator made"),
+        ([f"g{i}" for i in range(600)], "600 names of generators"),
+        (["x"], "there is one prompt"),
+    ],
 )
 def test_names_that_are_none_are_refused(tmp_path, names, message):
-    n = 600
+    n = 600 if names is None else len(names)
     zero = np.arange(n)
     pairs = source(tmp_path, zero, (zero + 1) % n, np.ones(n), zero, names or ["x"] * n)
     if names is None:

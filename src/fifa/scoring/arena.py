@@ -245,6 +245,12 @@ def _crossfitted(
     image = pa.chunked_array(keys, pa.string()).dictionary_encode().unify_dictionaries()
     images = image.combine_chunks().indices.to_numpy().astype(np.int64).reshape(2, -1).T
     folds = min(Reward.folds, len(np.unique(prompt)))
+    if folds < 2:
+        raise FifaError(
+            "strengths come from votes on other prompts, and there is one prompt",
+            where=pairs.origin.source,
+            do="take another --margin",
+        )
     fold = prompt_folds(pairs.prompts["prompt_id"], prompt, images, folds=folds)[prompt]
     known = (zero >= 0) & (one >= 0) & ~np.isnan(label)
     gap = np.full(len(pairs), np.nan)
