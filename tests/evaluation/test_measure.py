@@ -154,6 +154,7 @@ def test_a_judge_with_a_wrong_answer_is_told(tmp_path):
         ("clipscore-b32", ["clipscore"], True),
         ("clipscore", ["column:clip_0,clip_1"], True),
         ("imagereward", ["column:imagereward_0,imagereward_1"], True),
+        ("hpsv3++", ["hpsv3"], True),
         ("pickscore", ["hpsv2.1", "proxy"], False),
         ("aesthetic", ["column:a_0,a_1"], False),
         ("pickscore", [], False),

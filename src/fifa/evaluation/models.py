@@ -341,8 +341,8 @@ def is_picked(spec: str, picked: Sequence[str]) -> bool:
     """Whether a scorer, or a close relative of it, is among those that picked the data.
 
     ``pickscore`` is the same model as ``pickscore:FOLDER`` and as the columns
-    ``column:pickscore_prob_0,pickscore_prob_1``; hpsv2 and hpsv2.1 are relatives; one proxy is
-    as good as another, for all are trained on the same feedback.
+    ``column:pickscore_prob_0,pickscore_prob_1``; hpsv2 and hpsv2.1 are relatives, and so
+    are hpsv3 and hpsv3++; one proxy is as good as another, for all learn from the same feedback.
     """
     family = _family(spec)
     return any(spec == other or _is_relative(family, other) for other in picked)

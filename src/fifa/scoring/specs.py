@@ -164,6 +164,7 @@ _AESTHETIC = "rewards.clip:AestheticReward"
 _HPSV3_PLUS = "rewards.hpsv3_plus:HPSv3Plus"
 _COSINE = "cos(prompt, image)"
 _TORCHMETRICS = f"max(100 * {_COSINE}, 0), as in torchmetrics"
+_THROUGH = f"exp(logit_scale) * {_COSINE}, the image as its prompt sees it under a condition"
 _HESSEL = "2.5 * max(cos('A photo depicts ' + prompt, image), 0), as in Hessel et al. 2021"
 _MU = "mu, the mean of the reward's distribution; sigma is the exponential of the second output"
 _STANDARD = "(r - 0.16717) / 1.03334: mean 0 and spread 1 on ImageReward's own data"
@@ -179,8 +180,9 @@ REWARDS = Registry(
     Entry("hpsv2", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
     Entry("hpsv2.1", _HPS, "xswu/HPSv2", _COSINE, family="hps"),
     Entry("hpsv3", "rewards.hpsv3:HPSv3", "MizzenAI/HPSv3", _MU, dtype="bfloat16"),
-    Entry("hpsv3++", _HPSV3_PLUS, "Junjun2333/HPSv3-PlusPlus", _MU, dtype="bfloat16"),
+    Entry("hpsv3++", _HPSV3_PLUS, "Junjun2333/HPSv3-PlusPlus", _MU, "hpsv3", "bfloat16"),
     Entry("imagereward", "rewards.imagereward:ImageReward", "THUDM/ImageReward", _STANDARD),
+    Entry("mps", "rewards.mps:MPS", "RE-N-Y/mpsv1", _THROUGH),
     Entry("clipscore", _CLIP, "openai/clip-vit-large-patch14", _TORCHMETRICS, family="clip"),
     Entry("clipscore-b32", _CLIP, "openai/clip-vit-base-patch32", _HESSEL, family="clip"),
     Entry("aesthetic", _AESTHETIC, "trl-lib/ddpo-aesthetic-predictor", _POINTS),

@@ -83,8 +83,8 @@ def write_clip_tokenizer(folder):
     return len(words)
 
 
-def write_clip(folder, *, projection=24, seed=0, image_size=224):
-    """A transformers CLIP with tokenizer, as on the hub."""
+def write_clip(folder, *, projection=24, seed=0, image_size=224, **both):
+    """A transformers CLIP with tokenizer, as on the hub; ``both`` are settings of both towers."""
     words = write_clip_tokenizer(folder)
     tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": projection}
     config = CLIPConfig(
@@ -97,6 +97,7 @@ def write_clip(folder, *, projection=24, seed=0, image_size=224):
             "eos_token_id": 2,
             "bos_token_id": words - 2,
             "pad_token_id": words - 1,
+            **both,
         },
         vision_config={
             **tower,
@@ -104,6 +105,7 @@ def write_clip(folder, *, projection=24, seed=0, image_size=224):
             "intermediate_size": 56,
             "image_size": image_size,
             "patch_size": 32,
+            **both,
         },
     )
     model = shake(CLIPModel(config), seed)

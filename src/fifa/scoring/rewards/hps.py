@@ -138,35 +138,58 @@ def convert_open_clip(
         for name, value in _renamed(key, tensor):
             out[name] = value.float().contiguous().clone()
     try:
-        width, _, patch, _ = tensors["visual.conv1.weight"].shape
-        context, text_width = tensors["positional_embedding"].shape
-        common = {
-            "hidden_act": "quick_gelu" if quick_gelu else "gelu",
-            "projection_dim": tensors["text_projection"].shape[1],
-        }
-        side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-        images, texts = weights.below(out, "vision_model.", "text_model.")
-        head_width = head_width or HEAD_WIDTHS.get(width, 64)
-        vision = weights.tower_shape(images, ".mlp.fc1.weight", head_width) | common
-        vision |= {"patch_size": patch, "image_size": patch * side}
-        text_head = text_width // text_heads if text_heads else 64
-        text = weights.tower_shape(texts, ".mlp.fc1.weight", text_head) | common
-        text |= {
-            "max_position_embeddings": context,
-            "vocab_size": len(tensors["token_embedding.weight"]),
-            # transformers' sign for open_clip's pooling: at the highest token id
-            "eos_token_id": 2,
-        }
+        config = clip_config(
+            out, head_width=head_width, text_heads=text_heads, quick_gelu=quick_gelu
+        )
     except (KeyError, ValueError) as error:
         raise FifaError(f"not the weights of an open_clip ViT: {error} is missing") from error
-    config = {
+    return config, out
+
+
+def clip_config(
+    tensors: dict[str, Any],
+    *,
+    head_width: int | None = None,
+    text_heads: int | None = None,
+    quick_gelu: bool = False,
+) -> dict[str, Any]:
+    """The config of a transformers `CLIPModel` of open_clip's shapes with these weights.
+
+    ``tensors`` as transformers names them, the rest as for `convert_open_clip`. Raises `KeyError`
+    or `ValueError` where they are not those of such a model.
+    """
+    width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
+    context, text_width = tensors["text_model.embeddings.position_embedding.weight"].shape
+    side = round((len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
+    images, texts = weights.below(tensors, "vision_model.", "text_model.")
+    text_head = text_width // text_heads if text_heads else 64
+    common = {
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+        "projection_dim": len(tensors["text_projection.weight"]),
+    }
+    return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": common["projection_dim"],
-        "vision_config": {"model_type": "clip_vision_model", **vision},
-        "text_config": {"model_type": "clip_text_model", **text},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **weights.tower_shape(
+                images, ".mlp.fc1.weight", head_width or HEAD_WIDTHS.get(width, 64)
+            ),
+            **common,
+            "patch_size": patch,
+            "image_size": patch * side,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            **weights.tower_shape(texts, ".mlp.fc1.weight", text_head),
+            **common,
+            "max_position_embeddings": context,
+            "vocab_size": len(tensors["text_model.embeddings.token_embedding.weight"]),
+            # transformers' sign for open_clip's pooling: at the highest token id
+            "eos_token_id": 2,
+        },
     }
-    return config, out
 
 
 def _renamed(key: str, tensor: Any) -> list[tuple[str, Any]]:

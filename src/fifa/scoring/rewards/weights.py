@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_folder
-from fifa.models.networks import named_keys
+from fifa.models.networks import named_keys, working
 from fifa.models.optional import require
 from fifa.models.runtime import Tensor
 
@@ -69,25 +69,42 @@ def companion_folder(
     return model_folder(model, patterns)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+class Shell:
+    """Stands for a class or function that a checkpoint names: it does nothing with what it gets."""
+
+    def __new__(cls, *arguments: object) -> Shell:
+        """An empty one; unpickling puts attributes into it."""
+        return object.__new__(cls)
+
+
+def read_weights(path: Path, *, whole: bool = False) -> dict[str, Tensor]:
     """The tensors in a safetensors file or a torch checkpoint (``weights_only``, memory-mapped).
 
-    A checkpoint that holds them under ``state_dict`` or ``model`` is unwrapped. Raises
-    `FifaError` for a file that is damaged or holds anything but tensors and plain values.
+    A checkpoint that holds them under ``state_dict`` or ``model`` is unwrapped.
+
+    Parameters
+    ----------
+    path
+        The file.
+    whole
+        The checkpoint may be a whole module that was pickled with its classes: none of them is
+        imported and no code of the file is run, each is read as a `Shell`.
+
+    Raises
+    ------
+    FifaError
+        For a file that is damaged or holds anything but tensors and plain values.
     """
     torch = require("torch")
-    try:
+    with working("cannot read the weights", path):
         if path.suffix == ".safetensors":
             loaded: Any = require("safetensors.torch").load_file(path)
         else:
             mappable = zipfile.is_zipfile(path)  # torch's format before 2020 is not
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:
-        damaged = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
-        if not isinstance(error, damaged) and type(error).__name__ != "SafetensorError":
-            raise
-        brief = str(error).partition("\n")[0]
-        raise FifaError(f"cannot read the weights: {brief}", where=str(path)) from error
+            with _shells(path) if whole else nullcontext():
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        if isinstance(loaded, Shell):
+            loaded = _state_of(loaded)
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -95,6 +112,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise FifaError("no tensors in the file", where=str(path))
     return tensors
+
+
+def _shells(path: Path) -> AbstractContextManager[None]:
+    """The context in which ``weights_only`` takes every name in a checkpoint for a `Shell`."""
+    serialization = require("torch").serialization
+    names = serialization.get_unsafe_globals_in_checkpoint(path)
+    context: AbstractContextManager[None] = serialization.safe_globals([(Shell, n) for n in names])
+    return context
+
+
+def _state_of(module: Shell) -> dict[str, Any]:
+    """The state dict of a module of which only the attributes are there."""
+    found: dict[str, Any] = {}
+    waiting, seen = [("", module)], {id(module)}
+    while waiting:
+        prefix, module = waiting.pop()
+        own = vars(module)
+        lasting = {**own["_parameters"], **own["_buffers"]}
+        for name in own.get("_non_persistent_buffers_set", ()):
+            lasting.pop(name)
+        found |= {prefix + name: tensor for name, tensor in lasting.items()}
+        for name, part in own["_modules"].items():
+            if isinstance(part, Shell) and id(part) not in seen:
+                seen.add(id(part))
+                waiting.append((f"{prefix}{name}.", part))
+    return found
 
 
 def below(tensors: dict[str, Any], *prefixes: str) -> list[dict[str, Any]]:
