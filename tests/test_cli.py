@@ -114,6 +114,9 @@ def test_selecting_again_needs_no_scorer(shipped, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "kept 50 of" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (run / "scores").iterdir()} == before
+    there = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert "no generator is named" in failed("select", run, "--generators", "nobody", "--keep", "7")
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == there
 
 
 def test_a_dry_run_writes_nothing(shipped, tmp_path):

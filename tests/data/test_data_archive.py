@@ -39,6 +39,9 @@ def test_a_zip_file_is_a_source_with_its_images(tmp_path: Path) -> None:
     images = {f"set/x/{i}.png": b"picture %d" % i for i in range(3)}
     pairs = read_pairs(zipped(tmp_path / "set.zip", files | images | {"3.png": b"outside"}))
     assert pairs.table["label"].to_pylist() == [1.0, 0.0]
+    rows = rows.replace("x/", "")  # in a folder of its own, as beside a table that is no member
+    again = read_pairs(zipped(tmp_path / "a.zip", images | {"set/x.csv": rows.encode()}))
+    assert images_of(again)[:2] == [b"picture 0", b"picture 1"]
     assert has_pixels(pairs.table, pairs.origin)
     gone = "no such file in the archive"
     assert images_of(pairs) == [b"picture 0", b"picture 1", b"picture 2", gone]

@@ -27,9 +27,9 @@ def png(i: int) -> bytes:
     return out.getvalue()
 
 
-def images_of(path: Path) -> list[object]:
+def images_of(path: Path, columns: dict[str, str] | None = None) -> list[object]:
     """The bytes behind every slot of the pairs, as numbers of the pictures where they are known."""
-    pairs = read_pairs(path)
+    pairs = read_pairs(path, columns=columns)
     assert pairs.table["row"].to_pylist() == list(range(N))
     number = {png(i): i for i in range(2 * N)}
     found = dict(read(pair_images(pairs.table, pairs.origin)))
@@ -95,6 +95,45 @@ def test_every_arrow_type_of_bytes(tmp_path: Path, kind: pa.DataType) -> None:
     assert images_of(tmp_path) == list(range(2 * N))
 
 
+LISTS = [
+    pa.list_(pa.binary()),
+    pa.large_list(pa.large_binary()),
+    pa.list_(STRUCT),
+    pa.list_(STRUCT, 2),
+    pa.list_(pa.string()),
+]
+
+
+def test_an_item_of_a_list_is_an_image_and_so_is_the_only_one(folder: Path) -> None:
+    """Named as ``images.0``; a list of several is none."""
+
+    def item(slot: int, kind: pa.DataType) -> object:
+        if pa.types.is_string(kind):
+            return f"images/{slot // 2}_{slot % 2}.png"
+        return {"bytes": png(slot), "path": "x"} if pa.types.is_struct(kind) else png(slot)
+
+    columns = {"image_0": "images.0", "image_1": "images.1"}
+    for kind in LISTS:
+        both = [[item(2 * i, kind.value_type), item(2 * i + 1, kind.value_type)] for i in range(N)]
+        table = {"prompt": [f"p{i}" for i in range(N)], "label": [1.0] * N}
+        pq.write_table(pa.table(table | {"images": pa.array(both, kind)}), folder / "a.parquet")
+        assert images_of(folder, columns) == list(range(2 * N)), kind
+        if pa.types.is_fixed_size_list(kind):
+            continue
+        write(folder / "a.parquet", [pa.array([[own[s]] for own in both], kind) for s in (0, 1)])
+        assert images_of(folder) == list(range(2 * N)), kind
+    write(folder / "a.parquet", [pa.array([[png(0), png(1)]] * N), pa.array([[png(1)]] * N)])
+    one, *_ = images_of(folder)
+    assert "several images: name one of the list" in str(one)
+    lines = [
+        {"prompt": f"p{i}", "label": 1, "images": [f"images/{i}_0.png", f"images/{i}_1.png"]}
+        for i in range(N)
+    ]
+    (folder / "a.parquet").unlink()
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert images_of(folder, columns) == list(range(2 * N))
+
+
 @pytest.mark.parametrize("there", [(0, 1, 2, 3), (0, 2), ()])
 def test_a_file_without_statistics_has_bytes_or_paths_by_row(
     folder: Path, there: tuple[int]
@@ -129,7 +168,7 @@ def test_base64_and_paths_in_one_column(folder: Path, kind: pa.DataType | None) 
 
 
 @pytest.mark.parametrize(
-    "cell", [[b"x"], [1, 2], 7, 0.5, True, [{"bytes": b"x", "path": None}], [[0] * 3]]
+    "cell", [[1, 2], 7, 0.5, True, [{"data": b"x", "path": None}], [[0] * 3], [[b"x"]]]
 )
 def test_what_is_no_image_is_named_by_its_type(tmp_path: Path, cell: object) -> None:
     write(tmp_path / "a.parquet", [pa.array([cell] * N), struct(1, {0})])

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fifa import read_pairs
+from fifa.data.explain import explained
 from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.table import PAIRS, load_pairs, save_pairs
 from fifa.errors import FifaError
@@ -243,6 +244,8 @@ def test_rankings_and_nested_pairs_keep_the_names_they_have(tmp_path, row, names
         write(tmp_path / "rows.jsonl", [row, other])
     pairs = read_pairs(tmp_path)
     assert [name for name in pairs.table.column_names if name in NAMES] == list(names)
+    beside = ", ".join(f"{name} {value}" for name, value in names.items())
+    assert explained(pairs).count(f"\n  beside  {beside}") == 2
     assert rows_of(pairs, *names) == [tuple(names.values())] * 2
 
 

@@ -92,6 +92,9 @@ EXAMPLES = [
     Example("EvalMuse", "evalmuse", [P | {"prompt_id": "1", "type": "real", "img_path": name,
         "total_score": scores, "element_score": {}} for name, scores in RATED],
         {("a", "b"): 1.0, ("b", "c"): 0.0}),
+    Example("LAION aesthetic", "laion", [{"TEXT": "a red fox", "URL": f"https://h.org/{name}",
+        "aesthetic": score, "hash": 1} for name, score in (("a", 7.5), ("b", 8))],
+        {("https://h.org/a", "https://h.org/b"): 0.0}),
     Example("arena", "winner", [P | SEEN | {"image_a": f"{i}a.jpg", "image_b": f"{i}b.jpg",
         "winner": vote} for i, vote in enumerate(["model_a", "model_b", "tie", "tie (bothbad)"])],
         {(f"{i}a.jpg", f"{i}b.jpg"): label for i, label in enumerate([1.0, 0.0, 0.5, 0.5])}),
@@ -102,6 +105,10 @@ EXAMPLES = [
         "winner": "image_2"}], {("a", "b"): 0.0}),
     Example("TRL", "chosen-rejected", [P | {"chosen": "a.jpg", "rejected": "b.jpg"}],
         {("a.jpg", "b.jpg"): 1.0}),
+    Example("TRL's images", "trl", [C | {"images": ["a.jpg", "b.jpg"], "label_0": 0.0,
+        "prompt": [{"role": "user", "content": "?"}], "chosen": [{"role": "assistant",
+        "content": "Image 2"}], "rejected": [{"role": "assistant", "content": "Image 1"}]}],
+        {("a.jpg", "b.jpg"): 0.0}),
     Example("VeRL-Omni", "win-lose", [P | {"img_win": "a.jpg", "img_lose": "b.jpg",
         "win_score": 3.5, "lose_score": -2.0}], {("a.jpg", "b.jpg"): 1.0}),
     Example("KTO", "kto", [P | {"image": name, "label": good}
@@ -166,7 +173,7 @@ def test_explain_needs_no_run_and_says_what_was_left(tmp_path: Path) -> None:
     ]
     told = fifa("read", table(tmp_path / "a.jsonl", rows), "--explain").stdout
     assert "format    winner, by prompt, winner, image_a, image_b\n" in told
-    assert "kept      clip\nignored   note\n" in told
+    assert "kept      clip\nignored   note\nimages    not with the source: there is no " in told
     assert "  label   image_0 wins with 75%, votes: 2\n" in told
     assert "pairs     1 of 3 rows, 1 merged\nrejected  1: image 1 is missing\n" in told
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
@@ -380,6 +387,35 @@ def test_two_folders_of_equal_file_names(tmp_path: Path) -> None:
     assert read_pairs(tmp_path).origin.fingerprint != before
 
 
+def test_folders_with_a_trainers_settings_beside_them(tmp_path: Path) -> None:
+    for folder in ("Win", "lose"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(b"x")
+        (tmp_path / folder / "1.txt").write_text("a red fox")
+    for name in ("concepts.json", "multidatabackend.json"):
+        (tmp_path / name).write_text('[{"name": "win", "path": "win"}]')
+    assert labels(read_pairs(tmp_path))["Win/1.png", "lose/1.png"] == 1.0
+    table(tmp_path / "metadata.jsonl", [P | {"chosen": "a", "rejected": "b"}])
+    assert labels(read_pairs(tmp_path))["a", "b"] == 1.0  # a table counts
+
+
+def test_texts_about_images_are_no_images(tmp_path: Path) -> None:
+    rows = [P | {"images": ["a.jpg"], "chosen": "A fox.", "rejected": "A dog."}]
+    with pytest.raises(FifaError, match="TRL's answers about images: they say which text"):
+        read_pairs(table(tmp_path / "a.jsonl", rows))
+
+
+def test_one_object_is_records_by_their_ids_or_columns_of_pandas(tmp_path: Path) -> None:
+    rows = [P | {"chosen": f"{i}a", "rejected": f"{i}b"} for i in range(3)]
+    columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
+    for whole in (columns, {f"id {i}": row for i, row in enumerate(rows)}):
+        (tmp_path / "a.json").write_text(json.dumps(whole))
+        assert len(read_pairs(tmp_path)) == 3
+    (tmp_path / "a.json").unlink()
+    (tmp_path / "a.csv").write_text("prompt, chosen, rejected\na red fox, a.png, b.png\n")
+    assert labels(read_pairs(tmp_path))["a.png", "b.png"] == 1.0
+
+
 def test_an_image_folder_of_datasets(tmp_path: Path) -> None:
     (tmp_path / "chosen").mkdir()
     (tmp_path / "chosen" / "1.png").write_bytes(b"x")
@@ -398,6 +434,15 @@ def test_an_image_folder_of_datasets(tmp_path: Path) -> None:
     table(tmp_path / "metadata.jsonl", rows)
     own = read_pairs(tmp_path / "metadata.jsonl", columns=columns | {"prompt": "text"})
     assert len(own) == 1  # named as they are in the file
+    rows = [P | {"file_name": name, "aesthetic": score} for name, score in SCORES.items()]
+    table(tmp_path / "metadata.jsonl", rows)
+    (tmp_path / "metadata.csv").unlink()
+    with pytest.raises(FifaError) as error:
+        read_pairs(tmp_path)
+    option = "prompt=prompt,image=image,score=aesthetic"  # what is told works
+    assert f"--columns {option} " in str(error.value)
+    for said in (option, option.replace("=image,", "=file_name,")):
+        assert len(read_pairs(tmp_path, columns=dict(p.split("=") for p in said.split(",")))) == 6
 
 
 def test_votes_named_by_files_are_those_of_either_image_or_of_none(tmp_path: Path) -> None:

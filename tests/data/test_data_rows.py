@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +51,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("hpdv2", {"prompt": "p", "image_left_id": "a", "image_right_id": "b", "pref": -1}),
     ("winner", {"prompt": "p", "image_a": "a", "image_b": "b", "winner": "model_a"}),
     ("win-lose", {"prompt": "p", "img_win": "a", "img_lose": "b", "win_score": 2.5}),
+    ("trl", {"caption": "p", "images": ["a", "b"], "label_0": 1, "chosen": "x", "rejected": "y"}),
     (
         "mmrb2",
         {"prompt_content": [["text", "p"]], "human_annotations": [5, 1, 4], "chosen": "A"}
@@ -79,7 +81,9 @@ IMAGES: list[tuple[str, str, dict[str, Any]]] = [
         {"prompt_id": "x", "prompt": "p", "total_score": [4, 5], "img_path": "a"},
     ),
     ("kto", "image", {"prompt": "p", "label": True, "image": "a"}),
+    ("laion", "URL", {"TEXT": "p", "AESTHETIC_SCORE": 5.5, "URL": "a"}),
 ]
+MORE = {"kto": {"label": False}, "evalmuse": {"total_score": [1, 1]}}  # of a second image
 NUMBERS = [0, 1, 2.5, -1, float("nan"), float("inf"), True, 10**400, None, [1, 0], {"rank": [1]}]
 TEXTS = ["", " ", "\x1c", "\u3000", "b", "1", "\ud800", "a" * 5000, "p" * 100_001, "draft", [], {}]
 NAMES = [
@@ -101,9 +105,33 @@ def rows_of(row: dict[str, Any]) -> st.SearchStrategy[list[Rows]]:
     return st.lists(st.lists(some.map(lambda o: row | o), max_size=6), min_size=1, max_size=3)
 
 
+KINDS = ["jsonl", "parquet", "csv", "metadata"]
+FILES_OF = re.compile(r"(left_|right_)?image|(image|path|jpg|img)_?\w|image_(left|right)_id|chosen")
+
+
+def metadata(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as an imagefolder names its columns of images."""
+    names = {name: f"{name}_file_name" for name in row if FILES_OF.fullmatch(name)}
+    return {({"image": "file_name"} | names).get(name, name): row[name] for name in row}
+
+
 def write(folder: Path, files: list[Rows], kind: str) -> None:
-    """As JSON lines, Parquet or CSV; the first where the rows' types are none of a table's."""
+    """As one of `KINDS`; JSON lines where the rows' types are none of a table's.
+
+    Nested values are JSON in the cells of CSV; ``metadata`` is an imagefolder.
+    """
     for i, rows in enumerate(files):
+        if kind == "metadata":
+            (folder / f"{i}").mkdir()
+            lines = (json.dumps(metadata(row)) + "\n" for row in rows)
+            (folder / f"{i}" / "metadata.jsonl").write_text("".join(lines))
+            continue
+        if kind == "csv":
+            nested = (list, dict)
+            rows = [
+                {k: json.dumps(v) if isinstance(v, nested) else v for k, v in row.items()}
+                for row in rows
+            ]
         try:
             if kind == "parquet":
                 pq.write_table(pa.Table.from_pylist(rows), folder / f"{i}.parquet")
@@ -136,6 +164,16 @@ def read(files: list[Rows], kind: str, name: str | None = None) -> Pairs | None:
             return None
 
 
+def test_every_kind_of_file_has_its_pairs() -> None:
+    """So that no property below holds because nothing was read."""
+    images = [(name, [row, row | {image: "b"} | MORE.get(name, {})]) for name, image, row in IMAGES]
+    for name, rows in [*((name, [row]) for name, row in (*LAYOUTS, *RANKINGS)), *images]:
+        for kind in KINDS:
+            pairs = read([rows], kind, name)
+            assert pairs is not None, (name, kind)
+            assert len(pairs) == (3 if ["a", "b", "c"] in rows[0].values() else 1), (name, kind)
+
+
 def test_no_format_is_left_out() -> None:
     tried = {name for name, _ in (*LAYOUTS, *RANKINGS)} | {name for name, *_ in IMAGES}
     assert tried == set(FORMATS)
@@ -143,7 +181,7 @@ def test_no_format_is_left_out() -> None:
 
 @pytest.mark.parametrize(("name", "row"), LAYOUTS)
 @settings(max_examples=12, derandomize=True)
-@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+@given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_rows_are_pairs_merged_or_rejected(name: str, row: dict[str, Any], kind, data) -> None:
     files = data.draw(rows_of(row))
     pairs = read(files, kind, name)
@@ -181,18 +219,20 @@ def test_rows_are_rankings_or_rejected(name: str, row: dict[str, Any], kind, dat
 
 def exchanged(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its two images in each other's place."""
-    out = {**row, "images": exchanged(row["images"])} if "images" in row else dict(row)
+    nested = isinstance(row.get("images"), dict)
+    out = {**row, "images": exchanged(row["images"])} if nested else dict(row)
     for one, two in EXCHANGED:
         if one in row and two in row:
             out[one], out[two] = row[two], row[one]
-    if "file_path" in row:
-        out["file_path"] = row["file_path"][::-1]
+    for name in ("file_path", "images"):
+        if isinstance(row.get(name), list):
+            out[name] = row[name][::-1]
     return out
 
 
 @pytest.mark.parametrize(("name", "row"), LAYOUTS)
 @settings(max_examples=12, derandomize=True)
-@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+@given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_swapping_the_sides_swaps_the_labels_and_nothing_else(
     name: str, row: dict[str, Any], kind: str, data: st.DataObject
 ) -> None:
@@ -218,7 +258,7 @@ def test_swapping_the_sides_swaps_the_labels_and_nothing_else(
 
 @pytest.mark.parametrize(("name", "image", "row"), IMAGES)
 @settings(max_examples=20, derandomize=True)
-@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "csv"]))
+@given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_images_are_in_a_ranking_or_rejected(
     name: str, image: str, row: dict[str, Any], kind: str, data: st.DataObject
 ) -> None:
@@ -239,6 +279,7 @@ def test_images_are_in_a_ranking_or_rejected(
     assert set(rejected.values()) <= {1}
     if any(number is None for _, number in rejected):
         return
+    assert all(0 <= label <= 1 for label in pairs.table["label"].to_pylist())
     groups: dict[str, set[str]] = {}
     for one in pairs.table.to_pylist():
         # of one place: the file and row of a ranking's first image
@@ -248,3 +289,56 @@ def test_images_are_in_a_ranking_or_rejected(
         return
     assert sum(map(len, groups.values())) + len(pairs.rejected) == sum(map(len, files))
     assert len(pairs) == sum(len(own) * (len(own) - 1) // 2 for own in groups.values())
+
+
+@pytest.mark.parametrize(("name", "image", "row"), IMAGES)
+def test_the_order_of_the_images_decides_nothing(
+    name: str, image: str, row: dict[str, Any]
+) -> None:
+    prompt, number = ("TEXT" if "TEXT" in row else "prompt"), [*row][-2]
+    ranks = {"a": [1, 4, True, 5.5], "b": [2, 3, False, 4.5], "c": [3, 2, False, 3.5]}
+    which = [one[0] for one in IMAGES].index(name)
+    rows = [row | {image: key, prompt: "P", number: values[which]} for key, values in ranks.items()]
+    tables = [
+        pairs.table for order in (rows, rows[::-1]) if (pairs := read([order], "jsonl", name))
+    ]
+    there, back = (
+        sorted(table.select(["pair_id", "image_0", "image_1", "label"]).to_pylist(), key=str)
+        for table in tables
+    )
+    assert there == back
+    assert len(there) == (2 if name == "kto" else 3)
+    better = {row[f"image_{1 - round(row['label'])}"] for row in there}
+    assert "c" not in better and "a" in better
+
+
+@settings(max_examples=20, derandomize=True)
+@given(
+    names=st.lists(st.tuples(st.sampled_from("abcd"), st.booleans(), st.booleans()), max_size=6),
+    sides=st.sampled_from([("chosen", "rejected"), ("Win", "lose")]),
+)
+def test_names_of_two_folders_are_pairs_or_rejected(
+    names: list[tuple[str, bool, bool]], sides: tuple[str, str]
+) -> None:
+    """Each name is one row; the folders the other way round are the other labels."""
+    found: list[dict[str, tuple[str, str, float]]] = []
+    for order in (sides, sides[::-1]):
+        with TemporaryDirectory() as folder:
+            for side in order:
+                (Path(folder) / side).mkdir()
+            for name, *there in names:
+                for side, is_there in zip(order, there, strict=True):
+                    if is_there:
+                        (Path(folder) / side / f"{name}.png").touch()
+                        (Path(folder) / side / f"{name}.txt").write_text(f"of {name}")
+            try:
+                pairs = read_pairs(folder)
+            except FifaError:
+                found.append({})
+                continue
+        rows = {name for name, *there in names if any(there)}
+        assert pairs.origin.rows == len(rows) == len(pairs) + len(pairs.rejected)
+        table = pairs.table.to_pylist()
+        assert all(row[f"image_{int(row['label'] == 0)}"].startswith(sides[0]) for row in table)
+        found.append({row["prompt"]: row["row"] for row in table})
+    assert found[0].keys() == found[1].keys()

@@ -222,6 +222,21 @@ def test_simpletuner_pairs_the_folders_and_new_pairs_get_new_caches(selected, tm
     assert not set(ids[0]) & set(ids[1])
 
 
+@pytest.mark.parametrize("to", [name for name in WITH_PIXELS if name != "flow-factory"])
+def test_what_goes_to_a_trainer_is_read_again(selected, wanted, tmp_path, to):
+    """Without options, and nothing of the folder is taken for a table that it is not."""
+    write(selected, tmp_path / "out", to)
+    pairs = read_pairs(tmp_path / "out")
+    assert len(pairs) == 5
+    assert not len(pairs.rejected)
+    images = dict(read(pair_images(pairs.table, pairs.origin)))
+    prompts = {" ".join(prompt.split()): found for prompt, found in wanted.items()}
+    for i, row in enumerate(pairs.table.to_pylist()):
+        sides = (images[2 * i], images[2 * i + 1])
+        better = sides if row["label"] > 0.5 else sides[::-1]
+        assert better == prompts[" ".join(row["prompt"].split())]
+
+
 def test_onetrainer_is_given_the_winners_only(selected, tmp_path):
     write(selected, tmp_path / "out", "onetrainer")
     concepts = json.loads((tmp_path / "out/concepts.json").read_text())

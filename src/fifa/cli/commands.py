@@ -99,11 +99,11 @@ def select_command(run: str, **options: Any) -> None:
 
     Another number of pairs or other weights take seconds, because nothing is scored again.
     """
-    from fifa.run.folder import open_run, revised
+    from fifa.run.folder import open_run, revised, unless_refused
     from fifa.run.steps import select_step
     from fifa.shards.lock import only_writer
 
-    with only_writer(open_run(run).folder):
+    with only_writer(open_run(run).folder), unless_refused(open_run(run).folder):
         opened = open_run(run)  # as nobody changes it any more
         select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
     click.echo(opened.folder / "selection.parquet")

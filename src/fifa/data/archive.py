@@ -30,6 +30,11 @@ def listed(archive: Path) -> list[zipfile.ZipInfo]:
     return [member for member in _opened(archive).infolist() if not member.is_dir()]
 
 
+def has_member(archive: Path, name: str) -> bool:
+    """True if a file that can be opened has a member of that name."""
+    return name in _opened(archive).NameToInfo
+
+
 def member_bytes(archive: Path, name: str, most: int) -> bytes:
     """A member of at most ``most`` bytes.
 

@@ -62,7 +62,7 @@ class ParquetColumns:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
         table = read_columns(
             self._source,
-            [*names, *self.beside],
+            [whole_list(name) for name in (*names, *self.beside)],
             self.file,
             metadata=self._metadata,
             as_dictionary=prompt if prompt and self._plain(prompt) else None,
@@ -140,10 +140,12 @@ class ParquetColumns:
                     where=self.file,
                     do="write the images' files (such as JPEG or PNG) as bytes, or their paths",
                 )
-            return "struct" if "path" in fields else "cell"
+            return "struct" if "path" in fields and whole_list(name) == name else "cell"
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        item = kind.value_type if _is_list(kind) else kind
         binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-        if any(is_binary(kind) for is_binary in binary):
+        structs = pa.types.is_struct(item) and item.get_field_index("bytes") >= 0
+        if structs or any(is_binary(item) for is_binary in binary):
             return "cell"
         if self._is_written_out(name, kind):
             return "written"
@@ -220,9 +222,10 @@ class ParquetColumns:
 
         From the row groups' null counts; where a file has none, the bytes are assumed.
         """
-        leaf = self._leaves.get(name, self._leaves.get(f"{name}.bytes"))
-        if leaf is None:
+        leaves = bytes_leaves(self._leaves, name)
+        if not leaves:
             return False
+        leaf = self._leaves[leaves[0]]
         for group in range(self._metadata.num_row_groups):
             column = self._metadata.row_group(group).column(leaf)
             counts = column.statistics
@@ -254,12 +257,15 @@ class ParquetColumns:
         top, *rest = name.split(".")
         kind = self._schema.field(top).type
         for part in rest:
-            kind = kind.field(part).type
+            kind = kind.value_type if _is_list(kind) else kind.field(part).type
         return kind
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if name in self._loaded:
             return self._loaded[name]
+        if whole_list(name) != name:
+            values = self._column(whole_list(name)).to_pylist()
+            return pa.chunked_array([pa.array([inner(v, name.rpartition(".")[2]) for v in values])])
         top, *rest = name.split(".")
         return pc.struct_field(self._loaded[top], rest)
 
@@ -319,7 +325,7 @@ class RecordColumns:
         top, *rest = name.split(".")
         values = self._columns[top]
         for part in rest:
-            values = [value.get(part) if isinstance(value, dict) else None for value in values]
+            values = [inner(value, part) for value in values]
         return values
 
     def image(self, name: str) -> str:
@@ -400,6 +406,25 @@ def _is_text(kind: pa.DataType) -> bool:
 def _is_list(kind: pa.DataType) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_list(kind) for is_list in lists)
+
+
+def whole_list(name: str) -> str:
+    """``images`` for ``images.0``; every other name as it is."""
+    return re.sub(r"\.[0-9]$", "", name)
+
+
+def bytes_leaves(paths: Iterable[str], name: str) -> list[str]:
+    """Of a Parquet file's leaves that of a column's bytes: itself, a struct's, or in a list."""
+    form = re.compile(re.escape(whole_list(name)) + r"(\.list\.(element|item))?(\.bytes)?")
+    return [path for path in paths if form.fullmatch(path)]
+
+
+def inner(value: Any, part: str) -> Any:
+    """A field of an object or an item of a list, which may be JSON; None where there is none."""
+    value = _unwritten(value)
+    if isinstance(value, list) and part.isdigit():
+        return value[int(part)] if len(value) > int(part) else None
+    return value.get(part) if isinstance(value, dict) else None
 
 
 def parsed(columns: Columns, name: str) -> list[Any]:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fifa.data.images import where_images
+from fifa.data.names import NAMES, label_columns
 from fifa.data.table import Pairs
 
 ROWS = 3
@@ -23,6 +25,7 @@ def explained(pairs: Pairs) -> str:
     kept = ", ".join(origin.score_columns)
     lines.append(f"kept      {kept or 'no other column'}")
     lines.append(f"ignored   {', '.join(origin.ignored) or 'no column'}")
+    lines.append(f"images    {where_images(pairs.table, origin)}")
     for row in pairs.table.slice(0, ROWS).to_pylist():
         lines += _row(row)
     rejected = Counter(pairs.rejected["reason"].to_pylist())
@@ -38,12 +41,16 @@ def _row(row: dict[str, Any]) -> list[str]:
     wins = "a tie" if label == 0.5 else f"image_{int(label < 0.5)} wins"
     share = "" if label in (0.0, 0.5, 1.0) else f" with {max(label, 1 - label):.0%}"
     side = ", the source's second image is image_0" if row["swapped"] else ""
-    return [
+    names = [name for name in (*NAMES, *label_columns(row)) if row.get(name) is not None]
+    lines = [
         f"row       {row['file']}, row {row['row']}: {_cut(row['prompt'])}",
         f"  image_0 {_cut(row['image_0'])}",
         f"  image_1 {_cut(row['image_1'])}",
         f"  label   {wins}{share}, votes: {row['votes']}{side}",
     ]
+    values = [f"{value:.2g}" if isinstance(value := row[n], float) else value for n in names]
+    beside = _cut(", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True)))
+    return [*lines, f"  beside  {beside}"] if beside else lines
 
 
 def _counted(word: str, counts: Mapping[str, int]) -> list[str]:

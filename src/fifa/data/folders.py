@@ -9,14 +9,17 @@ from fifa.data.records import Records
 from fifa.shards.files import digest
 
 SIDES = (("chosen", "rejected"), ("win", "lose"), ("winner", "loser"), ("preferred", "rejected"))
+# What trainers keep beside such folders, which is no table: OneTrainer's and SimpleTuner's
+SETTINGS = ("concepts.json", "multidatabackend.json")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_TEXT = 1 << 20  # bytes of a caption's file
 
 
 def find_sides(root: Path) -> tuple[str, str] | None:
     """The names of the two folders below ``root``; None where it has no such pair."""
-    names = {path.name for path in root.iterdir() if path.is_dir() and not path.is_symlink()}
-    return next((sides for sides in SIDES if names >= set(sides)), None)
+    folders = (path.name for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    names = {name.lower(): name for name in folders}
+    return next(((names[a], names[b]) for a, b in SIDES if names.keys() >= {a, b}), None)
 
 
 def sides_stamp(root: Path, sides: tuple[str, str]) -> str:

@@ -75,6 +75,8 @@ class Layout:
         Columns of numbers that some files have as text.
     paths_are_ids
         The path beside an image's bytes names that image and no other.
+    lacks
+        A column that such a file does not have.
     """
 
     name: str
@@ -89,10 +91,11 @@ class Layout:
     ignore: frozenset[str] = frozenset()
     numbers: tuple[str, ...] = ()
     paths_are_ids: bool = False
+    lacks: str | None = None
 
     def fits(self, columns: Columns) -> bool:
         """True if the file has every column that the format cannot do without."""
-        return not self.missing(columns)
+        return self.lacks not in columns.names and not self.missing(columns)
 
     def missing(self, columns: Columns) -> list[str]:
         """The columns that the file would need to have."""
@@ -481,6 +484,10 @@ FORMATS: tuple[Format, ...] = (
     ),
     rated("evalmuse", _EVALMUSE),
     *(
+        rated("laion", {"prompt": "TEXT", "image": "URL", "score": score})
+        for score in ("aesthetic", "AESTHETIC_SCORE")
+    ),
+    *(
         rated("kto", {"prompt": "prompt", "image": image, "score": "label"}, 1.0, truths="label")
         for image in ("image", "image_path")
     ),
@@ -544,6 +551,16 @@ FORMATS: tuple[Format, ...] = (
         numbers=("confidence",),
     ),
     Layout(
+        "trl",
+        "caption",
+        ("images.0", "images.1"),
+        _two_labels,
+        needs=("label_0", "chosen", "rejected"),
+        reads=("label_1", "has_label", "label_votes"),
+        keys=_UIDS,
+        ignore=_PICKAPIC,
+    ),
+    Layout(
         "pickapic",
         "caption",
         ("jpg_0", "jpg_1"),
@@ -581,7 +598,14 @@ FORMATS: tuple[Format, ...] = (
         winner_first=True,
         ignore=frozenset(("id",)),
     ),
-    Layout("chosen-rejected", "prompt", ("chosen", "rejected"), first_wins, winner_first=True),
+    Layout(
+        "chosen-rejected",
+        "prompt",
+        ("chosen", "rejected"),
+        first_wins,
+        winner_first=True,
+        lacks="images",
+    ),
     Layout("win-lose", "prompt", ("img_win", "img_lose"), first_wins, winner_first=True),
     own_layout({}),
     Winner(),

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from fifa.data.archive import member_bytes, split
+from fifa.data.columns import bytes_leaves, inner, only
 from fifa.data.decode import MAX_BYTES, BadImage, image_size, turn_of
 from fifa.data.fetch import FetchError, fetch
 from fifa.data.parquet import BATCH, rows_at_once
@@ -262,6 +263,17 @@ def has_pixels(table: pa.Table, origin: Origin) -> bool:
     return False
 
 
+def where_images(table: pa.Table, origin: Origin) -> str:
+    """In words, where images would be opened; ``table`` and ``origin`` as for `pair_images`."""
+    if has_pixels(table, origin):
+        return "with the source"
+    first = next(iter(table["image_0_ref"].drop_null()[:1].to_pylist()), "")
+    if "://" in first:
+        return "only known by URL, which --allow-download fetches"
+    place = f": there is no {Root(origin.root).name(first)}" if first else ""
+    return f"not with the source{place}"
+
+
 def read(
     images: Images,
     rows: Rows | None = None,
@@ -399,7 +411,9 @@ def _from_cells(source: Opened, cells: list[Cell]) -> Iterator[Found]:
     try:
         opened = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
         columns = sorted({column for *_, column in cells})
-        leaves = [leaf for column in columns for leaf in _leaves(opened.schema_arrow, column)]
+        schema = opened.metadata.schema
+        paths = [schema.column(i).path for i in range(len(schema))]
+        leaves = [leaf for column in columns for leaf in bytes_leaves(paths, column)]
     except (OSError, ValueError, KeyError) as error:
         yield from _lost(left, error)
         return
@@ -456,19 +470,14 @@ def _lost(cells: deque[Cell], error: Exception) -> Iterator[Found]:
     yield from ((i, BadImage(reason)) for _, i, _ in cells)
 
 
-def _leaves(schema: pa.Schema, column: str) -> list[str]:
-    top, *rest = [column] if column in schema.names else column.split(".")
-    kind = schema.field(top).type
-    for part in rest:
-        kind = kind.field(part).type
-    return [f"{column}.bytes" if pa.types.is_struct(kind) else column]
-
-
 def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImage:
     top, *rest = [column] if column in batch.schema.names else column.split(".")
     value = batch.column(batch.schema.names.index(top))[row].as_py()
     for part in rest:
-        value = value.get(part) if isinstance(value, dict) else None
+        value = inner(value, part)
+    value = only(value)
+    if isinstance(value, list) and value:
+        return BadImage("several images: name one of the list, such as images.0")
     value = value.get("bytes") if isinstance(value, dict) else value
     value = value.encode("utf-8", "replace") if isinstance(value, str) else value
     if isinstance(value, bytes) and value.startswith(WRITTEN_BYTES):

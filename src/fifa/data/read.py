@@ -36,10 +36,10 @@ from fifa.data.names import (
 from fifa.data.pairs import FilePairs, Rejected, finish
 from fifa.data.rankings import PAIRINGS, ROW_AN_IMAGE, Compare, Ranked, join, own_rankings
 from fifa.data.records import DOTTED, OURS, outside, read_records
-from fifa.data.source import Root, Source, SourceFile, find_files, has_file
+from fifa.data.source import Root, Source, SourceFile, find_files
 from fifa.data.subset import check_subset
 from fifa.data.table import Origin, Pairs
-from fifa.data.winners import likely_columns
+from fifa.data.winners import PROMPTS, likely_columns
 from fifa.errors import FifaError
 from fifa.shards.files import digest
 
@@ -185,11 +185,11 @@ class _Reader:
         self.name = format or ""
         self.used: dict[str, str] = {}  # of the first file with a format
         self.names: frozenset[str] = frozenset()
-        self._dots = frozenset[str]()
+        self._dots, self._given = frozenset[str](), set(columns.values())
         if KEY in columns:
             if columns[KEY] != "dots":
                 raise FifaError(f"{KEY} is {columns[KEY]!r}", do=f"say {DOTTED}, or leave it out")
-            self._dots = formats.known_columns() | set(columns.values())
+            self._dots = formats.known_columns() | self._given
         named = {*NAMES, *OF_AN_IMAGE[0], *label_columns(columns)}
         self.named = {name: column for name, column in columns.items() if name in named}
         own: tuple[str, ...] = (*PAIR_COLUMNS, *COUNTS)
@@ -280,8 +280,8 @@ class _Reader:
             return ParquetColumns(opened, file.path), []
         with self.root.open(file.path, file.size, file.stamp) as stream:
             records = read_records(stream, file.kind, self._dots)
-        if not self._own and file.path.rpartition("/")[2].partition(".")[0] == "metadata":
-            records.columns = _image_folder(records.columns)
+        if file.path.rpartition("/")[2].partition(".")[0] == "metadata":
+            records.columns = _image_folder(records.columns, self._given)
         return RecordColumns(records, file.kind, file.path), records.rejected
 
     def _form(self, columns: Columns) -> Format | None:
@@ -298,21 +298,21 @@ class _Reader:
         A path below the file's own folder is that folder's: ``test/0.png`` and ``train/0.png`` are
         two images, though either file says ``0.png``, and so are their keys.
         """
-        folder, given = self.root.folder, refs
+        root, given = self.root, refs
         files = pc.fill_null(pc.starts_with(refs, "file://"), False)
         if pc.any(files).as_py():
             paths = [unquote(urlsplit(ref).path) for ref in refs.filter(files).to_pylist()]
             refs = pc.replace_with_mask(refs, files, pa.array(map(outside, paths), refs.type))
         some = refs.drop_null().slice(0, 200).to_pylist()
         paths = [ref for ref in some if ref and is_path(ref)][:20]
-        if folder is None or not paths:
+        if root.is_remote or not paths:
             prefix = file.path.rpartition("/")[0] if paths else ""
         else:
-            prefix = _prefix(folder, file.path, paths)
+            prefix = _prefix(root, file.path, paths)
             plain = [path.replace("\\", "/") for path in paths]
-            if plain != paths and not _there(folder, prefix, paths):  # written on Windows
-                prefix = _prefix(folder, file.path, plain)
-                if _there(folder, prefix, plain):
+            if plain != paths and not _there(root, prefix, paths):  # written on Windows
+                prefix = _prefix(root, file.path, plain)
+                if _there(root, prefix, plain):
                     refs = pc.replace_substring(refs, "\\", "/")
         parent = file.path.rpartition("/")[0]
         if parent and f"{prefix}/".startswith(f"{parent}/"):
@@ -327,7 +327,7 @@ def is_path(ref: str) -> bool:
     return "://" not in ref and not ref.startswith((*OURS, "/"))
 
 
-def _prefix(root: Path, file: str, paths: list[str]) -> str:
+def _prefix(root: Root, file: str, paths: list[str]) -> str:
     parent = file.rpartition("/")[0]
     stem = Path(file).stem
     for base in dict.fromkeys((parent, "")):
@@ -338,9 +338,9 @@ def _prefix(root: Path, file: str, paths: list[str]) -> str:
     return parent
 
 
-def _there(root: Path, prefix: str, paths: list[str]) -> bool:
+def _there(root: Root, prefix: str, paths: list[str]) -> bool:
     """True if one of the paths is a file below the prefix."""
-    return any(has_file(root, f"{prefix}/{path}" if prefix else path) for path in paths)
+    return any(root.holds(f"{prefix}/{path}" if prefix else path) for path in paths)
 
 
 def _prefixed(refs: Text, prefix: str) -> Text:
@@ -385,17 +385,19 @@ def _file_pairs(
     reader.name = next(iter(forms), reader.name)
 
 
-def _image_folder(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _image_folder(columns: dict[str, list[Any]], given: set[str]) -> dict[str, list[Any]]:
     """The columns of `datasets`' imagefolder as it names them, and its text as the prompt.
 
-    ``chosen_file_name`` becomes ``chosen``, ``file_name`` becomes ``image``.
+    ``chosen_file_name`` becomes ``chosen``, ``file_name`` becomes ``image``; where the user has
+    ``given`` one of the file's own names, these stay.
     """
-    names = {name: name.removesuffix("_file_name") for name in columns}
+    names = {name: re.sub("_file_names?$", "", name) for name in columns}
     names |= {"file_name": "image"}
     if "prompt" not in columns:
         names["text"] = "prompt"
     renamed = {names.get(name, name): values for name, values in columns.items()}
-    return renamed if len(renamed) == len(columns) else columns
+    own = columns.keys() - renamed.keys()
+    return columns if own & given or len(renamed) < len(columns) else renamed
 
 
 def _unknown(columns: Columns, explained: bool) -> Rejected:
@@ -403,6 +405,8 @@ def _unknown(columns: Columns, explained: bool) -> Rejected:
     if columns.names:
         some = ", ".join(sorted(columns.names)[:20])
         looks = _one_image(columns) or likely_columns(columns)
+        if {"images", "chosen", "rejected"} <= columns.names:
+            looks = " (it looks like TRL's answers about images: they say which text is better)"
         return [(None, f"no known format has these columns: {some}{looks}")]
     return [] if explained else [(None, "the file is empty")]
 
@@ -413,9 +417,10 @@ def _one_image(columns: Columns) -> str:
     numbers = [name for name in columns.numeric() if not re.search(r"id$|index|^seed$", name)]
     if len(images) != 1 or not numbers:
         return ""
+    prompt = next((name for name in PROMPTS if name in columns.names), "...")
     return (
-        f" (it looks like a row an image: --columns prompt=...,image={images[0]},score={numbers[0]}"
-        " pairs the images of each prompt, and rank=... where less is better)"
+        f" (it looks like a row an image: --columns prompt={prompt},image={images[0]},"
+        f"score={numbers[0]} pairs the images of each prompt, and rank=... where less is better)"
     )
 
 

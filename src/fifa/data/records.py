@@ -290,12 +290,19 @@ def _is_lines(stream: IO[bytes]) -> bool:
 def _wrapped(whole: dict[str, Any]) -> list[dict[str, Any] | str]:
     """The records of one object: its only list of records, its columns, or itself."""
     lists = [value for value in whole.values() if isinstance(value, list)]
-    records = [values for values in lists if values and isinstance(values[0], dict)]
-    if len(records) == 1 and len(lists) == 1:
-        return [_record(value) for value in records[0]]
-    if len(lists) == len(whole) and len({len(values) for values in lists}) == 1:
-        return [dict(zip(whole, row, strict=True)) for row in zip(*lists, strict=True)]
-    return [whole]
+    if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict):
+        return [_record(value) for value in lists[0]]
+    columns = [list(value.values()) for value in whole.values() if _is_column(value)]  # of pandas
+    if len(lists or columns) == len(whole) and len(set(map(len, lists or columns))) == 1:
+        rows = zip(*(lists or columns), strict=True)
+        return [dict(zip(whole, row, strict=True)) for row in rows]
+    records = [value for value in whole.values() if isinstance(value, dict)]  # by their ids
+    alike = len(whole) == len(records) > 1 and all(r.keys() == records[0].keys() for r in records)
+    return list(records) if alike else [whole]
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, dict) and list(value) == [str(i) for i in range(len(value))]
 
 
 def _json_items(stream: IO[bytes], placed: bool) -> Iterator[Row]:
@@ -381,7 +388,8 @@ def _csv(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
                 whole = chain([head], lines)
                 reader = tab_rows(whole)
                 if comma != "\t":
-                    reader = csv.reader(whole, strict=True, delimiter=comma)
+                    gap = f"{comma} " in head  # a, b, c
+                    reader = csv.reader(whole, strict=True, delimiter=comma, skipinitialspace=gap)
             cells = next(reader)
         except StopIteration:
             return

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fifa.data.archive import SCHEME, TABLE, listed, member_bytes
-from fifa.data.folders import find_sides, sides_stamp
+from fifa.data.archive import SCHEME, TABLE, has_member, listed, member_bytes
+from fifa.data.folders import SETTINGS, find_sides, sides_stamp
 from fifa.data.records import encodable
 from fifa.data.remote import Range, RemoteFile, open_store, patiently, pinned, stamp_of, unreachable
+from fifa.data.subset import SUBSET_FILE, is_subset
 from fifa.errors import FifaError
 
 KINDS = {
@@ -31,6 +32,7 @@ PACKED = ".gz"  # behind the ending of a text file
 TOO_MANY = "it unpacks to over {:,} bytes: too many for its size"
 ARCHIVES = (".gz", ".tgz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".rar")
 UNPACK = "unpack it first (gzip -d, unzip)"
+ARROW = "an Arrow file, as datasets' save_to_disk writes: make Parquet of it with its to_parquet"
 MAGIC = "*?["
 UNPACKED = 30, 16 << 20  # times its bytes, or bytes: no table, but something made to fill memory
 BLOCK = 5 << 20  # bytes; a remote file below it is read whole, of others only what is needed
@@ -75,6 +77,12 @@ class Root:
         """The zip file that the root is; None if it is none."""
         is_zip = self.url.startswith(SCHEME)
         return Path(self.url.removeprefix(SCHEME)) if is_zip else None
+
+    def holds(self, path: str) -> bool:
+        """True if there is such a file in the folder or the zip file that this is."""
+        if self.archive is not None:
+            return has_member(self.archive, path)
+        return self.folder is not None and has_file(self.folder, path)
 
     @property
     def is_remote(self) -> bool:
@@ -241,7 +249,8 @@ def find_files(source: str | Path) -> Source:
             "nothing to read here",
             where=str(source),
             do=f"{unpack}it needs files that end in {', '.join(KINDS)}, or as text in {PACKED}, or "
-            "two folders of images, chosen/ and rejected/, with equal file names",
+            "two folders of images, chosen/ and rejected/, with equal file names; a .zip is named "
+            "itself",
         )
     return found
 
@@ -298,7 +307,7 @@ def _find_local(named: str) -> Source:
     files, refused = [], []
     for file in paths:
         name = file.relative_to(root).as_posix()
-        kind = kind_of(name)
+        kind = None if file.name == SUBSET_FILE and is_subset(file.parent) else kind_of(name)
         if file.is_symlink() and file.is_dir():
             refused.append((encodable(name), "a link to a folder: name that folder as a source"))
             continue
@@ -306,6 +315,8 @@ def _find_local(named: str) -> Source:
             stem = Path(file.stem.lower())
             if file.suffix.lower() in ARCHIVES and (stem.suffix in KINDS or file.suffix == ".tgz"):
                 refused.append((encodable(name), f"packed: {UNPACK}"))
+            if file.suffix.lower() == ".arrow":
+                refused.append((encodable(name), ARROW))
             continue
         try:
             status = file.stat()
@@ -321,7 +332,8 @@ def _find_local(named: str) -> Source:
             continue
         files.append(SourceFile(name, kind, status.st_size, str(status.st_mtime_ns)))
     files.sort(key=lambda file: file.path)
-    if path.is_dir() and not files and (sides := find_sides(path)):
+    sides = find_sides(path) if path.is_dir() else None
+    if sides and all(file.path in SETTINGS for file in files):
         files = [SourceFile("+".join(sides), "sides", -1, sides_stamp(path, sides))]
     return Source(named, Root(str(root.resolve())), tuple(files), tuple(sorted(refused)))
 

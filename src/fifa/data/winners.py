@@ -25,6 +25,7 @@ IMAGES: tuple[Sides, ...] = (
     ("image_left", "image_right"),
 )
 MODELS: tuple[Sides, ...] = (("model_a", "model_b"), ("left_model", "right_model"))
+SAID = "pref|win|label|choice|vote|better|score|weight"
 WINNERS = ("winner", "preference", "preferred", "choice", "vote")
 
 
@@ -91,7 +92,7 @@ def likely_columns(columns: Columns) -> str:
     prompts = [name for name in PROMPTS if name in columns.names]
     if len(images) != 2 or not prompts:
         return ""
-    said = [n for n in sorted(columns.names) if re.search("pref|win|label|choice|vote|better", n)]
+    said = [n for n in sorted(columns.names) if re.search(SAID, n)]
     said = [name for name in said if name not in images]
     option = "label=:first if the first image is always the better one"
     if said:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,6 +139,27 @@ def revised(run: Run, recipe: Recipe) -> Run:
         (run.folder / SELECTION_FILE).unlink(missing_ok=True)
     write_yaml(run.folder / RECIPE_FILE, recipe.to_yaml())
     return Run(run.folder, recipe)
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Where the block raises `FifaError`, the run's recipe and its selection are as before."""
+    before = {folder / name: folder / f".{name}.before" for name in (RECIPE_FILE, SELECTION_FILE)}
+    for path, link in before.items():
+        link.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(path, link)
+    try:
+        yield
+    except FifaError:
+        (folder / SELECTION_FILE).unlink(missing_ok=True)  # never one under another recipe
+        for path, link in before.items():
+            if link.exists():
+                link.replace(path)
+        raise
+    finally:
+        for link in before.values():
+            link.unlink(missing_ok=True)
 
 
 @contextmanager

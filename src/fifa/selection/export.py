@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter
 from fifa.config import Export, Read, Recipe, Score, Select, build
 from fifa.console import echo, note, progress
 from fifa.data.decode import BadImage
-from fifa.data.images import Door, Found, has_pixels, pair_images, read
+from fifa.data.images import Door, Found, has_pixels, pair_images, read, where_images
 from fifa.data.read import read_source
 from fifa.data.records import OURS
 from fifa.data.source import is_url
@@ -470,9 +470,8 @@ def _write(
         note(subset_to=to)
         echo(f"{to}: {made_for.layout}\n  {made_for.keeps}")
     elif door is None:
-        echo(
-            "the source has no images here: the subset keeps references (image_0_url, image_1_url)"
-        )
+        where = where_images(pairs.table, pairs.origin)
+        echo(f"images are {where}: the subset keeps references (image_0_url, image_1_url)")
     return Exported(folder, len(rows), door is not None, size, str(subset["digest"]))
 
 
