@@ -21,7 +21,8 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.hostnames, params.port = ["127.0.0.1"], 0
-params.n_ctx, params.n_parallel = 2048, 2
+# one slot: the second prompt finds the rubric in its cache
+params.n_ctx, params.n_parallel = 2048, 1
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.warmup = False
 server = xllamacpp.Server(params)

@@ -33,8 +33,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_kill_before_any_file_is_in_its_place_changes_nothing(memory):
     data, unbroken = memory / "data", memory / "scores-unbroken"
-    recurring(data, pairs=100, images=50)
-    finish(start(score, data, unbroken))
+    recurring(data, pairs=60, images=30)
+    score(data, unbroken)
     expected = contents(unbroken)
     assert sorted(name.partition("-")[0] for name in expected) == [
         "images",
@@ -50,7 +50,7 @@ def test_a_kill_before_any_file_is_in_its_place_changes_nothing(memory):
             break
         assert process.exitcode == -signal.SIGKILL
         assert contents(scores) != expected
-        finish(start(score, data, scores))
+        score(data, scores)
         assert contents(scores) == expected
     assert nth > 10
 
@@ -58,8 +58,8 @@ def test_a_kill_before_any_file_is_in_its_place_changes_nothing(memory):
 def test_one_run_killed_again_and_again_gets_done(memory):
     data, chain = memory / "data", memory / "scores-chain"
     recurring(data, pairs=100, images=50)
-    finish(start(score, data, memory / "scores-unbroken"))
+    score(data, memory / "scores-unbroken")
     for _ in range(4):
         finish(start(score, data, chain, *RENAME, 3), -signal.SIGKILL)
-    finish(start(score, data, chain))
+    score(data, chain)
     assert contents(chain) == contents(memory / "scores-unbroken")
