@@ -11,13 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from endpoint_server import VLM, brightness, server
+from aiohttp import web
+from endpoint_server import VLM, brightness, completion, server
 from PIL import Image
 
 import fifa
 from fifa.config import Compute
+from fifa.data.images import unique_images
+from fifa.errors import FifaError
 from fifa.scoring.judges import pictures
+from fifa.scoring.margin import image_rewards
+from fifa.scoring.rewards import load_reward
 from fifa.scoring.table import score_facts
+from fifa.shards.files import read_table
 
 KEY = "sk-not-to-be-seen-4711"
 ONE = Compute(in_flight=1)
@@ -48,18 +54,18 @@ def some(n: int) -> list[tuple[str, bytes, bytes, float]]:
     """Pairs of which the brighter image won, but every fifth."""
     rows = []
     for i in range(n):
-        a, b = 40 + 7 * (i % 24), 220 - 9 * (i % 20)
+        a, b = 40 + 6 * (i % 24), 221 - 10 * (i % 20)
         rows.append((f"prompt {i}", picture(a), picture(b), float((a > b) != (i % 5 == 0))))
     return rows
 
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> fifa.Pairs:
-    return fifa.read_pairs(source(tmp_path, some(20)))
+    return fifa.read_pairs(source(tmp_path, some(12)))
 
 
 def judged(pairs: Any, spec: Any, folder: Path | None = None, **options: Any) -> pa.Table:
-    options = {"compute": ONE, "quality": "none", "diversity": "none", **options}
+    options = {"quality": "none", "diversity": "none", **options}
     scores = fifa.score(pairs, margin=spec, folder=folder, **options)
     return list(scores.margins.values())[-1]
 
@@ -103,7 +109,7 @@ def test_every_server_and_format_prefers_the_brighter_image(pairs: Any, tmp_path
     for style, spec, slope in cases:
         vlm = VLM(style)
         with server(vlm) as url:
-            table = judged(pairs, f"{spec}@{url}", tmp_path / "scores")
+            table = judged(pairs, f"{spec}@{url}", tmp_path / "scores", compute=ONE)
         found = difference(table)
         assert (np.sign(found) == np.sign(expected)).all(), (style, spec)
         if slope and spec != "vlm:m":
@@ -117,8 +123,8 @@ def test_every_server_and_format_prefers_the_brighter_image(pairs: Any, tmp_path
         facts = score_facts(table)
         assert facts["unanswered"] == 0
         measured = style in ("vllm", "llama.cpp") and spec.endswith(":m") and spec.startswith("vlm")
-        assert facts["measured"] == (40 if measured else 0)
-        assert facts["tokens"] == 40 * (400 * shown + 40)
+        assert facts["measured"] == (24 if measured else 0)
+        assert facts["tokens"] == 24 * (400 * shown + 40)
 
 
 def test_images_are_sized_and_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +160,128 @@ def test_a_judge_that_always_names_the_first_is_found_out(
     assert difference(table) == pytest.approx(0, abs=1e-6)
     assert (table["shown_first"].to_numpy() > 1).all()
     assert (table["shown_second"].to_numpy() < -1).all()
-    assert score_facts(table)["orders"] == {"pairs": 20, "turned": 20, "to_first": 20}
+    assert score_facts(table)["orders"] == {"pairs": 12, "turned": 12, "to_first": 12}
     said = capsys.readouterr().err
-    assert "in 20 of 20 pairs (100.0%) the winner turned with the order; position bias: 20" in said
+    assert "in 12 of 12 pairs (100.0%) the winner turned with the order of the images; " in said
+    assert "position bias: 12 of these went to the image shown first" in said
     with server(VLM()) as url:
         judged(pairs, f"vlm:m@{url}")
     assert "position bias" not in capsys.readouterr().err
+
+
+class Flaky(VLM):
+    """Fails for good after some answers, until it is mended."""
+
+    most = 10**9
+
+    async def __call__(self, request: Any, body: Any) -> Any:
+        if sum(self.good.values()) >= self.most:
+            error, soon = {"message": f"out of memory {KEY}"}, {"retry-after-ms": "5"}
+            return web.json_response({"error": error}, status=500, headers=soon)
+        return await super().__call__(request, body)
+
+
+def test_a_failing_server_judges_every_pair_once_and_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    pairs = fifa.read_pairs(source(tmp_path, some(40)))
+    vlm = Flaky(faults=0.3, seed=3)
+    with server(vlm) as url:
+        spec, whole, broken = f"vlm:m@{url}", tmp_path / "whole", tmp_path / "broken"
+        for _ in range(9):
+            table = judged(pairs, spec, whole, compute=Compute(in_flight=8))
+            if not score_facts(table)["unanswered"]:
+                break
+        assert len(vlm.failed) == 9
+        assert set(vlm.good.values()) == {1}
+        assert sum(vlm.good.values()) == 2 * len(pairs)
+        assert (np.sign(difference(table)) == np.sign(bright(pairs))).all()
+        vlm.good.clear()
+        vlm.faults, vlm.most = 0.0, 21
+        with pytest.raises(FifaError, match="keeps failing: HTTP 500: out of memory") as error:
+            judged(pairs, spec, broken, compute=Compute(in_flight=2))
+        assert KEY not in str(error.value)
+        assert not list(broken.glob("margin-*"))
+        vlm.most = 10**9
+        judged(pairs, spec, broken, compute=Compute(in_flight=8))
+        assert set(vlm.good.values()) == {1}
+        assert sum(vlm.good.values()) == 2 * len(pairs)
+    (one,), (other,) = whole.glob("margin-*"), broken.glob("margin-*")
+    assert one.read_bytes() == other.read_bytes()
+    vlm.good.clear()
+    judged(pairs, spec, whole)  # nobody listens any more, and nobody is asked
+    written = b"".join(path.read_bytes() for path in broken.iterdir() if path.is_file())
+    assert KEY.encode() not in written
+
+
+def test_what_cannot_be_read_or_answered_has_no_score_and_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        *some(3),
+        ("broken", b"no image", picture(9), 1.0),
+        ("refused", picture(1), picture(2), 1.0),
+    ]
+    pairs = fifa.read_pairs(source(tmp_path, rows))
+
+    class Shy(VLM):
+        async def __call__(self, request: Any, body: Any) -> Any:
+            if "refused" in body["messages"][0]["content"][-1]["text"]:
+                return web.json_response(completion("I would rather not."))
+            return await super().__call__(request, body)
+
+    with server(Shy()) as url:
+        table = judged(pairs, f"vlm:m@{url}", tmp_path / "s")
+        assert np.isnan(difference(table)).tolist() == [False] * 3 + [True] * 2
+        (lost,) = (tmp_path / "s").glob("unreadable-*")
+        assert read_table(lost)["reason"].to_pylist() == [
+            "cannot be decoded: no JPEG, PNG, WEBP, AVIF or HEIC"
+        ]
+        said = capsys.readouterr().err
+        assert "2 of 10 questions about images were not asked: 2 x an image that" in said
+        assert "2 of 10 questions about images could not be answered: 2 x no JSON object" in said
+        judged(pairs, f"vlm:m@{url}", tmp_path / "s")
+        assert "asking again 2 questions" in capsys.readouterr().err
+        alone = image_rewards(
+            [(unique_images(pairs)[0], pa.array(["a", "b"] * 5))],
+            f"vlm:m@{url}",
+            tmp_path / "s",
+            ONE,
+        )[0]
+        assert np.isnan(alone).sum() == 1
+        assert (alone[~np.isnan(alone)] > 0).all()
+        assert load_reward(f"vlm:m@{url}").scale.startswith("log-odds")
+
+
+def test_a_budget_asks_only_what_the_others_are_unsure_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = some(60)
+    table = pq.read_table(source(tmp_path, rows))
+    for side in (0, 1):  # a cheaper judge that is sure of the first ones
+        sure = [(60 - i) * (row[3] - 0.5) * (1 - 2 * side) for i, row in enumerate(rows)]
+        table = table.append_column(f"cheap_{side}", pa.array(sure))
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    pairs = fifa.read_pairs(tmp_path / "pairs.parquet")
+    cheap = ["column:raw:cheap_0,cheap_1"]
+    for budget, most in ((0.25, 15), (30_000, 30_000 // 1680)):
+        vlm = VLM()
+        with server(vlm) as url:
+            found = judged(pairs, [*cheap, f"vlm:m@{url}"], tmp_path / "s", budget=budget)
+            facts = score_facts(found)["cascade"]
+            assert facts["asked"] == most
+            assert sum(vlm.good.values()) == 2 * most
+            asked = np.array(found["judged"].to_pylist())
+            assert sorted(pairs.table["row"].to_numpy()[asked]) == list(range(60 - most, 60))
+            assert np.isfinite(difference(found)).all()
+            right = np.sign(difference(found)) == np.sign(bright(pairs))
+            assert right[asked].all()
+            assert f"asked about {most} of 60 pairs" in capsys.readouterr().err
+            again = judged(pairs, [*cheap, f"vlm:m@{url}"], budget=budget, folder=tmp_path / "s")
+            assert (difference(again) == difference(found)).all()
+            assert sum(vlm.good.values()) == 2 * most
+    for margin in (["vlm:m@http://127.0.0.1:9/v1"], cheap):
+        with pytest.raises(FifaError, match="a budget takes a vision-language judge and a cheaper"):
+            judged(pairs, margin, budget=0.5)
+    with pytest.raises(FifaError, match="the judge has no model or no URL: vlm:m@"):
+        judged(pairs, "vlm:m@http://:1/v1")

@@ -89,8 +89,8 @@ def judge_pairs(
     pyarrow.Table
         `fifa.scoring.table.MARGIN`, row by row with ``pairs.table``; NaN where an image could not
         be read or an order was not answered. Of two images in a message also ``shown_first`` and
-        ``shown_second`` (d_1 and d_2, float32, null where not asked), and the aspects' shares for
-        image 0, their means over both orders.
+        ``shown_second`` (d_1 and d_2, float32) and the aspects' shares for image 0, means over both
+        orders; of single images the grade of each aspect. Under a budget also ``judged`` (bool).
 
     Raises
     ------
@@ -157,7 +157,7 @@ def judge_images(
         rows = asking.distinct.of_image.tolist()
         asks = [(prompt, (row,)) for prompt, row in zip(prompts, rows, strict=True)]
         asking(asks)
-        facts: dict[str, Any] = {"unanswered": asking.unanswered(asks)}
+        facts = {"unanswered": asking.unanswered(asks), "questions": len(set(asks))}
         _say(judge, facts)
         values = pa.array([asking.value(ask) for ask in asks], pa.float32())
         table = pa.table({"reward": values})
@@ -202,16 +202,12 @@ class _Asking:
 
     def __call__(self, asks: Iterable[Ask]) -> None:
         """Ask what was not asked before."""
-        contents, identity = self.distinct.contents.to_pylist(), self.judge.identity
-        new = {
-            digest(
-                identity,
-                ask[0].encode("utf-8", "surrogatepass"),
-                *map(contents.__getitem__, ask[1]),
-            ): ask
-            for ask in asks
-            if ask not in self.said
-        }
+        contents, judge = self.distinct.contents.to_pylist(), digest(self.judge.identity)
+        new: dict[str, Ask] = {}
+        for ask in asks:
+            if ask not in self.said:
+                text = ask[0].encode("utf-8", "surrogatepass")
+                new[digest(judge, text, *(contents[row] for row in ask[1]))] = ask
         with closing(Answers(self.judge.folder)) as answers:
             known = answers.get(list(new))
         rows = sorted({row for key, (_, rows) in new.items() if key not in known for row in rows})
@@ -341,43 +337,51 @@ def _cascade(
     }
 
 
-def position_bias(facts: dict[str, Any]) -> str:
-    """What a table's facts say of its judge's preference for a place; empty for nothing.
+def findings(facts: dict[str, Any]) -> list[str]:
+    """What a table's facts say of its judge, a sentence each: for people."""
+    found = []
+    orders, cascade = facts.get("orders") or {"pairs": 0}, facts.get("cascade")
+    if pairs := orders["pairs"]:
+        turned = orders["turned"]
+        found.append(
+            f"in {turned:,} of {pairs:,} pairs ({turned / pairs:.1%}) the winner turned with the "
+            "order of the images" + _position_bias(turned, orders["to_first"])
+        )
+    if facts.get("unanswered"):
+        found.append(f"{facts['unanswered']:,} of {facts['questions']:,} questions have no answer")
+    measured, answered = facts.get("measured", 0), facts.get("questions", 0)
+    if 0 < measured < answered - facts["unanswered"]:
+        found.append(f"log-probabilities came with {measured:,} of {answered:,} answers")
+    if cascade:
+        found.append(
+            f"asked about {cascade['asked']:,} of {cascade['pairs']:,} pairs, those that the "
+            f"others were least sure of ({facts['tokens']:,} tokens); {cascade['changed']:,} "
+            f"winners changed; agreement with the labels there: {cascade['cheaper']:.1%} before, "
+            f"{cascade['judge']:.1%} after"
+        )
+    return found
 
-    Of the pairs whose verdict turned with the order, those that went to the image shown first
-    would be one half without a preference: where a 95 % interval excludes that, there is one.
+
+def _position_bias(turned: int, first: int) -> str:
+    """The end of a sentence on the pairs whose winner turned with the order.
+
+    Without a preference for a place one half of them would go to the image shown first: where a
+    95 % interval excludes that, there is one.
     """
-    orders = facts.get("orders")
-    if not orders or not orders["pairs"]:
-        return ""
-    pairs, turned, first = orders["pairs"], orders["turned"], orders["to_first"]
-    text = (
-        f"in {turned:,} of {pairs:,} pairs ({turned / pairs:.1%}) the winner turned with the order"
-    )
     low, high = wilson(first, turned)
-    if turned and (low > 0.5 or high < 0.5):
-        place, count = ("first", first) if low > 0.5 else ("second", turned - first)
-        text += f"; position bias: {count:,} of these went to the image shown {place}"
-    return text
+    if not turned or low <= 0.5 <= high:
+        return ""
+    place, count = ("first", first) if low > 0.5 else ("second", turned - first)
+    return f"; position bias: {count:,} of these went to the image shown {place}"
 
 
 def _say(judge: VLMJudge, facts: dict[str, Any]) -> None:
-    """Print what there is to know of a judge's answers, and put it into the log."""
-    if orders := position_bias(facts):
-        echo(f"judge {judge.model}: {orders}")
+    for finding in findings(facts):
+        echo(f"judge {judge.model}: {finding}")
+    if "orders" in facts:
         note(pairs_turned=facts["orders"]["turned"])
-    measured, answered = facts.get("measured", 0), facts.get("questions", 0) - facts["unanswered"]
-    if 0 < measured < answered:
-        echo(
-            f"judge {judge.model}: log-probabilities came with {measured:,} of {answered:,} answers"
-        )
-    if cascade := facts.get("cascade"):
-        echo(
-            f"judge {judge.model}: asked about {cascade['asked']:,} of {cascade['pairs']:,} pairs "
-            f"({facts['tokens']:,} tokens); {cascade['changed']:,} winners changed; agreement with "
-            f"the labels there {cascade['cheaper']:.1%} before, {cascade['judge']:.1%} after"
-        )
-        note(pairs_asked=cascade["asked"], winners_changed=cascade["changed"])
+    if "cascade" in facts:
+        note(pairs_asked=facts["cascade"]["asked"], winners_changed=facts["cascade"]["changed"])
 
 
 def _facts(judge: VLMJudge) -> dict[str, Any]:
