@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from endpoint_server import VLM, brightness, completion, server
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from PIL import Image
+from pydantic import TypeAdapter
 
+import commands
 import fifa
-from fifa.config import Compute
+from fifa.config import Compute, Read, Recipe, Score, Select
 from fifa.data.images import unique_images
 from fifa.errors import FifaError
+from fifa.run.folder import start_run
 from fifa.scoring.judges import pictures
 from fifa.scoring.margin import image_rewards
 from fifa.scoring.rewards import load_reward
@@ -285,3 +291,29 @@ def test_a_budget_asks_only_what_the_others_are_unsure_of(
             judged(pairs, margin, budget=0.5)
     with pytest.raises(FifaError, match="the judge has no model or no URL: vlm:m@"):
         judged(pairs, "vlm:m@http://:1/v1")
+
+
+def test_a_run_is_judged_through_batch_files_and_its_report_says_so(tmp_path: Path) -> None:
+    out, back = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    spec, run = "vlm:m@http://127.0.0.1:9/v1", tmp_path / "run"  # nothing listens there
+    path = source(tmp_path, some(30))
+    scores = ("--quality", "none", "--diversity", "none", "--margin", spec)
+    score = Score(margin=(spec,), quality="none", diversity="none")
+    start_run(run, Recipe(Read(str(path)), score, Select(keep=10)))
+    done = commands.fifa("batch", "write", run, out, "--judge")
+    assert "60 requests" in done.stderr
+    vlm, lines = VLM(always_first=True), []
+    for line in out.read_text("utf-8").splitlines():
+        request = json.loads(line)
+        TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(request["body"])
+        body = json.loads(asyncio.run(vlm(None, request["body"])).body)
+        result = {"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}
+        lines.append(json.dumps(result))
+    back.write_text("\n".join(lines), "utf-8")
+    done = commands.fifa("batch", "read", run, back, "--judge")
+    assert "rated=60, missing=0" in done.stderr
+    assert commands.fifa("batch", "write", run, out).returncode == 1  # no rater
+    done = commands.fifa("filter", path, "--out", run, *scores, "--keep", "10")
+    assert done.returncode == 0, done.stderr
+    page = (run / "report.html").read_text("utf-8")
+    assert "position bias: 30 of these went to the image shown first" in page

@@ -262,38 +262,37 @@ def reward_train(out: Path, **options: Any) -> None:
 
 @cli.group("batch")
 def batch_group() -> None:
-    """Rate prompts through batch files.
+    """Rate prompts, or judge images, through batch files.
 
     These are the files of OpenAI's Batch API and of `vllm run-batch`.
     """
 
 
+judge_option = click.option(
+    "--judge",
+    is_flag=True,
+    help="Of the vision-language judge among the margins of RUN, instead of its rater.",
+)
+
+
 @batch_group.command("write")
 @run_argument
 @click.argument("file", type=PATH)
+@judge_option
 @click.option(
     "--reasoning",
     is_flag=True,
-    help="For models that refuse max_tokens and a temperature: write max_completion_tokens and no "
-    "temperature.",
+    help="For models that refuse max_tokens, a temperature and log-probabilities: write "
+    "max_completion_tokens and neither of the others.",
 )
-def batch_write(run: str, file: Path, reasoning: bool) -> None:
+def batch_write(run: str, file: Path, judge: bool, reasoning: bool) -> None:
     """Write the requests of RUN to FILE.
 
     There is one request for every prompt that the rater of RUN has not answered yet.
     """
-    from fifa.run.folder import open_run
-    from fifa.run.steps import read_step
-    from fifa.scoring.raters.endpoint import write_batch
-    from fifa.shards.lock import only_writer
+    from fifa.run.batch import write_run_batch
 
-    opened = open_run(run)
-    rater, limit = opened.recipe.score.quality, opened.recipe.compute.max_tokens
-    with only_writer(opened.folder):
-        pairs = read_step(opened)
-    count = write_batch(
-        pairs, rater, file, folder=opened.scores, max_tokens=limit, reasoning=reasoning
-    )
+    count = write_run_batch(run, file, judge=judge, reasoning=reasoning)
     click.echo(f"{count:,} requests in {file}", err=True)
     click.echo(file)
 
@@ -301,20 +300,15 @@ def batch_write(run: str, file: Path, reasoning: bool) -> None:
 @batch_group.command("read")
 @run_argument
 @click.argument("file", type=PATH)
-def batch_read(run: str, file: Path) -> None:
+@judge_option
+def batch_read(run: str, file: Path, judge: bool) -> None:
     """Read the answers in FILE into RUN.
 
     `fifa score RUN` then does not send these requests.
     """
-    from fifa.run.folder import open_run
-    from fifa.run.steps import read_step
-    from fifa.scoring.raters.endpoint import read_batch
-    from fifa.shards.lock import only_writer
+    from fifa.run.batch import read_run_batch
 
-    opened = open_run(run)
-    rater = opened.recipe.score.quality
-    with only_writer(opened.folder):
-        click.echo(read_batch(read_step(opened), rater, file, folder=opened.scores), err=True)
+    click.echo(read_run_batch(run, file, judge=judge), err=True)
 
 
 @cli.command("demo", cls=KnobCommand, knobs="Demo")

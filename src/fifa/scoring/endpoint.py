@@ -213,7 +213,7 @@ class Endpoint(ABC):
         """What no message may hold, whatever a server says."""
         parts = urlsplit(self.url)
         inside = [value for _, value in parse_qsl(parts.query)]
-        return [self.api_key(), parts.password or "", *inside]
+        return [os.environ.get(self.key_variable, ""), parts.password or "", *inside]
 
     def api_key(self) -> str:
         """The key from the environment; servers on this machine need none."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from fifa.console import echo, note
 from fifa.data.images import Images, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.scoring.batch import Imported, read_answers, write_requests
 from fifa.scoring.endpoint import Answers
 from fifa.scoring.judges.formats import Judgement
 from fifa.scoring.judges.judge import Question, VLMJudge, make_judge
@@ -108,7 +109,6 @@ def judge_pairs(
         )
     images, of_slot = unique_images(pairs)
     asking = _Asking.of(judge, images, compute, folder, allow_download)
-    slots = asking.distinct.of_image[of_slot].reshape(-1, 2)
     prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
     label = pairs.table["label"].to_numpy()
     identity: list[object] = [judge.identity, pairs.pairs_digest, asking.distinct.identity]
@@ -118,10 +118,7 @@ def judge_pairs(
     _forget_unanswered(path)
 
     def make(ledger: Ledger) -> pa.Table:
-        asks = [
-            _asks(judge.shown, prompt, first, second)
-            for prompt, (first, second) in zip(prompts.to_pylist(), slots.tolist(), strict=True)
-        ]
+        asks = asking.asks(pairs, of_slot)
         order, share = np.arange(len(pairs)), budget
         if cheaper is None or is_all(budget):
             share = 1.0
@@ -167,6 +164,53 @@ def judge_images(
     return rewards
 
 
+def write_batch(
+    pairs: Pairs,
+    spec: Spec,
+    path: Path,
+    *,
+    folder: Path | None = None,
+    compute: Compute | None = None,
+    allow_download: bool = False,
+    reasoning: bool = False,
+) -> int:
+    """Write what `judge_pairs` would ask to ``path``: see `fifa.scoring.batch.write_requests`.
+
+    The images are in the file. The parameters are those of `judge_pairs`.
+    """
+    asking, asks = _all_asks(pairs, spec, folder, compute, allow_download)
+    with asking.questions(asking.keys(asks)) as questions:
+        return write_requests(asking.judge, questions, path, folder=folder, reasoning=reasoning)
+
+
+def read_batch(
+    pairs: Pairs,
+    spec: Spec,
+    path: Path,
+    *,
+    folder: Path,
+    compute: Compute | None = None,
+    allow_download: bool = False,
+) -> Imported:
+    """Put the answers of a finished batch into the cache that `judge_pairs` reads.
+
+    All but ``path`` as they were given to `write_batch`; the rest, and what is raised, as for
+    `fifa.scoring.batch.read_answers`.
+    """
+    asking, asks = _all_asks(pairs, spec, folder, compute, allow_download)
+    return read_answers(asking.judge, asking.keys(asks), path, folder=folder)
+
+
+def _all_asks(
+    pairs: Pairs, spec: Spec, folder: Path | None, compute: Compute | None, allow_download: bool
+) -> tuple[_Asking, list[Ask]]:
+    compute = compute or Compute()
+    judge = make_judge(spec, folder, compute)
+    images, of_slot = unique_images(pairs)
+    asking = _Asking.of(judge, images, compute, folder, allow_download)
+    return asking, [ask for own in asking.asks(pairs, of_slot) for ask in own]
+
+
 def is_all(budget: int | float) -> bool:
     """Whether a budget is for all pairs: the share 1.0, not a count of tokens."""
     return isinstance(budget, float) and budget == 1.0
@@ -200,25 +244,49 @@ class _Asking:
         how = {"compute": compute, "folder": folder, "allow_download": allow_download}
         return cls(judge, images.take(distinct.first), distinct, how)
 
+    def asks(self, pairs: Pairs, of_slot: Integers) -> list[list[Ask]]:
+        """The questions of every pair: both orders, or both images.
+
+        ``of_slot`` as from `unique_images`. An image against itself is no question.
+        """
+        prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
+        slots = self.distinct.of_image[of_slot].reshape(-1, 2).tolist()
+        found: list[list[Ask]] = []
+        for prompt, (a, b) in zip(prompts.to_pylist(), slots, strict=True):
+            if self.judge.shown == 1:
+                found.append([(prompt, (a,)), (prompt, (b,))])
+            else:
+                found.append([(prompt, (a, b)), (prompt, (b, a))] if a != b else [])
+        return found
+
+    def keys(self, asks: Iterable[Ask]) -> dict[str, Ask]:
+        """The questions by what names them: the judge, the prompt and the images' contents."""
+        contents, judge = self.distinct.contents.to_pylist(), digest(self.judge.identity)
+        named: dict[str, Ask] = {}
+        for prompt, rows in asks:
+            text = prompt.encode("utf-8", "surrogatepass")
+            named[digest(judge, text, *(contents[row] for row in rows))] = prompt, rows
+        return named
+
+    @contextmanager
+    def questions(self, named: dict[str, Ask]) -> Iterator[dict[str, Question]]:
+        """What the judge is given, as long as the block lasts; known answers read no image."""
+        with closing(Answers(self.judge.folder)) as answers:
+            known = answers.get(list(named))
+        rows = sorted({row for key, ask in named.items() if key not in known for row in ask[1]})
+        with closing(Pictures(self.images, rows, **self.how)) as pictures:
+            yield {
+                key: Question(prompt, partial(pictures.urls, rows))
+                for key, (prompt, rows) in named.items()
+            }
+            self.bad |= pictures.bad
+
     def __call__(self, asks: Iterable[Ask]) -> None:
         """Ask what was not asked before."""
-        contents, judge = self.distinct.contents.to_pylist(), digest(self.judge.identity)
-        new: dict[str, Ask] = {}
-        for ask in asks:
-            if ask not in self.said:
-                text = ask[0].encode("utf-8", "surrogatepass")
-                new[digest(judge, text, *(contents[row] for row in ask[1]))] = ask
-        with closing(Answers(self.judge.folder)) as answers:
-            known = answers.get(list(new))
-        rows = sorted({row for key, (_, rows) in new.items() if key not in known for row in rows})
-        with closing(Pictures(self.images, rows, **self.how)) as pictures:
-            questions = {
-                key: Question(prompt, partial(pictures.urls, rows))
-                for key, (prompt, rows) in new.items()
-            }
+        named = self.keys(ask for ask in asks if ask not in self.said)
+        with self.questions(named) as questions:
             found = self.judge.ask(questions)
-            self.bad |= pictures.bad
-        self.said |= {new[key]: judgement for key, judgement in found.items()}
+        self.said |= {named[key]: judgement for key, judgement in found.items()}
 
     def value(self, ask: Ask) -> float:
         """What was said; NaN for nothing."""
@@ -228,13 +296,6 @@ class _Asking:
         """How many different questions have no answer though their images could be read."""
         left = {ask for ask in asks if ask not in self.said}
         return sum(not set(rows) & set(self.bad) for _, rows in left)
-
-
-def _asks(shown: int, prompt: str, first: int, second: int) -> list[Ask]:
-    """The questions of a pair: both orders, or both images; none for an image against itself."""
-    if shown == 1:
-        return [(prompt, (first,)), (prompt, (second,))]
-    return [] if first == second else [(prompt, (first, second)), (prompt, (second, first))]
 
 
 def _ask_within(
