@@ -17,7 +17,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,21 +40,20 @@ from fifa.scoring.rubric import QUALITIES, load_rubric
 REAL = Path(__file__).parents[2] / "shared/data/prompts/pickapic.parquet"
 CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 SLOW = """
-import asyncio, json
+import asyncio, sys
 from aiohttp import web
 
 async def answer(request):
     await request.read()
     await asyncio.sleep(0.05)
-    grades = {"clarity": 4, "specificity": 3, "harmlessness": 5, "flags": []}
-    message = {"role": "assistant", "content": json.dumps(grades)}
+    message = {"role": "assistant", "content": sys.argv[1]}
     choice = {"index": 0, "finish_reason": "stop", "message": message}
     return web.json_response({"id": "c", "object": "chat.completion", "created": 0,
         "model": "m", "choices": [choice],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
 
 async def main():
-    app = web.Application()
+    app = web.Application(client_max_size=1 << 26)
     app.router.add_post("/v1/chat/completions", answer)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -154,13 +154,24 @@ async def sequential(url: str, prompts: list[str]) -> None:
             json.loads(reply.choices[0].message.content or "")
 
 
+@contextmanager
+def slow_server(answer: dict[str, Any]) -> Iterator[str]:
+    """The URL of a server in a process of its own that answers so after 50 ms."""
+    command = [sys.executable, "-c", SLOW, json.dumps(answer)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
 def endpoint(count: int, rounds: int) -> tuple[float, float]:
     """Seconds for ``count`` prompts: ours and the sequential loop."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     ours, theirs = [], []
-    try:
-        url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+    with slow_server({"clarity": 4, "specificity": 3, "harmlessness": 5, "flags": []}) as url:
         for turn in range(rounds):
             prompts = [f"prompt {turn} {i}" for i in range(count)]
             started = time.perf_counter()
@@ -169,10 +180,6 @@ def endpoint(count: int, rounds: int) -> tuple[float, float]:
             started = time.perf_counter()
             asyncio.run(sequential(url, prompts))
             theirs.append(time.perf_counter() - started)
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
     return median(ours), median(theirs)
 
 

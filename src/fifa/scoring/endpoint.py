@@ -36,6 +36,7 @@ from fifa.scoring.replies import (
     bounded_client,
     hint_of,
     public_url,
+    response_class,
     text_of,
     tokens_of,
     without_secrets,
@@ -339,13 +340,14 @@ class _Conversation:
     async def _send(self, client: Any, asked: dict[str, Any], heard: bool) -> Any:
         """The JSON of one completion; what the server refuses of a request is changed once."""
         openai = require("openai", "api")
-        create = client.chat.completions.with_raw_response.create
+        response = response_class(openai.DefaultAsyncHttpxClient)
         changes = set(self.changes)
         while True:
             again = {"temperature": RETRY_TEMPERATURE} if heard else {}
             request = changed_request({**asked, **again}, changes)
             try:
-                raw = await create(**request)
+                # not `chat.completions.create`, which takes milliseconds to look through a request
+                raw = await client.post("/chat/completions", body=request, cast_to=response)
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 change = self._change(request, hint_of(error.response.content))
@@ -353,9 +355,9 @@ class _Conversation:
                     raise
                 changes.add(change)
         try:
-            plain = json.loads(raw.http_response.content)
+            plain = json.loads(raw.content)
         except (ValueError, RecursionError):
-            words = words_of(raw.http_response.content, self.endpoint.secrets())
+            words = words_of(raw.content, self.endpoint.secrets())
             reason = f"the reply is no JSON: {words}" if words else "the reply is empty"
             raise NoAnswerError(reason, unreadable=True) from None
         self.changes |= changes

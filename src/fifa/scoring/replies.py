@@ -91,7 +91,7 @@ def bounded_client(base: Any, seconds: float, spent: Counter[str]) -> Any:
             except TimeoutError:
                 why = f"no whole reply in {seconds:g} seconds"
             if why:
-                made = made or _response_class(base)
+                made = made or response_class(base)
                 headers = {"x-should-retry": "false", NO_REPLY: "yes"}
                 return made(UNUSABLE, headers=headers, content=why.encode(), request=request)
             kept = {name: reply.headers.get(name, "") for name in KEPT}
@@ -104,7 +104,7 @@ def bounded_client(base: Any, seconds: float, spent: Counter[str]) -> Any:
     return Bounded(follow_redirects=False, timeout=None)
 
 
-def _response_class(base: Any) -> Any:
+def response_class(base: Any) -> Any:
     """The Response class of whichever httpx openai was built on."""
     from importlib import import_module
 
