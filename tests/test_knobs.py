@@ -176,9 +176,9 @@ def test_epochs_take_the_place_of_steps():
 def test_a_mistake_names_the_knob_and_what_was_given():
     with pytest.raises(FifaError, match=r"keep.*not -3"):
         Select(keep=-3)
-    done = CliRunner().invoke(cli, ["train", "s", "--out", "o", "--loss", "kto"])
+    done = CliRunner().invoke(cli, ["train", "s", "--out", "o", "--loss", "orpo"])
     assert done.exit_code == 2
-    assert "'kto' is not one of 'sigmoid'" in done.output
+    assert "'orpo' is not one of 'sigmoid'" in done.output
 
 
 NONSENSE = ("-1", "nan", "inf", "1e400", "9" * 401, "9" * 5000, "", "x", "0x10", "a" * 5000)

@@ -461,6 +461,16 @@ class Train(Knobs):
         The factor a of Poly-DPO (loss ``poly``).
     mapo
         Weight of MaPO's ratio term (loss ``mapo``).
+    beta_target
+        Lower beta, step by step, until the logits are of this size in the mean (1.4: pairs have a
+        fifth of the gradient that they begin with); if not given, beta stays as it is.
+    sdpo
+        Scale the gradient of the rejected image down where it would make the preferred one worse
+        (Diffusion-SDPO): the share of the preferred image's own gain that has to stay, such as 0.9;
+        if not given, it is not scaled.
+    dpop
+        Weight of the penalty for a preferred image that the model denoises worse than the base
+        model does (DPO-Positive).
     sft
         Weight of the supervised term (SFT), the denoising error on the preferred image, which is
         added to the loss.
@@ -547,8 +557,11 @@ class Train(Knobs):
     alpha: Positive | None = None
     targets: Annotated[tuple[str, ...], Option("--target")] = ()
     lora_dropout: Share = 0.0
-    loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto"] = "sigmoid"
     beta: Positive = 5000.0
+    beta_target: Positive | None = None
+    sdpo: Share | None = None
+    dpop: NotNegative = 0.0
     poly: NotNegative = 8.0
     mapo: NotNegative = 0.1
     sft: NotNegative = 0.0
@@ -583,6 +596,16 @@ class Train(Knobs):
     sample_every: CountOrZero = 0
     sample_prompts: Annotated[tuple[str, ...], Option("--sample-prompt")] = ()
     sample_steps: Count = 25
+
+    def __post_init__(self) -> None:
+        for given, name, losses in (
+            (self.beta_target, "beta_target", ("ipo", "mapo")),
+            (self.dpop, "dpop", ("mapo",)),
+        ):
+            if given and self.loss in losses:
+                raise FifaError(
+                    f"{name} does nothing for the loss {self.loss}", do="leave one of them out"
+                )
 
     def steps_of(self, pairs: int) -> int:
         """How many steps the training takes on so many pairs."""

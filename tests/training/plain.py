@@ -19,7 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 
 T = 1000
-LOSSES = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo")  # that are written down here
+LOSSES = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto")  # that are written down here
 
 
 @cache
@@ -42,6 +42,7 @@ class Plain:
 
     def __init__(self, model, pairs, train):
         self.model, self.train = model, train
+        self.gain = 0.0
         self.pipe = pipeline(model)
         self.name = "unet" if hasattr(self.pipe, "unet") else "transformer"
         self.reference = getattr(self.pipe, self.name)
@@ -187,6 +188,11 @@ class Plain:
             loss = F.binary_cross_entropy_with_logits(inside, q, reduction="none")
         elif train.loss == "smpo":
             loss = -F.logsigmoid((2 * q - 1) * inside)
+        elif train.loss == "kto":
+            gains = torch.stack([rw - w, rl - lose]) - self.gain
+            self.latest = (base_mse - mse).detach().mean().clamp(min=0)
+            good, bad = torch.sigmoid(0.5 * train.beta * gains)
+            loss = 0.5 * (1 - good) + 0.5 * bad
         else:
             # exp(x) - 1 as expm1: T would multiply its rounding by 1,000
             odds = 0.5 * w / torch.expm1(0.5 * w) - 0.5 * lose / torch.expm1(0.5 * lose)

@@ -49,7 +49,7 @@ def test_statistics_tell_winner_and_loser_apart(world, tmp_path):
         assert set(line) == {
             *("step", "loss", "winner_error", "loser_error"),
             *("winner_minus_reference", "loser_minus_reference", "implicit_accuracy"),
-            *("kl", "kl_bound", "gradient_norm", "lr", "pairs", "skipped", "seconds"),
+            *("kl", "kl_bound", "gap", "gradient_norm", "lr", "pairs", "skipped", "seconds"),
             *("pairs_per_second", "peak_bytes"),
         }
         assert 0 < line["kl_bound"] <= line["kl"]

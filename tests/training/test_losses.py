@@ -12,11 +12,14 @@ from fifa.errors import FifaError
 from fifa.training.losses import (
     LOSSES,
     beta_from_diffusers,
+    beta_from_kto,
     beta_from_simpletuner,
     beta_from_smpo,
+    beta_now,
     errors,
     logits,
     margin_labels,
+    safeguarded,
 )
 
 N = 6
@@ -58,6 +61,9 @@ def by_hand(kind: str, ew: float, el: float, rw: float, rl: float, q: float) -> 
         return -q * math.log(p) - (1 - q) * math.log(1 - p)
     if kind == "smpo":
         return -log_sigmoid((2 * q - 1) * inside)
+    if kind == "kto":
+        good, bad = (1 / (1 + math.exp(-BETA / 2 * g)) for g in (rw - ew, el - rl))
+        return 1 - (good + bad) / 2
 
     def f(e: float) -> float:
         return 0.5 * e / (math.exp(0.5 * e) - 1)
@@ -106,7 +112,64 @@ def test_only_mapo_does_without_a_reference(batch):
     with pytest.raises(FifaError, match="needs a reference"):
         loss_of("sigmoid")(policy, None, label, weight)
     with pytest.raises(FifaError, match="loss"):
-        changed(Train(), loss="kto")
+        changed(Train(), loss="orpo")
+
+
+def test_of_kto_both_images_are_measured_from_what_steps_before_gained(batch):
+    policy, reference, label, weight = batch
+    moved = loss_of("kto")(policy, reference, label, weight, running=(9.0, 0.05))
+    shifted = loss_of("kto")(policy, reference - 0.05, label, weight)
+    assert torch.allclose(moved, shifted)
+    assert not torch.allclose(moved, loss_of("kto")(policy, reference, label, weight))
+
+
+def test_a_winner_that_got_worse_costs_more_inside_of_the_logarithm(batch):
+    policy, reference, label, weight = batch
+    found = loss_of("sigmoid", dpop=3.0)(policy, reference, label, weight)
+    for i, (ew, el) in enumerate(policy.tolist()):
+        rw, rl = reference[i].tolist()
+        z = -BETA / 2 * ((ew - el) - (rw - rl) + 3.0 * max(0.0, ew - rw))
+        assert float(found[i]) == pytest.approx(-float(weight[i]) * log_sigmoid(z))
+
+
+def test_the_losers_gradient_leaves_the_winner_its_gain():
+    draw = torch.Generator().manual_seed(3)
+    target, noise = torch.rand(2, 8, 4, 6, 6, generator=draw)
+    common = torch.rand(4, 4, 6, 6, generator=draw)
+    for mu in (0.0, 0.4, 0.9, 1.0):
+        # winners and losers of which some pull the same way, some apart
+        signs = torch.tensor([1.0, 1, 1, 1, 3, 0.2, -1, -3]).view(8, 1, 1, 1)
+        prediction = (target + common.repeat(2, 1, 1, 1) * signs + 0.1 * noise).requires_grad_()
+        before = errors(prediction, target).view(2, -1).T
+        policy = safeguarded(before, prediction, target, mu)
+        assert torch.equal(policy, before)
+        (before[:, 0].sum()).backward(retain_graph=True)
+        own = prediction.grad[:4].clone()
+        prediction.grad = None
+        (policy[:, 0] - policy[:, 1]).sum().backward()
+        # a step down both images' gradients, in what one network would share
+        change = (own * (prediction.grad[:4] + prediction.grad[4:])).sum((1, 2, 3))
+        least = mu * own.square().sum((1, 2, 3))
+        assert (change >= least - 1e-6).all()
+        assert torch.isclose(change[0], least[0], rtol=1e-4)  # its loser pulls hardest
+        full = (own * (own + prediction.grad[4:])).sum((1, 2, 3))
+        assert (full[2:] > own.square().sum((1, 2, 3))[2:]).all()  # apart: nothing is scaled
+
+
+def test_beta_falls_until_logits_have_the_size_that_is_asked_for(batch):
+    policy, reference, label, weight = batch
+    train = Train(beta=5000.0, beta_target=1.4)
+    spread = float(logits(policy, reference, 2.0).abs().mean())
+    beta = beta_now(train, torch.tensor(spread))
+    assert float(logits(policy, reference, beta).abs().mean()) == pytest.approx(1.4)
+    assert float(beta_now(train, 0.0)) == float(beta_now(train, 1e-9)) == 5000.0
+    assert beta_now(Train(beta=5000.0), spread) == 5000.0
+    found = LOSSES["sigmoid"](train, policy, reference, label, weight, running=(spread, 0.0))
+    expected = loss_of("sigmoid", float(beta))(policy, reference, label, weight)
+    assert torch.allclose(found, expected)
+    for knobs in ({"loss": "ipo", "beta_target": 1.0}, {"loss": "mapo", "dpop": 1.0}):
+        with pytest.raises(FifaError, match="does nothing for the loss"):
+            Train(**knobs)
 
 
 def test_margins_become_labels():

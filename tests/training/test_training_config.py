@@ -31,7 +31,7 @@ def test_unknown_names_are_refused(tmp_path):
         preset("paper")
     with pytest.raises(FifaError, match="betta"):
         changed(Train(), betta=3)
-    (tmp_path / "train.yaml").write_text("loss: kto\nrank: 0")
+    (tmp_path / "train.yaml").write_text("loss: orpo\nrank: 0")
     with pytest.raises(FifaError, match=r"(?s)rank.*loss"):
         Train.from_yaml(tmp_path / "train.yaml")
     (tmp_path / "train.yaml").write_text("[")

@@ -33,6 +33,7 @@ from fifa.shards.files import (
 )
 from fifa.shards.manifest import write_manifest
 from fifa.training.backbones.base import Backbone
+from fifa.training.losses import START
 
 STATE = "state"
 TENSORS, FACTS = "state.pt", "state.json"  # of a state
@@ -147,6 +148,8 @@ class Progress:
     window, since, sums
         Since the last line of metrics: pairs, the time at that line, and what
         `fifa.training.metrics.sums` has added up.
+    running
+        What `fifa.training.losses.run_on` keeps.
     """
 
     step: int = 0
@@ -157,9 +160,16 @@ class Progress:
     window: int = 0
     since: float = 0.0
     sums: tuple[float, ...] = ()
+    running: tuple[float, ...] = START
 
     def after_step(
-        self, sums: Sequence[float], pairs: int, seconds: float, *, skipped: bool = False
+        self,
+        sums: Sequence[float],
+        pairs: int,
+        seconds: float,
+        *,
+        running: Sequence[float] = START,
+        skipped: bool = False,
     ) -> Progress:
         """After one more step of so many pairs, at that time."""
         known = self.sums or (0.0,) * len(sums)
@@ -171,6 +181,7 @@ class Progress:
             skipped=self.skipped + skipped,
             window=self.window + pairs,
             sums=tuple(a + b for a, b in zip(known, sums, strict=True)),
+            running=tuple(running),
         )
 
     def after_metrics(self) -> Progress:
@@ -275,12 +286,15 @@ class TrainState:
         The optimiser as accelerate wrapped it.
     average
         The average of the weights, if there is one.
+    running
+        What `fifa.training.losses.run_on` keeps, float32 ``[2]``; changed in place.
     """
 
     accelerator: Any
     model: Any
     optimizer: Any
     average: Average | None
+    running: Tensor
 
     @property
     def sharded(self) -> bool:
@@ -385,7 +399,9 @@ class TrainState:
             known = read_json(newest / FACTS, "the state of the training")
             if known.pop("digest", None) != _digest(newest, known):
                 raise ValueError("its files are not as they were written")
-            progress = Progress(**{**known, "sums": tuple(known["sums"])})
+            progress = Progress(
+                **{**known, "sums": tuple(known["sums"]), "running": tuple(known["running"])}
+            )
             state = torch.load(newest / TENSORS, map_location="cpu", weights_only=True)
             weights, average = state["weights"], state["average"]
             optimizer, scaler = state["optimizer"], state["scaler"]
@@ -443,7 +459,8 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
     backbone.denoiser = model
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None
-    return TrainState(accelerator, model, optimizer, average)
+    running = torch.tensor(START, device=accelerator.device)
+    return TrainState(accelerator, model, optimizer, average, running)
 
 
 def _digest(state: Path, progress: dict[str, Any]) -> str:

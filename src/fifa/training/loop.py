@@ -32,8 +32,8 @@ from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_me
 from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
 from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
-from fifa.training.losses import LOSSES
-from fifa.training.metrics import Stats, distance, stats_digest, stats_line, sums
+from fifa.training.losses import LOSSES, run_on, safeguarded
+from fifa.training.metrics import Stats, distance, means_of, stats_digest, stats_line, sums
 from fifa.training.samples import Samples
 
 AHEAD = 2  # micro-batches that wait for the device
@@ -101,6 +101,7 @@ class Loop:
         """
         train, state = self.train, self.state
         done = state.load(self.out)
+        state.running.copy_(torch.tensor(done.running))
         state.model.train()
         fit = find_fit(train, self.source, state, self.forward, self.out)
         feed = Feed(self, fit.micro_batch)
@@ -114,10 +115,15 @@ class Loop:
 
                 def take(step: int, rate: float, read: Read) -> Progress:
                     """Take in the numbers of a step, which may have to be waited for."""
-                    *totals, norm, skipped = read()
+                    *totals, norm, spread, gain, skipped = read()
                     self._must_be_finite(step, totals[0], norm)
-                    now = time.perf_counter() - begun
-                    taken = done.after_step(totals, train.batch, now, skipped=bool(skipped))
+                    taken = done.after_step(
+                        totals,
+                        train.batch,
+                        time.perf_counter() - begun,
+                        running=(spread, gain),
+                        skipped=bool(skipped),
+                    )
                     if taken.step % train.log_every == 0 or taken.step == self.steps:
                         if stats:
                             stats.log(taken.step, self.metrics(taken, rate, norm))
@@ -169,7 +175,7 @@ class Loop:
         -------
         Read
             What `fifa.training.metrics.sums` adds up, over all processes; then the gradient's norm
-            before it was clipped; then 1 if the step was skipped, as float16's gradients
+            before it was clipped; then what `run_on` keeps; then 1 if the step was skipped, as float16's gradients
             overflowed, else 0.
         """
         train, state = self.train, self.state
@@ -191,10 +197,11 @@ class Loop:
         norm = accelerator.clip_grad_norm_(state.model.parameters(), clip)
         if hasattr(norm, "full_tensor"):  # of shards: each process knows its own part
             norm = norm.full_tensor()
-        numbers = torch.cat([total, norm.detach().float().reshape(1)])
+        state.running.copy_(run_on(state.running, *means_of(total, train.batch)))
+        numbers = torch.cat([total, norm.detach().float().reshape(1), state.running])
         read = read_back(numbers)
         if numbers.device.type != "cuda":  # nothing to wait for: before it reaches the weights
-            loss, *_, known = read().tolist()
+            loss, *_, known, _, _ = read().tolist()
             self._must_be_finite(step, loss, known)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -228,7 +235,10 @@ class Loop:
         train, backbone = self.train, self.source.backbone
         base, base_prediction = self.reference(batch) if self.reference else (None, None)
         policy, prediction = predict(backbone, batch)
-        loss = LOSSES[train.loss](train, policy, base, batch.label, batch.weight)
+        safe = policy
+        if train.sdpo is not None:
+            safe = safeguarded(policy, prediction, batch.target, train.sdpo)
+        loss = LOSSES[train.loss](train, safe, base, batch.label, batch.weight, self.state.running)
         kl = None if base_prediction is None else distance(prediction, base_prediction)
         return loss, sums(loss, policy, base, kl)
 

@@ -15,10 +15,11 @@ the 1/2 written out, as in Salesforce's script. The functions ``beta_from_*`` br
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
@@ -38,11 +39,65 @@ def errors(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
 
 
-def logits(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
+def logits(policy: Tensor, reference: Tensor, beta: float | Tensor) -> Tensor:
     """z of each pair, ``[n]``, from errors ``[n, 2]`` of (winner, loser)."""
     d_policy, d_reference = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
     # z = -(beta / 2) * (d_policy - d_reference)
     return -0.5 * beta * (d_policy - d_reference)
+
+
+def safeguarded(policy: Tensor, prediction: Tensor, target: Tensor, mu: float) -> Tensor:
+    """Diffusion-SDPO, Fu et al. 2025 (arXiv 2511.03317): the loser does not push the winner up.
+
+    The same errors ``[n, 2]`` of (winner, loser); of the loser's gradient only so much is left that
+    a small step lowers the winner's error by at least ``mu`` of what the winner's own gradient
+    would, as far as gradients at the predictions ``[2n, c, h, w]`` tell. The authors' script has
+    one factor for all pairs of a micro-batch; here each pair has its own.
+    """
+    with torch.no_grad():
+        winner, loser = (prediction.float() - target.float()).chunk(2)
+        own, common = (winner * one for one in (winner, loser))
+        own, common = own.mean(dim=(1, 2, 3)), common.mean(dim=(1, 2, 3))
+        # lambda = clamp((1 - mu) |g_w|^2 / (g_w . g_l), 0, 1), and 1 where g_w . g_l <= 0
+        share = torch.where(common > 0, (1 - mu) * own / common, 1.0).clamp(0, 1)
+    error = policy[:, 1]
+    return torch.stack([policy[:, 0], share * error + ((1 - share) * error).detach()], 1)
+
+
+# What the steps before have left, of the policy against the reference: the mean of
+# |d_policy - d_reference|, and the mean over all images of e_reference - e_policy.
+START = (0.0, 0.0)
+MEMORY = 0.9  # the share of what was known before a step: a mean over about ten steps
+
+
+def run_on(running: Tensor, spread: Tensor, gain: Tensor) -> Tensor:
+    """``running`` after a step of which these are the means, float32 ``[2]``; the gain from 0 up.
+
+    What a step computes depends on steps before it only, not on its own micro-batches.
+    """
+    return MEMORY * running + (1 - MEMORY) * torch.stack([spread, gain.clamp(min=0)])
+
+
+def beta_now(train: Train, spread: float | Tensor) -> float | Tensor:
+    """The beta of this step: with ``train.beta_target`` lowered until logits are of that size.
+
+    As SimpleTuner's ``auto_beta``, whose ``auto_beta_target_gf`` g is a target of log((1 - g) / g):
+    1.39 for its 0.2. Never above ``train.beta``, with which a training begins.
+    """
+    if train.beta_target is None:
+        return train.beta
+    # beta = 2 * target / mean |d_policy - d_reference|, so that mean |z| is the target
+    return (2 * train.beta_target / torch.as_tensor(spread)).clamp(max=train.beta)
+
+
+def _held_back(train: Train, policy: Tensor, reference: Tensor) -> Tensor:
+    """DPO-Positive, Pal et al. 2024 (arXiv 2402.13228): a winner that gets worse costs more."""
+    if not train.dpop:
+        return policy
+    # e(winner) + lambda * max(0, e(winner) - e_reference(winner)), inside of the logarithm
+    winner = policy[:, 0]
+    worse = relu(winner - reference[:, 0])
+    return torch.stack([winner + train.dpop * worse, policy[:, 1]], 1)
 
 
 @dataclass(frozen=True)
@@ -58,34 +113,54 @@ class Loss:
         Whether the reference's errors enter.
     reads_label
         Whether the soft label enters.
+    single
+        Whether images count one by one: in the place of z it gets z of each image, ``[n, 2]`` of
+        (winner, loser), by which the policy denoises it better than the reference does.
     """
 
     formula: Callable[[Train, Tensor, Tensor], Tensor]
     needs_reference: bool = True
     reads_label: bool = False
+    single: bool = False
 
     def __call__(
-        self, train: Train, policy: Tensor, reference: Tensor | None, label: Tensor, weight: Tensor
+        self,
+        train: Train,
+        policy: Tensor,
+        reference: Tensor | None,
+        label: Tensor,
+        weight: Tensor,
+        running: Sequence[float] | Tensor = START,
     ) -> Tensor:
         """The weighted loss of each pair, float32 ``[n]``.
 
         Parameters
         ----------
         train
-            Its ``beta`` (see the module), the loss's own knobs, and ``sft``, the weight of the
-            anchor: the winner's error is added to the loss, so that it cannot rise unpunished.
+            Its ``beta`` (see the module), the loss's own knobs, ``sft``, the weight of the anchor
+            (the winner's error is added to the loss, so that it cannot rise unpunished), ``dpop``
+            and ``beta_target``.
         policy, reference
             Errors ``[n, 2]`` of (winner, loser); the reference may be None where none is needed.
         label
             float32 ``[n]``: the probability that the winner is preferred.
         weight
             float32 ``[n]``, of mean 1 over the data set unless the selection meant otherwise.
+        running
+            What the steps before have left: see `run_on`.
         """
         x = policy
         if self.needs_reference:
             if reference is None:
                 raise FifaError(f"the loss {train.loss} needs a reference")
-            x = logits(policy, reference, train.beta)
+            spread, gain = running
+            beta, held = beta_now(train, spread), _held_back(train, policy, reference)
+            # z(x) = (beta / 2) * (e_reference(x) - e(x) - mean over all images of the same)
+            x = (
+                0.5 * beta * (reference - held - gain)
+                if self.single
+                else logits(held, reference, beta)
+            )
         # l = w * (l + sft * e(winner))
         return weight * (self.formula(train, x, label) + train.sft * policy[:, 0])
 
@@ -140,6 +215,12 @@ def _smpo(train: Train, z: Tensor, label: Tensor) -> Tensor:
     return -logsigmoid((2 * label - 1) * z)
 
 
+def _kto(train: Train, z: Tensor, label: Tensor) -> Tensor:
+    """Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with the sigmoid as utility."""
+    # 1 - mean(sigmoid(z(winner)), sigmoid(-z(loser)))
+    return 1 - 0.5 * (z[:, 0].sigmoid() + (-z[:, 1]).sigmoid())
+
+
 # By the name that `fifa.config.Train.loss` has for it.
 LOSSES = {
     "sigmoid": Loss(_sigmoid),
@@ -149,6 +230,7 @@ LOSSES = {
     "poly": Loss(_poly),
     "soft": Loss(_soft, reads_label=True),
     "smpo": Loss(_smpo, reads_label=True),
+    "kto": Loss(_kto, single=True),
 }
 
 
@@ -183,6 +265,12 @@ def beta_from_simpletuner(beta: float, shape: tuple[int, int, int]) -> float:
     c, h, w = shape
     # (beta / 2) * sum = (beta_ours / 2) * mean
     return float(beta) * c * h * w
+
+
+def beta_from_kto(beta: float) -> float:
+    """Diffusion-KTO's ``--beta_dpo``: its script multiplies an image's gain by it, without 1/2."""
+    # beta * (...) = (beta_ours / 2) * (...)
+    return 2.0 * beta
 
 
 def beta_from_smpo(beta: float) -> float:

@@ -47,12 +47,12 @@ SHOWN = {
 # What a micro-batch adds up, in this order.
 SUMS = (
     *("loss", "winner_error", "loser_error", "winner_reference", "loser_reference"),
-    *("implicit_accuracy", "kl", "kl_bound"),
+    *("implicit_accuracy", "kl", "kl_bound", "gap"),
 )
 
 
 def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | None) -> Tensor:
-    """What a micro-batch tells, summed over its pairs, float32 ``[8]`` in the order of `SUMS`.
+    """What a micro-batch tells, summed over its pairs, float32 ``[9]`` in the order of `SUMS`.
 
     Parameters
     ----------
@@ -67,12 +67,22 @@ def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | No
     base = torch.full_like(policy, torch.nan) if reference is None else reference
     gain = (base - policy).float()
     # implicit accuracy: the policy prefers the winner more than the reference does; a tie is half
-    correct = 0.5 * (1.0 + (gain[:, 0] - gain[:, 1]).sign())
+    gap = gain[:, 0] - gain[:, 1]
+    correct = 0.5 * (1.0 + gap.sign())
     # |sqrt e - sqrt e_ref|^2 <= mean (prediction - prediction_ref)^2, by the triangle inequality
     bound = (policy.sqrt() - base.sqrt()).square().mean(1)
     nothing = torch.full_like(bound, torch.nan)
     rows = [loss.detach(), *policy.T, *base.T, correct, nothing if kl is None else kl, bound]
+    rows.append(gap.abs())
     return torch.stack([row.float().sum() for row in rows])
+
+
+def means_of(total: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Of what `sums` added up over ``pairs``: what `fifa.training.losses.run_on` takes in."""
+    # without a reference there is nothing to know
+    means = (total.float() / pairs).nan_to_num()
+    _, winner, loser, winner_base, loser_base, *_, gap = means
+    return gap, 0.5 * (winner_base + loser_base - winner - loser)
 
 
 def distance(prediction: Tensor, reference: Tensor) -> Tensor:
