@@ -19,7 +19,8 @@ from peft import LoraConfig
 from PIL import Image
 
 T = 1000
-LOSSES = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto")  # that are written down here
+# That are written down here.
+LOSSES = ("sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto")
 
 
 @cache

@@ -234,6 +234,13 @@ def test_smpos_beta_carries_the_scripts_factor_of_ten(batch):
     assert torch.allclose(loss_of("smpo", beta_from_smpo(5.0))(*batch), expected)
 
 
+def test_ktos_beta_has_no_half(batch):
+    policy, reference, label, weight = batch
+    good, bad = (5.0 * (reference - policy)).T
+    expected = weight * (1 - 0.5 * (good.sigmoid() + (-bad).sigmoid()))
+    assert torch.allclose(loss_of("kto", beta_from_kto(5.0))(*batch), expected)
+
+
 def test_an_unknown_script_has_no_beta():
     with pytest.raises(FifaError, match="no such script"):
         beta_from_diffusers(1.0, "flux")

@@ -175,8 +175,8 @@ class Loop:
         -------
         Read
             What `fifa.training.metrics.sums` adds up, over all processes; then the gradient's norm
-            before it was clipped; then what `run_on` keeps; then 1 if the step was skipped, as float16's gradients
-            overflowed, else 0.
+            before it was clipped; then what `run_on` keeps; then 1 if the step was skipped, as
+            float16's gradients overflowed, else 0.
         """
         train, state = self.train, self.state
         accelerator, optimizer = state.accelerator, state.optimizer
