@@ -235,7 +235,7 @@ def test_smpos_beta_carries_the_scripts_factor_of_ten(batch):
 
 
 def test_ktos_beta_has_no_half(batch):
-    policy, reference, label, weight = batch
+    policy, reference, _, weight = batch
     good, bad = (5.0 * (reference - policy)).T
     expected = weight * (1 - 0.5 * (good.sigmoid() + (-bad).sigmoid()))
     assert torch.allclose(loss_of("kto", beta_from_kto(5.0))(*batch), expected)
