@@ -206,6 +206,8 @@ def test_no_code_of_a_checkpoint_is_run(checkpoint, tmp_path, monkeypatch):
             (Harm(), "cannot read the weights"),
             (Harder(), "cannot read the weights"),
             ({"state_dict": Harder()}, "no tensors in the file"),
+            ([torch.zeros(1)], "no tensors in the file"),
+            ({3: torch.zeros(1)}, "no tensors in the file"),
             (round_trip, "not the weights of MPS: '0.1.rotary_emb.inv_freq' is missing"),
         )
     ):

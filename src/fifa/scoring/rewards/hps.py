@@ -81,7 +81,7 @@ def hps_folder(name: str, model: str) -> Path:
         checkpoint, ("tokenizer.json", "vocab.json"), TOKENIZER_HUB, weights.TOKENIZER_FILES
     )
     settings = checkpoint.with_name("open_clip_config.json")
-    files = {p.name: p for p in (tokenizer / n for n in weights.TOKENIZER_FILES) if p.is_file()}
+    files = weights.tokenizer_files(tokenizer)
     if not files:
         raise FifaError(
             "no tokenizer beside the checkpoint",

@@ -77,9 +77,8 @@ class HPSv3(PublishedReward):
     @property
     def weights_digest(self) -> str:
         """Of weights, config and tokenizer."""
-        names = ("config.json", *weights.TOKENIZER_FILES)
-        base = {n: self._base / n for n in names if (self._base / n).is_file()}
-        return files_digest({"model": self._weights, **base})
+        files = {"model": self._weights, "config.json": self._base / "config.json"}
+        return files_digest(files | weights.tokenizer_files(self._base))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import load_model
 from fifa.scoring.rewards.clip import ImageTower
-from fifa.scoring.rewards.pixels import Preprocess, by_channel, square
+from fifa.scoring.rewards.pixels import Preprocess, square, standardise
 from fifa.scoring.rewards.weights import read_weights
 from fifa.scoring.specs import IMAGE_ENCODERS, Spec
 from fifa.shards.files import files_digest, read_json
@@ -306,9 +306,8 @@ class VisionModel:
         """float32 ``[b, d]``."""
         torch = require("torch")
         with torch.inference_mode(), self.runtime.autocast():
-            x = self.runtime.pixels(pixels).float() / 255
-            mean, std = (by_channel(values, x.device) for values in (self._mean, self._std))
-            out = self._model(pixel_values=(x - mean) / std)
+            x = standardise(self.runtime.pixels(pixels), self._mean, self._std)
+            out = self._model(pixel_values=x)
             pooled = getattr(out, "pooler_output", None)
             if pooled is None:
                 states = out.last_hidden_state  # [b, tokens, d] or [b, d, h, w]

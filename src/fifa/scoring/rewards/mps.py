@@ -73,8 +73,7 @@ class MPS(PublishedReward):
     @property
     def weights_digest(self) -> str:
         """Of the weights and the tokenizer."""
-        folder = self._tokenizer_folder
-        files = {n: folder / n for n in weights.TOKENIZER_FILES if (folder / n).is_file()}
+        files = weights.tokenizer_files(self._tokenizer_folder)
         return files_digest({"model": self._weights, **files})
 
     def image_features(self, pixels: Tensor) -> Tensor:

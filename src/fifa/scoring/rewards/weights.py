@@ -108,7 +108,8 @@ def read_weights(path: Path, *, whole: bool = False) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    named = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not tensors:
         raise FifaError("no tensors in the file", where=str(path))
     return tensors
@@ -210,6 +211,11 @@ def linear_head(
         head = torch.nn.Sequential(OrderedDict(layers))
     fill(head, tensors, where)
     return head.float()
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of a tokenizer that are in a folder, by their names."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def load_tokenizer(folder: Path, type_name: str = "AutoTokenizer") -> Any:
