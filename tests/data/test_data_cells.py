@@ -65,6 +65,20 @@ def test_every_row_has_its_bytes_or_its_path(folder: Path, there: tuple[int], gr
     assert images_of(folder) == list(range(2 * N))
 
 
+def test_rows_that_are_an_image_have_their_bytes_or_their_path(folder: Path) -> None:
+    names = [f"{i // 2}_{i % 2}.png" for i in range(2 * N)]
+    cells = [{"bytes": png(i) if i % 3 else None, "path": name} for i, name in enumerate(names)]
+    table = {"prompt": ["p"] * 2 * N, "score": range(2 * N), "image": pa.array(cells, STRUCT)}
+    pq.write_table(pa.table(table), folder / "a.parquet")
+    columns = {"image": "image", "score": "score"}
+    pairs = read_pairs(folder, columns=columns, pairs="adjacent")
+    assert len(pairs) == 2 * N - 1
+    found = dict(read(pair_images(pairs.table, pairs.origin)))
+    for i, row in enumerate(pairs.table.to_pylist()):
+        sides = [found[2 * i + side] for side in (0, 1)]
+        assert sides == [png(int(row[f"score_{side}"])) for side in (0, 1)]
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_bytes_on_one_side_and_paths_on_the_other(folder: Path, turned: bool) -> None:
     def cells(side: int) -> pa.Array:

@@ -76,7 +76,7 @@ def test_a_value_without_a_name_is_one_row_or_the_file(tmp_path: Path) -> None:
     pairs = read(path, label="winner:A/B")
     assert pairs.table["label"].to_pylist() == [1, 0, 1]
     assert pairs.rejected["reason"].to_pylist() == [
-        "the label is 'C', which --columns does not name",
+        "unknown winner 'C'",
         "no label",
     ]
     with pytest.raises(FifaError, match=r"seen: a \(2\), b \(1\), c \(1\)"):

@@ -17,19 +17,20 @@ import pyarrow.compute as pc
 
 from fifa.data.columns import Columns, Text, as_number, begins, has, parsed, side_pairs
 from fifa.data.labels import (
+    CLOSE,
     NOT_COUNTED,
     Labels,
+    by_row,
     first_wins,
     label_numbers,
     not_counted,
     on_scale,
     own_label,
     two_labels,
-    vote_share,
-    weight_share,
 )
-from fifa.data.names import KNOWN, NAMES
+from fifa.data.names import KNOWN, NAMES, shares
 from fifa.data.pairs import FilePairs, pair_columns
+from fifa.data.places import is_cell, keys_and_refs, leaf_of
 from fifa.data.rankings import (
     NESTED,
     Ranked,
@@ -38,9 +39,8 @@ from fifa.data.rankings import (
     one_image_a_row,
     ranked_paths,
     rated,
-    two_paths,
 )
-from fifa.data.records import TAR_NAMES, WRITTEN_OUT, tar_ref
+from fifa.data.records import TAR_NAMES, WRITTEN_OUT
 from fifa.data.winners import find_winner, named_winner
 from fifa.errors import FifaError
 
@@ -117,7 +117,7 @@ class Layout:
         keys, links, images = (
             _present(columns, names) for names in (self.keys, self.links, self.images)
         )
-        is_cell = [images is not None and _is_cell(columns, name) for name in images or ("", "")]
+        cells = [images is not None and is_cell(columns, name) for name in images or ("", "")]
         reads = (*self.reads, *(name for name in NOT_COUNTED if name in columns.names))
         known = {self.prompt, *self.needs, *reads, *self.ignore, *self.images}
         known |= {*(self.keys or ()), *(self.links or ()), *carried.values()}
@@ -125,8 +125,8 @@ class Layout:
         numbers += [name for name in self.numbers if name in columns.names and name not in numbers]
         wanted = [self.prompt, *self.needs, *numbers, *carried.values(), *(keys or ())]
         wanted += [name for name in reads if name in columns.names]
-        wanted += [leaf for leaf in (_leaf(columns, name) for name in images or ()) if leaf]
-        wanted += () if all(is_cell) else (links or ())
+        wanted += [leaf for leaf in (leaf_of(columns, name) for name in images or ()) if leaf]
+        wanted += () if all(cells) else (links or ())
         columns.load(wanted, prompt=self.prompt)
         uncounted = not_counted(columns)
         labels = self.label(columns)
@@ -136,9 +136,9 @@ class Layout:
             name=self.needs[0] if len(self.needs) == 1 else "",
         )
         sides = [
-            _side(
+            keys_and_refs(
                 columns,
-                is_cell[side],
+                cells[side],
                 *(names and names[side] for names in (keys, images, links)),
                 paths_are_ids=self.paths_are_ids,
             )
@@ -172,7 +172,7 @@ class Layout:
             | _written_out(sides[1][1], 1),
             swaps=side_pairs([*numbers, *carried]) if self.winner_first else [],
             winner_first=self.winner_first,
-            cells=images if any(is_cell) else None,
+            cells=images if any(cells) else None,
         )
 
     def uses(self, columns: Columns) -> dict[str, str]:
@@ -200,54 +200,6 @@ def _present(columns: Columns, names: tuple[str, str] | None) -> tuple[str, str]
     return names if names and all(has(columns, name) for name in names) else None
 
 
-def _is_cell(columns: Columns, name: str) -> bool:
-    return columns.image(name) != "text" and columns.holds_bytes(name)
-
-
-def _leaf(columns: Columns, name: str) -> str | None:
-    """What may be read of an image column: all of a text, the path of a struct, no bytes."""
-    kind = columns.image(name)
-    if kind == "text":
-        return name
-    return f"{name}.path" if kind == "struct" else None
-
-
-def _side(
-    columns: Columns,
-    is_cell: bool,
-    key: str | None,
-    image: str | None,
-    link: str | None,
-    *,
-    paths_are_ids: bool,
-) -> tuple[Text, Text]:
-    """Keys and references of one side's images.
-
-    The key is the image's id if there is one, else its path or URL, else ``file#row:column``.
-    The path in a cell that also has the bytes is a key only if it is a URL, or if the format
-    vouches for it and it names a folder: `datasets` keeps the last part of the path there, and
-    ``0001.jpg`` or ``tmp/left.png`` is many images' name.
-    """
-    nothing = pa.nulls(len(columns.rows), pa.string())
-    leaf = _leaf(columns, image) if image else None
-    path = columns.reference(leaf) if leaf else nothing
-    if is_cell and image and columns.image(image) == "written":
-        path = columns.paths_among(image)
-    if is_cell and image:
-        place = pc.binary_join_element_wise(
-            f"{columns.file}#", pa.array(columns.rows).cast(pa.string()), f":{image}", ""
-        )
-        named = pc.fill_null(pc.match_substring(path, "/" if paths_are_ids else "://"), False)
-        lacks = columns.lacks_bytes(image) if leaf else np.asarray(path.is_valid())
-        bare = pa.array(lacks & np.asarray(path.is_valid()))  # only a path, among rows with bytes
-        ref = pc.if_else(bare, path, nothing)
-        found = pc.if_else(pc.or_(named, bare), path, place)
-    else:
-        ref = path if leaf else (columns.reference(link) if link else nothing)
-        found = _keys(columns, ref)
-    return (columns.text(key) if key else found), ref
-
-
 def _written_out(refs: Text, side: int) -> dict[int, str]:
     """The rows whose image is text: a ``data:`` URL, or base64 of a PNG, JPEG or WEBP."""
     found = np.asarray(pc.fill_null(begins(refs, WRITTEN_OUT), False))
@@ -255,22 +207,8 @@ def _written_out(refs: Text, side: int) -> dict[int, str]:
     return dict.fromkeys(np.flatnonzero(found).tolist(), reason)
 
 
-def _keys(columns: Columns, refs: Text) -> Text:
-    """References as keys: ``FILE#NAME`` for what is in the file; in a tar nothing else counts."""
-    if columns.kind != "tar" and not pc.any(pc.starts_with(refs, "tar:")).as_py():
-        return refs
-    texts = refs.to_pylist()
-    places = [tar_ref(ref or "") for ref in texts]
-    named = [
-        f"{columns.file}#{place.name}" if place else None if columns.kind == "tar" else ref
-        for ref, place in zip(texts, places, strict=True)
-    ]
-    return pa.array(named, pa.string())
-
-
 PAIR_COLUMNS = ("prompt", "image_0", "image_1", "label")
 COUNTS = ("votes_0", "votes_1")  # of the votes for either image, instead of a label
-VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 RESPONSE_STATUS = "preference.responses.status"
 RESPONSES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5}
 
@@ -318,15 +256,16 @@ def own_layout(columns: dict[str, str]) -> Layout:
 
 def _path1_wins(columns: Columns) -> Labels:
     """HPDv3: path1 wins, by its share of ``choice_dist`` where there are votes; ties say so."""
-    label, votes = np.ones(len(columns.rows)), np.ones(len(columns.rows), np.int32)
-    if "choice_dist" in columns.names:
-        for i, value in enumerate(columns.values("choice_dist")):
-            counts = _counts(value)
-            if counts:
-                label[i], votes[i] = max(counts) / sum(counts), min(sum(counts), 2**31 - 1)
+
+    def share(value: Any) -> tuple[float, float]:
+        counts = _counts(value)
+        return (max(counts) / sum(counts), sum(counts)) if counts else (1.0, 1)
+
+    there = "choice_dist" in columns.names
+    labels = by_row(share, columns.values("choice_dist") if there else columns.rows)
     if "tie_case" in columns.names:
-        label[columns.number("tie_case") == 1] = 0.5
-    return Labels(label, {}, votes)
+        labels.value[columns.number("tie_case") == 1] = 0.5
+    return labels
 
 
 def _counts(value: Any) -> list[float]:
@@ -356,39 +295,27 @@ def _two_labels(columns: Columns) -> Labels:
 def _aggregated(column: str) -> Callable[[Columns], Labels]:
     """Rapidata: votes for either image by its file's name, as an object or its text."""
 
+    def share(value: Any, first: str | None, second: str | None) -> tuple[float, float] | str:
+        found = value if isinstance(value, dict) else {}
+        sides = ({"image1", first}, {"image2", second})
+        one, two = ([found[key] for key in found if key in side] for side in sides)
+        counts = _counts([*one, *two])
+        if len(found) != 2 or len(one) != 1 or len(two) != 1:
+            return f"{column} does not give the votes for either image by its name"
+        return (counts[0] / sum(counts), sum(counts)) if counts else "negative votes, or none"
+
     def labels(columns: Columns) -> Labels:
-        names = [_file_names(columns, name) for name in ("image1", "image2")]
-        values = parsed(columns, column)
-        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
-        wrong = {}
-        for i, value in enumerate(values):
-            found = value if isinstance(value, dict) else {}
-            sides = [{name, own[i]} for name, own in zip(("image1", "image2"), names, strict=True)]
-            counts = [[as_number(found[key]) for key in found if key in side] for side in sides]
-            if len(found) != 2 or [len(count) for count in counts] != [1, 1]:
-                wrong[i] = f"{column} does not give the votes for either image by its name"
-            elif not _counts([counts[0][0], counts[1][0]]):
-                wrong[i] = "negative votes, or none"
-            else:
-                total = counts[0][0] + counts[1][0]
-                label[i], votes[i] = counts[0][0] / total, max(1, min(total, 2**31 - 1))
-        return Labels(label, wrong, votes)
+        names = (_file_names(columns, name) for name in ("image1", "image2"))
+        return by_row(share, parsed(columns, column), *names)
 
     return labels
 
 
 def _file_names(columns: Columns, image: str) -> list[str | None]:
     """The last part of every row's path or URL."""
-    leaf = _leaf(columns, image)
+    leaf = leaf_of(columns, image)
     refs = columns.text(leaf).to_pylist() if leaf else [None] * len(columns.rows)
     return [ref and re.split(r"[/\\\\]", ref)[-1] for ref in refs]
-
-
-def _one_vote(columns: Columns) -> Labels:
-    """HPDv2, a row a vote: pref is 1 for the left image, -1 for the right one, 0 for neither."""
-    pref = label_numbers(columns, "pref")
-    bad = dict.fromkeys(np.flatnonzero(~np.isin(pref, (1, 0, -1))).tolist(), "pref is not 1 or -1")
-    return Labels(np.where(np.isin(pref, (1, 0, -1)), 0.5 * (pref + 1), np.nan), bad)
 
 
 def _best_index(columns: Columns) -> Labels:
@@ -398,53 +325,49 @@ def _best_index(columns: Columns) -> Labels:
     return Labels(1.0 - index, dict.fromkeys(bad, "the label is neither 0 nor 1"))
 
 
-def _by_value(column: str, function: Callable[[Any], tuple[float, int] | str]) -> Any:
-    """Labels from a column's Python values; ``function`` gives (label, votes) or what is wrong."""
-
-    def labels(columns: Columns) -> Labels:
-        values = columns.values(column)
-        label, votes = np.full(len(values), np.nan), np.ones(len(values), np.int32)
-        wrong = {}
-        for i, value in enumerate(values):
-            found = function(value)
-            if isinstance(found, str):
-                wrong[i] = found
-            else:
-                label[i], votes[i] = found
-        return Labels(label, wrong, votes)
-
-    return labels
-
-
-def _arena_vote(vote: Any) -> tuple[float, int] | str:
-    known = VOTES.get(vote) if isinstance(vote, str) else None
-    return (known, 1) if known is not None else f"unknown vote_type {str(vote)[:40]!r}"
-
-
 def _responses(columns: Columns) -> Labels:
     """open-image-preferences: the mean over the annotators, either kind of "both" a half.
 
     Of the answers only those are counted that were submitted, where the tool tells.
     """
-    answers = parsed(columns, "preference.responses")
-    states: list[Any] = [None] * len(answers)
-    if RESPONSE_STATUS in columns.names:
-        states = columns.values(RESPONSE_STATUS)
-    label, votes = np.full(len(answers), np.nan), np.ones(len(answers), np.int32)
-    wrong = {}
-    for i, (own, state) in enumerate(zip(answers, states, strict=True)):
+
+    def mean(own: Any, state: Any) -> tuple[float, float] | str:
         given = own if isinstance(own, list) else []
         if isinstance(state, list) and len(state) == len(given):
             given = [a for a, said in zip(given, state, strict=True) if said == "submitted"]
         known = [RESPONSES.get(answer) if isinstance(answer, str) else None for answer in given]
         shares = [share for share in known if share is not None]
         if not given:
-            wrong[i] = "no submitted responses" if own and state else "no responses"
-        elif len(shares) < len(known):
-            wrong[i] = "an unknown response"
-        else:
-            label[i], votes[i] = sum(shares) / len(shares), len(shares)
-    return Labels(label, wrong, votes)
+            return "no submitted responses" if own and state else "no responses"
+        if len(shares) < len(known):
+            return "an unknown response"
+        return sum(shares) / len(shares), len(shares)
+
+    answers = parsed(columns, "preference.responses")
+    told = RESPONSE_STATUS in columns.names
+    return by_row(
+        mean,
+        answers,
+        columns.values(RESPONSE_STATUS) if told else answers and [None] * len(answers),
+    )
+
+
+def _two_paths(paths: str) -> Layout:
+    """HPDv2's training set: a list of two paths, and [1, 0] or [0, 1] beside it."""
+
+    def first(images: Any, shares: Any) -> tuple[float, float] | str:
+        if not isinstance(images, list) or len(images) != 2:
+            return "it does not name two images"
+        numbers = [as_number(share) for share in shares] if isinstance(shares, list) else []
+        if len(numbers) != 2 or not abs(sum(numbers) - 1.0) <= CLOSE:
+            return "human_preference does not sum to 1"
+        return numbers[0], 1
+
+    def labels(columns: Columns) -> Labels:
+        return by_row(first, parsed(columns, paths), parsed(columns, "human_preference"))
+
+    images = f"{paths}.0", f"{paths}.1"
+    return Layout("hpdv2", "prompt", images, labels, needs=(paths, "human_preference"))
 
 
 _PICKAPIC = frozenset(
@@ -459,26 +382,28 @@ _EVALMUSE = {
 _UIDS = ("image_0_uid", "image_1_uid")
 _URLS = ("image_0_url", "image_1_url")
 
+
+def _named(name: str, images: tuple[str, str], label: str, **more: Any) -> Layout:
+    """A format whose label is a form that a user could write, too."""
+    needs, function = own_label(label)
+    return Layout(name, "prompt", images, function, needs=needs, **more)
+
+
 Format: TypeAlias = Layout | Ranked | Winner
 
 # A data set's format is an entry here. In this order: the first that fits is the file's format.
 FORMATS: tuple[Format, ...] = (
+    *map(_two_paths, ("file_path", "image_path")),
     Ranked(
         "hpdv2",
-        (("prompt",), ("file_path", "image_path"), ("human_preference",)),
-        two_paths,
-        images=("first", "second"),
-    ),
-    Ranked(
-        "hpdv2",
-        (("prompt",), ("image_path", "file_path"), ("raw_annotations", "rank")),
+        ("prompt", "image_path|file_path", "raw_annotations|rank"),
         ranked_paths,
         lacks="prompt_id",
     ),
-    Ranked("imagereward", (("prompt",), ("generations",), ("ranking",)), generations),
+    Ranked("imagereward", ("prompt", "generations", "ranking"), generations),
     Ranked(
         "imagereward",
-        (("prompt_id",), ("prompt",), ("rank",), ("image", "image_path")),
+        ("prompt_id", "prompt", "rank", "image|image_path"),
         one_image_a_row,
         images=("image",),
     ),
@@ -491,46 +416,25 @@ FORMATS: tuple[Format, ...] = (
         rated("kto", {"prompt": "prompt", "image": image, "score": "label"}, 1.0, truths="label")
         for image in ("image", "image_path")
     ),
-    Ranked(
-        "mmrb2",
-        tuple((name,) for name in NESTED),
-        nested_pairs,
-        images=("response_a", "response_b"),
-    ),
-    Layout(
-        "rapidata",
-        "prompt",
-        ("image1", "image2"),
-        lambda columns: weight_share(
-            columns, "weighted_results_image1_preference", "weighted_results_image2_preference"
-        ),
-        needs=("weighted_results_image1_preference", "weighted_results_image2_preference"),
-    ),
-    Layout(
-        "rapidata",
-        "prompt",
-        ("image1", "image2"),
-        lambda columns: vote_share(columns, "votes_image1", "votes_image2"),
-        needs=("votes_image1", "votes_image2"),
-    ),
+    Ranked("mmrb2", NESTED, nested_pairs, images=("response_a", "response_b")),
     *(
-        Layout("rapidata", "prompt", ("image1", "image2"), _aggregated(name), needs=(name,))
-        for name in ("aggregated_results", "aggregatedResults")
+        Layout("rapidata", "prompt", ("image1", "image2"), label, needs=needs)
+        for needs, label in (
+            shares("weighted_results", "preference"),
+            own_label("votes_image1/(votes_image1+votes_image2)"),
+            *(((n,), _aggregated(n)) for n in ("aggregated_results", "aggregatedResults")),
+        )
     ),
-    Layout(
+    _named(
         "hpdv2",
-        "prompt",
         ("image_left_id", "image_right_id"),
-        _one_vote,
-        needs=("pref",),
+        "pref:1/-1/0",
         ignore=frozenset(("user_id", "ranking_id")),
     ),
-    Layout(
+    _named(
         "genai-arena",
-        "prompt",
         ("left_image", "right_image"),
-        _by_value("vote_type", _arena_vote),
-        needs=("vote_type",),
+        "vote_type:leftvote/rightvote/tievote/bothbad_vote",
     ),
     Layout(
         "open-image-preferences",

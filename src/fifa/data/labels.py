@@ -203,6 +203,15 @@ def own_label(spec: str) -> tuple[tuple[str, ...], Callable[[Columns], Labels]]:
     return (spec,), lambda columns: _share(columns, spec)
 
 
+def by_row(function: Callable[..., tuple[float, float] | str], *values: Iterable[Any]) -> Labels:
+    """Labels row by row: from its values, a label and its votes, or what is wrong."""
+    found = list(map(function, *values))
+    wrong = {i: one for i, one in enumerate(found) if isinstance(one, str)}
+    both = [(np.nan, 1) if isinstance(one, str) else one for one in found]
+    label, votes = np.array(both, np.float64).reshape(-1, 2).T.copy()
+    return Labels(label, wrong, np.clip(votes, 1, 2**31 - 1).astype(np.int32))
+
+
 def first_wins(columns: Columns) -> Labels:
     """The first image always wins."""
     return Labels(np.ones(len(columns.rows)), {})
@@ -237,20 +246,18 @@ def _larger(columns: Columns, first: str, second: str) -> Labels:
 
 def _named(columns: Columns, column: str, meaning: dict[str, float]) -> Labels:
     """Labels from the values that the user named; a file of which half are others is refused."""
-    values = [None if value in (None, "") else value for value in columns.values(column)]
-    label = np.full(len(values), np.nan)
-    wrong, others = {}, []
-    for i, value in enumerate(values):
-        known = None if value is None else meaning.get(_name(value))
-        if known is not None:
-            label[i] = known
-        elif value is None:
-            wrong[i] = "no label"
-        else:
-            wrong[i] = f"the label is {str(value)[:40]!r}, which --columns does not name"
-            others.append(value)
-    _refuse_half(columns, column, values, others)
-    return Labels(label, wrong)
+
+    def named(value: Any) -> tuple[float, float] | str:
+        if value in (None, ""):
+            return "no label"
+        label = meaning.get(_name(value))
+        return f"unknown {column} {str(value)[:40]!r}" if label is None else (label, 1)
+
+    values = columns.values(column)
+    labels = by_row(named, values)
+    others = [values[i] for i, why in labels.wrong.items() if why != "no label"]
+    _refuse_half(columns, column, [value for value in values if value != ""], others)
+    return labels
 
 
 def _share(columns: Columns, column: str) -> Labels:

@@ -136,7 +136,7 @@ def find_names(
     rated = [name for name in columns.numeric() if name.endswith("_rating")]
     ratings = {name.removesuffix("_rating"): name for name in rated if len(images) == 1}
     aspects: dict[str, Aspect] = {
-        found[2]: _shares(found[1], found[0], found[0].replace("_image1_", "_image2_"))
+        found[2]: shares(found[1], found[2])
         for found in map(SHARES.fullmatch, sorted(columns.names))
         if found and found[0].replace("_image1_", "_image2_") in columns.names
     }
@@ -172,7 +172,9 @@ def refuse_names(names: Iterable[str], images: tuple[str, ...], file: str) -> No
         )
 
 
-def _shares(kind: str, first: str, second: str) -> Aspect:
+def shares(kind: str, aspect: str) -> Aspect:
+    """The label by an aspect: of two columns of weights, or of counts of votes."""
+    first, second = (f"{kind}_image{side}_{aspect}" for side in (1, 2))
     share = vote_share if kind == "votes" else weight_share
     return (first, second), lambda columns: share(columns, first, second)
 

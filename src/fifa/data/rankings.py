@@ -16,9 +16,11 @@ import xxhash
 
 from fifa.data.columns import Columns, as_name, as_number, encoded, has, parsed, text_array
 from fifa.data.ids import fold_prompt
+from fifa.data.labels import by_row
 from fifa.data.names import ASPECT, NAMES, find_names
 from fifa.data.pairs import MAX_KEY, MAX_PROMPT, NO_TEXT, FilePairs, Rejected, pair_columns
-from fifa.data.records import encodable, in_file, outside, tar_ref
+from fifa.data.places import is_cell, keys_and_refs, leaf_of
+from fifa.data.records import encodable, in_file, outside
 from fifa.errors import FifaError
 
 ROW_AN_IMAGE = ("prompt", "prompt_id", "image", "score", "rank")  # of a table of the user's own
@@ -88,7 +90,7 @@ class Ranked:
     name
         The format's name.
     needs
-        Columns, each of which may be one of several.
+        Columns; ``a|b`` is either.
     convert
         From a file's columns to its pairs.
     lacks
@@ -102,7 +104,7 @@ class Ranked:
     """
 
     name: str
-    needs: tuple[tuple[str, ...], ...]
+    needs: tuple[str, ...]
     convert: Callable[..., FilePairs]
     lacks: str | None = None
     truths: str | None = None
@@ -113,7 +115,7 @@ class Ranked:
         """True if the file has the columns."""
         if self.lacks in columns.names:
             return False
-        if not all(any(has(columns, name) for name in names) for names in self.needs):
+        if not all(any(has(columns, n) for n in names.split("|")) for names in self.needs):
             return False
         return self.truths is None or columns.truths(self.truths)
 
@@ -141,7 +143,8 @@ class Ranked:
         """The columns that are read, each with what it is."""
         if self.own:
             return {column: what for what, column in self.own}
-        there = [next((n for n in names if has(columns, n)), "") for names in self.needs]
+        needs = (names.split("|") for names in self.needs)
+        there = [next((n for n in names if has(columns, n)), "") for names in needs]
         what = {"prompt": "prompt", "prompt_id": "prompt_id", "rank": "who is better"}
         return {name: what.get(name, "images and who is better") for name in there if name}
 
@@ -254,37 +257,6 @@ class _Rankings:
         )
 
 
-def two_paths(columns: Columns, compare: Compare) -> FilePairs:
-    """HPDv2's training set: two paths and a vote a row.
-
-    human_preference is [1, 0] or [0, 1] beside the paths.
-    """
-    paths = _first(columns, "file_path", "image_path")
-    numbers = columns.numeric()
-    columns.load(["prompt", paths, "human_preference", *numbers], prompt="prompt")
-    keys: list[list[str | None]] = [[], []]
-    label = np.full(len(columns.rows), np.nan)
-    wrong = {}
-    for i, (images, shares) in enumerate(
-        zip(parsed(columns, paths), parsed(columns, "human_preference"), strict=True)
-    ):
-        bad = _not_two(images, shares)
-        if bad:
-            wrong[i] = bad
-        else:
-            label[i] = shares[0]
-        for side in (0, 1):
-            keys[side].append(None if bad else images[side])
-    texts = [text_array(side) for side in keys]
-    refs = [text_array(key and outside(key) for key in side) for side in keys]
-    return FilePairs(
-        columns.file,
-        pair_columns(columns.rows, columns.text("prompt"), texts, refs, label),
-        scores={name: pa.array(columns.number(name)) for name in numbers},
-        wrong=wrong,
-    )
-
-
 def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
     """MMRB2: a prompt and two answers as lists of parts; annotations from 1 (b) to 6 (a).
 
@@ -302,23 +274,24 @@ def nested_pairs(columns: Columns, compare: Compare) -> FilePairs:
         texts.append([only_part(answer.get("response_content"), "image") for answer in answers])
         made_by = (answer.get("model_name") or answer.get("model") for answer in answers)
         models.append(encoded(text_array(map(as_name, made_by))))
-    label, wrong = np.full(len(rows), np.nan), {}
-    for i, (*_, notes, chosen) in enumerate(rows):
+
+    def majority(notes: Any, chosen: Any) -> tuple[float, float] | str:
         notes = notes if isinstance(notes, list) else []
         if not notes or not all(isinstance(n, int | float) and 1 <= n <= 6 for n in notes):
-            wrong[i] = "human_annotations are not numbers from 1 to 6"
-            continue
-        label[i] = sum(note > 3.5 for note in notes) / len(notes)
-        if {"A": 1, "B": -1}.get(chosen) != np.sign(label[i] - 0.5):
-            wrong[i] = "the annotators' majority is not the one in chosen"
-    votes = [len(row[3]) if isinstance(row[3], list) else 1 for row in rows]
+            return "human_annotations are not numbers from 1 to 6"
+        label = sum(note > 3.5 for note in notes) / len(notes)
+        if {"A": 1, "B": -1}.get(chosen) != np.sign(label - 0.5):
+            return "the annotators' majority is not the one in chosen"
+        return label, len(notes)
+
+    labels = by_row(majority, *([row[at] for row in rows] for at in (3, 4)))
     prompt, *keys = (text_array(values) for values in texts)
     refs = [text_array(key and outside(key) for key in side) for side in texts[1:]]
-    found = pair_columns(columns.rows, prompt, keys, refs, label, votes)
+    found = pair_columns(columns.rows, prompt, keys, refs, labels.value, labels.votes)
     found |= {"model_0": models[0], "model_1": models[1]}
     if there:
         found["category"] = columns.named(source)
-    return FilePairs(columns.file, found, wrong=wrong)
+    return FilePairs(columns.file, found, wrong=labels.wrong)
 
 
 def only_part(content: Any, kind: str) -> str | None:
@@ -378,15 +351,13 @@ def one_image_a_row(
         raise FifaError(f"no column {lacks[0]!r}", where=columns.file, do=f"it has {has_}")
     number, sign = (names["rank"], 1.0) if "rank" in names else (names["score"], -1.0)
     id_ = names.get("prompt_id", names["prompt"])
-    form = columns.image(image)
-    cell = form != "text" and columns.holds_bytes(image)
-    leaf = f"{image}.path" if form == "struct" else image
+    cell, leaf = is_cell(columns, image), leaf_of(columns, image)
     ratings = [name for name in columns.numeric() if name.endswith("_rating")]
     ratings = [number] if own else ratings
     wanted = [id_, names["prompt"], number, *ratings]
-    bare = form in ("cell", "written")  # no paths beside the bytes
-    columns.load(wanted if bare else [*wanted, leaf])
-    paths = [None] * len(columns.rows) if bare else columns.reference(leaf).to_pylist()
+    columns.load([*wanted, leaf] if leaf else wanted)
+    places = keys_and_refs(columns, cell, None, image, None, paths_are_ids=True)
+    keys, refs = (place.to_pylist() for place in places)
     prompts = columns.text(names["prompt"]).to_pylist()
     groups = columns.values(id_) if "prompt_id" in names else [""] * len(prompts)
     mean, count, squares = _ratings(columns, number)
@@ -394,22 +365,15 @@ def one_image_a_row(
     pairs = FilePairs(columns.file, cells=(image, image) if cell else None, gap=gap)
     kept, texts, found = [], [], []
     for i, row in enumerate(columns.rows.tolist()):
-        path = paths[i] if isinstance(paths[i], str) and paths[i] else None
-        if cell:
-            named = path if path and "/" in path else f"{columns.file}#{row}:{image}"
-            path, ref = named, f"cell:{row}:{image}"
-        else:
-            ref = path or ""
-            place = tar_ref(ref)
-            path = f"{columns.file}#{place.name}" if place else path
         group = _group(groups[i])
-        if not -1e9 < rank[i] < 1e9 or group is None or not _is_key(path):
+        if not -1e9 < rank[i] < 1e9 or group is None or not _is_key(keys[i]):
             pairs.rejected.append((row, "no rank, prompt_id or image"))
         elif not isinstance(prompts[i], str) or not prompts[i].strip():
             pairs.rejected.append((row, NO_TEXT))
         else:
             kept.append(i)
-            texts.append((prompts[i], path, ref))
+            ref = f"cell:{row}:{image}" if cell and refs[i] is None else refs[i]
+            texts.append((prompts[i], keys[i], ref))
             found.append(
                 xxhash.xxh3_128_digest(f"{encodable(group)}\0{fold_prompt(prompts[i])}".encode())
             )
@@ -470,9 +434,8 @@ def rated(
 ) -> Ranked:
     """A format with a row an image; ``own`` and ``gap`` are as for `one_image_a_row`."""
     convert = partial(one_image_a_row, own=own, gap=gap)
-    needs = tuple((column,) for column in own.values())
-    own_ = tuple(own.items())
-    return Ranked(name, needs, convert, truths=truths, own=own_, images=(own["image"],))
+    images, items = (own["image"],), tuple(own.items())
+    return Ranked(name, tuple(own.values()), convert, truths=truths, own=items, images=images)
 
 
 def _group(value: Any) -> str | None:
@@ -576,16 +539,6 @@ def _is_order(order: Any, n: int) -> bool:
     if not isinstance(order, list) or len(order) != n:
         return False
     return all(isinstance(rank, int | float) and -1e9 < rank < 1e9 for rank in order)
-
-
-def _not_two(images: Any, shares: Any) -> str:
-    if not isinstance(images, list) or len(images) != 2:
-        return "it does not name two images"
-    if not all(isinstance(key, str) for key in images):
-        return "an image is missing"
-    if not _is_order(shares, 2) or abs(sum(shares) - 1.0) > 1e-6:
-        return "human_preference does not sum to 1"
-    return ""
 
 
 def _first(columns: Columns, *names: str) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from fifa.data.columns import Columns, has, side_pairs
-from fifa.data.labels import NO_VALUE, TIE, Labels, looks_like, other_scale
+from fifa.data.labels import NO_VALUE, TIE, Labels, by_row, looks_like, other_scale
 from fifa.data.records import encodable
 
 Sides: TypeAlias = tuple[str, str]
@@ -51,19 +49,17 @@ def named_winner(columns: Columns, prompt: str, images: Sides, column: str) -> L
     meaning = {
         _plain(word): 1.0 - side for names in own for side in (0, 1) for word in _words(names, side)
     }
-    values = columns.values(column)
-    label, wrong, others = np.full(len(values), np.nan), {}, False
-    for i, value in enumerate(values):
+
+    def named(value: Any) -> tuple[float, float] | str:
         text = "" if value is None else str(value).strip().lower()
         if text in NO_VALUE:
-            wrong[i] = "no label"
-        elif TIE.fullmatch(text):
-            label[i] = 0.5
-        elif _plain(text) in meaning:
-            label[i] = meaning[_plain(text)]
-        else:
-            others = True
-    if others:
+            return "no label"
+        label = 0.5 if TIE.fullmatch(text) else meaning.get(_plain(text))
+        return "" if label is None else (label, 1)
+
+    values = columns.values(column)
+    labels = by_row(named, values)
+    if "" in labels.wrong.values():
         given = [value for value in values if value is not None]
         counts = Counter(str(value).strip().lower()[:40] for value in given)
         what, option = looks_like(counts, column)
@@ -71,7 +67,7 @@ def named_winner(columns: Columns, prompt: str, images: Sides, column: str) -> L
         option = f"--columns prompt={prompt},image_0={images[0]},image_1={images[1]},{option}"
         do = "name the values in the other order if it is the other image"
         raise other_scale(column, given, columns.file, do, looks=(what, option))
-    return Labels(label, wrong)
+    return labels
 
 
 def _words(names: Sides, side: int) -> list[str]:
