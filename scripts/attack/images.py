@@ -29,7 +29,9 @@ from PIL import Image
 
 from fifa.data.decode import BadImage, check_image
 from fifa.data.images import Images, cell_images, file_images, read
+from fifa.data.kinds import readable
 
+MODERN = [kind for kind in readable() if kind in ("AVIF", "HEIF")]  # HEIC with its extra
 MANY = 60_000_000  # bytes
 CHILD = """
 import sys, time
@@ -87,6 +89,22 @@ def hostile(seed: int) -> Iterator[tuple[str, bytes]]:
     yield "the same in 1,000 scans", data[:-2] + last * 990 + data[-2:]
     tile = np.tile(rng.integers(0, 256, (310, 310, 3), np.uint8), (10, 10, 1))
     yield "WEBP of 10 megapixels of noise", encoded(Image.fromarray(tile), "WEBP", method=0)
+    for kind in MODERN:
+        fast = {"speed": 10} if kind == "AVIF" else {}
+        data = encoded(noise, kind, **fast)
+        yield f"{kind} of 10 megapixels of noise", encoded(Image.fromarray(tile), kind, **fast)
+        yield f"{kind} of 36 megapixels", encoded(large, kind, **fast)
+        for what, part in (
+            ("boxes", b"\0\0\0\x08free"),
+            ("a box of no size", bytes(4) + b"free"),
+            ("boxes in boxes", b"\0\0\xff\xffmeta" + bytes(4)),
+        ):
+            size = int.from_bytes(data[:4])  # behind the box that says what the file is
+            yield f"{kind}, {what}", data[:size] + part * (MANY // len(part)) + data[size:]
+        wide = data.replace(struct.pack(">LL", 64, 64), struct.pack(">LL", 60_000, 60_000))
+        assert wide != data
+        yield f"{kind} whose header says 3,600 megapixels", wide
+        yield f"{kind}, half of it", data[: len(data) // 2]
     for kind in ("GIF", "TIFF", "BMP", "ICO", "JPEG2000"):
         yield kind, encoded(noise, kind)
 
@@ -111,7 +129,7 @@ def fuzzed(count: int, seed: int) -> list[bytes]:
     found = []
     for i in range(count):
         picture = Image.fromarray(rng.integers(0, 256, (48, 40, 3), np.uint8))
-        kind = ("JPEG", "PNG", "WEBP", "JPEG")[i % 4]
+        kind = ("JPEG", "PNG", "WEBP", "JPEG", *MODERN)[i % (4 + len(MODERN))]
         data = bytearray(encoded(picture, kind, **({"progressive": True} if i % 8 == 3 else {})))
         for _ in range(draw.choice([1, 1, 3, 20])):
             at = draw.randrange(min(len(data), draw.choice([60, 700, len(data)])))

@@ -81,6 +81,11 @@ def test_the_pixels_coded_in_an_avif_are_counted() -> None:
     assert coded_pixels(written(clear, "AVIF")) == 2 * 64 * 48
     tiled = written(picture(64, 48), "AVIF", quality=100, subsampling="4:4:4", tile_rows=1)
     assert coded_pixels(says(tiled, 8, 8)) == 64 * 48
+    data = written(picture(64, 48), "AVIF")
+    size = int.from_bytes(data[:4])
+    many = data[:size] + 2000 * b"\0\0\0\x08free" + data[size:]
+    with pytest.raises(BadImage, match="more than 1000 boxes"):  # 60 MB of them took 5 s
+        check_image(many)
 
 
 @pytest.mark.parametrize("kind", MODERN)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 
 UNITS = 1000  # of a picture; a still has about three
-ITEMS = 1000
+ITEMS = 1000  # and boxes, of which a picture has a dozen
 _SEQUENCE_HEADER = 1
 
 
@@ -37,7 +37,9 @@ def coded_pixels(data: bytes) -> int:
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
     """The boxes between two places: name, and where the content begins and ends."""
-    while start + 8 <= end:
+    for _ in range(ITEMS):
+        if start + 8 > end:
+            return
         size, name = struct.unpack_from(">I4s", data, start)
         head = 8
         if size == 1:
@@ -47,6 +49,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, tuple[int
             raise ValueError("a box does not fit")
         yield name, (start + head, start + size)
         start += size
+    raise ValueError(f"more than {ITEMS} boxes")
 
 
 def _items(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
