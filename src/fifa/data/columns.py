@@ -393,6 +393,18 @@ def side_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def check_columns(columns: Columns, names: Iterable[str], form: str = "") -> None:
+    """Raise `FifaError` where the file has not all of these columns."""
+    lacks = [name for name in names if not has(columns, name)]
+    if lacks:
+        raise FifaError(
+            f"no column {', '.join(map(repr, lacks))}{form}",
+            where=columns.file,
+            do=f"it has {', '.join(sorted(columns.names))}; say which is which with --columns "
+            "prompt=...,image_0=...,image_1=...,label=...",
+        )
+
+
 def _is_number(kind: pa.DataType) -> bool:
     is_one = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return any(is_type(kind) for is_type in is_one)

@@ -15,7 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, as_number, begins, has, parsed, side_pairs
+from fifa.data.columns import (
+    Columns,
+    Text,
+    as_number,
+    begins,
+    check_columns,
+    has,
+    parsed,
+    side_pairs,
+)
 from fifa.data.labels import (
     CLOSE,
     NOT_COUNTED,
@@ -34,10 +43,9 @@ from fifa.data.places import is_cell, keys_and_refs, leaf_of
 from fifa.data.rankings import (
     NESTED,
     Ranked,
-    generations,
     nested_pairs,
     one_image_a_row,
-    ranked_paths,
+    ranked_lists,
     rated,
 )
 from fifa.data.records import TAR_NAMES, WRITTEN_OUT
@@ -109,11 +117,8 @@ class Layout:
         ``carried`` are further columns to keep: the name to keep each under, and its name in the
         file.
         """
-        lacks = self.missing(columns) + [
-            name for name in carried.values() if not has(columns, name)
-        ]
-        if lacks:
-            raise _missing_columns(columns, self.name, lacks)
+        lacks = [*self.missing(columns), *carried.values()]
+        check_columns(columns, lacks, f" (format {self.name})")
         keys, links, images = (
             _present(columns, names) for names in (self.keys, self.links, self.images)
         )
@@ -185,17 +190,6 @@ class Layout:
         return used
 
 
-def _missing_columns(columns: Columns, name: str, lacks: list[str]) -> FifaError:
-    """The message for a file that lacks columns of its format."""
-    return FifaError(
-        f"no column {', '.join(repr(column) for column in lacks)} (format {name})",
-        where=columns.file,
-        do="it has "
-        + ", ".join(sorted(columns.names))
-        + "; say which is which with --columns prompt=...,image_0=...,image_1=...,label=...",
-    )
-
-
 def _present(columns: Columns, names: tuple[str, str] | None) -> tuple[str, str] | None:
     return names if names and all(has(columns, name) for name in names) else None
 
@@ -223,16 +217,9 @@ class Winner:
         """True if it has a prompt, two images and a winner, one of each by its name."""
         return find_winner(columns) is not None
 
-    def uses(self, columns: Columns) -> dict[str, str]:
-        """As `Layout.uses`."""
-        return self.layout(columns).uses(columns)
-
     def layout(self, columns: Columns) -> Layout:
-        """What its columns and words mean; raises `FifaError` where the words say nothing."""
-        found = find_winner(columns)
-        if found is None:
-            raise _missing_columns(columns, self.name, ["image_a", "image_b", "winner"])
-        prompt, images, column = found
+        """What a table's columns that it fits mean; its labels are none where the words are not."""
+        prompt, images, column = find_winner(columns) or ("", ("", ""), "")
         label = partial(named_winner, prompt=prompt, images=images, column=column)
         return Layout(self.name, prompt, images, label, needs=(column,))
 
@@ -370,15 +357,13 @@ def _two_paths(paths: str) -> Layout:
     return Layout("hpdv2", "prompt", images, labels, needs=(paths, "human_preference"))
 
 
-_PICKAPIC = frozenset(
-    ("ranking_id", "user_id", "num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
-)
-_EVALMUSE = {
-    "prompt_id": "prompt_id",
-    "prompt": "prompt",
-    "image": "img_path",
-    "score": "total_score",
+_INDEX = ("num_example_per_prompt", "__index_level_0__", "Unnamed: 0")
+_TWO: dict[str, Any] = {
+    "label": _two_labels,
+    "reads": ("label_1", "has_label", "label_votes"),
+    "ignore": frozenset(("ranking_id", "user_id", *_INDEX)),
 }
+_JPGS = ("jpg_0", "jpg_1")
 _UIDS = ("image_0_uid", "image_1_uid")
 _URLS = ("image_0_url", "image_1_url")
 
@@ -397,23 +382,25 @@ FORMATS: tuple[Format, ...] = (
     Ranked(
         "hpdv2",
         ("prompt", "image_path|file_path", "raw_annotations|rank"),
-        ranked_paths,
+        ranked_lists,
         lacks="prompt_id",
     ),
-    Ranked("imagereward", ("prompt", "generations", "ranking"), generations),
+    Ranked("imagereward", ("prompt", "generations", "ranking"), ranked_lists),
     Ranked(
         "imagereward",
         ("prompt_id", "prompt", "rank", "image|image_path"),
         one_image_a_row,
         images=("image",),
     ),
-    rated("evalmuse", _EVALMUSE),
-    *(
-        rated("laion", {"prompt": "TEXT", "image": "URL", "score": score})
-        for score in ("aesthetic", "AESTHETIC_SCORE")
+    rated(
+        "evalmuse", prompt_id="prompt_id", prompt="prompt", image="img_path", score="total_score"
     ),
     *(
-        rated("kto", {"prompt": "prompt", "image": image, "score": "label"}, 1.0, truths="label")
+        rated("laion", prompt="TEXT", image="URL", score=s)
+        for s in ("aesthetic", "AESTHETIC_SCORE")
+    ),
+    *(
+        rated("kto", 1.0, truths="label", prompt="prompt", image=image, score="label")
         for image in ("image", "image_path")
     ),
     Ranked("mmrb2", NESTED, nested_pairs, images=("response_a", "response_b")),
@@ -458,33 +445,14 @@ FORMATS: tuple[Format, ...] = (
         "trl",
         "caption",
         ("images.0", "images.1"),
-        _two_labels,
         needs=("label_0", "chosen", "rejected"),
-        reads=("label_1", "has_label", "label_votes"),
         keys=_UIDS,
-        ignore=_PICKAPIC,
+        **_TWO,
     ),
     Layout(
-        "pickapic",
-        "caption",
-        ("jpg_0", "jpg_1"),
-        _two_labels,
-        needs=("label_0", "image_0_uid", "image_1_uid"),
-        reads=("label_1", "has_label", "label_votes"),
-        keys=_UIDS,
-        links=_URLS,
-        ignore=_PICKAPIC,
+        "pickapic", "caption", _JPGS, needs=("label_0", *_UIDS), keys=_UIDS, links=_URLS, **_TWO
     ),
-    Layout(
-        "diffusers",
-        "caption",
-        ("jpg_0", "jpg_1"),
-        _two_labels,
-        needs=("label_0",),
-        reads=("label_1", "has_label", "label_votes"),
-        links=_URLS,
-        ignore=_PICKAPIC,
-    ),
+    Layout("diffusers", "caption", _JPGS, needs=("label_0",), links=_URLS, **_TWO),
     Layout(
         "mj-bench",
         "caption",

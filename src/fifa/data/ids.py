@@ -81,12 +81,6 @@ def pair_hashes(prompts: np.ndarray, codes: np.ndarray, images: np.ndarray) -> n
     return hashes
 
 
-def pair_ids(prompts: pa.StringArray, image_0: Text, image_1: Text) -> pa.StringArray:
-    """The ids of n pairs of image keys, strings [n]: 20 hex characters of `pair_hashes`."""
-    images = murmur3(image_0) + murmur3(image_1)
-    return hex_strings(pair_hashes(prompt_hashes(prompts), np.arange(len(prompts)), images))
-
-
 def hex_strings(hashes: np.ndarray) -> pa.StringArray:
     """The first `HEX` hex characters of hashes (uint64 [2, n]) as strings [n]."""
     n = hashes.shape[1]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.data.columns import Columns, Text, has
+from fifa.data.columns import Columns, Text, check_columns
 from fifa.data.labels import Labels, own_label, vote_share, weight_share
 from fifa.errors import FifaError
 
@@ -150,13 +150,7 @@ def find_names(
     names = Names(texts, aspects, ratings)
     if len(texts.keys() & {"model_0", "model_1"}) == 1:
         raise FifaError("a generator of one image", do="name both: model_0=...,model_1=...")
-    lacks = [name for name in names.columns if not has(columns, name)]
-    if lacks:
-        raise FifaError(
-            f"no column {lacks[0]!r}",
-            where=columns.file,
-            do="it has " + ", ".join(sorted(columns.names)),
-        )
+    check_columns(columns, names.columns)
     return names
 
 

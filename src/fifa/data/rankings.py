@@ -14,7 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from fifa.data.columns import Columns, as_name, as_number, encoded, has, parsed, text_array
+from fifa.data.columns import (
+    Columns,
+    as_name,
+    as_number,
+    check_columns,
+    encoded,
+    has,
+    parsed,
+    text_array,
+)
 from fifa.data.ids import fold_prompt
 from fifa.data.labels import by_row
 from fifa.data.names import ASPECT, NAMES, find_names
@@ -213,14 +222,6 @@ class _Rankings:
             return ""
         return reason
 
-    def take(
-        self, row: int, prompt: Any, keys: Any, orders: Sequence[Any], own: Any = None
-    ) -> None:
-        """`add` a row that is a ranking, or reject it; ``own`` are names of all its images."""
-        reason = self.add(row, prompt, keys, orders, scores=own and [own] * MAX_IMAGES)
-        if reason:
-            self.rejected.append((row, reason))
-
     def file_pairs(self, file: str, names: Sequence[str] = ()) -> FilePairs:
         """All pairs, with the ratings and names of these.
 
@@ -302,36 +303,27 @@ def only_part(content: Any, kind: str) -> str | None:
     return parts[0][1] if parts[0][0] == kind and isinstance(parts[0][1], str) else None
 
 
-def ranked_paths(columns: Columns, compare: Compare) -> FilePairs:
-    """HPDv2's test set: images, every annotator's ranks and the ranks of all of them together."""
-    images = _first(columns, "image_path", "file_path")
-    given = [name for name in ("rank", "raw_annotations") if name in columns.names]
+def ranked_lists(columns: Columns, compare: Compare) -> FilePairs:
+    """HPDv2's test set and ImageReward's own json: images, and ranks of all judges or of each."""
+    images = _first(columns, "image_path", "file_path", "generations")
+    given = [name for name in ("raw_annotations", "rank", "ranking") if name in columns.names]
     columns.load(["prompt", images, *given])
     values = {name: parsed(columns, name) for name in given}
+    notes_of = values.pop("raw_annotations", [None] * len(columns.rows))
     found = _Rankings(compare)
-    for i, (prompt, paths) in enumerate(
-        zip(columns.text("prompt").to_pylist(), parsed(columns, images), strict=True)
+    prompts, paths = columns.text("prompt").to_pylist(), parsed(columns, images)
+    for i, (row, prompt, notes) in enumerate(
+        zip(columns.rows.tolist(), prompts, notes_of, strict=True)
     ):
-        notes = values["raw_annotations"][i] if "raw_annotations" in values else None
-        notes = notes if isinstance(notes, list) else []
-        orders = [note.get("rank") if isinstance(note, dict) else None for note in notes]
-        if not orders and "rank" in values:
-            orders = [values["rank"][i]]
-        who = [as_name(note.get("user_hash")) for note in notes if isinstance(note, dict)]
-        judges = {"annotator": ", ".join(dict.fromkeys(filter(None, who)))}
-        found.take(int(columns.rows[i]), prompt, paths, orders, judges)
-    return found.file_pairs(columns.file, ["annotator"] if "raw_annotations" in values else ())
-
-
-def generations(columns: Columns, compare: Compare) -> FilePairs:
-    """ImageReward's own json: generations and their ranking."""
-    columns.load(["prompt", "generations", "ranking"])
-    found = _Rankings(compare)
-    values = (parsed(columns, name) for name in ("generations", "ranking"))
-    texts = columns.text("prompt").to_pylist()
-    for row, prompt, images, order in zip(columns.rows.tolist(), texts, *values, strict=True):
-        found.take(row, prompt, images, [order])
-    return found.file_pairs(columns.file)
+        judges = (
+            [n if isinstance(n, dict) else {} for n in notes] if isinstance(notes, list) else []
+        )
+        orders = [judge.get("rank") for judge in judges] or [own[i] for own in values.values()][:1]
+        who = dict.fromkeys(filter(None, (as_name(judge.get("user_hash")) for judge in judges)))
+        names = [{"annotator": ", ".join(who)}] * MAX_IMAGES
+        if reason := found.add(row, prompt, paths[i], orders, scores=names):
+            found.rejected.append((row, reason))
+    return found.file_pairs(columns.file, ["annotator"] if given[0] == "raw_annotations" else ())
 
 
 def one_image_a_row(
@@ -345,10 +337,7 @@ def one_image_a_row(
     """
     names = own or {"prompt_id": "prompt_id", "prompt": "prompt", "rank": "rank"}
     image = names.get("image") or _first(columns, "image_path", "image")
-    lacks = [name for name in names.values() if not has(columns, name)]
-    if lacks:
-        has_ = ", ".join(sorted(columns.names))
-        raise FifaError(f"no column {lacks[0]!r}", where=columns.file, do=f"it has {has_}")
+    check_columns(columns, names.values())
     number, sign = (names["rank"], 1.0) if "rank" in names else (names["score"], -1.0)
     id_ = names.get("prompt_id", names["prompt"])
     cell, leaf = is_cell(columns, image), leaf_of(columns, image)
@@ -425,13 +414,11 @@ def own_rankings(columns: dict[str, str]) -> Ranked | None:
             do="name the number of each image: score=... (more is better) or rank=... (less is), "
             "or the two images of a row: image_0=...,image_1=...,label=...",
         )
-    kept = {name: columns[name] for name in ("prompt_id", "image", *one) if name in columns}
-    return rated("columns", {"prompt": columns.get("prompt", "prompt"), **kept})
+    kept = {name: columns[name] for name in ROW_AN_IMAGE if name in columns}
+    return rated("columns", None, None, **{"prompt": "prompt", **kept})
 
 
-def rated(
-    name: str, own: dict[str, str], gap: float | None = None, truths: str | None = None
-) -> Ranked:
+def rated(name: str, gap: float | None = None, truths: str | None = None, **own: str) -> Ranked:
     """A format with a row an image; ``own`` and ``gap`` are as for `one_image_a_row`."""
     convert = partial(one_image_a_row, own=own, gap=gap)
     images, items = (own["image"],), tuple(own.items())

@@ -22,7 +22,7 @@ from fifa.console import note, progress
 from fifa.data import formats
 from fifa.data.columns import Columns, ParquetColumns, RecordColumns, Text, has
 from fifa.data.folders import read_sides
-from fifa.data.formats import COUNTS, PAIR_COLUMNS, Format, Winner, own_layout
+from fifa.data.formats import COUNTS, PAIR_COLUMNS, Layout, Winner, own_layout
 from fifa.data.merge import merge
 from fifa.data.names import (
     NAMES,
@@ -193,7 +193,7 @@ class _Reader:
         named = {*NAMES, *OF_AN_IMAGE[0], *label_columns(columns)}
         self.named = {name: column for name, column in columns.items() if name in named}
         own: tuple[str, ...] = (*PAIR_COLUMNS, *COUNTS)
-        self._own: Format | None = own_rankings(columns)
+        self._own: Layout | Ranked | None = own_rankings(columns)
         if self._own:
             own = ROW_AN_IMAGE
         elif format == "columns" or columns.keys() & {*own}:
@@ -235,9 +235,8 @@ class _Reader:
             own.columns[key], own.columns[ref] = placed
         return form.name, finish(own)
 
-    def _pairs(self, columns: Columns, form: Format) -> FilePairs:
+    def _pairs(self, columns: Columns, form: Layout | Ranked) -> FilePairs:
         """A file's pairs, with its names; the labels are those of the aspect, if one is asked."""
-        form = form.layout(columns) if isinstance(form, Winner) else form
         if len(form.images) == 2 and self.compare not in (Compare(), Compare(PAIRINGS[0])):
             raise FifaError(
                 "--pairs and --min-gap are for several rated images of a prompt; here a row is a "
@@ -284,12 +283,12 @@ class _Reader:
             records.columns = _image_folder(records.columns, self._given)
         return RecordColumns(records, file.kind, file.path), records.rejected
 
-    def _form(self, columns: Columns) -> Format | None:
+    def _form(self, columns: Columns) -> Layout | Ranked | None:
         if self._own:
             return self._own
         for form in formats.FORMATS:
             if self.name in ("", form.name) and form.fits(columns):
-                return form
+                return form.layout(columns) if isinstance(form, Winner) else form
         return None
 
     def _placed(self, file: SourceFile, keys: Text, refs: Text) -> tuple[Text, Text]:
