@@ -206,6 +206,9 @@ def test_names_of_images_go_with_them_into_their_pairs(tmp_path):
     by_taste = read_pairs(source, columns=columns, label_aspect="taste").table
     assert by_taste["label"].to_pylist() == pairs.table["label_taste"].to_pylist()
     assert by_taste["label_plain"].to_pylist() == pairs.table["label"].to_pylist()
+    with pytest.raises(FifaError, match="no labels by the aspect 'style'") as refused:
+        read_pairs(source, columns=columns, label_aspect="style")
+    assert refused.value.do == "take one of taste"
 
 
 ANSWERS = {

@@ -177,6 +177,8 @@ def test_explain_needs_no_run_and_says_what_was_left(tmp_path: Path) -> None:
     assert "  label   image_0 wins with 75%, votes: 2\n" in told
     assert "pairs     1 of 3 rows, 1 merged\nrejected  1: image 1 is missing\n" in told
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
+    twice = ("--columns", "label=a,label=b", "--explain")
+    assert "each name once" in fifa("read", tmp_path / "a.jsonl", *twice).stderr
     result = fifa("read", tmp_path / "a.jsonl")
     assert result.returncode == 1
     assert "no --out given" in result.stderr

@@ -193,10 +193,11 @@ class _Named(_Commas):
     name = "name=value,..."
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        named = dict(one.partition("=")[::2] for one in super().convert(value, param, ctx))
-        if not all(named.values()):
-            self.fail(f"{value!r} is not NAME=VALUE,NAME=VALUE", param, ctx)
-        return {key.strip(): name.strip() for key, name in named.items()}
+        parts = [one.partition("=") for one in super().convert(value, param, ctx)]
+        named = {key.strip(): name.strip() for key, _, name in parts}
+        if not all(named.values()) or len(named) < len(parts):
+            self.fail(f"{value!r} is not NAME=VALUE,NAME=VALUE, each name once", param, ctx)
+        return named
 
 
 def _knobs_of(cls: type[Any]) -> Iterator[tuple[str, Any, Any, dict[str, Any], Any]]:

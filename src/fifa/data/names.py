@@ -173,8 +173,11 @@ def shares(kind: str, aspect: str) -> Aspect:
     return (first, second), lambda columns: share(columns, first, second)
 
 
-def by_aspect(columns: dict[str, Text], aspect: str, file: str) -> None:
-    """Make the labels those of one aspect; raises `FifaError` where there is no such aspect."""
+def by_aspect(columns: dict[str, Text], aspect: str, file: str) -> Text:
+    """Make the labels those of one aspect, and return those that they replace.
+
+    Raises `FifaError` where there is no such aspect.
+    """
     name, found = f"label_{aspect}", label_columns(columns)
     if name not in found:
         named = f"name its column with --columns {name}=COLUMN"
@@ -184,7 +187,8 @@ def by_aspect(columns: dict[str, Text], aspect: str, file: str) -> None:
             where=file,
             do=there if found else f"the source has none: leave --label-aspect out, or {named}",
         )
-    columns["label"] = columns[name]
+    plain, columns["label"] = columns["label"], columns[name]
+    return plain
 
 
 def label_columns(names: Iterable[str]) -> list[str]:

@@ -247,8 +247,6 @@ class _Reader:
         if isinstance(form, Ranked):
             refuse_names(self.carried, form.images, columns.file)
             own = form.read(columns, self.named, self.compare)
-            if self.aspect and own.columns:
-                own.columns["label_plain"] = own.columns["label"]
         else:
             names = find_names(columns, form.images, self.named, self.aspect)
             plain = Names()
@@ -266,7 +264,9 @@ class _Reader:
                 own.columns |= plain.read(columns)
             own.used = names.uses() | plain.uses()
         if self.aspect and own.members is None and len(own):
-            by_aspect(own.columns, self.aspect, columns.file)
+            replaced = by_aspect(own.columns, self.aspect, columns.file)
+            if isinstance(form, Ranked):
+                own.columns["label_plain"] = replaced
         return own
 
     def _columns(self, file: SourceFile) -> tuple[Columns, Rejected]:
@@ -378,8 +378,7 @@ def _file_pairs(
             yield own
     for own in join(ranked, reader.compare):
         if reader.aspect and len(own):
-            own.columns["label_plain"] = own.columns["label"]
-            by_aspect(own.columns, reader.aspect, own.file)
+            own.columns["label_plain"] = by_aspect(own.columns, reader.aspect, own.file)
         yield finish(own)
     reader.name = next(iter(forms), reader.name)
 
