@@ -35,6 +35,7 @@ USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
 # of the template; none of them is left in a prompt
 MARKS = (REWARD_TOKEN, "<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 RUBRIC = "rubric.txt"
+PARTS = ("visual.", "model.", "rm_head.")
 COLLATOR = "data_collator_qwen.py"  # of the originals; holds the rubric
 
 
@@ -234,9 +235,8 @@ class HPSv3(PublishedReward):
         ``rm_head``. Raises `FifaError` for weights that are not HPSv3's.
         """
         where = self._weights
-        vision, language, head = weights.below(tensors, "visual.", "model.", "rm_head.")
-        if not all(f"{place}.weight" in head for place in LINEAR):
-            raise FifaError("not the weights of HPSv3", where=str(where))
+        tensors.pop("lm_head.weight", None)
+        vision, language, head = weights.all_below(tensors, PARTS, "HPSv3", where)
         named = {f"visual.{key}": tensor for key, tensor in vision.items()}
         named |= {f"language_model.{key}": tensor for key, tensor in language.items()}
         qwen = fill_qwen("Qwen2VL", named, self._config, where)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fifa.errors import FifaError
-from fifa.models.networks import named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.rewards import weights
@@ -23,7 +22,7 @@ from fifa.scoring.specs import Spec
 
 FITTED = 28  # the original fits an image to multiples of this first, which are Qwen2-VL's
 STEP = 0.0  # of the generator's RL training, 0 to 1: the original's default, for ordinary images
-PARTS = ("model.", "rm_head.", "cond_encoder.", "film_gen.", "cap_encoder.", "lm_head.")
+PARTS = ("model.", "rm_head.", "cond_encoder.", "film_gen.", "cap_encoder.")
 
 
 class HPSv3Plus(HPSv3):
@@ -98,14 +97,9 @@ class HPSv3Plus(HPSv3):
         Raises `FifaError` for weights that are not HPSv3++'s.
         """
         where = self._weights
-        foreign = [key for key in tensors if not key.startswith(PARTS)]
-        qwen, head, condition, film, capability, _ = weights.below(tensors, *PARTS)
-        if foreign or not (head and condition and film and capability):
-            lacking = [part for part in PARTS[1:-1] if not any(k.startswith(part) for k in tensors)]
-            raise FifaError(
-                "not the weights of HPSv3++: " + named_keys(missing=lacking, unused=foreign),
-                where=str(where),
-            )
+        tensors.pop("lm_head.weight", None)
+        parts = weights.all_below(tensors, PARTS, "HPSv3++", where)
+        qwen, head, condition, film, capability = parts
         # it weighs the images of a batch
         capability = {k: t for k, t in capability.items() if not k.startswith("pool_attn.")}
         heads = {

@@ -15,7 +15,6 @@ from typing import Any
 
 from fifa.console import note
 from fifa.errors import FifaError
-from fifa.models.networks import named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.rewards import PublishedReward, weights
@@ -155,8 +154,7 @@ class MPS(PublishedReward):
         torch, transformers = require("torch"), require("transformers")
         where = self._weights
         tensors = {key.removeprefix("mps."): tensor for key, tensor in tensors.items()}
-        own, cross = weights.below(tensors, *PARTS)
-        foreign = [key for key in tensors if not key.startswith(PARTS)]
+        own, cross = weights.all_below(tensors, PARTS, "MPS", where)
         # of Residual, which the original wraps around each block
         blocks = {key.replace(".fn.", "."): tensor for key, tensor in cross.items()}
         try:
@@ -167,10 +165,6 @@ class MPS(PublishedReward):
             raise FifaError(
                 f"not the weights of MPS: {error} is missing", where=str(where)
             ) from error
-        if foreign:
-            raise FifaError(
-                f"not the weights of MPS: {named_keys(unused=foreign)}", where=str(where)
-            )
         depth = 1 + max(int(key.partition(".")[0]) for key in blocks)
         with torch.device("meta"):
             clip = transformers.CLIPModel(config)

@@ -149,6 +149,19 @@ def below(tensors: dict[str, Any], *prefixes: str) -> list[dict[str, Any]]:
     ]
 
 
+def all_below(
+    tensors: dict[str, Any], prefixes: Sequence[str], model: str, where: Path
+) -> list[dict[str, Any]]:
+    """`below`; `FifaError` for tensors that are below none of the prefixes, or if one has none."""
+    parts = below(tensors, *prefixes)
+    foreign = [key for key in tensors if not key.startswith(tuple(prefixes))]
+    lacking = [prefix for prefix, part in zip(prefixes, parts, strict=True) if not part]
+    if foreign or lacking:
+        wrong = named_keys(missing=lacking, unused=foreign)
+        raise FifaError(f"not the weights of {model}: {wrong}", where=str(where))
+    return parts
+
+
 def tower_shape(tensors: dict[str, Any], suffix: str, head_width: int) -> dict[str, int]:
     """Width, depth and heads of a transformer, from its layers' first linear layers.
 
