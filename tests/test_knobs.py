@@ -138,7 +138,7 @@ def test_a_recipe_is_read_by_every_command_that_has_knobs(name, tmp_path):
     assert "recipe" in options
     cls = getattr(config, WITH_KNOBS[name]._knobs)
     given = {"seed": 7, "curve": 3, "base": "b", "source": "s", "model": "m", "prompts": "p"}
-    given["to"] = "trl"
+    given |= {"to": "trl", "judge": "vlm:m"}
     given = {name: value for name, value in given.items() if name in options and name != "prompts"}
     if cls is Evaluate:
         given |= {"tuned": {"t": "x"}, "prompts": "p"}

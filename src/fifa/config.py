@@ -696,6 +696,41 @@ class Reward(Knobs):
 
 
 @knobs
+class Rubric(Knobs):
+    """A rubric of yes-or-no questions, learned from people's labels.
+
+    Parameters
+    ----------
+    judge
+        The vision-language judge that answers the questions, for example ``vlm:MODEL@URL``.
+    questions
+        A text file with a question per line. If not given, the judge is shown some labelled pairs
+        and writes the questions.
+    count
+        How many questions it writes.
+    limit
+        Labelled pairs that it answers them for, drawn at random.
+    folds
+        The number of cross-validation folds (over prompts) by which the penalty is chosen.
+    seed
+        Seed for the pairs, the folds and the bootstrap.
+    """
+
+    judge: Annotated[str, Option(required=True)] = ""
+    questions: str | None = None
+    count: Count = 20
+    limit: Count = 300
+    folds: Annotated[int, Field(ge=2)] = 5
+    seed: int = 0
+    read: Read = Read()
+    compute: Compute = Compute()
+
+    def settings(self) -> dict[str, Any]:
+        """The knobs that make the rubric, for its card."""
+        return {name: getattr(self, name) for name in ("judge", "count", "limit", "folds", "seed")}
+
+
+@knobs
 class Generate(Knobs):
     """How images are made: the same for every model, so that only the weights differ.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from collections import Counter
@@ -92,6 +93,10 @@ def bright(pairs: Any) -> np.ndarray:
 
 def opened(data: bytes) -> float:
     return brightness(Image.open(io.BytesIO(data)))
+
+
+def opened_url(url: str) -> float:
+    return opened(base64.b64decode(url.partition(",")[2]))
 
 
 def test_every_server_and_format_prefers_the_brighter_image(pairs: Any, tmp_path: Path) -> None:

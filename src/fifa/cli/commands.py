@@ -260,6 +260,24 @@ def reward_train(out: Path, **options: Any) -> None:
     click.echo(train_reward(pairs, out, reward).folder)
 
 
+@reward_group.command("rubric", cls=KnobCommand, knobs="Rubric")
+@out_option("The folder of the rubric.")
+def reward_rubric(out: Path, **options: Any) -> None:
+    """Learn a rubric of yes-or-no questions from labelled pairs.
+
+    A vision-language model answers the questions about the images of some pairs of SOURCE, and
+    those whose answers tell what people prefer are kept, with weights. `--margin rubric:FOLDER`
+    then scores with them.
+    """
+    from fifa.config import Rubric
+    from fifa.data.read import read_source
+    from fifa.scoring.judges.questions import train_rubric
+
+    rubric = chosen(Rubric(), options)
+    pairs = read_source(rubric.read)
+    click.echo(train_rubric(pairs, out, rubric, rubric.compute).folder)
+
+
 @cli.group("batch")
 def batch_group() -> None:
     """Rate prompts, or judge images, through batch files.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fifa.config import Select, Trust
+from fifa.config import Score, Select, Trust
 from fifa.data.read import read_source
 from fifa.data.table import load_pairs
 from fifa.errors import FifaError
@@ -33,10 +33,12 @@ def trust(knobs: Trust, *, scores: Path | None = None) -> Trusted:
         For a source that cannot be read, and where there is no margin to judge.
     """
     margin, download = knobs.margin, knobs.read.allow_download
-    unit = Select.margin_unit
+    unit, budget = Select.margin_unit, Score.budget
     if (Path(knobs.read.source) / STAMP).is_file():
         run = open_run(knobs.read.source)
-        pairs, margin = load_pairs(run.folder), margin or run.recipe.score.margin
+        pairs = load_pairs(run.folder)
+        if not margin:
+            margin, budget = run.recipe.score.margin, run.recipe.score.budget
         scores, download = scores or run.scores, download or run.recipe.read.allow_download
         unit = run.recipe.select.margin_unit
     else:
@@ -54,6 +56,7 @@ def trust(knobs: Trust, *, scores: Path | None = None) -> Trusted:
         margin,
         "none",
         "none",
+        budget=budget,
         folder=scores,
         compute=knobs.compute,
         allow_download=download,

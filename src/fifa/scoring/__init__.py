@@ -112,12 +112,11 @@ def check_score(knobs: Score) -> None:
     Reward models are looked for by name only, as looking at one loads it.
     """
     from fifa.scoring.encoders import make_encoder
-    from fifa.scoring.judges.judge import make_judge
     from fifa.scoring.quality import make_rater
     from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
 
     parsed = [REWARDS.parse(spec) for spec in knobs.margin]
-    judges = [make_judge(spec) for spec in parsed if spec.is_judge]
+    judges = [spec.make() for spec in parsed if spec.is_judge]
     if knobs.budget != Score.budget and not 0 < len(judges) < len(parsed):
         raise FifaError(
             "a budget takes a vision-language judge and a cheaper one, which scores all pairs",

@@ -190,6 +190,7 @@ REWARDS = Registry(
     Entry("vlm", _JUDGE, takes=_ASKED),
     Entry("unifiedreward", _JUDGE, takes=_ASKED, family="vlm"),
     Entry("rationalrewards", _JUDGE, takes=_ASKED, family="vlm"),
+    Entry("rubric", "judges.questions:load_rubric_judge", takes=":FOLDER[@URL]"),
     Entry("proxy", takes=""),
     Entry("proxy", takes="@ENCODER"),
     # as its head was trained

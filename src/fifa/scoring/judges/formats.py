@@ -138,7 +138,8 @@ class Format:
         return {"response_format": form, "logprobs": True, "top_logprobs": TOP}
 
 
-def _object(names: tuple[str, ...], value: dict[str, Any]) -> dict[str, Any]:
+def closed_object(names: tuple[str, ...], value: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with these keys, all of one kind, and no others."""
     properties = dict.fromkeys(names, value)
     required = {"required": list(names), "additionalProperties": False}
     return {"type": "object", "properties": properties, **required}
@@ -156,7 +157,7 @@ def tokens_of_reply(reply: Any) -> Tokens:
     return found
 
 
-def _alternatives(tokens: Tokens, name: str) -> dict[str, float]:
+def alternatives(tokens: Tokens, name: str) -> dict[str, float]:
     """The probabilities of what the value of ``name`` might begin with, letters and digits only.
 
     Tokens that begin alike ("A" and " A") are added up. Empty where the place is not found.
@@ -182,7 +183,7 @@ def _log_odds(tokens: Tokens) -> float | None:
 
     A side that is not among the `TOP` tokens has no more than the last of them: it is given that.
     """
-    p = _alternatives(tokens, "winner")
+    p = alternatives(tokens, "winner")
     if not {"A", "B"} & set(p):
         return None
     least, tie = min(p.values()), sum(p.get(name, 0.0) for name in TIE)
@@ -245,7 +246,7 @@ def _read_grades(text: str, tokens: Tokens) -> Judgement | str:
         return answer
     grades, measured = {}, bool(tokens)
     for name in ASPECTS:
-        p = {g: _alternatives(tokens, name).get(str(g), 0.0) for g in range(1, 6)}
+        p = {g: alternatives(tokens, name).get(str(g), 0.0) for g in range(1, 6)}
         total = sum(p.values())
         measured = measured and total > 0
         expected = sum(g * p[g] for g in p) / total if total > 0 else getattr(answer, name)
@@ -364,12 +365,19 @@ _KINDS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 
 
 @cache
+def load_text(family: str, kind: str) -> str:
+    """A text of ``formats.toml``."""
+    plain = files("fifa.scoring.judges").joinpath("formats.toml").read_text("utf-8")
+    text: str = tomllib.loads(plain)[family][kind]
+    return text
+
+
+@cache
 def load_format(name: str, images: int) -> Format:
     """The format called ``name`` for a message with so many images, 1 or 2."""
-    text = tomllib.loads(files("fifa.scoring.judges").joinpath("formats.toml").read_text("utf-8"))
     read, scale, *schema = _KINDS[name][2 - images]
-    made = _object(*schema) if schema else None
-    return Format(name, text[name]["pair" if images == 2 else "image"], read, scale, made)
+    made = closed_object(*schema) if schema else None
+    return Format(name, load_text(name, "pair" if images == 2 else "image"), read, scale, made)
 
 
 def format_of(model: str) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
 
 from fifa.config import Compute
 from fifa.console import echo_once
@@ -56,7 +58,7 @@ class VLMJudge(Endpoint):
     side: int = Compute.judge_side
     images: str = Compute.judge_images
 
-    answer_type = Judgement
+    answer_type: ClassVar[type[BaseModel]] = Judgement
     words = ("asking", "questions about images", "answered")
 
     @property
@@ -76,7 +78,12 @@ class VLMJudge(Endpoint):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, endpoint, temperature, format and how images are sent."""
+        """What a reward depends on."""
+        return self.asks
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """What an answer depends on: model, endpoint, temperature, format, how images are sent."""
         sent = [self.side, self.images, *([QUALITY] if self.images == "jpeg" else [])]
         return {
             "model": self.model,
@@ -101,7 +108,7 @@ class VLMJudge(Endpoint):
         """The judgement in an answer's text, without log-probabilities."""
         return self.format.read(text, [])
 
-    def read_reply(self, reply: Any) -> Judgement | str:
+    def read_reply(self, reply: Any) -> BaseModel | str:
         """The judgement in a completion, from its log-probabilities where it has some."""
         found = self.format.read(text_of(reply, self.secrets()), tokens_of_reply(reply))
         if isinstance(found, Judgement):

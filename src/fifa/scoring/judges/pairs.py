@@ -27,8 +27,7 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.batch import Imported, read_answers, write_requests
 from fifa.scoring.endpoint import Answers
-from fifa.scoring.judges.formats import Judgement
-from fifa.scoring.judges.judge import Question, VLMJudge, make_judge
+from fifa.scoring.judges.judge import Question, VLMJudge
 from fifa.scoring.judges.pictures import Pictures
 from fifa.scoring.rewards.engine import Distinct, Engine, unreadable, unreadable_path
 from fifa.scoring.rewards.metrics import accuracy, fit_temperature, wilson
@@ -100,7 +99,7 @@ def judge_pairs(
         tokens that the server does not count.
     """
     compute = compute or Compute()
-    judge = make_judge(spec, folder, compute)
+    judge: VLMJudge = spec.make(folder, compute)
     if not is_all(budget) and cheaper is None:
         raise FifaError(
             "a budget needs a cheaper judge that scores all pairs",
@@ -108,7 +107,7 @@ def judge_pairs(
             do="add one: --margin pickscore, or --margin column:NAME_0,NAME_1",
         )
     images, of_slot = unique_images(pairs)
-    asking = _Asking.of(judge, images, compute, folder, allow_download)
+    asking = Asking.of(judge, images, compute, folder, allow_download)
     prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
     label = pairs.table["label"].to_numpy()
     identity: list[object] = [judge.identity, pairs.pairs_digest, asking.distinct.identity]
@@ -144,8 +143,8 @@ def judge_images(
 
     NaN where an image could not be read or there was no answer. The rest as for `judge_pairs`.
     """
-    judge = make_judge(spec, folder, compute, shown=1)
-    asking = _Asking.of(judge, images, compute, folder)
+    judge: VLMJudge = spec.make(folder, compute, shown=1)
+    asking = Asking.of(judge, images, compute, folder)
     identity = (judge.identity, asking.distinct.identity, *prompts)
     path = folder and score_path(folder, "rewards", judge.name, *identity)
     _forget_unanswered(path)
@@ -203,11 +202,11 @@ def read_batch(
 
 def _all_asks(
     pairs: Pairs, spec: Spec, folder: Path | None, compute: Compute | None, allow_download: bool
-) -> tuple[_Asking, list[Ask]]:
+) -> tuple[Asking, list[Ask]]:
     compute = compute or Compute()
-    judge = make_judge(spec, folder, compute)
+    judge: VLMJudge = spec.make(folder, compute)
     images, of_slot = unique_images(pairs)
-    asking = _Asking.of(judge, images, compute, folder, allow_download)
+    asking = Asking.of(judge, images, compute, folder, allow_download)
     return asking, [ask for own in asking.asks(pairs, of_slot) for ask in own]
 
 
@@ -217,14 +216,14 @@ def is_all(budget: int | float) -> bool:
 
 
 @dataclass
-class _Asking:
+class Asking:
     """A judge, the different images that it may be shown, and what it has said of them."""
 
     judge: VLMJudge
     images: Images  # the different ones
     distinct: Distinct
     how: dict[str, Any]
-    said: dict[Ask, Judgement] = field(default_factory=dict)
+    said: dict[Ask, Any] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -235,7 +234,7 @@ class _Asking:
         compute: Compute,
         folder: Path | None,
         allow_download: bool = False,
-    ) -> _Asking:
+    ) -> Asking:
         """The images told apart as reward models do."""
         # to tell images apart by their bytes would fetch all of a remote source once more
         trust = True if images.remote else None
@@ -261,7 +260,7 @@ class _Asking:
 
     def keys(self, asks: Iterable[Ask]) -> dict[str, Ask]:
         """The questions by what names them: the judge, the prompt and the images' contents."""
-        contents, judge = self.distinct.contents.to_pylist(), digest(self.judge.identity)
+        contents, judge = self.distinct.contents.to_pylist(), digest(self.judge.asks)
         named: dict[str, Ask] = {}
         for prompt, rows in asks:
             text = prompt.encode("utf-8", "surrogatepass")
@@ -299,7 +298,7 @@ class _Asking:
 
 
 def _ask_within(
-    budget: int | float, asking: _Asking, asks: Sequence[list[Ask]], order: Integers
+    budget: int | float, asking: Asking, asks: Sequence[list[Ask]], order: Integers
 ) -> Integers:
     """Ask about as many pairs as a budget allows; the rows of those, in ``order``.
 
@@ -327,7 +326,7 @@ def _ask_within(
 
 
 def _table(
-    pairs: Pairs, judge: VLMJudge, asking: _Asking, asks: Sequence[list[Ask]], rows: Integers
+    pairs: Pairs, judge: VLMJudge, asking: Asking, asks: Sequence[list[Ask]], rows: Integers
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The scores of some rows, the others NaN, and what there is to say of them."""
     n, two = len(pairs), judge.shown == 2

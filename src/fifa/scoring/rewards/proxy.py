@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fifa.config import Reward
+from fifa.config import Reward, Rubric
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.hub import MODEL_FILES
@@ -182,7 +182,7 @@ def reward_facts(
     held_out: Comparisons,
     logits: npt.NDArray[np.float64],
     temperature: float,
-    options: Reward,
+    options: Reward | Rubric,
 ) -> dict[str, Any]:
     """What ``reward.json`` and the card say of a training, whatever was trained.
 
@@ -255,13 +255,15 @@ def model_card(settings: dict[str, Any]) -> str:
     facts = "\n".join(f"| {name} | {_plain(value)} |" for name, value in training.items())
     options = "\n".join(f"| {name} | {_plain(v)} |" for name, v in settings["options"].items())
     low, high = after["low"], after["high"]
+    kind = "rubric" if settings.get("kind") == "rubric" else "proxy"
+    cross = " `--margin proxy` scores them\nby cross-fitting instead." if kind == "proxy" else ""
     return f"""---
 library_name: fifa-align
 pipeline_tag: image-classification
 tags: [reward-model, human-preference, text-to-image]
 ---
 
-# A proxy of people's preference
+# A {kind} of people's preference
 
 {settings["what"]}
 
@@ -296,13 +298,12 @@ The temperature was fitted on the same held-out pairs, one number for all of the
 
 {settings["limits"]}
 It says what the people in its training data preferred, with their habits and prejudices. Do not
-score the pairs it was trained on with it: it has seen their labels. `--margin proxy` scores them
-by cross-fitting instead.
+score the pairs it was trained on with it: it has seen their labels.{cross}
 
 ## Use
 
 ```bash
-fifa score SOURCE --margin proxy:FOLDER
+fifa score SOURCE --margin {kind}:FOLDER
 ```
 """
 
