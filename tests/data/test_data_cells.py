@@ -67,7 +67,9 @@ def test_every_row_has_its_bytes_or_its_path(folder: Path, there: tuple[int], gr
 
 def test_rows_that_are_an_image_have_their_bytes_or_their_path(folder: Path) -> None:
     names = [f"{i // 2}_{i % 2}.png" for i in range(2 * N)]
-    cells = [{"bytes": png(i) if i % 3 else None, "path": name} for i, name in enumerate(names)]
+    cells = [{"bytes": png(i), "path": "tmp/left.png"} for i in range(2 * N)]  # no image's name
+    for i in range(0, 2 * N, 3):
+        cells[i] = {"bytes": None, "path": names[i]}
     table = {"prompt": ["p"] * 2 * N, "score": range(2 * N), "image": pa.array(cells, STRUCT)}
     pq.write_table(pa.table(table), folder / "a.parquet")
     columns = {"image": "image", "score": "score"}

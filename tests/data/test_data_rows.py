@@ -105,7 +105,7 @@ def rows_of(row: dict[str, Any]) -> st.SearchStrategy[list[Rows]]:
     return st.lists(st.lists(some.map(lambda o: row | o), max_size=6), min_size=1, max_size=3)
 
 
-KINDS = ["jsonl", "parquet", "csv", "metadata"]
+KINDS = ["jsonl", "parquet", "texts", "csv", "metadata"]
 FILES_OF = re.compile(r"(left_|right_)?image|(image|path|jpg|img)_?\w|image_(left|right)_id|chosen")
 
 
@@ -118,7 +118,8 @@ def metadata(row: dict[str, Any]) -> dict[str, Any]:
 def write(folder: Path, files: list[Rows], kind: str) -> None:
     """As one of `KINDS`; JSON lines where the rows' types are none of a table's.
 
-    Nested values are JSON in the cells of CSV; ``metadata`` is an imagefolder.
+    Nested values are JSON in the cells of CSV, and of ``texts``, which is Parquet; ``metadata`` is
+    an imagefolder.
     """
     for i, rows in enumerate(files):
         if kind == "metadata":
@@ -126,14 +127,14 @@ def write(folder: Path, files: list[Rows], kind: str) -> None:
             lines = (json.dumps(metadata(row)) + "\n" for row in rows)
             (folder / f"{i}" / "metadata.jsonl").write_text("".join(lines))
             continue
-        if kind == "csv":
+        if kind in ("csv", "texts"):
             nested = (list, dict)
             rows = [
                 {k: json.dumps(v) if isinstance(v, nested) else v for k, v in row.items()}
                 for row in rows
             ]
         try:
-            if kind == "parquet":
+            if kind in ("parquet", "texts"):
                 pq.write_table(pa.Table.from_pylist(rows), folder / f"{i}.parquet")
                 continue
             if kind == "csv" and rows:
@@ -143,7 +144,7 @@ def write(folder: Path, files: list[Rows], kind: str) -> None:
                     table.writerows(rows)
                 continue
         except (pa.ArrowException, ValueError, TypeError, OverflowError):
-            (folder / f"{i}.{kind}").unlink(missing_ok=True)
+            (folder / f"{i}.{kind.replace('texts', 'parquet')}").unlink(missing_ok=True)
         (folder / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -197,7 +198,7 @@ def test_rows_are_pairs_merged_or_rejected(name: str, row: dict[str, Any], kind,
 
 @pytest.mark.parametrize(("name", "row"), RANKINGS)
 @settings(max_examples=12, derandomize=True)
-@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet"]))
+@given(data=st.data(), kind=st.sampled_from(["jsonl", "parquet", "texts"]))
 def test_rows_are_rankings_or_rejected(name: str, row: dict[str, Any], kind, data) -> None:
     """Rows = rankings + rejected, and rankings of n images make n (n - 1) / 2 pairs each."""
     files = data.draw(rows_of(row))

@@ -62,7 +62,7 @@ class ParquetColumns:
         """Read these columns (``prompt`` as a dictionary); others stay unread."""
         table = read_columns(
             self._source,
-            [whole_list(name) for name in (*names, *self.beside)],
+            [self._stored(name) for name in (*names, *self.beside)],
             self.file,
             metadata=self._metadata,
             as_dictionary=prompt if prompt and self._plain(prompt) else None,
@@ -119,12 +119,15 @@ class ParquetColumns:
         elif pa.types.is_boolean(kind):
             column = column.cast(pa.uint8()).cast(pa.float64())
         else:
-            return _numbers(column.to_pylist())
+            return _numbers(self.values(name))
         return np.asarray(column.to_numpy(), np.float64)
 
     def values(self, name: str) -> list[Any]:
         """A column as Python values."""
-        return list(self._column(name).to_pylist())
+        if self._stored(name) == name:
+            return list(self._column(name).to_pylist())
+        top, _, part = name.rpartition(".")
+        return [inner(value, part) for value in self.values(top)]
 
     def image(self, name: str) -> str:
         """What an image column holds.
@@ -254,20 +257,27 @@ class ParquetColumns:
     def _type(self, name: str) -> pa.DataType:
         if name in self.names:
             return self._schema.field(name).type
-        top, *rest = name.split(".")
-        kind = self._schema.field(top).type
-        for part in rest:
-            kind = kind.value_type if _is_list(kind) else kind.field(part).type
-        return kind
+        top, _, part = name.rpartition(".")
+        kind = self._type(top)
+        if pa.types.is_struct(kind):
+            return kind.field(part).type
+        return kind.value_type if _is_list(kind) else pa.string()
+
+    def _stored(self, name: str) -> str:
+        """Of a column, field, item of a list or of JSON that which the file has as such."""
+        top = name.rpartition(".")[0]
+        if name in self.names or not top:
+            return name
+        stored = self._stored(top)
+        return name if stored == top and pa.types.is_struct(self._type(top)) else stored
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if name in self._loaded:
             return self._loaded[name]
-        if whole_list(name) != name:
-            values = self._column(whole_list(name)).to_pylist()
-            return pa.chunked_array([pa.array([inner(v, name.rpartition(".")[2]) for v in values])])
-        top, *rest = name.split(".")
-        return pc.struct_field(self._loaded[top], rest)
+        if self._stored(name) != name:
+            return pa.chunked_array([text_array(map(only, self.values(name)))])
+        top, _, part = name.rpartition(".")
+        return pc.struct_field(self._column(top), part)
 
 
 class RecordColumns:

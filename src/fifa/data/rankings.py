@@ -345,7 +345,7 @@ def one_image_a_row(
     ratings = [number] if own else ratings
     wanted = [id_, names["prompt"], number, *ratings]
     columns.load([*wanted, leaf] if leaf else wanted)
-    places = keys_and_refs(columns, cell, None, image, None, paths_are_ids=True)
+    places = keys_and_refs(columns, cell, None, image, None, paths_are_ids=own is None)
     keys, refs = (place.to_pylist() for place in places)
     prompts = columns.text(names["prompt"]).to_pylist()
     groups = columns.values(id_) if "prompt_id" in names else [""] * len(prompts)
