@@ -193,6 +193,20 @@ def test_other_files_are_told(checkpoint, tmp_path):
     own = load_reward(f"hpsv3++:{tmp_path}", device="cpu").prompt_features(["a"])
     there = load_reward(f"hpsv3++:{folder}", device="cpu").prompt_features(["a"])
     assert torch.equal(own, there)
+    save_file(state, tmp_path / "hpsv3++.safetensors")
+    settings = json.loads((folder / "config.json").read_text())
+    for part, change in (
+        ("vision_config", 3),
+        ("vision_config", settings["vision_config"] | {"patch_size": "x"}),
+        ("vision_config", settings["vision_config"] | {"patch_size": 0}),
+        ("vision_config", settings["vision_config"] | {"num_heads": 0}),
+        ("text_config", None),
+        ("text_config", settings["text_config"] | {"num_attention_heads": 0}),
+        ("text_config", settings["text_config"] | {"rope_scaling": 7}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {part: change}))
+        with pytest.raises(FifaError, match=r"cannot load the|do not fit"):
+            score(load_reward(f"hpsv3++:{tmp_path}", device="cpu"), ["a"], images()[:1])
     # the settings that the weights are published with are those of their training
     (tmp_path / "config.json").write_text('{"model_type": "film_hybrid"}')
     with pytest.raises(FifaError, match="of a film_hybrid model, not of Qwen3-VL"):

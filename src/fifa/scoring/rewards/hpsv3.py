@@ -17,6 +17,7 @@ from typing import Any
 
 from fifa.console import note
 from fifa.errors import FifaError
+from fifa.models.networks import loading
 from fifa.models.optional import require, wheel_path
 from fifa.models.runtime import Runtime, Tensor
 from fifa.models.transformer import CHARACTERS_PER_TOKEN
@@ -161,9 +162,7 @@ class HPSv3(PublishedReward):
     def _patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels ``[b, 3, h, w]`` as Qwen2-VL's rows of patches, and each image's grid."""
         torch = require("torch")
-        vision = self._config["vision_config"]
-        patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
-        frames = vision.get("temporal_patch_size", 2)
+        patch, merge, frames = self._sizes
         b, c, height, width = pixels.shape
         h, w = height // patch, width // patch
         split = pixels.reshape(b, c, h // merge, merge, patch, w // merge, merge, patch)
@@ -178,10 +177,21 @@ class HPSv3(PublishedReward):
         config: dict[str, Any] = read_json(self._base / "config.json", "the model's settings")
         return config
 
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Pixels of a patch and patches of a token, on a side, and frames of a patch."""
+        with loading("the model's settings", self._base / "config.json"):
+            vision = self._config.get("vision_config", {})
+            known = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+            patch, merge, frames = (int(vision.get(name, usual)) for name, usual in known.items())
+            if min(patch, merge, frames) < 1:
+                raise ValueError("a patch of no size")
+        return patch, merge, frames
+
     @property
     def _factor(self) -> int:
-        vision = self._config.get("vision_config", {})
-        return int(vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2))
+        patch, merge, _ = self._sizes
+        return patch * merge
 
     @property
     def _dtype(self) -> Any:
@@ -252,13 +262,14 @@ def fill_qwen(name: str, tensors: dict[str, Any], settings: dict[str, Any], wher
     embedding = tensors.get("language_model.embed_tokens.weight")
     if embedding is None:
         raise FifaError(f"not the weights of a {name}", where=str(where))
-    config = getattr(transformers, f"{name}Config").from_dict(dict(settings))
-    # the tokenizer with <|Reward|> has fewer entries than Qwen has rows
-    config.text_config.vocab_size = embedding.shape[0]
-    with torch.device("meta"):
-        qwen = getattr(transformers, f"{name}Model")(config)
-    weights.fill(qwen, tensors, where)
-    _restore_buffers(qwen, config)
+    with loading("the model", where):
+        config = getattr(transformers, f"{name}Config").from_dict(dict(settings))
+        # the tokenizer with <|Reward|> has fewer entries than Qwen has rows
+        config.text_config.vocab_size = embedding.shape[0]
+        with torch.device("meta"):
+            qwen = getattr(transformers, f"{name}Model")(config)
+        weights.fill(qwen, tensors, where)
+        _restore_buffers(qwen, config)
     return qwen
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fifa.console import note
 from fifa.errors import FifaError
+from fifa.models.networks import loading
 from fifa.models.optional import require
 from fifa.models.runtime import Runtime, Tensor
 from fifa.scoring.rewards import PublishedReward, weights
@@ -166,7 +167,7 @@ class MPS(PublishedReward):
                 f"not the weights of MPS: {error} is missing", where=str(where)
             ) from error
         depth = 1 + max(int(key.partition(".")[0]) for key in blocks)
-        with torch.device("meta"):
+        with loading("the model", where), torch.device("meta"):
             clip = transformers.CLIPModel(config)
             layers = torch.nn.ModuleList(_layer(*queries.shape) for _ in range(depth))
         weights.fill(clip, {k: t for k, t in own.items() if not k.endswith(COMPUTED)}, where)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.hub import model_folder
-from fifa.models.networks import named_keys, working
+from fifa.models.networks import loading, named_keys, working
 from fifa.models.optional import require
 from fifa.models.runtime import Tensor
 
@@ -233,9 +233,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 def load_tokenizer(folder: Path, type_name: str = "AutoTokenizer") -> Any:
     """The tokenizer in a local folder, by the transformers class of that name; no remote code."""
-    try:
+    with loading("the tokenizer", folder):
         return getattr(require("transformers"), type_name).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise FifaError(f"cannot load the tokenizer: {error}", where=str(folder)) from error
