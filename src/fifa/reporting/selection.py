@@ -20,7 +20,6 @@ from fifa.reporting import figures, numbers
 from fifa.reporting.examples import load_examples
 from fifa.reporting.numbers import label_noise
 from fifa.reporting.trust import Trusted, judge_pairs
-from fifa.scoring.judges.pairs import findings
 from fifa.scoring.margin import committee, pair_rewards
 from fifa.scoring.rewards.metrics import agreement, by_margin, draw_rows
 from fifa.scoring.specs import ENCODERS
@@ -141,11 +140,6 @@ def selection_context(
         "by_labels": STRATEGIES[select.strategy].unanimous or bool(select.min_agreement) or knew,
         "distributions": _distributions(columns),
         "named": _named(pairs, columns),
-        "judges": {
-            shorten(spec, 120): found
-            for spec, table in scores.margins.items()
-            if (found := findings(score_facts(table)))
-        },
         "groups": groups,
         "noise": noise,
         "noisy_ids": pairs.table["pair_id"].take(noise.rows[:LISTED]).to_pylist() if noise else [],

@@ -11,8 +11,9 @@ from fifa.config import Select
 from fifa.data.table import Pairs
 from fifa.formatting import count, interval, number, percent, shorten, text_table
 from fifa.reporting import numbers
+from fifa.scoring.judges.pairs import findings
 from fifa.scoring.rewards.metrics import Agreement
-from fifa.scoring.table import Scores
+from fifa.scoring.table import Scores, score_facts
 from fifa.scoring.trust import USABLE, Trust, measure_trust, same_verdicts
 from fifa.selection.trusted import differences
 
@@ -124,7 +125,8 @@ def _notes(pairs: Pairs, scores: Scores, judge: Trust) -> list[str]:
             f"Labels weigh {count(known['annotators'])} annotators by their reliability; right "
             f"least often: {worst}."
         )
-    for name in scores.margins:
+    for name, table in scores.margins.items():
+        notes += [f"{shorten(name, 80)}: {found}." for found in findings(score_facts(table))]
         kind, _, model = name.partition(":")  # scores that somebody made may have any name
         if kind.partition("@")[0] == "proxy" and (kind != "proxy" or not model):
             notes.append(
@@ -137,7 +139,7 @@ def _notes(pairs: Pairs, scores: Scores, judge: Trust) -> list[str]:
                 "on other prompts: the person's own choice is left out here, and its margins are "
                 "gaps of strengths."
             )
-        elif kind == "proxy":
+        elif kind in ("proxy", "rubric"):
             notes.append(
                 f"If {name} was trained on these labels, its accuracy here says nothing; --margin "
                 "proxy is cross-fitted."
