@@ -57,13 +57,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
+    path = args.folder / "train.parquet"
+    if not path.is_file():
+        raise SystemExit(f"no export for verl-omni: {path} is not there")
     from diffusers import StableDiffusion3Pipeline
 
     theirs = own_functions(args.checkout)
     pipe = StableDiffusion3Pipeline.from_pretrained(
         args.model, torch_dtype=getattr(torch, args.dtype), transformer=None
     ).to(args.device)
-    path = args.folder / "train.parquet"
     table, writer = pq.read_table(path), None
     with atomic_path(path) as temporary, progress("encoding pairs", len(table)) as advance:
         for start in range(0, len(table), GROUP):

@@ -93,8 +93,9 @@ def test_lines_that_a_kill_cut_short_are_counted(tmp_path):
     assert read_json_lines(tmp_path / "log") == ([{"a": 1}, {"b": 2}], 2)
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+def test_a_folder_is_replaced_whole_and_what_a_kill_left_goes(tmp_path):
     folder = tmp_path / "subset"
+    (tmp_path / f"{PREFIX}dead" / "a").mkdir(parents=True)
     for names in (["a", "b"], ["c"]):
         with atomic_folder(folder) as temporary:
             for name in names:

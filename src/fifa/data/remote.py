@@ -175,25 +175,26 @@ class RemoteFile(io.RawIOBase):
         share of each that is wanted; parts are read one after another.
         """
         chunks: list[Range] = []
+        wanted: list[Range] = []
         for ranges, share in parts:
             inside = [(max(0, start), min(end, self.size)) for start, end in ranges]
             joined = _joined(part for part in inside if part[0] < part[1])
             chunks += joined
             pieces = [(at, piece) for chunk in joined for at, piece in _cut(*chunk)]
-            self._next += [piece for at, piece in sorted(pieces) if at <= share]
-        self._chunks = sorted(chunks)
-        self._order = {piece: i for i, piece in enumerate(self._next)}
-        self._fetch_ahead(0)
+            wanted += [piece for at, piece in sorted(pieces) if at <= share]
+        self._expect(sorted(chunks), wanted)
 
     def expect_whole(self, wanted: Sequence[Range] | None = None) -> None:
         """Say that all of it will be read, or only these ranges, which cut it in the same way."""
-        self.expect([([(0, self.size)], 1.0)] if wanted is None else [])
-        self._chunks = [(0, self.size)]
-        if wanted is not None:
-            starts = {at for start, end in wanted for at in range(start // PIECE, -(-end // PIECE))}
-            self._next = [(at * PIECE, min((at + 1) * PIECE, self.size)) for at in sorted(starts)]
-            self._order = {piece: i for i, piece in enumerate(self._next)}
-            self._fetch_ahead(0)
+        parts = [(0, self.size)] if wanted is None else wanted
+        starts = {at for start, end in parts for at in range(start // PIECE, -(-end // PIECE))}
+        pieces = [(at * PIECE, min((at + 1) * PIECE, self.size)) for at in sorted(starts)]
+        self._expect([(0, self.size)], pieces)
+
+    def _expect(self, chunks: list[Range], pieces: list[Range]) -> None:
+        self._chunks, self._next = chunks, pieces
+        self._order = {piece: i for i, piece in enumerate(pieces)}
+        self._fetch_ahead(0)
 
     def readable(self) -> bool:
         """True."""

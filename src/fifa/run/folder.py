@@ -19,6 +19,7 @@ from fifa.selection.table import SELECTION_FILE
 from fifa.shards.files import (
     cannot_write,
     check_free,
+    check_same,
     read_json,
     sealed_line,
     sweep,
@@ -109,12 +110,8 @@ def start_run(folder: str | Path, recipe: Recipe) -> Run:
         for difference in there.differences(recipe)
         if (folder / RESULTS.get(difference.partition(".")[0], "-")).exists()
     ]
-    if differences:
-        raise FifaError(
-            "the folder holds a run of another recipe (there / asked): " + "; ".join(differences),
-            where=str(folder),
-            do=f"choose another --out, or re-select from its scores with `fifa select {folder}`",
-        )
+    do = f"choose another --out, or re-select from its scores with `fifa select {folder}`"
+    check_same("a run of another recipe", differences, folder, do)
     return revised(Run(folder, there), recipe)
 
 

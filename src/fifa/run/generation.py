@@ -28,7 +28,7 @@ from fifa.models.runtime import release_memory
 from fifa.run.folder import log_step
 from fifa.scoring.rewards import load_reward
 from fifa.scoring.specs import REWARDS
-from fifa.shards.files import check_free, digest, make_folder, sweep, write_yaml
+from fifa.shards.files import check_free, check_same, digest, make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
 from fifa.shards.sealed import DamagedError
 
@@ -225,10 +225,4 @@ def refuse_other(planned: Plan, facts: dict[str, Any], where: Path) -> None:
         for name in asked[part] | there[part]
         if there[part].get(name) != asked[part].get(name)
     ]
-    if changes:
-        raise FifaError(
-            "the folder holds pairs that were made in another way (there / asked): "
-            + "; ".join(changes),
-            where=str(where),
-            do="choose another --out",
-        )
+    check_same("pairs that were made in another way", changes, where)

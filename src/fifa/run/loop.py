@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from fifa.run.generation import plan_generation, refuse_other, run_generation
 from fifa.run.steps import filter_pairs, train
 from fifa.scoring import check_score
 from fifa.scoring.specs import REWARDS
-from fifa.shards.files import read_json, write_json, write_yaml
+from fifa.shards.files import check_same, read_json, write_json, write_yaml
 from fifa.shards.lock import only_writer
 
 LOOP_FILE = "loop.yaml"
 GENERATED, CHECKPOINT, PIPELINE = "generated", "checkpoint", "pipeline"  # of a round's folder
 # Sections that may change between two calls: neither decides what a model is trained on
 FREE = ("rounds", "evaluate.", "compute.")
+REQUIRED = ("generate.model", "generate.prompts", "generate.margin", "evaluate.prompts")
+OWN = ("generate.tuned", "train.source", "train.model", "evaluate.base", "evaluate.tuned")
 
 
 @dataclass(frozen=True)
@@ -109,24 +112,9 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
     Raises `FifaError`; also for a folder with rounds of another recipe.
     """
     made, asked = recipe.generate, recipe.evaluate
-    required = {
-        "generate.model": made.model,
-        "generate.prompts": made.prompts,
-        "generate.margin": made.margin,
-        "evaluate.prompts": asked.prompts,
-    }
-    lacks = [name for name, value in required.items() if not value]
-    if lacks:
+    if lacks := [name for name in REQUIRED if not attrgetter(name)(recipe)]:
         raise FifaError(f"the recipe has no {', '.join(lacks)}", do="add it to the recipe")
-    own = {
-        "generate.tuned": made.tuned,
-        "train.source": recipe.train.source,
-        "train.model": recipe.train.model,
-        "evaluate.base": asked.base,
-        "evaluate.tuned": asked.tuned,
-    }
-    given = [name for name, value in own.items() if value]
-    if given:
+    if given := [name for name in OWN if attrgetter(name)(recipe)]:
         raise FifaError(
             f"the loop itself sets {', '.join(given)}",
             do="leave it out: every loop begins with generate.model, a whole pipeline",
@@ -134,18 +122,9 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
     begin(folder)
     path = folder / LOOP_FILE
     if path.is_file() and _finished(folder):
-        differences = [
-            one
-            for one in Loop.from_yaml(path, sealed=True).differences(recipe)
-            if not one.startswith(FREE)
-        ]
-        if differences:
-            raise FifaError(
-                "the folder holds rounds of another recipe (there / asked): "
-                + "; ".join(differences),
-                where=str(folder),
-                do="choose another --out",
-            )
+        differences = Loop.from_yaml(path, sealed=True).differences(recipe)
+        bound = [one for one in differences if not one.startswith(FREE)]
+        check_same("rounds of another recipe", bound, folder)
     planned = plan_generation(made, recipe.compute)
     if _finished(folder):
         first = _place(folder, 1) / ROUND_FILE

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,6 +235,15 @@ def check_free(out: Path, what: str) -> None:
         )
 
 
+def check_same(
+    what: str, differences: Sequence[str], where: Path, do: str = "choose another --out"
+) -> None:
+    """Raise `FifaError` if there are differences, ``there / asked`` each: it holds another."""
+    if differences:
+        told = f"the folder holds {what} (there / asked): {'; '.join(differences)}"
+        raise FifaError(told, where=str(where), do=do)
+
+
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write ``table`` as Parquet (zstd, fixed row groups) to ``path``, atomically.
 
@@ -315,11 +324,14 @@ def take_rows(path: Path, rows: npt.ArrayLike, columns: list[str] | None = None)
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well.
 
-    It is locked meanwhile, so that no `sweep` takes it for one that was left behind.
+    It is locked meanwhile, so that no `sweep` takes it for one that was left behind. Those that
+    were, beside ``path``, are removed.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in filter(Path.is_dir, path.parent.glob(f"{PREFIX}*")):
+            _remove_left(left)
         temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         handle = os.open(temporary, os.O_RDONLY)

@@ -18,7 +18,7 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
-from fifa.shards.files import check_free, make_folder, sweep, write_text
+from fifa.shards.files import check_free, check_same, make_folder, sweep, write_text
 from fifa.shards.lock import only_writer
 from fifa.shards.manifest import MANIFEST
 from fifa.training.backbones import Backbone, load_backbone
@@ -155,12 +155,8 @@ def check_folder(train: Train, out: Path) -> None:
         check_free(out, "training")
     elif latest_state(out) is not None or is_finished(out):
         differences = Train.from_yaml(out / TRAIN_FILE).differences(train, but=FREE)
-        if differences:
-            raise FifaError(
-                "the folder holds another training (there / asked): " + "; ".join(differences),
-                where=str(out),
-                do="choose another --out, or give the same options",
-            )
+        do = "choose another --out, or give the same options"
+        check_same("another training", differences, out, do)
 
 
 def start_folder(train: Train, out: Path) -> None:
