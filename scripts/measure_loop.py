@@ -5,7 +5,8 @@
 The judge is a proxy that is trained on moji-feedback, 4,676 noisy answers of simulated annotators.
 It makes the pairs, and nothing else does. What says how good the models are is the hidden utility,
 which has no part in the loop, on scenes that were in the training prompts' pictures and on scenes
-that were not. Prints the table of the rounds; OUT/loop/loop.html has the figures.
+that were not. Prints the table of the rounds; OUT/loop/loop.html has the figures, and --draw makes
+docs/images/loop.png of them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from fifa.demo import test_prompts
 from fifa.moji.family import CLIP, FEEDBACK, SD
 from fifa.moji.judges import moji_judges
 from fifa.moji.world import caption, scenes
-from fifa.reporting.loop import loop_text
+from fifa.reporting.loop import PAGE, loop_text
 from fifa.scoring.rewards.fit import train_reward
 from fifa.shards.files import write_text
 
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "loop.png"
 SAMPLER = {"steps": 20, "guidance": 1.0, "sampler": "ddim", "batch": 64, "device": "cpu"}
 
 
@@ -81,6 +83,20 @@ def recipe_of(judge: str, train: Path, test: Path, given: argparse.Namespace) ->
     return build(Loop, knobs, where="the script")
 
 
+def draw(page: Path) -> None:
+    """Write the top of the page as `PICTURE`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--headless", "--no-sandbox"]
+        )
+        shown = browser.new_page(viewport={"width": 1200, "height": 720})
+        shown.goto(page.resolve().as_uri())
+        shown.screenshot(path=PICTURE)
+        browser.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -91,6 +107,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--method", default="full")
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--draw", action="store_true")
     given = parser.parse_args()
     began = time.monotonic()
     train, test = write_prompts(given.out, given.prompts)
@@ -100,6 +117,8 @@ def main() -> None:
     done = fifa.loop(recipe, given.out / "loop", judges=moji_judges())
     echo(f"{time.monotonic() - began:.0f} s")
     print(loop_text(done.folder))
+    if given.draw:
+        draw(done.folder / PAGE)
 
 
 if __name__ == "__main__":

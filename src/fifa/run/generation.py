@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,9 @@ def find_generator(asked: GeneratePairs) -> Model:
     """
     named = name_checkpoints([asked.tuned] if asked.tuned else [])
     base, *tuned = find_models(asked.model, named)
-    if tuned:
-        return tuned[0]
     path = Path(asked.model).expanduser()
     name = path.resolve().name if path.is_dir() else asked.model
-    return Model(name, base.method, base.source, base.path, base.base, base.base_weights)
+    return tuned[0] if tuned else replace(base, name=name)
 
 
 def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:

@@ -206,30 +206,18 @@ def _named(folder: Path, name: str, suffix: str) -> str:
 
 
 def _settings(schema: pa.Schema) -> dict[str, object]:
-    leaves = {**dict.fromkeys(IMAGES), "images": "images.list.element.bytes"}
-    images = {leaves[name] or name for name in schema.names if name in leaves}
-    others = [name for name in _leaves(schema) if name not in images]
+    """Images are compressed already, and no two of them are equal."""
+    empty = io.BytesIO()
+    pq.write_metadata(schema, empty)
+    columns = pq.ParquetFile(empty).schema
+    leaves = [columns.column(i).path for i in range(len(columns))]
+    images = {*IMAGES, "images.list.element.bytes"}.intersection(leaves)
+    others = [name for name in leaves if name not in images]
     return {
-        "compression": {
-            name: "none" if name in images else "zstd" for name in [*others, *images]
-        },  # images are compressed already
+        "compression": dict.fromkeys(others, "zstd") | dict.fromkeys(images, "none"),
         "use_dictionary": others,
         "write_statistics": others,
     }
-
-
-def _leaves(schema: pa.Schema) -> list[str]:
-    """The columns as Parquet names them: those of lists and structs by their paths."""
-    found: list[str] = []
-    for field in schema:
-        names = [field.name]
-        kind = field.type
-        if pa.types.is_list(kind):
-            names, kind = [f"{field.name}.list.element"], kind.value_type
-        if pa.types.is_struct(kind):
-            names = [f"{names[0]}.{inner.name}" for inner in kind]
-        found += names
-    return found
 
 
 def webdataset(folder: Path, chosen: Chosen) -> list[str]:
@@ -351,28 +339,19 @@ def simpletuner(folder: Path, chosen: Chosen) -> list[str]:
     _two_folders(folder, chosen, lambda caption: caption)
     # the ids too: SimpleTuner keeps latents by them
     win, lose = f"fifa-win-{chosen.name}", f"fifa-lose-{chosen.name}"
+
+    def images(name: str, side: str, **more: Any) -> dict[str, Any]:
+        place = {
+            "instance_data_dir": str(chosen.place / side),
+            "cache_dir_vae": f"cache/vae/{name}",
+        }
+        return {"id": name, "type": "local", **place, "metadata_backend": "discovery", **more}
+
+    captions = {"caption_strategy": "textfile", "disable_multiline_split": True}
+    strict = {"conditioning_type": "reference_strict", "source_dataset_id": win}
     backends = [
-        {
-            "id": win,
-            "type": "local",
-            "dataset_type": "image",
-            "instance_data_dir": str(chosen.place / "win"),
-            "caption_strategy": "textfile",
-            "disable_multiline_split": True,
-            "metadata_backend": "discovery",
-            "conditioning_data": [lose],
-            "cache_dir_vae": f"cache/vae/{win}",
-        },
-        {
-            "id": lose,
-            "type": "local",
-            "dataset_type": "conditioning",
-            "conditioning_type": "reference_strict",
-            "instance_data_dir": str(chosen.place / "lose"),
-            "metadata_backend": "discovery",
-            "source_dataset_id": win,
-            "cache_dir_vae": f"cache/vae/{lose}",
-        },
+        images(win, "win", dataset_type="image", conditioning_data=[lose], **captions),
+        images(lose, "lose", dataset_type="conditioning", **strict),
         {
             "id": f"fifa-text-{chosen.name}",
             "type": "local",
