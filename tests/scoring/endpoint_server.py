@@ -116,6 +116,8 @@ class VLM:
             error = {"message": f"Unsupported parameter: '{name}'", "param": name}
             if name == "max_tokens":
                 error["message"] += ". Use 'max_completion_tokens' instead."
+            if self.style == "plain":
+                error = {"message": "bad request"}
             if self.style == "llama.cpp":
                 error = {"code": 400, "message": error["message"], "type": "invalid_request_error"}
             return web.json_response({"error": error}, status=400)

@@ -378,8 +378,10 @@ class _Conversation:
         if "logprobs" in hint and "logprobs" in request:
             return "no logprobs"
         # Perhaps a server without structured output; the question asks for JSON in words too.
-        if "response_format" in request and not self.answered:
-            return "no format"
+        if not self.answered:
+            for name, change in {"response_format": "no format", "logprobs": "no logprobs"}.items():
+                if name in request:
+                    return change
         return ""
 
     def _failed(self, reason: str) -> str:
