@@ -229,8 +229,8 @@ def test_images_that_are_not_finite_are_told(base, prompts, judges, tmp_path):
     ("options", "message"),
     [
         ({"per_prompt": 1}, "greater than or equal to 2"),
-        ({"margin": "column:a,b"}, "no columns to take rewards from yet"),
-        ({"margin": "proxy"}, "no labels to learn from yet"),
+        ({"margin": "column:a,b"}, "column:a,b does not look at images"),
+        ({"margin": "proxy"}, "proxy does not look at images"),
         ({"margin": "pickskore"}, "no such reward model"),
         ({"prompts": "nothing.txt"}, "cannot open the prompts"),
     ],

@@ -27,7 +27,6 @@ from fifa.evaluation.sampling import Settings, settings_for
 from fifa.models.runtime import release_memory
 from fifa.run.folder import log_step
 from fifa.scoring.rewards import load_reward
-from fifa.scoring.specs import REWARDS
 from fifa.shards.files import check_free, check_same, digest, make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
 from fifa.shards.sealed import DamagedError
@@ -149,16 +148,6 @@ def check_judges(specs: Sequence[str], compute: Compute) -> dict[str, str]:
 
     Raises `FifaError` for judges that cannot look at images: known before hours of images.
     """
-    for spec in specs:
-        parsed = REWARDS.parse(spec)
-        if not parsed.entry.maker:
-            raise FifaError(
-                "there are no columns to take rewards from yet"
-                if parsed.is_column
-                else "there are no labels to learn from yet",
-                where=spec,
-                do=f"one of: {REWARDS.made}",
-            )
     if len(set(specs)) < len(specs) or not specs:
         raise FifaError("every judge is given once, and there is at least one", do="--margin")
     options = {"device": compute.device, "dtype": compute.dtype}

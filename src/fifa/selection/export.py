@@ -314,7 +314,7 @@ def export(
     """
     folder, to = Path(folder), to or Export().to
     made_for = target(to)
-    _check_place(folder)
+    refuse_others(folder)
     if not selection["pair_id"].equals(pairs.table["pair_id"]):
         raise FifaError("the selection was made from other pairs", do="run `fifa select` again")
     rows = _by_rank(selection)
@@ -396,7 +396,7 @@ def rebuild(
     was = build(Recipe, known.recipe, where=str(path)).read
     columns = {name: _unpacked(path, known, name) for name in FROM_SELECTION}
     _check_values(path, columns)
-    _check_place(folder)
+    refuse_others(folder)
     if source is None and is_url(was.source) and not was.source.startswith("file://"):
         _refuse_address(path, was.source, allow_download)
     # whoever made the file does not say where the reader's own rights are to be used
@@ -563,15 +563,6 @@ def _by_rank(selection: pa.Table) -> Integers:
     kept = np.flatnonzero(pc.equal(selection["status"].cast(pa.string()), "selected"))
     ranks = selection["rank"].take(kept).to_numpy()
     return np.asarray(kept[np.argsort(ranks)], np.int64)
-
-
-def _check_place(folder: Path) -> None:
-    refuse_others(folder)
-    if (folder / SUBSET_FILE).is_file():
-        try:
-            load_subset(folder / SUBSET_FILE)
-        except FifaError:
-            echo(f"{folder / SUBSET_FILE} is damaged: made again")
 
 
 def refuse_others(folder: Path) -> None:

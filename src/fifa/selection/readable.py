@@ -77,11 +77,9 @@ def select_readable(
             if not len(unreadable):
                 raise
             first = f"{unreadable['reason'][0]} (pair {unreadable['pair_id'][0]})"
-            raise FifaError(
-                f"{error.what}: {len(unreadable):,} images cannot be read; the first: {first}",
-                where=error.where,
-                do="check where the images are, and relax a gate if other pairs are to take part",
-            ) from error
+            what = f"{error.what}: {len(unreadable):,} images cannot be read; the first: {first}"
+            do = "check where the images are, and relax a gate if other pairs are to take part"
+            raise FifaError(what, where=error.where, do=do) from error
 
 
 def _known(path: Path) -> pa.Table:

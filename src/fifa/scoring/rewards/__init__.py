@@ -141,7 +141,7 @@ def load_reward(spec: str, *, dtype: str | None = None, **runtime: Any) -> Rewar
     if not parsed.entry.maker:
         raise FifaError(
             f"{spec} does not look at images",
-            do="score with pickscore, hpsv2.1, clipscore, ... or with proxy:FOLDER",
+            do=f"one of: {REWARDS.made}",
         )
     if parsed.is_judge:  # which runs elsewhere
         judge: RewardModel = parsed.make()
