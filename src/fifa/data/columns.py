@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -370,6 +370,10 @@ class RecordColumns:
 
     def numeric(self) -> list[str]:
         """Columns whose every value that is there is a number (in CSV: reads as one)."""
+        return self._numeric
+
+    @cached_property
+    def _numeric(self) -> list[str]:
         loose = self.kind in ("csv", "tsv", "tar")
         return [name for name, values in self._columns.items() if _all_numbers(values, loose)]
 

@@ -133,8 +133,8 @@ def find_names(
         if there := next((column for column in names_of if column in columns.names), None):
             texts[name] = there
     texts |= {name: column for name, column in given.items() if not ASPECT.fullmatch(name)}
-    rated = [name for name in columns.numeric() if name.endswith("_rating")]
-    ratings = {name.removesuffix("_rating"): name for name in rated if len(images) == 1}
+    numbers = columns.numeric() if len(images) == 1 else []
+    ratings = {name[: -len("_rating")]: name for name in numbers if name.endswith("_rating")}
     aspects: dict[str, Aspect] = {
         found[2]: shares(found[1], found[2])
         for found in map(SHARES.fullmatch, sorted(columns.names))
