@@ -110,6 +110,16 @@ def test_the_licence_is_what_the_sources_readme_states(tmp_path, front, stated, 
     assert {name: known[name] for name in known if name.startswith("license")} == in_front
 
 
+def test_labels_of_reward_models_are_no_preferences_of_people(tmp_path):
+    (tmp_path / "generate.yaml").write_text("margin: [pickscore, 'proxy:my|folder']\n")
+    pairs = with_columns(make_pairs(4), Origin("s", str(tmp_path)))
+    card = card_of(pairs, Scores(), tmp_path / "out")
+    assert "pairs of a reward model's preferences" in card and "people's" not in card
+    told = "no person was asked: the labels are what pickscore, proxy:my\\|folder says"
+    assert f"| agreement of the annotators | {told} |" in card
+    assert "pairs of people's preferences" in card_of(make_pairs(4), Scores(), tmp_path / "other")
+
+
 def test_without_a_readme_or_front_matter_nothing_is_stated(tmp_path):
     assert source_licence(Origin(root=str(tmp_path))) == {}
     assert source_licence(Origin(root="https://example.org/data")) == {}
