@@ -139,6 +139,7 @@ def plan(kind: Kind, model: Path, card: float) -> Plan:
     return Plan(
         kind.train,
         pairs=kind.train.batch,
+        held=0,
         dropped={},
         processes=1,
         resolution=kind.resolution,

@@ -481,6 +481,18 @@ class Train(Knobs):
         ``margin`` takes sigmoid(label_scale * signed margin).
     label_scale
         Factor of the margin in a soft label.
+    holdout
+        Share of the pairs that are held out, by prompt: measured, and not trained on. If not given,
+        0.05 from 200 pairs on.
+    validate_every
+        Steps between two measurements on held-out pairs; if not given, a tenth of the training.
+    stop
+        End the training when held-out pairs get worse.
+    patience
+        Measurements in a row without a lower loss on held-out pairs, after which ``stop`` ends it.
+    displacement
+        By how much of the reference's error the policy's may be above it on the preferred images of
+        held-out pairs, before ``stop`` ends it.
     draws
         Size of the noise pool: 0 draws new noise and a new timestep at every step. With D > 0 each
         pair has a fixed pool of D of them, and the reference model's errors on the pool are
@@ -568,6 +580,11 @@ class Train(Knobs):
     weights: bool = True
     label: Literal["people", "margin"] = "people"
     label_scale: Positive = 1.0
+    holdout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    validate_every: Count | None = None
+    stop: bool = False
+    patience: Count = 3
+    displacement: NotNegative = 0.02
     draws: CountOrZero = 0
     batch: Count = 32
     micro_batch: Count | None = None

@@ -21,6 +21,8 @@ KNOBS = {
     "draws": 2,
     "lora_dropout": 0.1,
     "log_every": 2,
+    "holdout": 0.2,
+    "validate_every": 4,
 }
 # Where it dies: before the nth event on a path, of a training whose reference is computed at every
 # step, or is a table that is made first. All that is on the disk changes at such events alone.

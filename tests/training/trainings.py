@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fifa.config import Train, changed
 from fifa.training.checkpoint import make_state
-from fifa.training.job import make_accelerator, make_job, make_reference, make_source
+from fifa.training.job import make_accelerator, make_holdout, make_job, make_reference, make_source
 from fifa.training.loop import Loop
 from fifa.training.samples import Samples
 
@@ -55,10 +55,10 @@ def assemble(train: Train, out: Path, step: int = 0) -> Loop:
     train = replace(train, checkpoint_every=0, sample_every=0)
     job = make_job(train, out, make_accelerator(train))
     source = make_source(job)
-    reference = make_reference(job, source)
+    reference, holdout = make_reference(job, source), make_holdout(job, source)
     state = make_state(train, job.backbone, job.accelerator)
     samples = Samples(train, job.backbone, [], out, job.accelerator, job.plan.resolution)
-    return Loop(train, job.plan.steps, out, source, reference, state, samples)
+    return Loop(train, job.plan.steps, out, source, reference, state, samples, holdout)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

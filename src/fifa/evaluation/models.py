@@ -160,7 +160,8 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
     """A checkpoint, told apart by what is there.
 
     A whole pipeline (``model_index.json``), a folder with ``unet/`` or ``transformer/`` or one
-    of these itself, a LoRA's folder or file, or a hub id with one of these.
+    of these itself, a LoRA's folder or file, or a hub id with one of these. Of a training of ours
+    that measured held-out pairs: what was best on them.
 
     Raises `FifaError` where none of these is there.
     """
@@ -180,6 +181,8 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
         return found("lora", _lora(path))
     folder = model_folder(source, CHECKPOINT_FILES)
     folder = fetch_variants(source, folder, CHECKPOINT_FILES)
+    if (folder / "best").is_dir() and (folder / "train.json").is_file():
+        folder = folder / "best"
     if (folder / "model_index.json").is_file():
         return found("pipeline", find_pipeline(source))
     if (folder / LORA).is_file():

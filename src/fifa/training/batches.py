@@ -95,7 +95,8 @@ def draw_pair(
     pair_id
         The pair's content key.
     d
-        The epoch, or the epoch modulo the size of the pool.
+        The epoch, or the epoch modulo the size of the pool; below 0 for a pair that is measured
+        only.
     draw_time
         The schedule's.
     shape
@@ -267,6 +268,8 @@ class Source:
         Their `fifa.training.cache.Encoded`, pair by pair.
     device
         Where batches go to be computed with.
+    taught, held
+        Numbers of the pairs to train on, and of those held out.
     """
 
     train: Train
@@ -274,6 +277,8 @@ class Source:
     pairs: Any
     encoded: Any
     device: Any
+    taught: Sequence[int] = ()
+    held: Sequence[int] = ()
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of ``items``, all of one latent shape: on the CPU, in float32.
@@ -294,11 +299,13 @@ class Source:
         if train.weights:
             weight = torch.from_numpy(pairs.weight[rows])
         shape = (backbone.vae.channels, *encoded.shape(rows[0]))
-        time_of, dropout = backbone.schedule.draw_time, train.prompt_dropout
-        draws = [
-            draw_pair(train.seed, pairs.pair_id[pair], d, time_of, shape, dropout, train.flips)
-            for pair, d in items
-        ]
+        time_of = backbone.schedule.draw_time
+        draws = []
+        for pair, d in items:
+            taught = d >= 0
+            dropout, flips = taught * train.prompt_dropout, taught and train.flips
+            one = draw_pair(train.seed, pairs.pair_id[pair], d, time_of, shape, dropout, flips)
+            draws.append(one)
         drawn = list(zip(rows, draws, strict=True))
         moments = self._sides([encoded.moments(pair, one.flip) for pair, one in drawn]).float()
         latents = backbone.vae.latents(moments, self._sides([one.posterior for one in draws]))
@@ -378,19 +385,28 @@ def frozen_copy(backbone: Backbone, autocast: Any) -> Reference:
     return reference
 
 
-def table(scalars: Scalars, device: Any) -> Reference:
-    """Errors that were computed before training, float32 ``[pairs, draws, 2]``."""
+def table(scalars: Scalars, rows: Sequence[int], draws: Sequence[int], device: Any) -> Reference:
+    """Errors that were computed before training: what `precompute` returns for rows and draws."""
     known = torch.tensor(scalars)
+    place, number = ({one: i for i, one in enumerate(some)} for some in (rows, draws))
 
     def reference(batch: Batch) -> tuple[Tensor, None]:
         pair, draw = zip(*batch.items, strict=True)
-        return pinned(known[list(pair), list(draw)], device).to(device, non_blocking=True), None
+        found = known[[place[one] for one in pair], [number[one] for one in draw]]
+        return pinned(found, device).to(device, non_blocking=True), None
 
     return reference
 
 
-def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Scalars:
-    """The reference's errors on all draws, float32 ``[pairs, draws, 2]``; computed once.
+def precompute(
+    source: Source,
+    rows: Sequence[int],
+    draws: Sequence[int],
+    folder: Path,
+    dtype: str,
+    accelerator: Any,
+) -> Scalars:
+    """The reference's errors on draws of pairs, float32 ``[rows, draws, 2]``; computed once.
 
     To be called while ``source.backbone.denoiser`` is the base. Every process computes its share
     of the shards; one that is finished is not computed again.
@@ -399,6 +415,8 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
     ----------
     source
         Of the micro-batches.
+    rows, draws
+        Numbers of pairs, and of the draws of each.
     folder
         The cache's, where the errors are kept: named by the base, the pairs and the draws.
     dtype
@@ -412,16 +430,16 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
         "format": 2,
         "base": [model_digest(backbone.folder / part, CONFIG_AND_WEIGHTS) for part in parts],
         "encoded": source.encoded.digest,
-        "pairs": source.pairs.pair_id,
+        "pairs": [source.pairs.pair_id[row] for row in rows],
         "seed": train.seed,
-        "draws": train.draws,
+        "draws": len(draws) if draws[0] == 0 else list(draws),
         "dropout": train.prompt_dropout,
         "flips": train.flips,
         "dtype": dtype,
     }
     path = folder / f"reference-{digest(depends_on)}.parquet"
     ledger = Ledger.beside(path)
-    starts = range(0, len(source.pairs), SHARD)
+    starts = range(0, len(rows), SHARD)
     if accelerator.is_main_process:
         forget_damaged(path)
     accelerator.wait_for_everyone()
@@ -431,22 +449,26 @@ def precompute(source: Source, folder: Path, dtype: str, accelerator: Any) -> Sc
         missing = [start for start in mine if str(start) not in finished]
         with progress("the reference's errors", len(mine) * SHARD) as advance:
             advance((len(mine) - len(missing)) * SHARD)
-            for start, errors_of in _errors(source, missing, accelerator.autocast):
+            for start, errors_of in _errors(source, rows, draws, missing, accelerator.autocast):
                 ledger.write(str(start), errors_of)
                 advance(SHARD)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_table(path, pa.concat_tables(ledger.read(str(start)) for start in starts))
-        note(reference_draws=len(source.pairs) * train.draws)
+        note(reference_draws=len(rows) * len(draws))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         ledger.forget()
-    scalars: Scalars = read_table(path)["error"].to_numpy().reshape(-1, train.draws, 2)
+    scalars: Scalars = read_table(path)["error"].to_numpy().reshape(len(rows), len(draws), 2)
     return scalars
 
 
 def _errors(
-    source: Source, starts: Iterable[int], autocast: Callable[[], Any]
+    source: Source,
+    rows: Sequence[int],
+    draws: Sequence[int],
+    starts: Iterable[int],
+    autocast: Callable[[], Any],
 ) -> Iterator[tuple[int, pa.Table]]:
     """The errors of shards of pairs, winner and loser of every draw one after the other."""
     cuda = source.device.type == "cuda"
@@ -454,8 +476,8 @@ def _errors(
 
     def batches() -> Iterator[tuple[int, list[tuple[int, int]], list[Batch]]]:
         for start in starts:
-            pairs = range(start, min(start + SHARD, len(source.pairs)))
-            items = [(pair, d) for pair in pairs for d in range(source.train.draws)]
+            pairs = rows[start : start + SHARD]
+            items = [(pair, d) for pair in pairs for d in draws]
             shape = source.encoded.shape
             largest = max(h * w for h, w in map(shape, pairs))
             size = (REFERENCE if cuda else LATENTS) // largest
@@ -471,8 +493,8 @@ def _errors(
                 return predict(source.backbone, batch.pairs(part))[0]
 
             with torch.no_grad(), autocast():
-                rows = torch.cat(list(through.run(measured, n, n)))
-            found |= zip(batch.items, rows, strict=True)
+                both = torch.cat(list(through.run(measured, n, n)))
+            found |= zip(batch.items, both, strict=True)
         # once a shard: until here nothing has been waited for
         in_order = torch.cat([found[item] for item in items])
         yield start, pa.table({"error": in_order.cpu().numpy()})

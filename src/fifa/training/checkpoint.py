@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fifa.training.losses import START
 STATE = "state"
 TENSORS, FACTS = "state.pt", "state.json"  # of a state
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # the weights with the lowest loss on held-out pairs
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"  # of the adapter within the denoiser
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
@@ -150,6 +151,13 @@ class Progress:
         `fifa.training.metrics.sums` has added up.
     running
         What `fifa.training.losses.run_on` keeps.
+    best, best_step
+        The lowest loss on held-out pairs, and after which step; None and 0 before the first.
+    worse
+        Measurements on held-out pairs since then.
+    displaced
+        By how much of the reference's error the policy's is above it, on the preferred images of
+        held-out pairs.
     """
 
     step: int = 0
@@ -161,6 +169,10 @@ class Progress:
     since: float = 0.0
     sums: tuple[float, ...] = ()
     running: tuple[float, ...] = START
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    displaced: float = 0.0
 
     def after_step(
         self,
@@ -183,6 +195,17 @@ class Progress:
             sums=tuple(a + b for a, b in zip(known, sums, strict=True)),
             running=tuple(running),
         )
+
+    def after_holdout(self, found: dict[str, float | None]) -> Progress:
+        """After a measurement by `fifa.training.holdout.Holdout`."""
+        loss = found["heldout_loss"] or 0.0
+        error, above = found["heldout_winner_error"], found["heldout_winner_minus_reference"]
+        displaced = above / (error - above) if error and above else 0.0
+        if self.best is None or loss < self.best:
+            best = replace(self, best=loss, best_step=self.step, worse=0)
+        else:
+            best = replace(self, worse=self.worse + 1)
+        return replace(best, displaced=displaced)
 
     def after_metrics(self) -> Progress:
         """After a line of metrics."""
@@ -339,11 +362,15 @@ class TrainState:
             if parameter.requires_grad
         }
 
+    def to_give_away(self) -> AbstractContextManager[None]:
+        """The weights to give away in their place while it lasts: the average's if there is one."""
+        return self.average.in_place() if self.average else nullcontext()
+
     def averaged(self) -> dict[str, Any]:
-        """The weights to give away: the average's if there is one. Every process calls it."""
+        """The weights to give away. Every process calls it."""
         if self.average is None:
             return self.weights()
-        with self.average.in_place():
+        with self.to_give_away():
             return {name: value.clone() for name, value in self.weights().items()}
 
     def export(self, train: Train, backbone: Backbone, folder: Path) -> None:
@@ -360,7 +387,7 @@ class TrainState:
                     add_lora(backbone.with_denoiser(plain), train)
                 plain.load_state_dict(whole, strict=False)
             save = save_lora if train.method == "lora" else save_full
-            with self.average.in_place() if self.average and not whole else nullcontext():
+            with nullcontext() if whole else self.to_give_away():
                 written = save(backbone.with_denoiser(plain), folder)
             write_manifest(folder, [written])
         self.accelerator.wait_for_everyone()

@@ -76,7 +76,7 @@ def find_fit(
     share = -(-train.batch // state.accelerator.num_processes)
     device = source.device
     if device.type != "cuda" or state.sharded:
-        area = max(h * w for h, w in map(source.encoded.shape, range(len(source.pairs))))
+        area = max(h * w for h, w in map(source.encoded.shape, source.taught))
         size = 1 if state.sharded else max(1, LATENTS // area)
         return Fit(train.micro_batch or even_batch(share, size), bool(twice))
     path = out / FIT
@@ -117,8 +117,8 @@ def _tried(
 ) -> Fit:
     """The `Fit` of a CUDA device for a process's ``share`` of a batch, found by trying."""
     accelerator, optimizer, device = state.accelerator, state.optimizer, source.device
-    shapes = [source.encoded.shape(pair) for pair in range(len(source.pairs))]
-    largest = max(range(len(shapes)), key=lambda pair: shapes[pair][0] * shapes[pair][1])
+    shapes = {pair: source.encoded.shape(pair) for pair in source.taught}
+    largest = max(shapes, key=lambda pair: shapes[pair][0] * shapes[pair][1])
 
     def attempt(pairs: int) -> None:
         batch = source.batch([(largest, 0)] * pairs).on(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,8 @@ from fifa.shards.manifest import MANIFEST
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
-from fifa.training.checkpoint import CHECKPOINTS, STATE, latest_state, make_state
+from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
+from fifa.training.holdout import DRAWS, TIMES, Holdout, split_pairs
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
@@ -56,6 +57,8 @@ class Job:
         accelerate's view of processes, devices and precision.
     pairs, backbone, plan
         What is trained on, what is trained, what it will take.
+    taught, held
+        Numbers of the pairs to train on, and of those held out.
     cache
         The folder of latents, embeddings and the reference's scalars.
     """
@@ -65,6 +68,8 @@ class Job:
     pairs: Any
     backbone: Backbone
     plan: Plan
+    taught: list[int]
+    held: list[int]
     cache: Path
 
 
@@ -97,15 +102,20 @@ def _run(train: Train, out: Path, accelerator: Any) -> Path:
             train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution
         )
         samples.base()
-        reference = make_reference(job, source)
+        reference, holdout = make_reference(job, source), make_holdout(job, source)
         state = make_state(train, job.backbone, accelerator)
-        loop = Loop(train, job.plan.steps, out, source, reference, state, samples)
+        loop = Loop(train, job.plan.steps, out, source, reference, state, samples, holdout)
         done = loop.run()
         state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
         write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
         skipped = f", {done.skipped:,} of them skipped" if done.skipped else ""
-        echo(f"trained {done.step:,} steps{skipped} on {len(job.pairs):,} pairs; weights in {out}")
+        echo(f"trained {done.step:,} steps{skipped} on {job.plan.pairs:,} pairs; weights in {out}")
+        if done.best is not None:
+            echo(
+                f"held-out pairs: lowest loss {done.best:.4f} after step {done.best_step:,}, "
+                f"weights in {out / BEST}"
+            )
     accelerator.wait_for_everyone()
     return out
 
@@ -164,13 +174,13 @@ def start_folder(train: Train, out: Path) -> None:
     check_folder(train, out)
     make_folder(out)
     sweep(out)
-    for name in (STATE, CHECKPOINTS):
+    for name in (STATE, CHECKPOINTS, BEST):
         sweep(out / name)
     if latest_state(out) is None and not is_finished(out):
         # what was begun here got nowhere, and may have been begun with other options
         for name in (STATS, MANIFEST):
             (out / name).unlink(missing_ok=True)
-        for name in ("samples", "logs", CHECKPOINTS):
+        for name in ("samples", "logs", CHECKPOINTS, BEST):
             shutil.rmtree(out / name, ignore_errors=True)
     if not is_finished(out):
         write_text(out / TRAIN_FILE, train.to_yaml())
@@ -213,6 +223,7 @@ def make_accelerator(train: Train) -> Any:
 def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     """Read the pairs, check the model's folder, and plan; no network is loaded yet."""
     pairs = read_training_pairs(train.source)
+    taught, held = split_pairs(pairs.caption, train)
     check_pairs(train, pairs, accelerator.num_processes)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
     # sharding wants weights of one type; otherwise what is frozen may be halved
@@ -226,7 +237,8 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     shards = accelerator.num_processes if sharded else 1
     plan = Plan(
         train,
-        pairs=len(pairs),
+        pairs=len(taught),
+        held=len(held),
         dropped=pairs.dropped,
         processes=accelerator.num_processes,
         resolution=resolution,
@@ -238,7 +250,7 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
-    return Job(train, accelerator, pairs, backbone, plan, cache)
+    return Job(train, accelerator, pairs, backbone, plan, taught, held, cache)
 
 
 def native_resolution(backbone: Backbone) -> int:
@@ -292,7 +304,7 @@ def make_source(job: Job) -> Source:
         wait=accelerator.wait_for_everyone,
     )
     job.backbone.drop_encoders()
-    return Source(train, job.backbone, job.pairs, encoded, accelerator.device)
+    return Source(train, job.backbone, job.pairs, encoded, accelerator.device, job.taught, job.held)
 
 
 def make_reference(job: Job, source: Source) -> Reference | None:
@@ -302,10 +314,23 @@ def make_reference(job: Job, source: Source) -> Reference | None:
     """
     train, accelerator = job.train, job.accelerator
     if train.draws:
-        scalars = precompute(source, job.cache, job.plan.dtype, accelerator)
-        return table(scalars, accelerator.device)
+        return _table(job, source, source.taught, range(train.draws))
     if not LOSSES[train.loss].needs_reference:
         return None
     if train.method == "full":
         return frozen_copy(job.backbone, accelerator.autocast)
     return adapters_off(job.backbone, accelerator.unwrap_model)
+
+
+def make_holdout(job: Job, source: Source) -> Holdout:
+    """What measures held-out pairs; to be made while the denoiser is the base."""
+    train, reference = job.train, None
+    if source.held and LOSSES[train.loss].needs_reference:
+        reference = _table(job, source, source.held, DRAWS)
+    every = train.validate_every or max(1, job.plan.steps // TIMES)
+    return Holdout(train, source, source.held, reference, every)
+
+
+def _table(job: Job, source: Source, rows: Sequence[int], draws: Sequence[int]) -> Reference:
+    scalars = precompute(source, rows, draws, job.cache, job.plan.dtype, job.accelerator)
+    return table(scalars, rows, draws, job.accelerator.device)

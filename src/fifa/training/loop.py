@@ -30,8 +30,9 @@ from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
 from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
-from fifa.training.checkpoint import CHECKPOINTS, Progress, TrainState, step_name
+from fifa.training.checkpoint import BEST, CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
+from fifa.training.holdout import Holdout, verdict
 from fifa.training.losses import LOSSES, run_on, safeguarded
 from fifa.training.metrics import Stats, distance, means_of, stats_digest, stats_line, sums
 from fifa.training.samples import Samples
@@ -40,6 +41,7 @@ AHEAD = 2  # micro-batches that wait for the device
 
 # A micro-batch, whether it counts, and whether it is the last of its step.
 Item = tuple[Batch, bool, bool]
+Line = dict[str, float | None]
 # Waits for numbers that are on their way to the host.
 Read = Callable[[], list[float]]
 
@@ -80,6 +82,8 @@ class Loop:
         The network, its optimiser, the average of its weights.
     samples
         Draws sheets of samples when it is time.
+    holdout
+        Measures held-out pairs when it is time.
     """
 
     train: Train
@@ -89,9 +93,12 @@ class Loop:
     reference: Reference | None
     state: TrainState
     samples: Samples
+    holdout: Holdout
 
     def run(self) -> Progress:
-        """Train from the newest state to the last step; returns how far it went.
+        """Train from the newest state to the last step, or to where it stops by itself.
+
+        Returns how far it went.
 
         Raises
         ------
@@ -113,8 +120,11 @@ class Loop:
             with closing(feed), progress_bar("training", self.steps) as advance:
                 advance(done.step)
 
-                def take(step: int, rate: float, read: Read) -> Progress:
-                    """Take in the numbers of a step, which may have to be waited for."""
+                def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
+                    """Take in the numbers of a step, which may have to be waited for.
+
+                    ``found`` is what held-out pairs say after it.
+                    """
                     *totals, norm, spread, gain, skipped = read()
                     self._must_be_finite(step, totals[0], norm)
                     taken = done.after_step(
@@ -124,22 +134,31 @@ class Loop:
                         running=(spread, gain),
                         skipped=bool(skipped),
                     )
-                    if taken.step % train.log_every == 0 or taken.step == self.steps:
+                    if found:
+                        taken = taken.after_holdout(found)
+                    if found or taken.step % train.log_every == 0 or taken.step == self.steps:
                         if stats:
-                            stats.log(taken.step, self.metrics(taken, rate, norm))
+                            line = {**self.metrics(taken, rate, norm), **(found or {})}
+                            stats.log(taken.step, line)
                         taken = taken.after_metrics()
                     advance(1)
                     return taken
 
                 queued: tuple[int, float, Read] | None = None
                 for step in range(done.step, self.steps):
+                    if why := verdict(train, done):
+                        echo(f"stopped after step {done.step:,}: {why}")
+                        break
                     rate = learning_rate(train, step, self.steps)
                     read = self.step(step, rate, feed)
                     if queued:
                         done = take(*queued)
                     queued = (step, rate, read)
                     if self.writes_after(step + 1):
-                        done, queued = take(*queued), None
+                        found = None
+                        if self.holdout.is_due(step + 1, self.steps):
+                            found = self.holdout.measure(state, fit.micro_batch)
+                        done, queued = take(*queued, found), None
                         self.save(done)
         finally:
             if stats:
@@ -248,12 +267,12 @@ class Loop:
         Sharded processes meet in every forward pass, so the ones with fewer micro-batches repeat
         their last one, for nothing.
         """
-        train, accelerator, pairs = self.train, self.state.accelerator, self.source.pairs
-        stream = Stream(len(pairs), train.batch, train.seed, train.draws)
+        train, accelerator, taught = self.train, self.state.accelerator, self.source.taught
+        stream = Stream(len(taught), train.batch, train.seed, train.draws)
         world = accelerator.num_processes
 
         def share(rank: int) -> list[list[tuple[int, int]]]:
-            items = stream.step(step, rank, world)
+            items = [(taught[row], d) for row, d in stream.step(step, rank, world)]
             return micro_batches(items, self.source.encoded.shape, size)
 
         mine = share(accelerator.process_index)
@@ -264,18 +283,21 @@ class Loop:
         """Whether anything is written after so many steps."""
         train = self.train
         due = (train.checkpoint_every, train.sample_every, train.save_every)
-        return done == self.steps or any(every and done % every == 0 for every in due)
+        due_now = any(every and done % every == 0 for every in due)
+        return due_now or done == self.steps or self.holdout.is_due(done, self.steps)
 
     def save(self, done: Progress) -> None:
         """Write what is due after a step; the state last, so that it vouches for the rest."""
-        train = self.train
+        train, stopped = self.train, bool(verdict(self.train, done))
+        if done.best_step == done.step:
+            self.state.export(train, self.source.backbone, self.out / BEST)
         if train.checkpoint_every and done.step % train.checkpoint_every == 0:
             self.state.export(
                 train, self.source.backbone, self.out / CHECKPOINTS / step_name(done.step)
             )
         if train.sample_every and done.step % train.sample_every == 0:
             self.samples.draw(done.step, self.state)
-        if done.step % train.save_every == 0 or done.step == self.steps:
+        if done.step % train.save_every == 0 or done.step == self.steps or stopped:
             self.state.save(self.out, replace(done, stats=stats_digest(self.out)))
 
     def _may_halve(self, size: int) -> bool:

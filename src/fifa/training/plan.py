@@ -174,8 +174,8 @@ class Plan:
     ----------
     train
         The training.
-    pairs
-        With a winner.
+    pairs, held
+        With a winner, to train on; and held out.
     dropped
         Rows that are no such pairs, by reason.
     processes
@@ -196,6 +196,7 @@ class Plan:
 
     train: Train
     pairs: int
+    held: int
     dropped: dict[str, int]
     processes: int
     resolution: int
@@ -266,7 +267,9 @@ class Plan:
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
         presented = self.steps * train.batch
         lines = [
-            f"pairs       {self.pairs:,}" + (f" (left out: {dropped})" if dropped else ""),
+            f"pairs       {self.pairs:,}"
+            + (f", {self.held:,} more are held out" if self.held else "")
+            + (f" (left out: {dropped})" if dropped else ""),
             f"steps       {self.steps:,} of {train.batch:,} pairs: {self.processes:,} process(es), "
             f"{self._micro_batches}",
             f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)",

@@ -1,0 +1,129 @@
+"""Pairs that are not trained on, and whether a training still gets better on them.
+
+All pairs of a prompt are held out together. What is drawn for a held-out pair is fixed, so that
+two measurements differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fifa.config import Train
+from fifa.errors import FifaError
+from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
+from fifa.training.checkpoint import Progress, TrainState
+from fifa.training.losses import LOSSES
+from fifa.training.metrics import SUMS, stats_line, sums
+
+FROM = 200  # pairs from which on some are held out unless told otherwise
+SHARE = 0.05
+TIMES = 10  # measurements of a training unless told otherwise
+DRAWS = (-1, -2, -3, -4)  # of each pair; no pair that is trained on has such numbers
+# What a line of metrics has of held-out pairs.
+HELD = (
+    *("loss", "implicit_accuracy", "winner_error", "loser_error"),
+    *("winner_minus_reference", "loser_minus_reference"),
+)
+
+
+def split_pairs(captions: Sequence[str], train: Train) -> tuple[list[int], list[int]]:
+    """The pairs to train on and those held out, in their order.
+
+    Prompts come in an order of the seed's; theirs are held out until the share is reached.
+    Raises `FifaError` where all would be.
+    """
+    share = train.holdout
+    if share is None:
+        share = SHARE if len(captions) >= FROM else 0.0
+    rows: dict[str, list[int]] = {}
+    for row, caption in enumerate(captions):
+        rows.setdefault(caption, []).append(row)
+    held: list[int] = []
+    for caption in sorted(rows, key=lambda text: seed_of("holdout", train.seed, text)):
+        if len(held) >= share * len(captions):
+            break
+        held += rows[caption]
+    if len(held) == len(captions):
+        raise FifaError(
+            f"--holdout {share:g} would leave no pair to train on: {len(rows):,} prompts",
+            do="hold out a smaller share, or nothing: --holdout 0",
+        )
+    out = set(held)
+    return [row for row in range(len(captions)) if row not in out], sorted(held)
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The held-out pairs of a training, ready to be measured.
+
+    Parameters
+    ----------
+    train, source
+        The training and its micro-batches.
+    rows
+        The pairs.
+    reference
+        What knows the reference's errors on `DRAWS`; None for a loss that needs none.
+    every
+        Steps between two measurements.
+    """
+
+    train: Train
+    source: Source
+    rows: Sequence[int]
+    reference: Reference | None
+    every: int
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether they are measured after so many steps of all."""
+        return bool(self.rows) and (step % self.every == 0 or step == steps)
+
+    def measure(self, state: TrainState, size: int) -> dict[str, float | None]:
+        """``heldout_`` and each of `HELD`: means over pairs and draws of the weights to give away.
+
+        With the beta that the training began with, and every pair of weight 1. Every process calls
+        it; ``size`` pairs go through the network at once.
+        """
+        accelerator, model = state.accelerator, state.model
+        items = list(product(self.rows, DRAWS))
+        # sharded processes meet in every forward pass: each does all
+        world = 1 if state.sharded else accelerator.num_processes
+        mine = items if state.sharded else items[accelerator.process_index :: world]
+        total: Tensor = torch.zeros(len(SUMS), device=self.source.device)
+        model.eval()
+        try:
+            with torch.no_grad(), state.to_give_away():
+                for part in micro_batches(mine, self.source.encoded.shape, 2 * size):
+                    total += self._sums(self.source.batch(part).on(self.source.device))
+        finally:
+            model.train()
+        if world > 1:
+            total = accelerator.reduce(total, reduction="sum")
+        line = stats_line(total.tolist(), len(items))
+        return {f"heldout_{name}": line[name] for name in HELD}
+
+    def _sums(self, batch: Batch) -> Tensor:
+        base, _ = self.reference(batch) if self.reference else (None, None)
+        policy, _ = predict(self.source.backbone, batch)
+        ones = torch.ones_like(batch.weight)
+        loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, ones)
+        return sums(loss, policy, base, None)
+
+
+def verdict(train: Train, done: Progress) -> str:
+    """Why the training should end now, in words; empty where it goes on."""
+    if not train.stop:
+        return ""
+    if done.worse >= train.patience:
+        return f"the loss on held-out pairs has not fallen in {done.worse:,} measurements"
+    if done.displaced > train.displacement:
+        return (
+            f"the error on the preferred images of held-out pairs is {done.displaced:.1%} above "
+            "the reference's"
+        )
+    return ""
