@@ -44,7 +44,7 @@ class Answering(VLM):
 def test_the_questions_that_tell_are_kept_and_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row for row in some(40) if (opened(row[1]) - opened(row[2])) * (row[3] - 0.5) > 0]
+    rows = [row for row in some(24) if (opened(row[1]) - opened(row[2])) * (row[3] - 0.5) > 0]
     path, out = source(tmp_path, rows), tmp_path / "rubric"
     pairs = fifa.read_pairs(path)
     vlm = Answering()
@@ -67,11 +67,7 @@ def test_the_questions_that_tell_are_kept_and_score(
         apart = np.abs(difference(table)) > 0
         assert (np.sign(difference(table)) == np.sign(bright(pairs)))[apart].all()
         assert apart.mean() > 0.3
-        again = tmp_path / "again"
-        (tmp_path / "q.txt").write_text("Is it bright?\n# a remark\n", "utf-8")
-        done = commands.fifa(*arguments[:-1], again, "--questions", tmp_path / "q.txt")
-        assert json.loads((again / "reward.json").read_text("utf-8"))["questions"] == [QUESTIONS[0]]
-        (tmp_path / "q.txt").write_text("Is it square?\n", "utf-8")
+        (tmp_path / "q.txt").write_text("# a remark\nIs it square?\n", "utf-8")
         done = commands.fifa(*arguments[:-1], tmp_path / "no", "--questions", tmp_path / "q.txt")
         assert "none of 1 questions tells what people prefer" in done.stderr
     (out / "reward.json").write_text("{}", "utf-8")

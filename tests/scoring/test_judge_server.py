@@ -322,6 +322,3 @@ def test_a_run_is_judged_through_batch_files_and_its_report_says_so(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     page = (run / "report.html").read_text("utf-8")
     assert "position bias: 30 of these went to the image shown first" in page
-    done = commands.fifa("trust", run)
-    assert done.returncode == 0, done.stderr
-    assert "position bias: 30 of these went to the image shown first" in done.stdout + done.stderr
