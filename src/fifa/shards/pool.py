@@ -30,7 +30,7 @@ from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
 from fifa.shards.sealed import DamagedError
 
-PATIENCE = 3  # deaths of worker processes in a row, without a finished shard between them
+DEATHS = 3  # deaths of worker processes in a row, without a finished shard between them
 
 Keyed = tuple[str, Any]  # the key of a shard, and what the step is given
 
@@ -161,7 +161,7 @@ class LocalPool:
     def _in_processes(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         waiting = iter(shards)
         deaths = 0  # since a shard was last finished: the first may come before any is
-        while deaths < PATIENCE:
+        while deaths < DEATHS:
             taken: dict[str, Keyed] = {}  # and not finished
             running: set[Future[str]] = set()
             try:
