@@ -145,12 +145,15 @@ def _in_batches(
 
 
 def _written_out(chunk: pa.DictionaryArray) -> int:
-    """Bytes of the values, each as often as it is there."""
+    """Bytes of the values, each as often as it is there; at most twice what they are."""
     kind = chunk.type.value_type
     if pa.types.is_primitive(kind):
         return len(chunk) * 8
-    lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
-    return pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    lengths = np.asarray(pc.fill_null(pc.binary_length(chunk.dictionary), 0))
+    most = len(chunk) * int(lengths.max(initial=0))
+    if most <= 2 * int(lengths.sum()):
+        return most  # ids: all of a length, and few of them twice
+    return int(lengths[np.asarray(chunk.indices.drop_null())].sum())
 
 
 def _plain(chunk: pa.DictionaryArray) -> pa.Array:
