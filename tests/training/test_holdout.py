@@ -83,7 +83,8 @@ def test_the_best_is_kept_and_evaluated_and_a_training_stops(world, tmp_path):
     assert model.path == out / "best" / LORA
     assert model.training == out
     assert find_checkpoint("last", str(out / LORA), base).path == out / LORA
-    assert "stopped" not in (out / "train.yaml").read_text()
+    card = (out / "README.md").read_text("utf-8")
+    assert f"{min(losses):.4f}, is after step {best + 1}, whose weights are in `best/`" in card
 
 
 def test_why_a_training_stops():

@@ -221,7 +221,9 @@ def write_card(
         "family": family.name,
         "method": train.method,
         "steps": progress.step,
-        "pairs": len(pairs),
+        "pairs": plan.pairs,
+        "held_out": plan.held,
+        "best": {"step": progress.best_step, "loss": progress.best} if plan.held else None,
         "pairs_seen": progress.pairs,
         "skipped_steps": progress.skipped,
         "dropped": pairs.dropped,
@@ -262,6 +264,12 @@ def training_card(facts: dict[str, Any], family: Family) -> str:
     loss = options["loss"]
     if LOSSES[loss].needs_reference:
         loss += f", beta {options['beta']:g}"
+    held, best = "", facts["best"]
+    if best:
+        held = (
+            f"| held out | {facts['held_out']:,} more pairs; the lowest loss on them, "
+            f"{best['loss']:.4f}, is after step {best['step']:,}, whose weights are in `best/` |\n"
+        )
     return f"""---
 {hub}library_name: diffusers
 pipeline_tag: text-to-image
@@ -286,7 +294,7 @@ on pairs of images of which people preferred one.
 | method | {f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"} |
 | loss | {loss} |
 | pairs | {facts["pairs"]:,}, presented {facts["pairs_seen"]:,} times in all |
-| steps | {facts["steps"]:,} of {options["batch"]:,} pairs |
+{held}| steps | {facts["steps"]:,} of {options["batch"]:,} pairs |
 | learning rate | {options["lr"]:g}, {options["schedule"]}, {options["warmup"]} warm-up |
 | optimiser | {options["optimizer"]} |
 | prompt dropout | {options["prompt_dropout"]:g} |
