@@ -231,6 +231,14 @@ def test_a_source_that_is_not_there(tmp_path):
     assert "nothing" in message
 
 
+def test_a_scorer_that_nobody_knows_is_told_before_anything_is_read(tmp_path):
+    roles = {"margin": "reward model", "quality": "rater", "diversity": "encoder"}
+    for option, role in roles.items():
+        command = ("filter", tmp_path / "nothing", f"--{option}", "x", "--out", tmp_path / "run")
+        assert f"no such {role}: x" in failed(*command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_another_version_is_refused_by_every_command(shipped, tmp_path):
     run = tmp_path / "run"
     assert fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run).returncode == 0

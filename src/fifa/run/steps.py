@@ -30,7 +30,7 @@ from fifa.data.read import read_source, source_fingerprint
 from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
-from fifa.scoring import score
+from fifa.scoring import check_specs, score
 from fifa.scoring.table import BLIND, DIVERSITY, MARGIN, QUALITY, SIGMAS, Scores, score_files
 from fifa.selection.choose import columns_needed, select
 from fifa.selection.readable import select_readable
@@ -72,6 +72,7 @@ def filter_pairs(recipe: Recipe, out: str | Path) -> Run:
     """
     from fifa.reporting.page import write_report
 
+    check_specs(recipe.score)
     with only_writer(out):
         run = start_run(out, recipe)
         pairs = read_step(run)

@@ -106,6 +106,20 @@ def score(
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
 
 
+def check_specs(knobs: Score) -> None:
+    """Raise `FifaError` for a scorer of a name that nobody knows; no model is looked for."""
+    from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
+
+    for registry, specs in (
+        (REWARDS, knobs.margin),
+        (RATERS, (knobs.quality,)),
+        (ENCODERS, (knobs.diversity,)),
+    ):
+        for spec in specs:
+            if spec != "none":
+                registry.parse(spec)
+
+
 def check_score(knobs: Score) -> None:
     """Raise `FifaError` for a scorer that is unknown, or not there: before hours of others.
 
