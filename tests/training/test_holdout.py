@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_diffusion import write_model, write_pairs
 from trainings import LORA, assemble, quick
 
 from fifa.config import Train
@@ -16,14 +15,6 @@ from fifa.training.holdout import DRAWS, FROM, split_pairs, verdict
 from fifa.training.job import run_training
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import read_stats
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("held")
-    write_model(folder / "sd15")
-    write_pairs(folder / "pairs.parquet")
-    return folder
 
 
 def test_whole_prompts_are_held_out_from_200_pairs_on():

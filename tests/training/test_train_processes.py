@@ -40,9 +40,20 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
 
 
+HELD = {"holdout": 0.2, "validate_every": 2}
+
+
+def same_held_out(mine, theirs):
+    """One pair is held out and measured after every second step, to the same numbers."""
+    assert ("heldout_loss" in mine) == (mine["step"] % 2 == 0)
+    for name in (name for name in mine if name.startswith("heldout_")):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
 def test_two_processes_train_as_one_does(world, tmp_path):
     # a batch of three: one process has one pair, the other two
     knobs = {"batch": 3, "micro_batch": 1, "lr": 1e-4, "draws": 2, "ema": 0.9, "steps": 4}
+    knobs |= HELD
     train = quick(world, **knobs)
     one, out = run_training(train, tmp_path / "one"), tmp_path / "two"
     recipe, said = tmp_path / "train.yaml", tmp_path / "said"
@@ -62,11 +73,12 @@ def test_two_processes_train_as_one_does(world, tmp_path):
     for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
         for name in ("loss", "winner_error", "loser_error", "implicit_accuracy"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
+        same_held_out(mine, theirs)
     assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}
 
 
 def test_sharded_weights_train_resume_and_save_as_whole_ones_do(world, tmp_path):
-    train = quick(world, steps=4, save_every=2, ema=0.9, lr=1e-4)
+    train = quick(world, steps=4, save_every=2, ema=0.9, lr=1e-4, **HELD)
     one, out = run_training(train, tmp_path / "one"), tmp_path / "two"
     (tmp_path / "train.yaml").write_text(train.to_yaml())
     sharded_training = (sharded.train, tmp_path / "train.yaml", out)
@@ -79,3 +91,4 @@ def test_sharded_weights_train_resume_and_save_as_whole_ones_do(world, tmp_path)
     for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
         for name in ("loss", "gradient_norm", "kl"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-9)
+        same_held_out(mine, theirs)

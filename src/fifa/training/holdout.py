@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.training.backbones.base import Backbone
 from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
 from fifa.training.checkpoint import Progress, TrainState
 from fifa.training.losses import LOSSES
@@ -94,12 +95,16 @@ class Holdout:
         # sharded processes meet in every forward pass: each does all
         world = 1 if state.sharded else accelerator.num_processes
         mine = items if state.sharded else items[accelerator.process_index :: world]
+        backbone = self.source.backbone
+        if not state.sharded:  # a wrapped one may wait for processes that have fewer pairs
+            backbone = backbone.with_denoiser(accelerator.unwrap_model(model))
         total: Tensor = torch.zeros(len(SUMS), device=self.source.device)
         model.eval()
         try:
-            with torch.no_grad(), state.to_give_away():
-                for part in micro_batches(mine, self.source.encoded.shape, 2 * size):
-                    total += self._sums(self.source.batch(part).on(self.source.device))
+            with torch.no_grad(), accelerator.autocast(), state.to_give_away():
+                for part in micro_batches(mine, self.source.encoded.shape, size):
+                    batch = self.source.batch(part).on(self.source.device)
+                    total += self._sums(batch, backbone)
         finally:
             model.train()
         if world > 1:
@@ -107,9 +112,9 @@ class Holdout:
         line = stats_line(total.tolist(), len(items))
         return {f"heldout_{name}": line[name] for name in HELD}
 
-    def _sums(self, batch: Batch) -> Tensor:
+    def _sums(self, batch: Batch, backbone: Backbone) -> Tensor:
         base, _ = self.reference(batch) if self.reference else (None, None)
-        policy, _ = predict(self.source.backbone, batch)
+        policy, _ = predict(backbone, batch)
         ones = torch.ones_like(batch.weight)
         loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, ones)
         return sums(loss, policy, base, None)

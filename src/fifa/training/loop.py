@@ -157,7 +157,7 @@ class Loop:
                     if self.writes_after(step + 1):
                         found = None
                         if self.holdout.is_due(step + 1, self.steps):
-                            found = self.holdout.measure(state, fit.micro_batch)
+                            found = self.holdout.measure(state, feed.size)
                         done, queued = take(*queued, found), None
                         self.save(done)
         finally:
