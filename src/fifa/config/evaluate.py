@@ -1,0 +1,229 @@
+"""Generating, evaluating and voting."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fifa.config.knobs import (
+    Count,
+    CountOrZero,
+    Dtype,
+    Knobs,
+    NotNegative,
+    Option,
+    Share,
+    knobs,
+)
+
+GENERATE_FILE = "generate.yaml"  # in a folder of generated pairs
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@knobs
+class Generate(Knobs):
+    """How images are made: the same for every model, so that only the weights differ.
+
+    Parameters
+    ----------
+    steps
+        Steps of the sampler; if not given, the default of the model family.
+    guidance
+        Scale of classifier-free guidance; if not given, the default of the model family.
+    sampler
+        The sampler; if not given, the base model's own. Each model keeps its noise schedule.
+    width
+        Width in pixels; if not given, what the base model was made for.
+    height
+        Height in pixels; if not given, what the base model was made for.
+    negative
+        A negative prompt; empty: none.
+    batch
+        Images that are made together; if not given, as many as fit and are of use on CUDA (found by
+        trying, and kept in the run folder), 4 elsewhere. Another batch size makes new images,
+        because it may change the last bit of a sum.
+    device
+        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
+    dtype
+        Precision of the image models; if not given, float32 on a CPU and elsewhere the half
+        precision of the model family.
+    """
+
+    steps: Annotated[Count | None, Option(family="steps")] = None
+    guidance: Annotated[NotNegative | None, Option(family="guidance")] = None
+    sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
+    width: Annotated[int, Field(ge=8, le=6000)] | None = None
+    height: Annotated[int, Field(ge=8, le=6000)] | None = None
+    negative: str = ""
+    batch: Count | None = None
+    device: str | None = None
+    dtype: Annotated[Dtype | None, Option(family="half")] = None
+
+
+@knobs
+class GeneratePairs(Knobs):
+    """Preference pairs of a model's own images.
+
+    Parameters
+    ----------
+    model
+        The model that makes the images: a folder in diffusers' layout, or a hub id.
+    tuned
+        Take the images of this checkpoint of the model, PATH or NAME=PATH: a LoRA (file or folder),
+        a folder with ``unet/`` or ``transformer/``, or a whole pipeline.
+    prompts
+        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
+        of these.
+    limit
+        Use at most this many prompts, taken from each category in turn.
+    margin
+        A reward model that judges the images, one of `fifa.scoring.specs.REWARDS.made`. Several
+        make a committee.
+    per_prompt
+        Images per prompt.
+    pairs
+        Which images of a prompt make a pair: ``best-worst`` takes the best and the worst one,
+        ``all`` every two, ``adjacent`` neighbours in the order of their rewards.
+    min_margin
+        Make no pair whose rewards differ by less than this. A single judge has its own scale; with
+        a committee the unit is the spread of each judge's differences.
+    first_seed
+        Number of the first seed; another number gives other images.
+    """
+
+    model: Annotated[str, Option(required=True)] = ""
+    tuned: str | None = None
+    prompts: Annotated[str, Option(required=True)] = ""
+    limit: Count | None = None
+    margin: Annotated[tuple[str, ...], Option(required=True)] = ()
+    per_prompt: Annotated[int, Field(ge=2)] = 4
+    pairs: Literal["best-worst", "all", "adjacent"] = "best-worst"
+    min_margin: NotNegative = 0.0
+    first_seed: CountOrZero = 0
+    images: Generate = Generate()
+
+
+@knobs
+class Measure(Knobs):
+    """What is measured on the images.
+
+    Parameters
+    ----------
+    scorers
+        A reward model that scores the images, one of `fifa.scoring.specs.REWARDS.made`; none: do
+        not score them.
+    picked
+        A reward model that picked the training data, if the checkpoints and the run do not say so
+        themselves. A win by it is no independent evidence.
+    rater
+        The rater that finds unsafe prompts, one of `fifa.scoring.specs.RATERS.made`; none: do not
+        rate prompts.
+    unsafe_categories
+        Categories whose prompts count as unsafe, whatever the rater says.
+    detector
+        A transformers image classifier (folder or hub id) that finds unsafe images.
+    unsafe_labels
+        The labels of the detector that mean unsafe.
+    encoder
+        The image encoder that measures how different the images of one prompt are, one of
+        `fifa.scoring.specs.IMAGE_ENCODERS.forms`; none: do not measure it.
+    """
+
+    scorers: Annotated[tuple[str, ...], Option("--score")] = ("pickscore", "hpsv2.1", "clipscore")
+    picked: tuple[str, ...] = ()
+    rater: str = "none"
+    unsafe_categories: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    detector: str | None = None
+    unsafe_labels: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    encoder: str = "efficientnet-lite0"
+
+
+@knobs
+class Evaluate(Knobs):
+    """An evaluation: models, prompts, how images are made and what is measured.
+
+    Parameters
+    ----------
+    base
+        The base model, before training: a folder in diffusers' layout, or a hub id.
+    tuned
+        A checkpoint, PATH or NAME=PATH: a LoRA (file or folder), a folder with ``unet/`` or
+        ``transformer/``, or a whole pipeline.
+    prompts
+        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
+        of these.
+    limit
+        Use at most this many prompts, taken from each category in turn.
+    seeds
+        Images per prompt and model.
+    first_seed
+        Number of the first seed; another number gives other images.
+    curve
+        Also measure every ``checkpoints/step-*`` of a checkpoint, on about this many of the
+        prompts; 0: do not.
+    """
+
+    base: Annotated[str, Option(required=True)] = ""
+    tuned: Annotated[dict[str, str], Option(required=True)] = field(default_factory=dict)
+    prompts: Annotated[str, Option(required=True)] = ""
+    limit: Count | None = None
+    seeds: Count = 4
+    first_seed: CountOrZero = 0
+    curve: CountOrZero = 0
+    generate: Generate = Generate()
+    measure: Measure = Measure()
+
+
+@knobs
+class Vote(Knobs):
+    """What people are asked, and where the page is served.
+
+    Parameters
+    ----------
+    models
+        Compare only these models; if not given, all of them.
+    limit
+        Comparisons per voter; if not given, all of them.
+    repeats
+        Share of the comparisons that are shown again with sides swapped, to see whether voters are
+        consistent.
+    checks
+        Share of attention checks, which show an image beside a destroyed copy of itself: do voters
+        look?
+    question
+        The question above the images.
+    seed
+        Seed for the comparisons that are drawn. The order and sides that each voter sees come from
+        a secret that is kept with the votes.
+    host
+        The address to listen on. With another address than this machine's own, visitors need the
+        link that is printed.
+    port
+        The port to listen on; 0: any free one.
+    allow_hosts
+        Another name of this server, for example behind a proxy.
+    """
+
+    models: Annotated[tuple[str, ...], Option(commas=True)] = ()
+    limit: Count | None = None
+    repeats: Share = 0.0
+    checks: Share = 0.0
+    question: str = "Which image is better for this prompt?"
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8750
+    allow_hosts: Annotated[tuple[str, ...], Option("--allow-host")] = ()
