@@ -195,13 +195,14 @@ def rebuild_command(subset_json: Path, source: str | None, allow_download: bool,
 def report_command(run: str) -> None:
     """Write the report of a run again.
 
-    This is RUN/report.html, made from the files in RUN.
+    This is RUN/report.html, made from the files in RUN. RUN may also be the folder of a training.
     """
     from fifa.evaluation.results import is_evaluated
-    from fifa.reporting.page import write_report
+    from fifa.reporting.page import is_training, write_report
     from fifa.run.folder import open_run
 
-    click.echo(write_report(run if is_evaluated(run) else open_run(run).folder))
+    ready = is_evaluated(run) or is_training(run)
+    click.echo(write_report(run if ready else open_run(run).folder))
 
 
 @cli.command("train", cls=KnobCommand, knobs="Train")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from fifa.config import GENERATE_FILE, RECIPE_FILE
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
+from fifa.evaluation.history import number
 from fifa.evaluation.stats import Number
 from fifa.models.families import PIPELINES
 from fifa.models.hub import MODEL_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
@@ -269,7 +270,7 @@ class Training:
     facts
         Its ``train.json``.
     lines
-        Step, pairs seen and seconds of every line of its ``stats.jsonl``.
+        Of its ``stats.jsonl``.
     log
         Seconds and tokens by step of the run that selected its pairs.
     scorers
@@ -277,7 +278,7 @@ class Training:
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
-    lines: Sequence[dict[str, float]] = ()
+    lines: Sequence[dict[str, Any]] = ()
     log: dict[str, dict[str, float]] = field(default_factory=dict)
     scorers: tuple[str, ...] = ()
 
@@ -302,11 +303,7 @@ def read_training(model: Model) -> Training:
         scorers += [*run_scorers(place), *_margins(subset)]
         scorers += [*_judges(places), *_judges(_places(subset.get("source")))]
     log = next((place / LOG_FILE for place in places if (place / LOG_FILE).is_file()), None)
-    lines = [
-        {name: number(line.get(name)) for name in ("step", "pairs", "seconds")}
-        for line in read_json_lines(folder / "stats.jsonl")[0]
-        if "step" in line
-    ]
+    lines = read_json_lines(folder / "stats.jsonl")[0]
     return Training(facts, lines, _log(log) if log else {}, tuple(dict.fromkeys(scorers)))
 
 
@@ -332,12 +329,6 @@ def _places(facts: Any) -> tuple[Path, ...]:
     if not isinstance(source, str) or not source or "://" in source:
         return ()
     return Path(source), Path(source).parent
-
-
-def number(value: Any) -> float:
-    """``value`` where it is a number, NaN where it is anything else."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain else float("nan")
 
 
 def is_picked(spec: str, picked: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fifa.config import Evaluate
 from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
+from fifa.evaluation.history import History, history_of
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import Measured, Scale
 from fifa.evaluation.models import Cost, Method, Model, Training, cost_of
@@ -89,6 +90,8 @@ class Results:
         Of every training whose checkpoints were measured on the way, by scale.
     costs
         What every checkpoint cost.
+    histories
+        How every training went, where its statistics are known.
     """
 
     format: Literal[2]
@@ -107,6 +110,7 @@ class Results:
     safety: tuple[Safety, ...]
     curves: tuple[Curve, ...]
     costs: tuple[Cost, ...]
+    histories: tuple[History, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -159,6 +163,7 @@ def make_results(
         safety=tuple(safety(measured)),
         curves=tuple(learning_curves(on_the_way, trainings)) if on_the_way else (),
         costs=tuple(cost_of(name, training) for name, training in trainings.items()),
+        histories=tuple(history_of(name, one.lines) for name, one in trainings.items()),
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from fifa.errors import FifaError
 from fifa.evaluation import stats
+from fifa.evaluation.history import number
 from fifa.evaluation.measure import UNSAFE_PROMPT, Measured, Scale
 from fifa.evaluation.models import BASE, Model, Training, find_checkpoint
 from fifa.evaluation.stats import Mean, Number, WinRate
@@ -357,10 +358,10 @@ def _points(
 
 def _progress(step: int, training: Training) -> tuple[float, float]:
     """Pairs seen and seconds at a step, from the training's own lines."""
-    before = [line for line in training.lines if line["step"] <= step]
+    before = [line for line in training.lines if number(line.get("step")) <= step]
     if not before:
         return float("nan"), float("nan")
-    last = max(before, key=lambda line: line["step"])
+    last = max(before, key=lambda line: float(line["step"]))
     # a line may be some steps old: what a step takes is then the mean of the steps before it
     scale = step / last["step"] if last["step"] else 1.0
-    return last["pairs"] * scale, last["seconds"] * scale
+    return number(last.get("pairs")) * scale, number(last.get("seconds")) * scale

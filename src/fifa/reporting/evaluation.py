@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER, read_index
+from fifa.evaluation.history import History
 from fifa.evaluation.judges import COLOURS
 from fifa.evaluation.measure import load_measured
 from fifa.evaluation.models import BASE
@@ -20,9 +21,10 @@ from fifa.evaluation.vote.store import FILE
 from fifa.evaluation.win_rates import Comparison, Level, time_to_match
 from fifa.formatting import number, percent, shorten, signed
 from fifa.reporting.examples import side_by_side
-from fifa.reporting.figures import draw_learning, draw_wins, role
+from fifa.reporting.figures import draw_history, draw_learning, draw_wins, role
 
 MOST_CATEGORIES = 12
+MOST_TRAININGS = 6
 METHODS = {
     "base": "the base model",
     "lora": "LoRA on the base",
@@ -43,6 +45,7 @@ def evaluation_context(run: Path) -> dict[str, Any]:
             do="run the same `fifa evaluate` to its end",
         )
     names, scales = results.names, results.scales
+    colours_of = {name: role(place) for place, name in enumerate(names)}
     comparisons = sorted(results.comparisons, key=lambda c: scales.index(c.scale))
     against = [c for c in comparisons if c.theirs == BASE]
     best = headline(results.comparisons)
@@ -58,7 +61,8 @@ def evaluation_context(run: Path) -> dict[str, Any]:
     return {
         "results": results,
         "methods": METHODS,
-        "colours": {name: role(place) for place, name in enumerate(names)},
+        "colours": colours_of,
+        "trainings": trainings(results.histories, colours_of),
         "images": len(images),
         "best": best,
         "others": _others(results.comparisons, best),
@@ -148,6 +152,25 @@ def _curves(results: Results, best: Comparison | None) -> dict[str, Any] | None:
         "matches": matches,
         "prompts": own[0].points[0].mean.prompts,
     }
+
+
+def trainings(histories: Sequence[History], colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What the template of trainings reads: the figures of each, and its numbers at its best."""
+    found = []
+    for place, history in enumerate(histories[:MOST_TRAININGS]):
+        figures = draw_history(history, f"training-{place}")
+        best = next((one for one in history.held if one.step == history.best), None)
+        if figures:
+            found.append(
+                {
+                    "name": history.model,
+                    "colour": colours[history.model],
+                    "figures": figures,
+                    "best": best,
+                    "last": history.held[-1] if history.held else None,
+                }
+            )
+    return found
 
 
 def _settings(results: Results) -> dict[str, str]:

@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fifa.evaluation.history import History
 from fifa.evaluation.stats import WinRate
 from fifa.evaluation.win_rates import Curve
-from fifa.formatting import shorten
+from fifa.formatting import number, shorten
 from fifa.reporting.numbers import Histogram, PromptMap
 from fifa.scoring.rewards.metrics import Agreement
 
@@ -69,6 +70,15 @@ AXES = {
     "step": "steps of training",
     "pairs": "pairs seen, each time counted",
     "hours": "accelerator hours",
+}
+# Figures of a training by their title: its curves with a label and dashes
+HISTORY: dict[str, dict[str, tuple[str, Any]]] = {
+    "loss": {"loss": ("", "-")},
+    "implicit accuracy": {"accuracy": ("", "-")},
+    "error minus the base's": {
+        "winner": ("preferred image of ", "-"),
+        "loser": ("rejected image of ", (0, (3, 1.5))),
+    },
 }
 LINE, GAP = 0.2, 0.16  # inches from one win rate to the next, and beside that between two rows
 Row = tuple[str, Sequence[tuple[int, WinRate]]]  # a label, and win rates by the model's place
@@ -319,6 +329,56 @@ def draw_learning(curves: Sequence[tuple[int, Curve]], label: str) -> list[Marku
         axes.set_xlabel(axis)
         axes.set_ylabel(shorten(label, 30))
         figures.append(svg(figure, f"curve-{x}", f"{label} against {axis}"))
+    return figures
+
+
+def draw_history(history: History, name: str) -> list[Markup]:
+    """How a training went: its loss, its implicit accuracy, its errors against the reference's.
+
+    Pairs that it was trained on are grey and those held out blue; the loser's error is dashed.
+    Figures without a line of two points are left out. ``name`` begins those of the others.
+    """
+    sides = (("taught", "the pairs trained on", "all"), ("held", "held-out pairs", "kept"))
+    figures = []
+    for title, curves in HISTORY.items():
+        figure, axes = canvas()
+        told = []
+        for side, pairs, colour in sides:
+            style: dict[str, Any] = {"color": COLOURS[colour], "lw": 1.4, "alpha": 0.8}
+            if side == "held":
+                style = {"color": COLOURS[colour], "lw": 2, "marker": "o", "ms": 3}
+            for curve, (label, dashes) in curves.items():
+                points = [(m.step, getattr(m, curve)) for m in getattr(history, side)]
+                points = [(step, value) for step, value in points if np.isfinite(value)]
+                if len(points) < 2:
+                    continue
+                axes.plot(*zip(*points, strict=True), ls=dashes, **style)
+                (_, first), (step, last) = points[0], points[-1]
+                told.append(f"{label}{pairs}: {number(first)} to {number(last)} at step {step:,}")
+        if not told:
+            continue
+        if history.best:
+            axes.axvline(history.best, color=COLOURS["ink"], lw=1, ls=(0, (4, 3)))
+            late = history.best > 0.8 * history.taught[-1].step
+            axes.annotate(
+                "best",
+                (history.best, 1.0),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(-4 if late else 4, 0),
+                textcoords="offset points",
+                ha="right" if late else "left",
+                va="top",
+                color=COLOURS["ink"],
+            )
+            told.append(f"the lowest held-out loss is at step {history.best:,}")
+        if "winner" in curves:
+            axes.axhline(0, **DOTTED)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(AXES["step"])
+        axes.set_ylabel(title)
+        figures.append(svg(figure, f"{name}-{next(iter(curves))}", f"{title}: {'; '.join(told)}"))
     return figures
 
 

@@ -16,6 +16,7 @@ from fifa.console import LOG_FILE
 from fifa.data.table import Pairs, load_pairs
 from fifa.evaluation.compare import Compared
 from fifa.evaluation.generate import FOLDER
+from fifa.evaluation.history import history_of
 from fifa.evaluation.results import RESULTS, is_evaluated
 from fifa.formatting import (
     count,
@@ -27,7 +28,7 @@ from fifa.formatting import (
     shorten,
     text_table,
 )
-from fifa.reporting.evaluation import evaluation_context
+from fifa.reporting.evaluation import evaluation_context, trainings
 from fifa.reporting.figures import draw_learning, draw_wins, role
 from fifa.reporting.selection import load_scores, selection_context
 from fifa.scoring.table import Scores
@@ -55,7 +56,8 @@ def write_report(
     Parameters
     ----------
     run_folder
-        A run with a selection, an evaluation, or both: then the evaluation comes first.
+        A run with a selection, an evaluation, or both: then the evaluation comes first. Or the
+        folder of a training, finished or at work.
     pairs, scores, selection
         The run's, where they are in memory; otherwise its files are read.
 
@@ -70,15 +72,33 @@ def write_report(
         If the folder is no run, or nothing is selected or evaluated in it yet.
     """
     folder = Path(run_folder)
+    if is_training(folder):  # whose writer may be at work
+        return _write_training(folder)
     with only_writer(folder):
         return _write_report(folder, pairs, scores, selection)
+
+
+def is_training(folder: str | Path) -> bool:
+    """Whether a folder is that of a training."""
+    return (Path(folder) / "train.yaml").is_file()
+
+
+def _write_training(folder: Path) -> Path:
+    name = shorten(folder.resolve().name, 80)
+    history = history_of(name, read_json_lines(folder / "stats.jsonl")[0])
+    context: dict[str, Any] = {"title": name, "steps": (), "evaluation": None, "filtered": False}
+    context |= {"history": history, "trainings": trainings([history], {name: "kept"})}
+    path = folder / "report.html"
+    write_text(path, render("page.html.j2", context))
+    return path
 
 
 def _write_report(
     folder: Path, pairs: Pairs | None, scores: Scores | None, selection: pa.Table | None
 ) -> Path:
     selected, evaluated = (folder / SELECTION_FILE).is_file(), is_evaluated(folder)
-    context: dict[str, Any] = {"evaluation": None, "filtered": selected or not evaluated}
+    context: dict[str, Any] = {"history": None, "evaluation": None}
+    context["filtered"] = selected or not evaluated
     context["title"] = shorten(folder.resolve().name, 80)
     if context["filtered"]:
         recipe = Recipe.from_yaml(folder / RECIPE_FILE, sealed=True)
