@@ -359,10 +359,10 @@ def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
 
 
 def test_a_batch_has_a_pair_for_every_process(world):
-    from fifa.training.job import check_pairs
+    from fifa.training.job import check_share
 
     with pytest.raises(FifaError, match="cannot be shared by 8 processes"):
-        check_pairs(quick(world, batch=4), [1, 2], 8)
+        check_share(quick(world, batch=4), 8)
 
 
 def run(*arguments):

@@ -18,7 +18,6 @@ from fifa.training.losses import (
     beta_now,
     errors,
     logits,
-    margin_labels,
     safeguarded,
 )
 
@@ -31,7 +30,7 @@ def loss_of(name, beta=BETA, **knobs):
 
 
 def test_every_loss_of_the_configuration_is_here():
-    assert get_args(get_type_hints(Train)["loss"]) == tuple(LOSSES)
+    assert get_args(get_type_hints(Train)["loss"]) == (*LOSSES, "auto")
 
 
 @pytest.fixture
@@ -170,11 +169,6 @@ def test_beta_falls_until_logits_have_the_size_that_is_asked_for(batch):
     for knobs in ({"loss": "ipo", "beta_target": 1.0}, {"loss": "mapo", "dpop": 1.0}):
         with pytest.raises(FifaError, match="does nothing for the loss"):
             Train(**knobs)
-
-
-def test_margins_become_labels():
-    labels = margin_labels(torch.tensor([0.0, 0.1, -0.1]), 6.0).tolist()
-    assert labels == pytest.approx([0.5, 1 / (1 + math.exp(-0.6)), 1 / (1 + math.exp(0.6))])
 
 
 # What the other trainers compute, with their own beta, of predictions and targets [2, 4, 8, 8].

@@ -54,12 +54,13 @@ class Train(Knobs):
     lora_dropout
         Dropout of the adapters' inputs.
     loss
-        The loss: ``sigmoid`` is Diffusion-DPO; docs/training.md has the formulas of all.
+        The loss: ``sigmoid`` is Diffusion-DPO; docs/training.md has the formulas of all. ``auto``
+        takes ``poly`` or ``sigmoid``, by how many labels are wrong as far as the run can tell.
     beta
         How strongly the model is kept close to the base model. Other trainers define beta in other
         ways: docs/training.md converts them.
     poly
-        The factor a of Poly-DPO (loss ``poly``).
+        The factor a of Poly-DPO (loss ``poly``); of the loss ``auto`` the largest one.
     mapo
         Weight of MaPO's ratio term (loss ``mapo``).
     beta_target
@@ -79,9 +80,15 @@ class Train(Knobs):
         Multiply the loss of each pair by its weight in the subset.
     label
         The soft labels of the losses ``soft`` and ``smpo``: ``people`` takes the share of votes,
-        ``margin`` takes sigmoid(label_scale * signed margin).
+        ``margin`` takes sigmoid(label_scale * signed margin), ``blend`` joins the votes with the
+        calibrated probability of the margin.
     label_scale
         Factor of the margin in a soft label.
+    label_votes
+        How many votes the margin is worth in ``blend``.
+    weigh_labels
+        Multiply the loss of each pair by the probability that its label is right, by its margin and
+        the share of wrong labels.
     holdout
         Share of the pairs that are held out, by prompt: measured, and not trained on. If not given,
         0.05 from 200 pairs on.
@@ -170,7 +177,9 @@ class Train(Knobs):
     alpha: Positive | None = None
     targets: Annotated[tuple[str, ...], Option("--target")] = ()
     lora_dropout: Share = 0.0
-    loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto", "auto"] = (
+        "sigmoid"
+    )
     beta: Positive = 5000.0
     beta_target: Positive | None = None
     sdpo: Share | None = None
@@ -179,8 +188,10 @@ class Train(Knobs):
     mapo: NotNegative = 0.1
     sft: NotNegative = 0.0
     weights: bool = True
-    label: Literal["people", "margin"] = "people"
+    label: Literal["people", "margin", "blend"] = "people"
     label_scale: Positive = 1.0
+    label_votes: Positive = 1.0
+    weigh_labels: bool = False
     holdout: Annotated[float, Field(ge=0, lt=1)] | None = None
     validate_every: Count | None = None
     stop: bool = False
@@ -224,6 +235,11 @@ class Train(Knobs):
                 raise FifaError(
                     f"{name} does nothing for the loss {self.loss}", do="leave one of them out"
                 )
+        if self.label != "people" and self.loss not in ("soft", "smpo"):
+            raise FifaError(
+                f"the loss {self.loss} reads no soft label",
+                do=f"take --loss soft or smpo with --label {self.label}, or leave it out",
+            )
 
     def steps_of(self, pairs: int) -> int:
         """How many steps the training takes on so many pairs."""

@@ -16,12 +16,14 @@ from fifa.data.names import labels_by_aspect
 from fifa.evaluation.measure import pairwise_distance
 from fifa.scoring.rewards.metrics import (
     Agreement,
+    Noise,
     agreement,
     agreement_by_margin,
     dissent,
     draw_rows,
     likely_mislabelled,
     wilson,
+    wrong_labels,
 )
 from fifa.scoring.trust import MOST
 
@@ -222,11 +224,14 @@ class LabelNoise:
         Rows of the pairs that all members contradict, the most doubtful first.
     sampled
         How many pairs members were judged on; 0 for all.
+    wrong
+        The share of the labels that are wrong; None where the committee cannot tell.
     """
 
     dissent: list[dict[str, Any]]
     rows: list[int]
     sampled: int
+    wrong: Noise | None
 
     @property
     def excess(self) -> float:
@@ -250,6 +255,7 @@ def label_noise(columns: Columns, rewards: dict[str, tuple[Floats, Floats]]) -> 
         dissent=dissent(judged, label).to_pylist(),
         rows=rows[contradicted].tolist(),
         sampled=len(rows) if len(rows) < len(columns.label) else 0,
+        wrong=wrong_labels(judged, label, columns.prompt[rows]),
     )
 
 

@@ -32,6 +32,7 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.table import Scores, score_files
 from fifa.selection.card import About, about, dataset_card
+from fifa.selection.labels import LabelFacts, label_facts
 from fifa.selection.table import reason_counts
 from fifa.selection.trainers import COLUMNS, FROM_SELECTION, IMAGES, Chosen, target
 from fifa.shards.files import (
@@ -219,6 +220,8 @@ class Subset:
         `FROM_SELECTION`, [pairs] each, in base64.
     about
         For the card.
+    labels
+        What the run could tell of its labels; None in files that were written before it did.
     to
         The trainer that it was written for, where that is not the default one.
     names
@@ -239,6 +242,7 @@ class Subset:
     content: str
     columns: dict[str, str]
     about: About = field(default_factory=About)
+    labels: LabelFacts | None = None
     to: str | None = None
     names: tuple[str, ...] = ()
 
@@ -323,9 +327,8 @@ def export(
     chosen = selection.select(FROM_SELECTION).take(rows)
     columns = {name: chosen[name].combine_chunks() for name in FROM_SELECTION}
     origin = pairs.origin
-    plain = TypeAdapter(Recipe).dump_python(
-        recipe or _recipe(pairs, selection, scores), mode="json"
-    )
+    recipe = recipe or _recipe(pairs, selection, scores)
+    plain = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     plain.pop("compute")  # what it ran on changes nothing
     facts = {
         "recipe": plain,
@@ -333,6 +336,7 @@ def export(
         "scores": score_files(scores),
         "reasons": reason_counts(selection),
         "about": asdict(about(pairs, rows, scores)),
+        "labels": asdict(label_facts(pairs, selection, scores, recipe.select.margin_unit)),
     }
     if names := [name for name in NAMED if name in pairs.table.column_names]:
         facts["names"] = names
@@ -410,6 +414,8 @@ def rebuild(
         )
     facts = {name: getattr(known, name) for name in ("recipe", "source", "scores", "reasons")}
     facts["about"] = asdict(known.about)
+    if known.labels:
+        facts["labels"] = asdict(known.labels)
     if known.names:
         _check_names(path, known.names, pairs)
         facts["names"] = list(known.names)

@@ -37,7 +37,7 @@ from fifa.shards.files import digest, read_table, write_table
 from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.cache import forget_damaged
-from fifa.training.losses import errors, margin_labels
+from fifa.training.losses import errors
 
 LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
 REFERENCE = 32 * LATENTS  # the same on CUDA where no gradients are kept
@@ -263,7 +263,7 @@ class Source:
     backbone
         Its latents, times, noise and targets.
     pairs
-        `fifa.training.pairs.TrainingPairs`.
+        `fifa.training.pairs.TrainingPairs`, with the labels and weights of the loss.
     encoded
         Their `fifa.training.cache.Encoded`, pair by pair.
     device
@@ -293,11 +293,6 @@ class Source:
     def _batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
         rows = [pair for pair, _ in items]
-        label, weight = torch.from_numpy(pairs.label[rows]), torch.ones(len(rows))
-        if train.label == "margin":
-            label = margin_labels(torch.from_numpy(pairs.margin[rows]), train.label_scale)
-        if train.weights:
-            weight = torch.from_numpy(pairs.weight[rows])
         shape = (backbone.vae.channels, *encoded.shape(rows[0]))
         time_of = backbone.schedule.draw_time
         draws = []
@@ -318,8 +313,8 @@ class Source:
             time=time,
             prompts={name: self._both([one[name] for one in prompts]) for name in prompts[0]},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
-            label=label,
-            weight=weight,
+            label=torch.from_numpy(pairs.label[rows]),
+            weight=torch.from_numpy(pairs.weight[rows]),
         )
 
     def _sides(self, pairs: list[Tensor]) -> Tensor:

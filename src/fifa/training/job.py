@@ -26,6 +26,7 @@ from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, 
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
 from fifa.training.holdout import DRAWS, TIMES, Holdout, split_pairs
+from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
@@ -83,11 +84,12 @@ def run_training(train: Train, out: str | Path) -> Path:
     """
     out = Path(out)
     accelerator = make_accelerator(train)
+    train, why = choose_loss(train)
     with only_writer(out) if accelerator.is_main_process else nullcontext():
-        return _run(train, out, accelerator)
+        return _run(train, out, accelerator, why)
 
 
-def _run(train: Train, out: Path, accelerator: Any) -> Path:
+def _run(train: Train, out: Path, accelerator: Any, why: str) -> Path:
     if accelerator.is_main_process:
         start_folder(train, out)
     accelerator.wait_for_everyone()
@@ -96,7 +98,7 @@ def _run(train: Train, out: Path, accelerator: Any) -> Path:
             echo(f"this training is finished: {out}")
         return out
     with on_device(accelerator.device):
-        job = make_job(train, out, accelerator)
+        job = make_job(train, out, accelerator, why)
         source = make_source(job)
         samples = Samples(
             train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution
@@ -147,8 +149,9 @@ def on_device(device: Any) -> Iterator[None]:
 
 def plan_training(train: Train, out: str | Path) -> Plan:
     """What `run_training` would do: reads the pairs and the model's headers, writes nothing."""
+    train, why = choose_loss(train)
     check_folder(train, Path(out))
-    return make_job(train, Path(out), make_accelerator(train)).plan
+    return make_job(train, Path(out), make_accelerator(train), why).plan
 
 
 def is_finished(out: Path) -> bool:
@@ -220,11 +223,14 @@ def make_accelerator(train: Train) -> Any:
         ) from error
 
 
-def make_job(train: Train, out: Path, accelerator: Any) -> Job:
-    """Read the pairs, check the model's folder, and plan; no network is loaded yet."""
-    pairs = read_training_pairs(train.source)
+def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
+    """Read the pairs, check the model's folder, and plan; no network is loaded yet.
+
+    ``why`` is the reason for the loss, where it was chosen here.
+    """
+    pairs = with_labels(train, read_training_pairs(train.source))
     taught, held = split_pairs(pairs.caption, train)
-    check_pairs(train, pairs, accelerator.num_processes)
+    check_share(train, accelerator.num_processes)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
     # sharding wants weights of one type; otherwise what is frozen may be halved
     sharded = str(accelerator.distributed_type).endswith("FSDP")
@@ -247,6 +253,7 @@ def make_job(train: Train, out: Path, accelerator: Any) -> Job:
         memory=memory_of(train, backbone, resolution, dtype, shards),
         device=device,
         free=free_bytes(device),
+        why=why,
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
@@ -269,21 +276,13 @@ def native_resolution(backbone: Backbone) -> int:
     return side * backbone.vae.factor
 
 
-def check_pairs(train: Train, pairs: Any, processes: int) -> None:
-    """Raise `FifaError` for pairs that this training cannot use."""
+def check_share(train: Train, processes: int) -> None:
+    """Raise `FifaError` for a batch that is too small for so many processes."""
     if train.batch < processes:
         raise FifaError(
             f"a batch of {train.batch:,} cannot be shared by {processes:,} processes",
             do="raise --batch, or start fewer processes",
         )
-    if train.label == "margin" and LOSSES[train.loss].reads_label:
-        missing = int((pairs.margin != pairs.margin).sum())
-        if missing:
-            raise FifaError(
-                f"{missing:,} of {len(pairs):,} pairs have no margin to make a soft label of",
-                where=train.source,
-                do="train on a subset that `fifa export` wrote, or with --label people",
-            )
 
 
 def make_source(job: Job) -> Source:

@@ -234,16 +234,6 @@ LOSSES = {
 }
 
 
-def margin_labels(margin: Tensor, scale: float) -> Tensor:
-    """Soft labels from reward margins, ``[n]``: ``q = sigmoid(scale * margin)``.
-
-    SmPO's: ``scale = 1 / (max - min)`` of PickScores over its data set, about 6 on cosines. A
-    negative margin gives a label below 1/2: the reward model overrules the person.
-    """
-    # q = sigmoid(scale * (r_winner - r_loser))
-    return (scale * margin).sigmoid()
-
-
 def beta_from_diffusers(beta: float, script: Literal["sd15", "sdxl"]) -> float:
     """``--beta_dpo`` of diffusers' two scripts.
 

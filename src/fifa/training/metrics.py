@@ -226,6 +226,7 @@ def write_card(
         "best": {"step": progress.best_step, "loss": progress.best} if plan.held else None,
         "pairs_seen": progress.pairs,
         "skipped_steps": progress.skipped,
+        "loss_why": plan.why or None,
         "dropped": pairs.dropped,
         "seconds": round(progress.seconds, 3),
         "processes": plan.processes,
@@ -264,6 +265,8 @@ def training_card(facts: dict[str, Any], family: Family) -> str:
     loss = options["loss"]
     if LOSSES[loss].needs_reference:
         loss += f", beta {options['beta']:g}"
+    if facts.get("loss_why"):
+        loss += f": {facts['loss_why']}"
     held, best = "", facts["best"]
     if best:
         held = (

@@ -36,6 +36,7 @@ COLUMNS = {
     "pair_id": pa.string(),
     "has_label": pa.bool_(),
     "signed_margin": pa.float64(),
+    "votes": pa.float64(),
 }
 
 
@@ -68,6 +69,8 @@ class TrainingPairs:
         Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
     folder
         The subset's folder if the source is one of ours, for its ``subset.json``.
+    votes
+        float32 [n], above 0: how many people's votes the label averages; 1 where that is unknown.
     """
 
     pair_id: list[str]
@@ -79,7 +82,8 @@ class TrainingPairs:
     fingerprint: str
     dropped: dict[str, int]
     image_table: Images
-    folder: Path | None = None
+    folder: Path | None
+    votes: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.pair_id)
@@ -105,7 +109,8 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         folder or a glob of them with the columns that public Diffusion-DPO trainers read:
         ``jpg_0``, ``jpg_1`` (bytes, or structs with ``bytes``), ``label_0`` (1: image 0 won, 0:
         image 1, 0.5: a tie) and ``caption``. Used if they are there: ``label`` (the probability
-        that people prefer image 0), ``weight``, ``pair_id``, ``has_label``, ``signed_margin``.
+        that people prefer image 0), ``weight``, ``pair_id``, ``has_label``, ``signed_margin``,
+        ``votes``.
 
     Raises
     ------
@@ -114,7 +119,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         probability, a negative weight, a pair id that comes twice, and where no pair remains.
     """
     path = Path(source).expanduser()
-    folder = _subset(path)
+    folder = find_subset(path)
     if folder is not None:
         check_subset(folder)
     files = _files(folder or path)
@@ -155,10 +160,11 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         dropped=dropped,
         image_table=images,
         folder=folder,
+        votes=table["votes"].fill_null(1.0).to_numpy().astype(np.float32).clip(min=1),
     )
 
 
-def _subset(path: Path) -> Path | None:
+def find_subset(path: Path) -> Path | None:
     """The subset's folder, if the source is a run or a subset of ours."""
     if (path / RECIPE_FILE).is_file():
         if not (path / "subset" / "subset.json").is_file():
@@ -191,7 +197,10 @@ def _rows(file: Path, number: int) -> pa.Table:
     try:
         opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         _check_columns(file, opened.schema_arrow.names)
-        names = [name for name in COLUMNS if name in opened.schema_arrow.names]
+        schema = opened.schema_arrow
+        names = [name for name in COLUMNS if name in schema.names]
+        if "votes" in names and not pa.types.is_integer(schema.field("votes").type):
+            names.remove("votes")  # somebody else's, of another kind
         table = read_columns(file, names, str(file), metadata=opened.metadata)
         n = table.num_rows
         columns = {

@@ -192,6 +192,8 @@ class Plan:
         Which: a torch device.
     free
         What is free there; None where that is not known.
+    why
+        The reason for the loss, where it was chosen here.
     """
 
     train: Train
@@ -205,6 +207,7 @@ class Plan:
     memory: Memory
     device: Any
     free: int | None
+    why: str = ""
 
     def check(self) -> None:
         """Raise `FifaError` if the training does not fit on the device: before hours are spent.

@@ -94,3 +94,31 @@ def test_no_pairs_and_no_members_give_empty_tables():
     assert metrics.likely_mislabelled({}, np.ones(3)).num_rows == 0
     assert metrics.dissent({"a": (none, none)}, none)["pairs"].to_pylist() == [0, 0]
     assert metrics.committee_report({}, np.ones(3), np.arange(3)).num_rows == 0
+
+
+def test_three_who_err_on_their_own_tell_how_many_labels_are_wrong():
+    draw = np.random.default_rng(5)
+    n, wrong, inside = 3000, 0.15, 0
+    for _ in range(20):
+        truth = draw.choice([-1.0, 1.0], n)
+        people, *members = (np.where(draw.random(n) < e, -truth, truth) for e in (wrong, 0.2, 0.35))
+        rewards = {str(m): (d, 0 * d) for m, d in enumerate(members)}
+        prompt = np.arange(n) // 3
+        found = metrics.wrong_labels(rewards, (people + 1) / 2, prompt)
+        # (1 - 2 e)^2 = c_p1 c_p2 / c_12, from counts
+        one, other = members
+        c1, c2, both = (np.mean(a) for a in (people * one, people * other, one * other))
+        assert found.share == pytest.approx((1 - np.sqrt(c1 * c2 / both)) / 2)
+        assert found.pairs == n
+        inside += found.low <= wrong <= found.high
+    assert inside >= 17
+    # turning labels round adds what it should
+    turned = np.where(draw.random(n) < 0.2, -people, people)
+    more = metrics.wrong_labels(rewards, (turned + 1) / 2, prompt)
+    assert more.share == pytest.approx(wrong + 0.2 * (1 - 2 * wrong), abs=0.04)
+    # one member, too few pairs, members who know nothing
+    guess = {"a": (draw.normal(size=n), np.zeros(n)), "b": (draw.normal(size=n), np.zeros(n))}
+    few = {name: (a[:30], b[:30]) for name, (a, b) in rewards.items()}
+    assert metrics.wrong_labels({"0": rewards["0"]}, (people + 1) / 2, prompt) is None
+    assert metrics.wrong_labels(few, (people[:30] + 1) / 2, prompt[:30]) is None
+    assert metrics.wrong_labels({**guess, "c": guess["a"][::-1]}, (people + 1) / 2, prompt) is None

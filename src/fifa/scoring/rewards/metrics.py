@@ -21,6 +21,8 @@ BINS = 10
 RESAMPLES = 2000
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 LOG_T = 8.0  # temperatures are looked for between exp(-8) and exp(8)
+GROUPS = 20  # of prompts, each of which is left out once
+LEAST = 2 * GROUPS  # pairs that can tell how many labels are wrong
 
 MEMBERS = pa.schema(
     [
@@ -295,6 +297,71 @@ def likely_mislabelled(rewards: Rewards, label: Array) -> pa.Table:
     return pa.table([pa.array(c[order]) for c in columns], names=MISLABELLED.names).cast(
         MISLABELLED
     )
+
+
+class Noise(NamedTuple):
+    """The share of the labels that are wrong, its 95 % interval, and how many pairs tell it."""
+
+    share: float
+    low: float
+    high: float
+    pairs: int
+
+
+def wrong_labels(rewards: Rewards, label: Array, prompt: Array) -> Noise | None:
+    """The share of the labels that are wrong, as far as a committee can tell.
+
+    Three who err independently of each other need no truth (Hui and Walter 1980; Dawid and Skene
+    1979): with c_ij = 2 P(i and j prefer the same image) - 1 and e_i how often i is wrong,
+    c_ij = (1 - 2 e_i)(1 - 2 e_j). So of the person's error e, from all members i < j::
+
+        (1 - 2 e)^2 = sum of c_i c_j / sum of c_ij,    c_i: the person's with member i
+
+    Labels that are turned round with probability f make it e + f (1 - 2 e), as they should. Members
+    that learned from the same data err together, which makes it too large.
+
+    Parameters
+    ----------
+    rewards, label
+        As for `dissent`.
+    prompt
+        The number of each pair's prompt, from 0, [pairs]. The interval is a jackknife's over
+        `GROUPS` groups of prompts.
+
+    Returns
+    -------
+    Noise
+        None for fewer than two members or `LEAST` pairs, and where members agree with each other,
+        or with the people, no more than chance would.
+    """
+    against, usable = _against(rewards, label)
+    same = 1.0 - 2.0 * against[:, usable]  # 1 where a member agrees with the person, else -1
+    members, n = same.shape
+    if members < 2 or n < LEAST:
+        return None
+    group = np.asarray(prompt)[usable] % GROUPS
+    one, other = np.triu_indices(members, 1)
+    counts = np.bincount(group, minlength=GROUPS)
+    person = np.stack([np.bincount(group, row, GROUPS) for row in same])
+    both = np.stack(
+        [np.bincount(group, same[i] * same[j], GROUPS) for i, j in zip(one, other, strict=True)]
+    ).sum(0)
+
+    def error(kept: Array) -> float:
+        c = np.maximum(person[:, kept].sum(1) / counts[kept].sum(), 0)
+        among = both[kept].sum() / counts[kept].sum()
+        square = (c[one] * c[other]).sum() / among if among > 0 else 0.0
+        return float((1 - np.sqrt(min(square, 1.0))) / 2)
+
+    places = np.flatnonzero(counts)
+    share = error(places)
+    if share == 0.5 or len(places) < 2:
+        return None
+    # (G - 1) / G * sum of (e without group g - their mean)^2
+    without = np.array([error(places[places != place]) for place in places])
+    spread = np.sqrt((len(places) - 1) * without.var())
+    low, high = max(0.0, share - Z95 * spread), min(0.5, share + Z95 * spread)
+    return Noise(share, float(low), float(high), n)
 
 
 class Agreement(NamedTuple):
