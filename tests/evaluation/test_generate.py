@@ -102,7 +102,7 @@ def test_the_base_is_itself_again_after_a_checkpoint(base, lora, unet, tmp_path)
     np.testing.assert_array_equal(pixels(tmp_path / "run", table, "last"), base_images)
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell"])
+@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell", "zimage"])
 def test_every_family(kind, tmp_path):
     model = write_model(tmp_path / "model", kind)
     tuned = {"lora": write_lora(model, tmp_path / "a"), "full": write_part(model, tmp_path / "b")}
@@ -121,6 +121,7 @@ def test_every_family(kind, tmp_path):
         ("sd3", 7.0, 28),
         ("flux-dev", 3.5, 28),
         ("flux-schnell", 0.0, 4),
+        ("zimage", 5.0, 50),
     ],
 )
 def test_defaults_by_family(kind, guidance, steps, tmp_path):

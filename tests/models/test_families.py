@@ -1,5 +1,6 @@
 """The rows of the families, against diffusers' own classes and the texts made from them."""
 
+import json
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -21,16 +22,26 @@ def test_a_row_is_as_diffusers_has_it(family):
     assert parts[family.part].annotation.__name__ == family.denoiser
     defaults = signature(pipeline.__call__).parameters
     assert defaults["num_inference_steps"].default == family.steps
-    assert defaults["guidance_scale"].default == family.guidance
+    assert defaults[family.guide].default == family.guidance
     module = import_module(f"fifa.training.backbones.{family.name}")
     assert getattr(module, family.backbone).__module__ == module.__name__
 
 
-def test_a_distilled_model_is_sampled_in_few_steps_without_guidance():
-    flux = PIPELINES["FluxPipeline"]
-    assert flux.sampling({"guidance_embeds": True}) == (28, 3.5)
-    assert flux.sampling({"guidance_embeds": False}) == flux.sampling({}) == (4, 0.0)
-    assert PIPELINES["StableDiffusionPipeline"].sampling({}) == (50, 7.5)
+def test_a_distilled_model_is_sampled_in_few_steps_without_guidance(tmp_path):
+    for title, settings, expected in (
+        ("FLUX", {"guidance_embeds": True}, (28, 3.5)),
+        ("FLUX", {"guidance_embeds": False}, (4, 0.0)),
+        ("FLUX", {}, (4, 0.0)),
+        ("Z-Image", {"shift": 6.0}, (50, 5.0)),
+        ("Z-Image", {"shift": 3.0}, (8, 0.0)),
+        ("SD", {}, (50, 7.5)),
+    ):
+        [family] = [one for one in FAMILIES if one.title == title]
+        if family.distilled:
+            path = tmp_path / family.distilled.file
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(settings))
+        assert family.sampling(tmp_path) == expected
 
 
 def test_the_guide_says_what_the_rows_say():
@@ -43,6 +54,7 @@ def test_the_guide_says_what_the_rows_say():
 
 def test_help_texts_say_what_the_rows_say():
     steps, guidance = listed("steps"), listed("guidance")
-    assert steps.startswith("50 for SD and SDXL, 28 for SD3 and FLUX")
-    assert steps.endswith(", 4 for FLUX schnell")
-    assert guidance.startswith("7.5 for SD, 5 for SDXL, 7 for SD3, 3.5 for FLUX")
+    assert steps.startswith("50 for SD, SDXL")
+    assert "28 for SD3 and FLUX, " in steps and "4 for FLUX schnell" in steps
+    assert guidance.startswith("7.5 for SD, 5 for SDXL")
+    assert listed("half").startswith("float16 for SD and SDXL, bfloat16 for SD3, FLUX")

@@ -87,6 +87,8 @@ class Plain:
             kind = type(self.pipe).__name__
             if kind == "StableDiffusionPipeline":
                 return (self.pipe.encode_prompt(prompts, "cpu", 1, False)[0],)
+            if kind == "ZImagePipeline":
+                return (self.pipe.encode_prompt(list(prompts), "cpu", False)[0],)
             if kind == "FluxPipeline":
                 return self.pipe.encode_prompt(prompts, max_sequence_length=512)[:2]
             found = self.pipe.encode_prompt(
@@ -105,6 +107,9 @@ class Plain:
         if kind == "StableDiffusion3Pipeline":
             return net(noisy, prompts[0], prompts[1], time * T).sample
         n, c, h, w = noisy.shape
+        if kind == "ZImagePipeline":
+            found = net(list(noisy.unsqueeze(2)), 1 - time, prompts[0], return_dict=False)[0]
+            return -torch.stack(found)[:, :, 0]
         packed = FluxPipeline._pack_latents(noisy, n, c, h, w)
         out = net(
             hidden_states=packed,
@@ -161,7 +166,10 @@ class Plain:
             noisy = self.noiser.add_noise(x, noise, time)
             v = self.noiser.config.prediction_type == "v_prediction"
             target = self.noiser.get_velocity(x, noise, time) if v else noise
-        embedded = [torch.cat([part[prompts], part[prompts]]) for part in self.texts]
+        embedded = [
+            [part[i] for i in prompts * 2] if isinstance(part, list) else part[prompts * 2]
+            for part in self.texts
+        ]
         return noisy, time, target, embedded, sizes[0] + sizes[1]
 
     def loss(self, step, ids, labels):

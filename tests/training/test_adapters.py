@@ -17,7 +17,7 @@ from fifa.training.checkpoint import (
     train_all,
 )
 
-KINDS = ("sd15", "sdxl", "sd3", "flux-dev")
+KINDS = ("sd15", "sdxl", "sd3", "flux-dev", "zimage")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from plain import LOSSES, Plain
 from tiny_diffusion import write_model, write_pairs
 from trainings import assemble, furthest, quick
 
-BACKBONES = ("sd15", "sd2", "sdxl", "sd3", "flux-dev")
+BACKBONES = ("sd15", "sd2", "sdxl", "sd3", "flux-dev", "zimage")
 LABELS = [0.9, 0.2, 1.0, 0.35]  # of image 0: the winner is what the label says
 
 

@@ -122,9 +122,9 @@ def test_a_family_without_figures_has_its_weights_counted(world, tmp_path):
     plan.check()
 
 
-def test_every_family_has_figures():
-    for family in FAMILIES:
-        known = family.activations
-        assert known is not None
+def test_every_family_that_was_measured_has_figures():
+    measured = [family.activations for family in FAMILIES if family.activations]
+    assert len(measured) >= 4
+    for known in measured:
         assert known.pair > known.pair_checkpointed > 0
         assert known.numbers > 5e8 and known.vae > 0 and known.prompt > 0

@@ -13,13 +13,17 @@ from diffusers import (
     PNDMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -38,6 +42,7 @@ KINDS = (
     "sd3-without-t5",
     "flux-dev",
     "flux-schnell",
+    "zimage",
 )
 
 
@@ -52,6 +57,7 @@ def write_model(folder, kind="sd15", seed=0):
         "sd3-without-t5": lambda folder: _sd3(folder, t5=False),
         "flux-dev": _flux,
         "flux-schnell": lambda folder: _flux(folder, dev=False),
+        "zimage": _zimage,
     }[kind]
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
@@ -205,6 +211,42 @@ def _flux(folder, dev=True):
     return "FluxPipeline", parts, {}
 
 
+def _zimage(folder):
+    words = write_qwen_tokenizer(folder / "tokenizer")
+    transformer = ZImageTransformer2DModel(
+        in_channels=8,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=TEXT,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 64, 64],
+    )
+    parts = {
+        "transformer": shake(transformer),
+        "vae": _vae(8, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": shake(Qwen3Model(_qwen3(words))),
+        "tokenizer": Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    }
+    return "ZImagePipeline", parts, {}
+
+
+def _qwen3(words, layers=3):
+    return Qwen3Config(
+        hidden_size=TEXT,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=words,
+        max_position_embeddings=1200,
+    )
+
+
 def _vae(channels, **config):
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
@@ -283,6 +325,38 @@ def write_clip_tokenizer(folder, pad="<|endoftext|>"):
         pad_token=pad,
     ).save_pretrained(folder)
     return len(words)
+
+
+# The parts of Qwen's own template that text-to-image models use
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+def write_qwen_tokenizer(folder):
+    """Qwen's tokenizer, learned from a few words; returns how many it knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = learned_words(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    special = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    tokenizer = Qwen2Tokenizer(vocab, merges, chat_template=CHAT, **special)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def learned_words(split, special=()):
+    """Words and merges of byte-pair encoding, learned from prompts and instructions."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+    )
+    tokenizer.train_from_iterator(PROMPTS, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 PROMPTS = ("the cat, on a moon!", "", "a very long prompt " * 30)

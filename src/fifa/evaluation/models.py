@@ -21,7 +21,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.history import number
 from fifa.evaluation.stats import Number
 from fifa.models.families import PIPELINES
-from fifa.models.hub import MODEL_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
+from fifa.models.hub import PART_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
 from fifa.models.joints import check_joints
 from fifa.models.optional import require
 from fifa.scoring.specs import REWARDS
@@ -141,6 +141,7 @@ def find_pipeline(model: str) -> Path:
     """
     path = pipeline_folder(model)
     if family := PIPELINES.get(class_name(path)):
+        family.check_version()
         check_joints(path, family)
     return path
 
@@ -258,7 +259,7 @@ def _pipeline_files(folder: Path) -> dict[str, Path]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.glob("*")) if file.suffix in MODEL_FILES]
+    return [file for file in sorted(folder.glob("*")) if file.suffix in PART_FILES]
 
 
 @dataclass(frozen=True)

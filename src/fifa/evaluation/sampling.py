@@ -86,8 +86,7 @@ def settings_for(asked: Generate, base: Path) -> Settings:
     device = make_runtime(asked.device).device.partition(":")[0]
     steps, guidance, half = None, None, "bfloat16"
     if family is not None:
-        config = base / family.part / "config.json"
-        steps, guidance = family.sampling(read_json(config, "the model's settings", missing={}))
+        steps, guidance = family.sampling(base)
         half = family.half
     return Settings(
         steps=steps if asked.steps is None else asked.steps,

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
+
+from fifa.errors import FifaError
+from fifa.models.optional import require
+from fifa.shards.files import read_json
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,17 @@ class Distilled:
     ----------
     title
         What people call it.
-    lacks
-        The setting that its denoiser's ``config.json`` lacks, or has as false.
+    file, setting, values
+        The file of the model's folder that tells it, its setting, and the values of it (None:
+        lacking) that this variant has.
     steps
         How many it is sampled in.
     """
 
     title: str
-    lacks: str
+    file: str
+    setting: str
+    values: tuple[Any, ...]
     steps: int
 
 
@@ -91,10 +98,18 @@ class Family:
         What its pipeline is sampled with by default.
     half
         The 16-bit floating type that its weights bear.
+    since
+        The first version of diffusers that has its classes.
+    vaes
+        The classes, in diffusers, that its VAE may have.
     optional
         Folders that a model may lack.
     distilled
         Its distilled variant, if it has one.
+    guide
+        What its pipeline calls the guidance scale.
+    negative
+        The negative prompt without which its pipeline does not guide, if that is so.
     half_vae
         Whether its VAE is exact enough in bfloat16, whatever its ``force_upcast`` says about
         float16.
@@ -118,18 +133,39 @@ class Family:
     steps: int
     guidance: float
     half: Literal["float16", "bfloat16"]
+    since: str = "0.30"
+    vaes: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny")
     optional: tuple[str, ...] = ()
     distilled: Distilled | None = None
+    guide: str = "guidance_scale"
+    negative: str | None = None
     half_vae: bool = False
     activations: Activations | None = None
     joints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def sampling(self, config: Mapping[str, Any]) -> tuple[int, float]:
-        """Steps and guidance of a model whose denoiser has this ``config.json``."""
-        if self.distilled is not None and not config.get(self.distilled.lacks):
+    def is_distilled(self, folder: Path) -> bool:
+        """Whether a model is the family's distilled variant, as its settings say."""
+        one = self.distilled
+        if one is None:
+            return False
+        known = read_json(folder / one.file, "the model's settings", missing={})
+        return known.get(one.setting) in one.values
+
+    def sampling(self, folder: Path) -> tuple[int, float]:
+        """Steps and guidance of a model."""
+        if self.distilled is not None and self.is_distilled(folder):
             return self.distilled.steps, 0.0
         return self.steps, self.guidance
+
+    def check_version(self) -> None:
+        """Raise `FifaError` where diffusers is too old, or not there."""
+        library = require("diffusers", "train")
+        if self.pipeline not in dir(library):  # its names: to look is not to import
+            raise FifaError(
+                f"{self.title} needs diffusers {self.since}; {library.__version__} is installed",
+                do=f"pip install -U 'diffusers>={self.since}'",
+            )
 
 
 # Of the VAE's activations a pixel: one encoder's architecture is in all of these.
@@ -273,7 +309,35 @@ FAMILIES = (
             "in_channels": LATENT * 4,  # of 2 x 2 patches
         },
         requires={"patch_size": (1, None)},
-        distilled=Distilled("FLUX schnell", lacks="guidance_embeds", steps=4),
+        distilled=Distilled(
+            "FLUX schnell",
+            "transformer/config.json",
+            "guidance_embeds",
+            (None, False),
+            steps=4,
+        ),
+    ),
+    Family(
+        name="zimage",
+        title="Z-Image",
+        pipeline="ZImagePipeline",
+        backbone="ZImage",
+        denoiser="ZImageTransformer2DModel",
+        part="transformer",
+        parts=("transformer", "vae", *ONE_ENCODER, "scheduler"),
+        schedule="flow",
+        targets=ATTENTION,
+        steps=50,
+        guidance=5.0,
+        half="bfloat16",
+        half_vae=True,
+        since="0.36",
+        joints={"cap_feat_dim": WIDTHS[:1], "in_channels": LATENT},
+        requires={"all_patch_size": ([2], None), "siglip_feat_dim": (None,)},
+        # Both have one architecture; Z-Image itself has a shift of 6.
+        distilled=Distilled(
+            "Z-Image Turbo", "scheduler/scheduler_config.json", "shift", (3, 3.0), steps=8
+        ),
     ),
 )
 PIPELINES = {family.pipeline: family for family in FAMILIES}
@@ -281,11 +345,16 @@ PIPELINES = {family.pipeline: family for family in FAMILIES}
 
 def listed(field: Literal["steps", "guidance", "half"]) -> str:
     """What every family has in a field, for help texts: ``50 for SD and SDXL, 28 for ...``."""
-    known = [(getattr(family, field), family.title) for family in FAMILIES]
+    titles: dict[Any, list[str]] = {}
+    for family in FAMILIES:
+        titles.setdefault(getattr(family, field), []).append(family.title)
     if field == "steps":
-        known += [(f.distilled.steps, f.distilled.title) for f in FAMILIES if f.distilled]
+        for one in (family.distilled for family in FAMILIES if family.distilled):
+            titles.setdefault(one.steps, []).append(one.title)
     values = []
-    for value, rows in groupby(known, key=lambda row: row[0]):
+    for value, names in titles.items():
         text = f"{value:g}" if isinstance(value, (int, float)) else value
-        values.append(f"{text} for {' and '.join(title for _, title in rows)}")
+        *most, last = names
+        several = f"{', '.join(most)} and " if most else ""
+        values.append(f"{text} for {several}{last}")
     return ", ".join(values)

@@ -14,6 +14,7 @@ from fifa.shards.files import files_digest, read_json
 
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
 CONFIG_AND_WEIGHTS = MODEL_FILES[:2]
+PART_FILES = (*MODEL_FILES, ".jinja")  # of a diffusion model's parts: chat templates too
 _PARTS = dict.fromkeys(part for f in FAMILIES for part in (*f.parts, *f.optional))
 _BESIDE = re.compile(r"[^/\\\0]+\.safetensors")
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -25,7 +26,7 @@ VARIANTS = ("fp16", "bf16")  # copies in half precision, the best first
 # weights. `fetch_variants` fetches what of these is needed.
 HUB_FILES = (
     "model_index.json",
-    *(f"{part}/*{suffix}" for part in _PARTS for suffix in MODEL_FILES[1:]),
+    *(f"{part}/*{suffix}" for part in _PARTS for suffix in PART_FILES[1:]),
     *(f"{part}/{name}.safetensors" for part in _PARTS for name in _WEIGHTS),
     *(f"{part}/{name}-*-of-*.safetensors" for part in _PARTS for name in _WEIGHTS),
 )

@@ -26,6 +26,7 @@ import pyarrow as pa
 import torch
 import xxhash
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fifa.config import Train
 from fifa.console import note, progress
@@ -305,13 +306,16 @@ class Source:
         moments = self._sides([encoded.moments(pair, one.flip) for pair, one in drawn]).float()
         latents = backbone.vae.latents(moments, self._sides([one.posterior for one in draws]))
         noise, time = self._both([d.noise for d in draws]), self._both([d.time for d in draws])
-        prompts = [encoded.empty if d.no_prompt else encoded.prompts(pair) for pair, d in drawn]
+        read = [encoded.empty if d.no_prompt else encoded.prompts(pair) for pair, d in drawn]
+        prompts = {name: pad_sequence([one[name] for one in read], True) for name in read[0]}
+        if "mask" in prompts and bool(prompts["mask"].all()):
+            del prompts["mask"]  # attention is faster without one
         return Batch(
             items=list(items),
             noisy=backbone.schedule.add_noise(latents, noise, time),
             target=backbone.schedule.target(latents, noise, time),
             time=time,
-            prompts={name: self._both([one[name] for one in prompts]) for name in prompts[0]},
+            prompts={name: torch.cat([value] * 2) for name, value in prompts.items()},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
             label=torch.from_numpy(pairs.label[rows]),
             weight=torch.from_numpy(pairs.weight[rows]),

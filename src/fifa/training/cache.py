@@ -46,6 +46,7 @@ SHARD = 256  # images or prompts between two points where a run can be resumed, 
 SHARD_BYTES = 64 << 20  # of a file, about, at most
 IMAGES, PROMPTS = 8, 16  # through VAE and text encoders at once
 PIXELS, TOKENS = 4 << 20, 8192  # the same on CUDA
+COUNTED = 2_000  # captions whose tokens are counted, at most
 AHEAD = 3  # batches of images that wait for the VAE
 
 
@@ -98,8 +99,14 @@ class TensorShards:
         return False
 
     def row(self, shard: int, row: int) -> Tensors:
-        """One row of every tensor in a shard, without the dimension of rows; a copy."""
+        """One row of every tensor in a shard, without the dimension of rows; a copy.
+
+        Of prompts that were kept without padding, ``mask`` is all 1.
+        """
         file = self._file(shard)
+        if "ends" in file.keys():  # noqa: SIM118 - no dict
+            start, end = [0, *file.get_slice("ends")[:].tolist()][row : row + 2]
+            return {"prompt": file.get_slice("prompt")[start:end], "mask": torch.ones(end - start)}
         return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 - no dict
 
     def check(self) -> int:
@@ -297,22 +304,32 @@ def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     return facts
 
 
-def cache_bytes(pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype: str) -> int:
-    """About how many bytes `encode` will keep, at most: images are taken to be all different.
+def cache_bytes(
+    pairs: TrainingPairs, backbone: Backbone, resolution: int, dtype: str
+) -> tuple[int, int]:
+    """About how many bytes of latents and of prompts `encode` will keep.
 
-    With aspect-ratio buckets it is a little less.
+    At most: images are taken to be all different. With aspect-ratio buckets it is a little less.
     """
-    prompt = numbers_a_prompt(backbone)
     # factor^2 pixels are one latent pixel of 2 c numbers
     sides = resolution // backbone.pixels_per_latent * backbone.patch
-    image = 2 * backbone.vae.channels * sides**2
+    images = 2 * len(pairs) * 2 * backbone.vae.channels * sides**2
+    prompts = numbers_of(backbone, list(dict.fromkeys(["", *pairs.caption])))
     size: int = getattr(torch, dtype).itemsize
-    return size * ((1 + len(set(pairs.caption))) * prompt + 2 * len(pairs) * image)
+    return size * images, size * prompts
 
 
-def numbers_a_prompt(backbone: Backbone) -> int:
-    """How many numbers the denoiser needs of one prompt."""
-    return sum(map(prod, backbone.prompt_shapes().values()))
+def numbers_of(backbone: Backbone, captions: Sequence[str]) -> int:
+    """How many numbers the denoiser needs of all captions, in all.
+
+    Where padding is left out, the tokens of some of them are counted for all.
+    """
+    shapes, reader = backbone.prompt_shapes(), backbone.reader
+    each = sum(map(prod, shapes.values()))
+    if reader is None:
+        return len(captions) * each
+    some = captions[:: -(-len(captions) // COUNTED)]
+    return sum(reader.counts(some)) * len(captions) // len(some) * (each // shapes["prompt"][0])
 
 
 def images_at_once(backbone: Backbone, resolution: int) -> int:
@@ -463,7 +480,7 @@ class Encoder:
 
     def prompts(self, captions: Sequence[str]) -> Ints:
         """Where every prompt is: shard and row, int32 [prompts, 2]."""
-        rows = self._rows(numbers_a_prompt(self.backbone))
+        rows = self._rows(numbers_of(self.backbone, captions) // len(captions))
         chunks = [captions[start : start + rows] for start in range(0, len(captions), rows)]
         most = prompts_at_once(self.backbone)
         parts = Parts("prompt")
@@ -532,7 +549,7 @@ class Encoder:
                             {name: self._kept(what, value) for name, value in part.items()}
                         )
                         advance(len(next(iter(part.values()))))
-                    joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+                    joined = joined_rows(parts)
                     if written:
                         written.result()
                     written = writer.submit(self.shards.write, shard, joined)
@@ -561,6 +578,16 @@ class Encoder:
                 do="keep the cache in bfloat16 or float32",
             )
         return kept
+
+
+def joined_rows(parts: Sequence[Tensors]) -> Tensors:
+    """The rows of all parts; of prompts with a mask only tokens, and the ends of each one's."""
+    if "mask" not in parts[0]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    masks = [part["mask"].bool() for part in parts]
+    ends = torch.cat([mask.sum(1) for mask in masks]).cumsum(0)
+    tokens = [part["prompt"][mask] for part, mask in zip(parts, masks, strict=True)]
+    return {"prompt": torch.cat(tokens), "ends": ends}
 
 
 def behind(items: Iterable[T]) -> Iterator[T]:

@@ -241,6 +241,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     Resize(resolution, backbone.pixels_per_latent, train.buckets)  # says what does not fit
     backbone.rehearse(resolution)
     shards = accelerator.num_processes if sharded else 1
+    latents, prompts = cache_bytes(pairs, backbone, resolution, train.cache_dtype)
     plan = Plan(
         train,
         pairs=len(taught),
@@ -249,7 +250,8 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         processes=accelerator.num_processes,
         resolution=resolution,
         dtype=dtype,
-        cache=cache_bytes(pairs, backbone, resolution, train.cache_dtype) * (1 + train.flips),
+        latents=latents * (1 + train.flips),
+        prompts=prompts,
         memory=memory_of(train, backbone, resolution, dtype, shards),
         device=device,
         free=free_bytes(device),

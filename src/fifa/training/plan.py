@@ -184,8 +184,8 @@ class Plan:
         Pixels a side.
     dtype
         What the denoiser computes in.
-    cache
-        Bytes of latents and embeddings.
+    latents, prompts
+        Bytes of them in the cache.
     memory
         Of one device.
     device
@@ -203,7 +203,8 @@ class Plan:
     processes: int
     resolution: int
     dtype: str
-    cache: int
+    latents: int
+    prompts: int
     memory: Memory
     device: Any
     free: int | None
@@ -278,7 +279,8 @@ class Plan:
             f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)",
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
             f"reference   {self._reference}",
-            f"cache       {size(self.cache)} on disk at most",
+            f"cache       {size(self.latents + self.prompts)} on disk at most (latents "
+            f"{size(self.latents)}, prompts {size(self.prompts)})",
             f"memory      {self._memory}",
             f"encoding    {size(memory.encoding)} before that (text encoders "
             f"{size(memory.text + memory.prompts)}, then VAE {size(memory.vae + memory.images)})",

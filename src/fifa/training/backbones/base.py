@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fifa.errors import FifaError
 from fifa.models.families import Family
-from fifa.models.hub import model_digest
+from fifa.models.hub import PART_FILES, model_digest
 from fifa.models.networks import loading, named_keys, working
-from fifa.models.runtime import Runtime, release_memory, tf32
+from fifa.models.runtime import Runtime, release_memory
 from fifa.shards.files import digest
 from fifa.training.backbones.parts import (
     ModelFolder,
-    TextEncoder,
-    cut_prompts,
     diffusers,
     shapes_in,
 )
+from fifa.training.backbones.text import TextEncoder
+from fifa.training.backbones.vae import Vae
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -124,7 +124,7 @@ class Flow:
     prediction = "flow"
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
-        shift = float(config.get("shift", 1.0))
+        shift = float(config.get("shift", config.get("flow_shift", 1.0)))
         if not 0 < shift < math.inf:
             raise FifaError(f"the scheduler's shift is {shift}, not a number above 0", where=where)
         self.shift = 1.0 if config.get("use_dynamic_shifting") else shift
@@ -158,111 +158,6 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 
     Thread(target=work, daemon=True).start()
     return made
-
-
-class Vae:
-    """The autoencoder of a latent diffusion model, encoder side; loaded when it first encodes.
-
-    It computes in float32 where its ``force_upcast`` says so, as its class does where the
-    configuration says nothing, and else in the encoders' floating type. On CUDA it computes in
-    bfloat16 with them in spite of that where `fifa.models.families.Family.half_vae` allows it.
-
-    Parameters
-    ----------
-    folder
-        The model's folder. ``AutoencoderKL`` and ``AutoencoderTiny`` are known; the latter has
-        no posterior: its standard deviation is 0.
-
-    Attributes
-    ----------
-    channels
-        c, of a latent.
-    factor
-        Pixels a side of a latent's pixel.
-    dtype
-        What it computes in.
-    """
-
-    def __init__(self, folder: ModelFolder) -> None:
-        class_name = str(folder.config("vae").get("_class_name"))
-        if class_name not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise FifaError(
-                f"an autoencoder of class {class_name} is not known",
-                where=str(folder.path / "vae"),
-                do="AutoencoderKL or AutoencoderTiny",
-            )
-        self.tiny = class_name == "AutoencoderTiny"
-        known = folder.settings("vae", diffusers(class_name))
-        if known.get("latents_mean") or known.get("latents_std"):
-            raise FifaError(
-                "a VAE that normalises its channels one by one is not supported",
-                where=str(folder.path / "vae"),
-            )
-        self.channels = int(known["latent_channels"])
-        blocks = known["encoder_block_out_channels" if self.tiny else "block_out_channels"]
-        self.factor: int = 2 ** (len(blocks) - 1)
-        self.scale = float(known["scaling_factor"])
-        # shift_factor is None in the SD and SDXL families
-        self.shift = float(known["shift_factor"] or 0.0)
-        # SDXL's overflows in fp16 and says so by force_upcast
-        upcast = bool(known["force_upcast"])
-        half = folder.device.type == "cuda" and folder.encoding == torch.bfloat16
-        half = half and folder.family.half_vae
-        self.dtype = torch.float32 if upcast and not half else folder.encoding
-        self._folder, self._class = folder, diffusers(class_name)
-        self._network: Any = None
-        self._dropped = False
-
-    @property
-    def network(self) -> Any:
-        """The network, loaded when it is first asked for; `FifaError` after `drop`."""
-        if self._dropped:
-            raise FifaError("the VAE is no longer in memory: encode before drop_encoders")
-        if self._network is None:
-            self._network = self._folder.model("vae", self._class, self.dtype)
-        return self._network
-
-    def moments(self, pixels: Tensor) -> Tensor:
-        """Mean and standard deviation, float32 ``[n, 2c, h, w]``, of ``[n, 3, H, W]`` in [-1, 1].
-
-        They may be infinite or NaN: see `check`. Raises `FifaError` after `drop`.
-        """
-        network = self.network
-        with torch.no_grad(), tf32(network.device):
-            encoded = network.encode(pixels.to(network.device, self.dtype))
-        if self.tiny:
-            moments = torch.cat([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
-        else:
-            # std = exp(logvar / 2), logvar clamped to [-30, 20]
-            posterior = encoded.latent_dist
-            moments = torch.cat([posterior.mean, posterior.std], dim=1)
-        return moments.float()
-
-    def check(self, moments: Tensor) -> None:
-        """Raise `FifaError` where a moment is not finite; waits for a device that has them."""
-        if not bool(torch.isfinite(moments).all()):
-            raise FifaError(
-                f"the VAE gives infinite or NaN latents in {self.dtype}".replace("torch.", ""),
-                where="vae",
-                do="use float32 (SDXL's VAE overflows in float16), or the VAE sdxl-vae-fp16-fix",
-            )
-
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """``scale * (mean + std * noise - shift)``, float32 ``[n, c, h, w]``."""
-        mean, std = moments.float().chunk(2, dim=1)
-        # z = (mean + std * e - shift) * scale
-        return (mean + std * noise.float() - self.shift) * self.scale
-
-    def release(self) -> None:
-        """Let go of the network's memory; it is loaded again if it has to encode."""
-        if self._network is not None:
-            self._network = None
-            release_memory()
-
-    def drop(self) -> None:
-        """Let go of the network for good; `latents` keeps working."""
-        self.release()
-        self._dropped = True
 
 
 class Backbone:
@@ -308,7 +203,7 @@ class Backbone:
         trained = (self.family.part, "scheduler")
         frozen = [part for part in folder.parts if part not in trained]
         self._digests = in_background(
-            lambda: {part: model_digest(folder.path / part, nested=True) for part in frozen}
+            lambda: {p: model_digest(folder.path / p, PART_FILES, nested=True) for p in frozen}
         )
         self._denoiser: torch.nn.Module | None = None
         self._text: list[TextEncoder] = []
@@ -372,8 +267,12 @@ class Backbone:
         return self._text
 
     def cut_prompts(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """`fifa.training.backbones.parts.cut_prompts`; none where nothing has been encoded now."""
-        return cut_prompts(self._text, prompts) if self._text else (0, 0)
+        """How many no encoder reads to their end, and how many of these are then as another.
+
+        ``prompts`` are all different. None where nothing has been encoded now.
+        """
+        longest = max(self._text, key=lambda encoder: encoder.length, default=None)
+        return longest.cut(prompts) if longest else (0, 0)
 
     def release_text(self) -> None:
         """Let go of the text encoders' memory; they are loaded again if they have to encode."""
@@ -436,12 +335,25 @@ class Backbone:
         """The text encoders, in the family's order."""
         raise NotImplementedError
 
+    @cached_property
+    def reader(self) -> TextEncoder | None:
+        """As `load_reader`: what counts the tokens of prompts that are kept without padding."""
+        return self.load_reader(self.origin)
+
+    def load_reader(self, folder: ModelFolder) -> TextEncoder | None:
+        """The text encoder without its model, of a family that masks padding out."""
+        return None
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensors:
-        """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device."""
+        """What the denoiser needs of prompts: by name, ``[n, ...]``, float32, on the device.
+
+        A family that masks padding out has ``prompt`` ``[n, tokens, d]`` and ``mask``
+        ``[n, tokens]``, as `fifa.training.backbones.text.padded` makes them, and a `reader`.
+        """
         raise NotImplementedError
 
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what `encode_prompts` gives for one prompt.
+        """The shapes of what `encode_prompts` gives for one prompt: with a mask, for the longest.
 
         A family whose configurations tell them says so; else the empty prompt is encoded.
         """
@@ -457,7 +369,7 @@ class Backbone:
         time
             ``[n]``, as ``schedule.draw_time`` gives: int64 timesteps or float32 sigmas.
         prompts
-            As `encode_prompts` gives.
+            As `encode_prompts` gives; without ``mask`` where all its tokens are there.
         frames
             int64 ``[n, 6]``, `fifa.training.resize.Frame`: SDXL takes them as an input, the
             image's size and crop.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import (
-    ModelFolder,
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.text import (
     TextEncoder,
     clip_sizes,
     clip_text,

@@ -1,14 +1,11 @@
 """The folder of a diffusion model: what it should hold, and its parts as their real classes.
 
-Prompts go through its CLIP and T5 text encoders as the stock pipelines send them.
-
 Which class a part has is decided by the family's row and file, never by code that the folder
 names; weights come from safetensors files only.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -25,7 +22,6 @@ from fifa.models.hub import pipeline_folder, weight_files
 from fifa.models.joints import check_joints
 from fifa.models.networks import load_network, loading
 from fifa.models.optional import require
-from fifa.models.runtime import tf32
 from fifa.shards.files import read_json
 
 
@@ -155,6 +151,17 @@ def kinds_in(folder: Path) -> set[str]:
     return {entry.get_dtype() for _, entry in _entries(folder)}
 
 
+def tensors_in(folder: Path, names: Sequence[str]) -> list[Tensor]:
+    """Some of the weights that a network is loaded from, without the rest.
+
+    Raises `FifaError` where one is missing.
+    """
+    found = {name: entry[:] for name, entry in _entries(folder) if name in names}
+    if missing := sorted(set(names) - found.keys()):
+        raise FifaError(f"the weights lack {', '.join(missing)}", where=str(folder))
+    return [found[name] for name in names]
+
+
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
     safetensors = require("safetensors", "train")
     for path in weight_files(folder).paths:
@@ -191,6 +198,7 @@ def open_folder(
             where=str(index),
             do=f"one of {', '.join(PIPELINES)}",
         )
+    family.check_version()
     named = {
         part for part, entry in known.items() if isinstance(entry, list) and entry[-1:] != [None]
     }
@@ -208,118 +216,3 @@ def diffusers(name: str) -> Any:
 def transformers(name: str) -> Any:
     """A class of transformers; `FifaError` with the pip command where it is not installed."""
     return getattr(require("transformers", "train"), name)
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """A text encoder with its tokenizer.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Of transformers.
-    length
-        Tokens of a prompt: shorter ones are padded, longer ones cut.
-    """
-
-    model: Any
-    tokenizer: Any
-    length: int
-
-    def __call__(self, prompts: Sequence[str], **options: bool) -> Any:
-        """The model's output; padding is not masked out, as in the pipelines."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        words, found = self.model.config.vocab_size, int(tokens.input_ids.max())
-        if found >= words:  # on a GPU it would end the process
-            raise FifaError(
-                f"the tokenizer gives word {found:,}, the text encoder knows {words:,}",
-                do="take both from one model",
-            )
-        mask = None
-        if getattr(self.model.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.model.device)
-        ids = tokens.input_ids.to(self.model.device)
-        with torch.no_grad(), tf32(self.model.device):
-            return self.model(ids, attention_mask=mask, **options)
-
-
-def cut_prompts(encoders: Sequence[TextEncoder], prompts: Sequence[str]) -> tuple[int, int]:
-    """How many prompts no encoder reads to their end, and how many of these are then as another.
-
-    Parameters
-    ----------
-    encoders
-        Of one model.
-    prompts
-        All different.
-    """
-    longest = max(encoders, key=lambda encoder: encoder.length)
-    tokens = longest.tokenizer(list(prompts), verbose=False)["input_ids"]
-    read = [tuple(own[: longest.length - 1]) for own in tokens]  # the last one is the end's
-    often = Counter(read)
-    cut = [key for key, own in zip(read, tokens, strict=True) if len(own) > longest.length]
-    return len(cut), sum(often[key] > 1 for key in cut)
-
-
-def clip_text(
-    folder: ModelFolder, number: str = "", *, projection: bool = False, length: int | None = None
-) -> TextEncoder:
-    """The folder's CLIP text encoder ``text_encoder<number>``.
-
-    Parameters
-    ----------
-    folder
-        The model's folder.
-    number
-        The suffix of its name: ``""`` or ``"_2"``.
-    projection
-        Whether it projects its pooled output (``CLIPTextModelWithProjection``).
-    length
-        Tokens of a prompt; default: the tokenizer's own limit.
-    """
-    cls = transformers("CLIPTextModelWithProjection" if projection else "CLIPTextModel")
-    tokenizer = folder.read(f"tokenizer{number}", transformers("CLIPTokenizer"))
-    model = folder.model(f"text_encoder{number}", cls)
-    return TextEncoder(model, tokenizer, length or tokenizer.model_max_length)
-
-
-def t5_text(folder: ModelFolder, number: str, length: int) -> TextEncoder:
-    """The folder's T5 encoder ``text_encoder<number>``, for prompts of ``length`` tokens."""
-    tokenizer = folder.read(f"tokenizer{number}", transformers("T5TokenizerFast"))
-    model = folder.model(f"text_encoder{number}", transformers("T5EncoderModel"))
-    return TextEncoder(model, tokenizer, length)
-
-
-def clip_sizes(folder: ModelFolder, number: str = "") -> tuple[int, int, int]:
-    """Tokens of a prompt, width and projected width of CLIP's encoder, which is not loaded."""
-    tokenizer = f"tokenizer{number}"
-    known = read_json(folder.path / tokenizer / "tokenizer_config.json", tokenizer, missing={})
-    length = known.get("model_max_length")
-    if length is None:  # a tokenizer of CLIP's 49,408 words takes its time
-        length = folder.read(tokenizer, transformers("CLIPTokenizer")).model_max_length
-    config = folder.read(f"text_encoder{number}", transformers("CLIPTextConfig"))
-    return length, config.hidden_size, config.projection_dim
-
-
-def t5_width(folder: ModelFolder, number: str) -> int:
-    """The width of T5's encoder, which is not loaded."""
-    width: int = folder.read(f"text_encoder{number}", transformers("T5Config")).d_model
-    return width
-
-
-def side_by_side(
-    encoders: Sequence[TextEncoder], prompts: Sequence[str]
-) -> tuple[Tensor, list[Tensor]]:
-    """The last but one layers of CLIPs, and the first output of each (pooled if it projects).
-
-    float32 ``[n, length, d1 + d2 + ...]``, and ``[n, d]`` of each.
-    """
-    outputs = [encoder(prompts, output_hidden_states=True) for encoder in encoders]
-    tokens: Tensor = torch.cat([output.hidden_states[-2].float() for output in outputs], dim=-1)
-    return tokens, [output[0].float() for output in outputs]

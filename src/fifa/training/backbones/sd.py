@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import ModelFolder, TextEncoder, clip_sizes, clip_text
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.text import TextEncoder, clip_sizes, clip_text
 
 
 class StableDiffusion(Backbone):

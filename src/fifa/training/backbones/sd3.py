@@ -10,8 +10,8 @@ from torch import Tensor
 from fifa.errors import FifaError
 from fifa.models.networks import loading
 from fifa.training.backbones.base import Backbone, Tensors
-from fifa.training.backbones.parts import (
-    ModelFolder,
+from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.text import (
     TextEncoder,
     clip_sizes,
     clip_text,
