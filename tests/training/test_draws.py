@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 import torch
 
-from fifa.training.batches import Stream, draw_pair, micro_batches
+from fifa.training.batches import draw_pair, micro_batches
+from fifa.training.order import Stream
 
 SHAPE = (4, 3, 5)
 

@@ -124,7 +124,14 @@ def weights_of_state(out, step):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize(
-    "knobs", [{"log_every": 4}, {"ema": 0.9}, {"draws": 2}, {"lora_dropout": 0.5}], ids=str
+    "knobs",
+    [
+        {"log_every": 4},
+        {"ema": 0.9},
+        {"draws": 2, "order": "stages:2", "order_by": "implicit"},
+        {"lora_dropout": 0.5},
+    ],
+    ids=str,
 )
 def test_an_interrupted_training_ends_with_the_same_weights(
     optimizer, knobs, world, tmp_path, monkeypatch

@@ -14,11 +14,12 @@ from trainings import assemble, quick
 
 from fifa.config import Train
 from fifa.training.backbones import load_backbone
-from fifa.training.batches import Stream, draw_pair
+from fifa.training.batches import draw_pair
 from fifa.training.job import run_training
 from fifa.training.loop import Feed
 from fifa.training.losses import LOSSES, beta_from_simpletuner, errors
 from fifa.training.metrics import read_stats, stats_line, sums
+from fifa.training.order import Stream
 from fifa.training.pairs import read_training_pairs
 
 

@@ -101,6 +101,13 @@ class Train(Knobs):
     displacement
         By how much of the reference's error the policy's may be above it on the preferred images of
         held-out pairs, before ``stop`` ends it.
+    order
+        The order of the pairs: ``random``; ``easy-first`` or ``hard-first`` in every epoch; or
+        ``stages:N``, which begins with the easiest Nth and adds another in every Nth of the
+        training.
+    order_by
+        What makes a pair easy: a large ``margin`` in the subset, whichever image it is for, or the
+        ``implicit`` reward, by how much less error the base model makes on the preferred image.
     draws
         Size of the noise pool: 0 draws new noise and a new timestep at every step. With D > 0 each
         pair has a fixed pool of D of them, and the reference model's errors on the pool are
@@ -197,6 +204,10 @@ class Train(Knobs):
     stop: bool = False
     patience: Count = 3
     displacement: NotNegative = 0.02
+    order: Annotated[str, Field(pattern=r"^(random|easy-first|hard-first|stages:[1-9]\d*)$")] = (
+        "random"
+    )
+    order_by: Literal["margin", "implicit"] = "margin"
     draws: CountOrZero = 0
     batch: Count = 32
     micro_batch: Count | None = None

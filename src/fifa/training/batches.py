@@ -1,6 +1,7 @@
-"""What a pair draws, in which order pairs come, and the errors of policy and reference on both.
+"""What a pair draws, and the errors of policy and reference on its images.
 
-Everything random about a pair, and the order of pairs, are functions of the seed, nothing else.
+Everything random about a pair is a function of the seed, nothing else (`fifa.training.order` has
+the order of pairs).
 What is drawn for a pair in its d-th presentation depends on (seed, pair, d) only. So neither the
 number of processes, nor the size of a micro-batch, nor where a run was interrupted changes it.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,56 +116,6 @@ def draw_pair(
     noise = torch.randn(shape, generator=generator)
     posterior = torch.randn((2, *shape), generator=generator)
     return Draw(no_prompt, flip, time, noise, posterior)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The endless order of pairs: each epoch every pair once, in an order of its own.
-
-    Parameters
-    ----------
-    pairs
-        How many there are.
-    batch
-        Pairs a step, over all processes.
-    seed
-        The training's.
-    pool
-        Draws a pair has; 0: a new one every epoch.
-    """
-
-    pairs: int
-    batch: int
-    seed: int
-    pool: int = 0
-
-    def order(self, epoch: int) -> Sequence[int]:
-        """All pairs, in the epoch's order."""
-        return _order(self.pairs, self.seed, epoch)
-
-    def step(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
-        """``(pair, draw)`` of what process ``rank`` of ``world`` presents in ``step`` (from 0).
-
-        Positions ``[step * batch, (step + 1) * batch)`` of the stream, cut into ``world`` slices.
-        """
-        start = step * self.batch
-        first = start + rank * self.batch // world
-        last = start + (rank + 1) * self.batch // world
-        orders = {
-            epoch: self.order(epoch)
-            for epoch in range(first // self.pairs, (last - 1) // self.pairs + 1)
-        }
-        return [
-            (orders[epoch][row], epoch % self.pool if self.pool else epoch)
-            for epoch, row in (divmod(i, self.pairs) for i in range(first, last))
-        ]
-
-
-@lru_cache(maxsize=2)  # a step takes from one epoch, or from two
-def _order(pairs: int, seed: int, epoch: int) -> Sequence[int]:
-    generator = torch.Generator().manual_seed(seed_of("order", seed, epoch))
-    order: list[int] = torch.randperm(pairs, generator=generator).tolist()
-    return order
 
 
 def micro_batches(
@@ -271,6 +222,8 @@ class Source:
         Where batches go to be computed with.
     taught, held
         Numbers of the pairs to train on, and of those held out.
+    ease
+        How easy each pair to train on is, where that orders them: see `fifa.training.order`.
     """
 
     train: Train
@@ -280,6 +233,7 @@ class Source:
     device: Any
     taught: Sequence[int] = ()
     held: Sequence[int] = ()
+    ease: Sequence[float] = ()
 
     def batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of ``items``, all of one latent shape: on the CPU, in float32.

@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fifa.config import Train
@@ -30,6 +31,7 @@ from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
+from fifa.training.order import check_order
 from fifa.training.pairs import read_training_pairs
 from fifa.training.plan import Plan, memory_of
 from fifa.training.resize import Resize
@@ -231,6 +233,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     pairs = with_labels(train, read_training_pairs(train.source))
     taught, held = split_pairs(pairs.caption, train)
     check_share(train, accelerator.num_processes)
+    check_order(train, pairs.margin)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")
     # sharding wants weights of one type; otherwise what is frozen may be halved
     sharded = str(accelerator.distributed_type).endswith("FSDP")
@@ -305,7 +308,24 @@ def make_source(job: Job) -> Source:
         wait=accelerator.wait_for_everyone,
     )
     job.backbone.drop_encoders()
-    return Source(train, job.backbone, job.pairs, encoded, accelerator.device, job.taught, job.held)
+    device = accelerator.device
+    source = Source(train, job.backbone, job.pairs, encoded, device, job.taught, job.held)
+    return replace(source, ease=_ease(job, source))
+
+
+def _ease(job: Job, source: Source) -> Sequence[float]:
+    """How easy the pairs to train on are, where it counts; to be asked of the base."""
+    if job.train.order == "random":
+        return ()
+    if job.train.order_by == "margin":
+        ease = np.abs(job.pairs.margin[job.taught])
+    else:
+        scalars = precompute(
+            source, job.taught, DRAWS, job.cache, job.plan.dtype, job.accelerator
+        ).astype(float)
+        # mean over draws of e(loser) - e(winner)
+        ease = (scalars[..., 1] - scalars[..., 0]).mean(1)
+    return list(map(float, ease))
 
 
 def make_reference(job: Job, source: Source) -> Reference | None:

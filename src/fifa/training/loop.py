@@ -1,8 +1,8 @@
 """The training loop: what happens in a step and between steps.
 
-What makes it exact is elsewhere and small: which pairs a step takes and what is drawn for them
-are functions of the seed (`fifa.training.batches`), so a step needs to know nothing of those before
-it but the weights and the optimiser's state (`fifa.training.checkpoint`).
+What makes it exact is elsewhere and small: which pairs a step takes (`fifa.training.order`) and
+what is drawn for them (`fifa.training.batches`) are functions of the seed, so a step needs to know
+nothing of those before it but the weights and the optimiser's state (`fifa.training.checkpoint`).
 
 What keeps a CUDA device busy: micro-batches are made in a thread ahead of it, and the numbers of
 a step are read when the next one is queued already. So a loss that is not finite is noticed one
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from fifa.console import progress as progress_bar
 from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
-from fifa.training.batches import Batch, Reference, Source, Stream, micro_batches, predict, seed_of
+from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
 from fifa.training.checkpoint import BEST, CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
 from fifa.training.holdout import Holdout, verdict
 from fifa.training.losses import LOSSES, run_on, safeguarded
 from fifa.training.metrics import Stats, distance, means_of, stats_digest, stats_line, sums
+from fifa.training.order import Stream
 from fifa.training.samples import Samples
 
 AHEAD = 2  # micro-batches that wait for the device
@@ -261,18 +263,23 @@ class Loop:
         kl = None if base_prediction is None else distance(prediction, base_prediction)
         return loss, sums(loss, policy, base, kl)
 
+    @cached_property
+    def stream(self) -> Stream:
+        """The order of the pairs to train on."""
+        train, n, ease = self.train, len(self.source.taught), self.source.ease
+        return Stream(n, train.batch, train.seed, train.draws, train.order, ease, self.steps)
+
     def parts(self, step: int, size: int) -> list[tuple[list[tuple[int, int]], bool]]:
         """This process's micro-batches of a step, ``size`` pairs each, and whether each counts.
 
         Sharded processes meet in every forward pass, so the ones with fewer micro-batches repeat
         their last one, for nothing.
         """
-        train, accelerator, taught = self.train, self.state.accelerator, self.source.taught
-        stream = Stream(len(taught), train.batch, train.seed, train.draws)
+        accelerator, taught = self.state.accelerator, self.source.taught
         world = accelerator.num_processes
 
         def share(rank: int) -> list[list[tuple[int, int]]]:
-            items = [(taught[row], d) for row, d in stream.step(step, rank, world)]
+            items = [(taught[row], d) for row, d in self.stream.step(step, rank, world)]
             return micro_batches(items, self.source.encoded.shape, size)
 
         mine = share(accelerator.process_index)

@@ -276,7 +276,8 @@ class Plan:
             + (f" (left out: {dropped})" if dropped else ""),
             f"steps       {self.steps:,} of {train.batch:,} pairs: {self.processes:,} process(es), "
             f"{self._micro_batches}",
-            f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)",
+            f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)"
+            + self._order,
             f"resolution  {self.resolution:,}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       {size(self.latents + self.prompts)} on disk at most (latents "
@@ -287,6 +288,12 @@ class Plan:
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
         return "\n".join(lines)
+
+    @property
+    def _order(self) -> str:
+        """In which order pairs are, where it is not random, for people."""
+        train = self.train
+        return "" if train.order == "random" else f", {train.order} by {train.order_by}"
 
     @property
     def _micro_batches(self) -> str:
