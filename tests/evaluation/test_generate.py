@@ -322,7 +322,7 @@ def test_precision_differs_by_part(base, tmp_path):
 
 def test_a_whole_checkpoint_in_one_file_is_no_lora(base, unet, tmp_path):
     file = unet / "unet" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(FifaError, match=r"no LoRA[\s\S]*from_single_file"):
+    with pytest.raises(FifaError, match=r"no LoRA[\s\S]*fifa convert"):
         find_models(str(base), {"a": str(file)})
     with pytest.raises(FifaError, match="single file"):
         find_models(str(file), {})

@@ -71,7 +71,7 @@ def test_half_precision_is_fetched_where_there_is_nothing_else(
 
 def test_a_single_file_is_told_from_a_name(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(FifaError, match=r"single file[\s\S]*save_pretrained"):
+    with pytest.raises(FifaError, match=r"single file[\s\S]*fifa convert"):
         model_folder(tmp_path / "model.safetensors")
 
 

@@ -504,7 +504,7 @@ def test_weights_that_lack_a_layer_or_have_one_too_many_are_refused(models, tmp_
 
 
 def test_a_single_file_is_no_folder(models, tmp_path):
-    with pytest.raises(FifaError, match=r"single file[\s\S]*from_single_file"):
+    with pytest.raises(FifaError, match=r"single file[\s\S]*fifa convert"):
         load_backbone(next((models["sd15"] / "unet").glob("*.safetensors")))
 
 

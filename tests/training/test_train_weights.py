@@ -1,12 +1,20 @@
 """What a training writes, in the hands of stock diffusers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from trainings import quick
+from trainings import QUICK, furthest, quick, weights_of
 
+from fifa.config import changed
+from fifa.models.assemble import assembled
 from fifa.training.job import run_training
+from fifa.training.metrics import read_stats
+from neighbours import helper
+
+write_file = helper("models", "original").write_file
 
 
 def draw(pipeline, **more):
@@ -44,3 +52,23 @@ def test_full_weights_load_with_from_pretrained(world, tmp_path, base):
     unet = UNet2DConditionModel.from_pretrained(out, subfolder="unet")
     tuned = DiffusionPipeline.from_pretrained(world / "sd15", unet=unet, safety_checker=None)
     assert np.abs(draw(tuned) - before).max() > 1e-3
+
+
+def test_a_single_file_and_its_pieces_are_trained_like_their_folder(world, tmp_path):
+    """The same weights from a file in another layout, a LoRA merged beforehand in the reference."""
+    file = write_file(world / "sd15", tmp_path / "sd15.safetensors", "sd15")
+    pieces = {"model": str(file), "parts": str(world / "sd15")}
+    first = run_training(quick(world, lr=1e-2), tmp_path / "first")
+    again = run_training(changed(quick(world, lr=1e-2), **pieces), tmp_path / "again")
+    assert furthest(weights_of(first), weights_of(again)) == 0.0
+    # what was trained is the start of another training, whose reference it is
+    pieces["init_lora"] = str(first)
+    second = run_training(changed(quick(world, lr=1e-2), **pieces), tmp_path / "second")
+    assert read_stats(second)[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert json.loads((second / "train.json").read_text())["options"]["init_lora"] == str(first)
+    assert "--init-lora" in (second / "README.md").read_text()
+    merged = assembled(pieces["model"], changed(QUICK, **pieces))
+    base = DiffusionPipeline.from_pretrained(world / "sd15", safety_checker=None)
+    base.load_lora_weights(first)
+    whole = DiffusionPipeline.from_pretrained(merged, safety_checker=None)
+    assert np.abs(draw(base) - draw(whole)).max() < 1e-4

@@ -53,6 +53,7 @@ def write_model(folder, kind="sd15", seed=0):
         "sd2": lambda folder: _sd(folder, "v_prediction"),
         "sd15-tiny-vae": lambda folder: _sd(folder, tiny_vae=True),
         "sdxl": _sdxl,
+        "sdxl-wide": lambda folder: _sdxl(folder, second=2 * TEXT),
         "sd3": _sd3,
         "sd3-without-t5": lambda folder: _sd3(folder, t5=False),
         "flux-dev": _flux,
@@ -115,7 +116,7 @@ def _sd(folder, prediction="epsilon", tiny_vae=False):
     return "StableDiffusionPipeline", parts, {"requires_safety_checker": False}
 
 
-def _sdxl(folder):
+def _sdxl(folder, second=TEXT):
     words = write_clip_tokenizer(folder / "tokenizer")
     write_clip_tokenizer(folder / "tokenizer_2", pad="!")
     unet = UNet2DConditionModel(
@@ -125,19 +126,19 @@ def _sdxl(folder):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=2 * TEXT,
+        cross_attention_dim=TEXT + second,
         attention_head_dim=(2, 4),
         norm_num_groups=8,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=TEXT + 6 * 8,
+        projection_class_embeddings_input_dim=second + 6 * 8,
     )
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     parts = {
         "vae": _vae(4, scaling_factor=0.13025),
         "text_encoder": shake(CLIPTextModel(_clip(words))),
-        "text_encoder_2": shake(CLIPTextModelWithProjection(_clip(words, act="gelu"))),
+        "text_encoder_2": shake(CLIPTextModelWithProjection(_clip(words, "gelu", second))),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "tokenizer_2": CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         "unet": shake(unet),
@@ -271,14 +272,14 @@ def _tiny_vae():
     return shake(vae)
 
 
-def _clip(words, act="quick_gelu"):
+def _clip(words, act="quick_gelu", width=TEXT):
     return CLIPTextConfig(
-        hidden_size=TEXT,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
-        projection_dim=TEXT,
+        projection_dim=width,
         vocab_size=words,
         hidden_act=act,
         bos_token_id=words - 2,

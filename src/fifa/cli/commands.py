@@ -349,6 +349,20 @@ def demo_command(out: Path, **options: Any) -> None:
     click.echo(demo(out, chosen(Demo(), options)))
 
 
+@cli.command("convert", cls=KnobCommand, knobs="Convert")
+@out_option("The folder, or with --layout kohya the .safetensors file, to write.")
+def convert_command(out: Path, **options: Any) -> None:
+    """Write a model or a LoRA in another layout.
+
+    SOURCE with its --parts, --vae and --init-lora becomes one folder in diffusers' layout; a LoRA
+    becomes a file that ComfyUI and the web UIs read.
+    """
+    from fifa.config import Convert
+    from fifa.models.assemble import convert
+
+    click.echo(convert(chosen(Convert(), options), out))
+
+
 @cli.command("evaluate", cls=KnobCommand, knobs="Evaluate")
 @out_option()
 def evaluate_command(out: Path, **options: Any) -> None:

@@ -8,6 +8,7 @@ replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them as files.
 from fifa.config.evaluate import (
     GENERATE_FILE,
     SAMPLERS,
+    Convert,
     Evaluate,
     Generate,
     GeneratePairs,
@@ -39,6 +40,7 @@ __all__ = [
     "STRATEGIES",
     "UNSAFE_FLAGS",
     "Compute",
+    "Convert",
     "Demo",
     "Evaluate",
     "Export",

@@ -61,6 +61,16 @@ class Generate(Knobs):
     dtype
         Precision of the image models; if not given, float32 on a CPU and elsewhere the half
         precision of the model family.
+    parts
+        Where a model in a single file has its settings, tokenizers and the networks that the file
+        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
+    variant
+        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
+        are any; if not given, the full ones where there are any.
+    vae
+        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
+    init_lora
+        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
     """
 
     steps: Annotated[Count | None, Option(family="steps")] = None
@@ -72,6 +82,41 @@ class Generate(Knobs):
     batch: Count | None = None
     device: str | None = None
     dtype: Annotated[Dtype | None, Option(family="half")] = None
+    parts: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    init_lora: str | None = None
+
+
+@knobs
+class Convert(Knobs):
+    """What is written for other programs, or made a folder once for all.
+
+    Parameters
+    ----------
+    source
+        A model, or with ``layout=kohya`` a LoRA: a folder, a ``.safetensors`` file or a hub id.
+    layout
+        What is written: ``diffusers``, a model's folder in diffusers' layout; ``kohya``, a LoRA's
+        file as ComfyUI and the web UIs read it.
+    parts
+        Where a model in a single file has its settings, tokenizers and the networks that the file
+        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
+    variant
+        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
+        are any; if not given, the full ones where there are any.
+    vae
+        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
+    init_lora
+        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
+    """
+
+    source: Annotated[str, Option(argument=True, required=True)] = ""
+    layout: Literal["diffusers", "kohya"] = "diffusers"
+    parts: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    init_lora: str | None = None
 
 
 @knobs
@@ -81,7 +126,8 @@ class GeneratePairs(Knobs):
     Parameters
     ----------
     model
-        The model that makes the images: a folder in diffusers' layout, or a hub id.
+        The model that makes the images: a folder in diffusers' layout, a hub id, or a single
+        ``.safetensors`` file in its authors' layout.
     tuned
         Take the images of this checkpoint of the model, PATH or NAME=PATH: a LoRA (file or folder),
         a folder with ``unet/`` or ``transformer/``, or a whole pipeline.
@@ -159,7 +205,8 @@ class Evaluate(Knobs):
     Parameters
     ----------
     base
-        The base model, before training: a folder in diffusers' layout, or a hub id.
+        The base model, before training: a folder in diffusers' layout, a hub id, or a single
+        ``.safetensors`` file in its authors' layout.
     tuned
         A checkpoint, PATH or NAME=PATH: a LoRA (file or folder), a folder with ``unet/`` or
         ``transformer/``, or a whole pipeline.

@@ -31,7 +31,18 @@ class Train(Knobs):
     source
         The pairs: a run folder, a subset, or Parquet files in diffusers' schema.
     model
-        The model to train: a folder in diffusers' layout, or a hub id.
+        The model to train: a folder in diffusers' layout, a hub id, or a single ``.safetensors``
+        file in its authors' layout.
+    parts
+        Where a model in a single file has its settings, tokenizers and the networks that the file
+        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
+    variant
+        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
+        are any; if not given, the full ones where there are any.
+    vae
+        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
+    init_lora
+        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
     resolution
         Side of the training images in pixels (with buckets: of a square of the same area); if not
         given, the model's own resolution.
@@ -174,6 +185,10 @@ class Train(Knobs):
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
     model: Annotated[str, Option(required=True)] = ""
+    parts: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    init_lora: str | None = None
     resolution: Count | None = None
     buckets: Annotated[bool, Option("--buckets/--crop")] = False
     flips: bool = False

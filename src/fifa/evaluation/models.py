@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
-from fifa.config import GENERATE_FILE, RECIPE_FILE
+from fifa.config import GENERATE_FILE, RECIPE_FILE, Generate
 from fifa.console import LOG_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.history import number
 from fifa.evaluation.stats import Number
+from fifa.models.assemble import assembled
 from fifa.models.families import PIPELINES
-from fifa.models.hub import PART_FILES, SINGLE_FILE, fetch_variants, model_folder, pipeline_folder
+from fifa.models.hub import PART_FILES, fetch_variants, model_folder, pipeline_folder
 from fifa.models.joints import check_joints
-from fifa.models.optional import require
+from fifa.models.lora import LORA_FILE, find_lora
 from fifa.scoring.specs import REWARDS
 from fifa.shards.files import digest, files_digest, read_json, read_json_lines, read_yaml
 from fifa.shards.manifest import check_manifest
@@ -31,10 +31,9 @@ from fifa.shards.manifest import check_manifest
 Method = Literal["base", "lora", "part", "pipeline"]
 
 BASE = "base"
-LORA = "pytorch_lora_weights.safetensors"  # what diffusers' and our trainer write
 PARTS = ("unet", "transformer")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
-CHECKPOINT_FILES = ("*.json", LORA, *(f"{part}/{name}" for part in PARTS for name in WEIGHTS))
+CHECKPOINT_FILES = ("*.json", LORA_FILE, *(f"{part}/{name}" for part in PARTS for name in WEIGHTS))
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # no part of making an image
 # The run's steps by what they are: every other one is neither
 SELECTING = {"read": "reading", "margin": "scoring", "quality": "rating", "diversity": "embedding"}
@@ -95,22 +94,24 @@ class Model:
         return next((folder for folder in near if (folder / "train.json").is_file()), None)
 
 
-def find_models(base: str, tuned: Mapping[str, str]) -> list[Model]:
+def find_models(base: str, tuned: Mapping[str, str], asked: Generate | None = None) -> list[Model]:
     """The base and its checkpoints, the base first.
 
     Parameters
     ----------
     base
-        A folder in diffusers' layout, or a hub id.
+        A folder in diffusers' layout, a hub id, or a model's single file.
     tuned
         Checkpoints by name: see `find_checkpoint`.
+    asked
+        What else belongs into the base: see `fifa.models.assemble.assembled`.
 
     Raises
     ------
     FifaError
         For a model that is not there, and for a checkpoint named ``base``.
     """
-    folder = find_pipeline(base)
+    folder = find_pipeline(str(assembled(base, asked or Generate())))
     if BASE in tuned:
         raise FifaError("a checkpoint cannot be named base", do="--tuned NAME=PATH names it")
     whole = files_digest(_pipeline_files(folder))
@@ -176,19 +177,15 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
 
     path = Path(source).expanduser()
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise FifaError(
-                "weights are read from .safetensors only", where=source, do="convert the file"
-            )
-        return found("lora", _lora(path))
+        return found("lora", find_lora(source))
     folder = model_folder(source, CHECKPOINT_FILES)
     folder = fetch_variants(source, folder, CHECKPOINT_FILES)
     if (folder / "best").is_dir() and (folder / "train.json").is_file():
         folder = folder / "best"
     if (folder / "model_index.json").is_file():
         return found("pipeline", find_pipeline(source))
-    if (folder / LORA).is_file():
-        return found("lora", folder / LORA)
+    if (folder / LORA_FILE).is_file():
+        return found("lora", folder / LORA_FILE)
     for part in (*(folder / part for part in PARTS), folder):
         if (part / "config.json").is_file() and part_name(part):
             family = PIPELINES.get(class_name(base.base))
@@ -201,21 +198,8 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
     raise FifaError(
         "no checkpoint here",
         where=str(folder),
-        do=f"a folder with {LORA}, unet/, transformer/ or model_index.json, or a LoRA's file",
+        do=f"a folder with {LORA_FILE}, unet/, transformer/ or model_index.json, or a LoRA's file",
     )
-
-
-def _lora(path: Path) -> Path:
-    """``path``, unless it is a file of whole weights; a damaged one is told when it is loaded."""
-    safetensors = require("safetensors")
-    with suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:
-        if not any("lora" in name.lower() or "lokr" in name for name in file.keys()):  # noqa: SIM118 - no dict
-            raise FifaError(
-                "the file holds whole weights, and is no LoRA",
-                where=str(path),
-                do=f"name its folder, or write one with diffusers: {SINGLE_FILE}",
-            )
-    return path
 
 
 def part_name(folder: Path) -> str:
@@ -233,7 +217,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _parts(path: str) -> tuple[str, ...]:
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
-    while len(parts) > 1 and Path(parts[-1]).name in (*PARTS, LORA):
+    while len(parts) > 1 and Path(parts[-1]).name in (*PARTS, LORA_FILE):
         parts.pop()
     return tuple(parts)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model, class_name, part_name
 from fifa.models.families import PIPELINES
-from fifa.models.networks import load_network, load_parts, named_keys, working
+from fifa.models.lora import SAFE, adapted, cannot_load
+from fifa.models.networks import load_network, load_parts, working
 from fifa.models.optional import require
-from fifa.models.runtime import Runtime, make_runtime, out_of_memory, tf32
+from fifa.models.runtime import Runtime, make_runtime, tf32
 from fifa.shards.files import read_json
 
 # What a model was trained with; the rest of a scheduler's settings belong to the sampler
@@ -39,11 +38,6 @@ SCHEDULE = (
     "base_image_seq_len",
     "max_image_seq_len",
 )
-ADAPTER = "tuned"
-SAFE = {"use_safetensors": True, "local_files_only": True}
-# A LoRA's two factors, in the names of files and as peft holds them
-FACTOR = re.compile(r"lora(_A|_B|[._]down|[._]up)\.weight$")
-FACTORS = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class PipelineLoader:
                 self._pipe = self._load(model.pipeline)
                 self._loaded = model.pipeline
             if model.method == "lora":
-                with _adapted(self._pipe, model.path):
+                with adapted(self._pipe, model.path):
                     yield self._pipe
             elif model.method == "part":
                 with _exchanged(self._pipe, model.path, self._dtype, self._device):
@@ -156,7 +150,7 @@ class PipelineLoader:
         except FifaError:
             raise
         except Exception as error:  # diffusers', torch's and safetensors' own
-            raise _cannot_load("the pipeline", folder, error) from error
+            raise cannot_load("the pipeline", folder, error) from error
         self._set_sampler(pipe, diffusers)
         pipe.set_progress_bar_config(disable=True)
         vae: Any = getattr(pipe, "vae", None)
@@ -231,53 +225,6 @@ def make_images(
 
 
 @contextmanager
-def _adapted(pipe: Any, file: Path) -> Iterator[None]:
-    options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True}
-    try:
-        read = type(pipe).lora_state_dict(str(file.parent), **options)
-        names = list(read[0] if isinstance(read, tuple) else read)
-        pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **options)
-    except Exception as error:  # diffusers', torch's and safetensors' own
-        raise _cannot_load("the LoRA", file, error) from error
-    try:
-        _check_lora(pipe, names, file)
-        yield
-    finally:
-        pipe.unload_lora_weights()
-
-
-def _check_lora(pipe: Any, names: Sequence[str], file: Path) -> None:
-    """Raise `FifaError` unless all of a LoRA is in the pipeline: diffusers only warns.
-
-    ``names`` are those in the file, as diffusers reads them.
-    """
-    factors: Counter[str] = Counter()
-    for name in names:
-        if found := FACTOR.search(name):
-            factors[name[: found.start()].rstrip("._").replace(".processor.", ".")] += 1
-    loaded = Counter(
-        f"{part}.{name.partition('.lora_')[0]}"
-        for part, adapters in pipe.get_list_adapters().items()
-        if ADAPTER in adapters
-        for name, _ in getattr(pipe, part).named_parameters()
-        if name.endswith(FACTORS)
-    )
-    if not loaded:
-        raise FifaError("the LoRA has no weights for this model", where=str(file))
-    if loaded.total() == factors.total() and all(n == 2 for n in factors.values()):
-        return
-    raise FifaError(
-        "only some of the LoRA's weights are for this model: "
-        + named_keys(
-            unused=[key for key in factors if key not in loaded],
-            missing=[key for key, count in factors.items() if count != 2],
-        ),
-        where=str(file),
-        do="evaluate it on the base that it was trained on, or copy the file again",
-    )
-
-
-@contextmanager
 def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[None]:
     name = part_name(folder)
     own = getattr(pipe, name, None)
@@ -288,7 +235,7 @@ def _exchanged(pipe: Any, folder: Path, dtype: Any, device: str) -> Iterator[Non
     except FifaError:
         raise
     except Exception as error:  # diffusers', torch's and safetensors' own
-        raise _cannot_load(f"the {name}", folder, error) from error
+        raise cannot_load(f"the {name}", folder, error) from error
     changed = [
         key
         for key in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim")
@@ -309,9 +256,3 @@ def _scheduler(base: Path) -> dict[str, Any]:
     path = base / "scheduler" / "scheduler_config.json"
     found: dict[str, Any] = read_json(path, "the scheduler's settings", missing={})
     return found
-
-
-def _cannot_load(what: str, path: Path, error: Exception) -> FifaError:
-    brief = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
-    do = "a device with more memory, or --dtype float16" if out_of_memory(error) else None
-    return FifaError(f"cannot load {what}: {brief}", where=str(path), do=do)

@@ -19,14 +19,17 @@ _PARTS = dict.fromkeys(part for f in FAMILIES for part in (*f.parts, *f.optional
 _BESIDE = re.compile(r"[^/\\\0]+\.safetensors")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
-SINGLE_FILE = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or its like"
+SINGLE_FILE = "make one: fifa convert FILE --out FOLDER"
 AGAIN = "download the model again"
 VARIANTS = ("fp16", "bf16")  # copies in half precision, the best first
 # What is fetched of a diffusion model: not the .bin, fp16, non-ema and single-file copies of the
 # weights. `fetch_variants` fetches what of these is needed.
-HUB_FILES = (
+HUB_SETTINGS = (
     "model_index.json",
     *(f"{part}/*{suffix}" for part in _PARTS for suffix in PART_FILES[1:]),
+)
+HUB_FILES = (
+    *HUB_SETTINGS,
     *(f"{part}/{name}.safetensors" for part in _PARTS for name in _WEIGHTS),
     *(f"{part}/{name}-*-of-*.safetensors" for part in _PARTS for name in _WEIGHTS),
 )
@@ -46,7 +49,7 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
         raise FifaError(
             "the model is a single file; a folder of parts is needed",
             where=str(path),
-            do=f"name its folder, or write one with diffusers: {SINGLE_FILE}",
+            do=f"name its folder, or {SINGLE_FILE}",
         )
     hub = require("huggingface_hub")
     try:
@@ -83,13 +86,23 @@ def check_files(folder: Path) -> None:
                 )
 
 
-def pipeline_folder(model: str | Path) -> Path:
-    """`model_folder` of a diffusion model, with half precision where the hub has nothing else."""
-    return fetch_variants(model, model_folder(model, HUB_FILES), HUB_FILES)
+def pipeline_folder(model: str | Path, variant: str | None = None) -> Path:
+    """`model_folder` of a diffusion model, with half precision where the hub has nothing else.
+
+    With a ``variant``, of parts on the hub that have it only those copies are fetched.
+    """
+    if variant is None:
+        return fetch_variants(model, model_folder(model, HUB_FILES), HUB_FILES)
+    return fetch_variants(model, model_folder(model, HUB_SETTINGS), HUB_SETTINGS, (variant, ""))
 
 
-def fetch_variants(model: str | Path, folder: Path, patterns: Sequence[str]) -> Path:
-    """Fetch the half-precision copies of parts that came from the hub without weights.
+def fetch_variants(
+    model: str | Path,
+    folder: Path,
+    patterns: Sequence[str],
+    variants: Sequence[str] = VARIANTS,
+) -> Path:
+    """Fetch copies of the weights of parts that came from the hub without any.
 
     Parameters
     ----------
@@ -99,8 +112,11 @@ def fetch_variants(model: str | Path, folder: Path, patterns: Sequence[str]) -> 
         What `model_folder` gave for it.
     patterns
         The names that were fetched.
+    variants
+        Of the copies, the best first; empty: those without a variant in their name.
     """
-    for variant in VARIANTS:
+    patterns = list(patterns)
+    for variant in variants:
         lacking = [
             file.parent.name
             for file in sorted(folder.glob("*/config.json"))
@@ -108,8 +124,10 @@ def fetch_variants(model: str | Path, folder: Path, patterns: Sequence[str]) -> 
         ]
         if not lacking or Path(model).expanduser().is_dir():
             break
-        copies = [f"{p}/{n}*.{variant}*.safetensors" for p in lacking for n in _WEIGHTS]
-        folder = model_folder(model, [*patterns, *copies])
+        ends = (f"*.{variant}*",) if variant else ("", "-*-of-*")
+        copies = [f"{p}/{n}{end}.safetensors" for p in lacking for n in _WEIGHTS for end in ends]
+        patterns += copies
+        folder = model_folder(model, patterns)
     return folder
 
 
@@ -129,17 +147,23 @@ class WeightFiles:
     paths: tuple[Path, ...]
 
 
+def weight_copies(folder: Path) -> dict[str | None, list[Path]]:
+    """The safetensors in a network's folder, sorted, by the variant in their names."""
+    copies: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        # model.fp16.safetensors, model.fp16-00001-of-2.safetensors, model-00001-of-2.fp16....
+        _, _, middle = path.name.removesuffix(".safetensors").partition(".")
+        copies.setdefault(_SHARD.sub("", middle) or None, []).append(path)
+    return copies
+
+
 def weight_files(folder: Path) -> WeightFiles:
     """The safetensors that a network is loaded from, of all the copies in its folder.
 
     Those without a variant in their name where there are any, as libraries write them; else the
     first of `VARIANTS` that is there, else any other. No paths where there are none.
     """
-    copies: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        # model.fp16.safetensors, model.fp16-00001-of-2.safetensors, model-00001-of-2.fp16....
-        _, _, middle = path.name.removesuffix(".safetensors").partition(".")
-        copies.setdefault(_SHARD.sub("", middle) or None, []).append(path)
+    copies = weight_copies(folder)
     for variant in (None, *VARIANTS, *copies):
         if variant in copies:
             return WeightFiles(variant, tuple(copies[variant]))

@@ -59,6 +59,20 @@ def load_network(network: Any, folder: Path, dtype: Any, **options: Any) -> Any:
     return loaded
 
 
+def weights_in(paths: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Name, and shape and type, of all weights in safetensors files: only headers are read.
+
+    Raises `FifaError` for a file that is damaged.
+    """
+    safetensors = require("safetensors", "train")
+    for path in paths:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                yield from ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 - no dict
+        except (OSError, safetensors.SafetensorError) as error:
+            raise FifaError(f"not a safetensors file: {error}", where=str(path)) from error
+
+
 def check_keys(network: Any, found: Mapping[str, Iterable[str]], folder: Path) -> None:
     """Raise `FifaError` unless the file's weights are those that ``network`` has.
 

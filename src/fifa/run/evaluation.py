@@ -151,7 +151,7 @@ def _run(
         asked = changed(asked, scorers=())
     compute = compute or Compute(device=asked.generate.device)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
-    models = find_models(asked.base, asked.tuned)
+    models = find_models(asked.base, asked.tuned, asked.generate)
     settings = settings_for(asked.generate, models[0].base)
     named = as_judges(judges)
     check_evaluation(asked, compute)

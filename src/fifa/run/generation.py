@@ -137,9 +137,9 @@ def find_generator(asked: GeneratePairs) -> Model:
     Raises `FifaError` for one that is not there.
     """
     named = name_checkpoints([asked.tuned] if asked.tuned else [])
-    base, *tuned = find_models(asked.model, named)
+    base, *tuned = find_models(asked.model, named, asked.images)
     path = Path(asked.model).expanduser()
-    name = path.resolve().name if path.is_dir() else asked.model
+    name = path.resolve().name if path.exists() else asked.model
     return tuned[0] if tuned else replace(base, name=name)
 
 

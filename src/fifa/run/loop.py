@@ -23,6 +23,7 @@ from fifa.evaluation.models import find_models
 from fifa.evaluation.pairs import Generated
 from fifa.evaluation.prompts import read_prompts
 from fifa.evaluation.results import Results
+from fifa.models.assemble import PIECES
 from fifa.models.runtime import release_memory
 from fifa.reporting.loop import ROUND_FILE, write_loop
 from fifa.reporting.page import write_report
@@ -40,7 +41,16 @@ GENERATED, CHECKPOINT, PIPELINE = "generated", "checkpoint", "pipeline"  # of a 
 # Sections that may change between two calls: neither decides what a model is trained on
 FREE = ("rounds", "evaluate.", "compute.")
 REQUIRED = ("generate.model", "generate.prompts", "generate.margin", "evaluate.prompts")
-OWN = ("generate.tuned", "train.source", "train.model", "evaluate.base", "evaluate.tuned")
+MODELS = ("generate.images", "train", "evaluate.generate")
+OWN = (
+    *("generate.tuned", "train.source", "train.model", "evaluate.base", "evaluate.tuned"),
+    # every round begins with another model: `fifa convert` makes the first one of pieces
+    *(
+        f"{at}.{name}"
+        for at in ("generate.images", "train", "evaluate.generate")
+        for name in PIECES
+    ),
+)
 
 
 @dataclass(frozen=True)

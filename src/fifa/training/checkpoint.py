@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.lora import LORA_FILE, METADATA
 from fifa.models.optional import require
 from fifa.shards.files import (
     atomic_folder,
@@ -39,9 +40,7 @@ STATE = "state"
 TENSORS, FACTS = "state.pt", "state.json"  # of a state
 CHECKPOINTS = "checkpoints"
 BEST = "best"  # the weights with the lowest loss on held-out pairs
-LORA_FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"  # of the adapter within the denoiser
-METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
 
 
 def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:

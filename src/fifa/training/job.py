@@ -17,6 +17,7 @@ import torch
 from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
+from fifa.models.assemble import assembled
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import check_free, check_same, make_folder, sweep, write_text
@@ -239,7 +240,9 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     sharded = str(accelerator.distributed_type).endswith("FSDP")
     weights = dtype if train.method == "lora" and not sharded else "float32"
     device = accelerator.device
-    backbone = load_backbone(train.model, device=device, dtype=weights, compute=dtype)
+    with accelerator.main_process_first():  # what is converted is converted by one
+        model = assembled(train.model, train)
+    backbone = load_backbone(model, device=device, dtype=weights, compute=dtype)
     resolution = train.resolution or native_resolution(backbone)
     Resize(resolution, backbone.pixels_per_latent, train.buckets)  # says what does not fit
     backbone.rehearse(resolution)

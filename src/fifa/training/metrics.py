@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.assemble import PIECES
 from fifa.models.families import Family
+from fifa.models.lora import LORA_FILE
 from fifa.models.optional import require
 from fifa.shards.files import (
     cannot_write,
@@ -28,7 +30,7 @@ from fifa.shards.files import (
     write_text,
 )
 from fifa.shards.manifest import bytes_digest, write_manifest
-from fifa.training.checkpoint import LORA_FILE, Progress
+from fifa.training.checkpoint import Progress
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs
 from fifa.training.plan import Plan
@@ -319,15 +321,22 @@ and the data's hold for these weights too.
 
 def _use(facts: dict[str, Any], lora: bool, family: Family) -> str:
     base = facts["base_model"] if _is_hub(facts["base_model"]) else "the base model's folder"
+    given, made = facts["options"], ""
+    pieces = [
+        f"--{name.replace('_', '-')} {_public(given[name])}" for name in PIECES if given[name]
+    ]
+    if pieces:
+        model, base = _public(facts["base_model"]), "BASE"
+        made = f"# made by: fifa convert {model} {' '.join(pieces)} --out BASE\n"
     if lora:
         return (
-            "from diffusers import DiffusionPipeline\n\n"
+            f"{made}from diffusers import DiffusionPipeline\n\n"
             f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
             'pipeline.load_lora_weights("path/to/this/folder")'
         )
     part, model = family.part, family.denoiser
     return (
-        f"from diffusers import DiffusionPipeline, {model}\n\n"
+        f"{made}from diffusers import DiffusionPipeline, {model}\n\n"
         f'{part} = {model}.from_pretrained("path/to/this/folder", subfolder="{part}")\n'
         f'pipeline = DiffusionPipeline.from_pretrained("{base}", {part}={part})'
     )

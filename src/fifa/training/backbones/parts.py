@@ -20,7 +20,7 @@ from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
 from fifa.models.hub import pipeline_folder, weight_files
 from fifa.models.joints import check_joints
-from fifa.models.networks import load_network, loading
+from fifa.models.networks import load_network, loading, weights_in
 from fifa.models.optional import require
 from fifa.shards.files import read_json
 
@@ -163,13 +163,7 @@ def tensors_in(folder: Path, names: Sequence[str]) -> list[Tensor]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
-    safetensors = require("safetensors", "train")
-    for path in weight_files(folder).paths:
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                yield from ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 - no dict
-        except (OSError, safetensors.SafetensorError) as error:
-            raise FifaError(f"not a safetensors file: {error}", where=str(path)) from error
+    return weights_in(weight_files(folder).paths)
 
 
 def open_folder(

@@ -1,0 +1,161 @@
+"""Small models of diffusers' layout in one file, in the names that their authors use."""
+
+import re
+
+import torch
+from safetensors.torch import load_file, save_file
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+VAE = {
+    "conv_norm_out": "norm_out",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_shortcut": "nin_shortcut",
+}
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+    "final_layer_norm": "ln_final",
+}
+
+
+BLOCK = r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)(?:\.conv(?=\.))?"
+
+
+def renamed(name, names):
+    for new, old in names.items():
+        name = name.replace(new, old)
+    return name
+
+
+def unet(weights):
+    """The UNet's, whose blocks have one resnet each on the way down and two on the way up."""
+    attended = {
+        n.partition(".attentions")[0] for n in weights if "up_blocks" in n and "attent" in n
+    }
+
+    def block(found):
+        way, i, kind, j = found[1], int(found[2]), found[3], int(found[4])
+        each = 2  # a resnet and a downsampler; two resnets
+        if kind == "downsamplers":
+            return f"input_blocks.{each * (i + 1)}.0.op"
+        if kind == "upsamplers":
+            at = 2 if f"up_blocks.{i}" in attended else 1
+            return f"output_blocks.{each * i + 1}.{at}.conv"
+        inner = 0 if kind == "resnets" else 1
+        if way == "down":
+            return f"input_blocks.{each * i + j + 1}.{inner}"
+        return f"output_blocks.{each * i + j}.{inner}"
+
+    made = {}
+    for name, value in weights.items():
+        new = re.sub(
+            r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)(?:\.conv(?=\.))?", block, renamed(name, UNET)
+        )
+        if "resnets" in name:
+            new = renamed(new, RESNET)
+        made[f"model.diffusion_model.{new}"] = value
+    return made
+
+
+def vae(weights, prefix="first_stage_model."):
+    made = {}
+    for name, value in weights.items():
+        new = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
+        new = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", new)
+        new = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{3 - int(m[1])}.block.", new)
+        new = re.sub(
+            r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", new
+        )
+        new = renamed(new, VAE)
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", new):
+            value = value[..., None, None]  # convolutions of one pixel
+        made[prefix + new] = value
+    return made
+
+
+def clip(weights, prefix):
+    inner = any(name.startswith("text_model.") for name in weights)
+    return {prefix + ("" if inner else "text_model.") + name: v for name, v in weights.items()}
+
+
+def open_clip(weights, prefix):
+    made, fused = {}, {}
+    for name, value in weights.items():
+        new = renamed(name.removeprefix("text_model."), OPEN_CLIP)
+        if found := re.match(r"(.*\.attn)\.([qkv])_proj\.(\w+)", new):
+            fused.setdefault(f"{found[1]}.in_proj_{found[3]}", {})[found[2]] = value
+        elif new == "text_projection.weight":
+            made["text_projection"] = value.T
+        else:
+            made[new] = value
+    made |= {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in fused.items()}
+    return {prefix + name: value for name, value in made.items()}
+
+
+def parts_of(folder):
+    """The weights of a model's networks."""
+    return {file.parent.name: load_file(file) for file in folder.glob("*/*.safetensors")}
+
+
+def write_file(folder, file, kind, half=False, but=()):
+    """One file of the model in ``folder``: ``sd15``, ``sd2``, ``sdxl`` or ``flux-dev``."""
+    parts = parts_of(folder)
+    make = {
+        "sd15": {
+            "unet": unet,
+            "vae": vae,
+            "text_encoder": lambda w: clip(w, "cond_stage_model.transformer."),
+        },
+        "sd2": {
+            "unet": unet,
+            "vae": vae,
+            "text_encoder": lambda w: open_clip(w, "cond_stage_model.model."),
+        },
+        "sdxl": {
+            "unet": unet,
+            "vae": vae,
+            "text_encoder": lambda w: clip(w, "conditioner.embedders.0.transformer."),
+            "text_encoder_2": lambda w: open_clip(w, "conditioner.embedders.1.model."),
+        },
+        # its conversion knows widths of 3,072 only; the file has what FLUX's usually has
+        "flux-dev": {"transformer": dict},
+    }[kind]
+    made = {}
+    for part, convert in make.items():
+        if part not in but:
+            made |= convert(parts[part])
+    kept = torch.float16 if half else torch.float32
+    save_file({name: value.to(kept).contiguous() for name, value in made.items()}, file)
+    return file
