@@ -238,6 +238,25 @@ def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) 
     click.echo(run_training(train, out))
 
 
+@cli.command("tune", cls=KnobCommand, knobs="Tune", sections=("train",))
+@out_option("The folder of the search.")
+def tune_command(out: Path, **options: Any) -> None:
+    """Find knobs of a training by short parts of it.
+
+    Trials with different knobs train for a few steps on the pairs of SOURCE; those that do best on
+    held-out pairs go on. The last ones can be judged by images as well. `fifa train` takes the best
+    knobs with --recipe OUT/best.yaml; all other options are the training's.
+    """
+    from fifa.config import Tune
+    from fifa.reporting.tune import PAGE, tune_text
+    from fifa.run.tune import tune
+
+    best = tune(chosen(Tune(), options), out)
+    click.echo(tune_text(out), err=True)
+    click.echo(out / PAGE, err=True)
+    click.echo(best)
+
+
 @cli.group("reward")
 def reward_group() -> None:
     """Train a reward model on the feedback."""

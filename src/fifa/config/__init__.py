@@ -31,6 +31,7 @@ from fifa.config.select import (
     Trust,
 )
 from fifa.config.train import PRESETS, Train, lora_small, paper_sd15, paper_sdxl, preset
+from fifa.config.tune import Tune
 
 __all__ = [
     "GENERATE_FILE",
@@ -58,6 +59,7 @@ __all__ = [
     "Select",
     "Train",
     "Trust",
+    "Tune",
     "Vote",
     "build",
     "changed",

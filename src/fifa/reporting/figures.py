@@ -10,6 +10,7 @@ import io
 import re
 import xml.etree.ElementTree as ET  # of what matplotlib has written, never of a file
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 import matplotlib
@@ -380,6 +381,22 @@ def draw_history(history: History, name: str) -> list[Markup]:
         axes.set_ylabel(title)
         figures.append(svg(figure, f"{name}-{next(iter(curves))}", f"{title}: {'; '.join(told)}"))
     return figures
+
+
+def draw_trials(curves: Sequence[Sequence[tuple[int, float]]]) -> Markup:
+    """The held-out loss of the trials of a search by step, the best one first and in colour."""
+    figure, axes = canvas()
+    for place, curve in reversed(list(enumerate(curves))):
+        steps, losses = zip(*[(0, log(2)), *curve], strict=True)
+        colour, width = (COLOURS["kept"], 2.2) if place == 0 else (COLOURS["all"], 1.2)
+        axes.plot(steps, losses, color=colour, lw=width, marker="o", ms=3)
+    axes.axhline(log(2), **DOTTED)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(AXES["step"])
+    axes.set_ylabel("held-out loss")
+    return svg(figure, "trials", "Loss on held-out pairs of every trial by steps of training")
 
 
 def draw_rounds(

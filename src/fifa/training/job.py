@@ -77,8 +77,29 @@ class Job:
     cache: Path
 
 
-def run_training(train: Train, out: str | Path) -> Path:
+@dataclass(frozen=True)
+class Trial:
+    """A part of a training that is compared with others: see `fifa.run.tune`.
+
+    Parameters
+    ----------
+    until
+        The step after which it pauses: its state is saved, and it can go on from there.
+    shared
+        Where trainings that are compared have their cache, unless the run has it.
+    judge
+        Has the loss and the beta by which held-out pairs are measured.
+    """
+
+    until: int
+    shared: Path
+    judge: Train
+
+
+def run_training(train: Train, out: str | Path, trial: Trial | None = None) -> Path:
     """Train, or go on with the training that is in ``out``; returns ``out``.
+
+    With ``trial`` only a part of the training, whose weights so far are in ``out / "best"``.
 
     Raises
     ------
@@ -89,10 +110,10 @@ def run_training(train: Train, out: str | Path) -> Path:
     accelerator = make_accelerator(train)
     train, why = choose_loss(train)
     with only_writer(out) if accelerator.is_main_process else nullcontext():
-        return _run(train, out, accelerator, why)
+        return _run(train, out, accelerator, why, trial)
 
 
-def _run(train: Train, out: Path, accelerator: Any, why: str) -> Path:
+def _run(train: Train, out: Path, accelerator: Any, why: str, trial: Trial | None) -> Path:
     if accelerator.is_main_process:
         start_folder(train, out)
     accelerator.wait_for_everyone()
@@ -101,16 +122,22 @@ def _run(train: Train, out: Path, accelerator: Any, why: str) -> Path:
             echo(f"this training is finished: {out}")
         return out
     with on_device(accelerator.device):
-        job = make_job(train, out, accelerator, why)
+        job = make_job(train, trial.shared if trial else out, accelerator, why)
+        if accelerator.is_main_process and not trial:
+            echo(str(job.plan))
         source = make_source(job)
         samples = Samples(
             train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution
         )
         samples.base()
-        reference, holdout = make_reference(job, source), make_holdout(job, source)
+        reference = make_reference(job, source)
+        holdout = make_holdout(job, source, trial.judge if trial else train)
         state = make_state(train, job.backbone, accelerator)
-        loop = Loop(train, job.plan.steps, out, source, reference, state, samples, holdout)
+        until = trial.until if trial else None
+        loop = Loop(train, job.plan.steps, out, source, reference, state, samples, holdout, until)
         done = loop.run()
+        if trial and done.step < job.plan.steps:
+            return out
         state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
         write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
@@ -296,8 +323,6 @@ def check_share(train: Train, processes: int) -> None:
 def make_source(job: Job) -> Source:
     """Where micro-batches come from: fills the cache, of which every process encodes its share."""
     train, accelerator = job.train, job.accelerator
-    if accelerator.is_main_process:
-        echo(str(job.plan))
     job.plan.check()
     encoded = encode(
         job.pairs,
@@ -346,9 +371,12 @@ def make_reference(job: Job, source: Source) -> Reference | None:
     return adapters_off(job.backbone, accelerator.unwrap_model)
 
 
-def make_holdout(job: Job, source: Source) -> Holdout:
-    """What measures held-out pairs; to be made while the denoiser is the base."""
-    train, reference = job.train, None
+def make_holdout(job: Job, source: Source, judge: Train | None = None) -> Holdout:
+    """What measures held-out pairs, by ``judge`` or by the training's own loss and beta.
+
+    To be made while the denoiser is the base.
+    """
+    train, reference = judge or job.train, None
     if source.held and LOSSES[train.loss].needs_reference:
         reference = _table(job, source, source.held, DRAWS)
     every = train.validate_every or max(1, job.plan.steps // TIMES)

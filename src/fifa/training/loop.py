@@ -48,6 +48,10 @@ Line = dict[str, float | None]
 Read = Callable[[], list[float]]
 
 
+class DivergedError(FifaError):
+    """A loss or a gradient that is not finite."""
+
+
 def learning_rate(train: Train, step: int, steps: int) -> float:
     """The learning rate of ``step``, counted from 0.
 
@@ -86,6 +90,8 @@ class Loop:
         Draws sheets of samples when it is time.
     holdout
         Measures held-out pairs when it is time.
+    until
+        The step after which it pauses; None: the last one.
     """
 
     train: Train
@@ -96,6 +102,12 @@ class Loop:
     state: TrainState
     samples: Samples
     holdout: Holdout
+    until: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The step after which `run` returns, unless the training stops by itself before."""
+        return min(self.steps, self.until or self.steps)
 
     def run(self) -> Progress:
         """Train from the newest state to the last step, or to where it stops by itself.
@@ -119,7 +131,7 @@ class Loop:
         stats = Stats(train, self.out, done) if state.accelerator.is_main_process else None
         begun = time.perf_counter() - done.seconds
         try:
-            with closing(feed), progress_bar("training", self.steps) as advance:
+            with closing(feed), progress_bar("training", self.last) as advance:
                 advance(done.step)
 
                 def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
@@ -138,7 +150,7 @@ class Loop:
                     )
                     if found:
                         taken = taken.after_holdout(found)
-                    if found or taken.step % train.log_every == 0 or taken.step == self.steps:
+                    if found or taken.step % train.log_every == 0 or taken.step == self.last:
                         if stats:
                             line = {**self.metrics(taken, rate, norm), **(found or {})}
                             stats.log(taken.step, line)
@@ -147,7 +159,7 @@ class Loop:
                     return taken
 
                 queued: tuple[int, float, Read] | None = None
-                for step in range(done.step, self.steps):
+                for step in range(done.step, self.last):
                     if why := verdict(train, done):
                         echo(f"stopped after step {done.step:,}: {why}")
                         break
@@ -158,7 +170,7 @@ class Loop:
                     queued = (step, rate, read)
                     if self.writes_after(step + 1):
                         found = None
-                        if self.holdout.is_due(step + 1, self.steps):
+                        if self.holdout.is_due(step + 1, self.last):
                             found = self.holdout.measure(state, feed.size)
                         done, queued = take(*queued, found), None
                         self.save(done)
@@ -291,7 +303,7 @@ class Loop:
         train = self.train
         due = (train.checkpoint_every, train.sample_every, train.save_every)
         due_now = any(every and done % every == 0 for every in due)
-        return due_now or done == self.steps or self.holdout.is_due(done, self.steps)
+        return due_now or done == self.last or self.holdout.is_due(done, self.last)
 
     def save(self, done: Progress) -> None:
         """Write what is due after a step; the state last, so that it vouches for the rest."""
@@ -304,7 +316,7 @@ class Loop:
             )
         if train.sample_every and done.step % train.sample_every == 0:
             self.samples.draw(done.step, self.state)
-        if done.step % train.save_every == 0 or done.step == self.steps or stopped:
+        if done.step % train.save_every == 0 or done.step == self.last or stopped:
             self.state.save(self.out, replace(done, stats=stats_digest(self.out)))
 
     def _may_halve(self, size: int) -> bool:
@@ -317,7 +329,7 @@ class Loop:
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
-        raise FifaError(
+        raise DivergedError(
             f"the {what} is not finite in step {step + 1}: stopped before anything of it was "
             "written",
             where=str(self.out),

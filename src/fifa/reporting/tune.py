@@ -1,0 +1,73 @@
+"""``tune.html``: the trials of `fifa tune` in a table, and how their held-out loss went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fifa.formatting import number, percent, shorten, signed, text_table
+from fifa.reporting.figures import draw_trials
+from fifa.reporting.page import render
+from fifa.shards.files import read_table, write_text
+
+TRIALS = "trials.parquet"
+PAGE = "tune.html"
+OWN = (
+    *("trial", "rung", "steps", "loss", "accuracy", "displacement"),
+    *("reward", "reward_low", "reward_high", "judged_by", "place"),
+)
+
+
+def write_tune(folder: str | Path) -> Path:
+    """Write ``tune.html`` into a search's folder; the same table gives the same bytes."""
+    folder = Path(folder)
+    trials, heads, rows = _table(folder)
+    context = {
+        "title": shorten(folder.resolve().name, 80),
+        "heads": heads,
+        "rows": rows,
+        "trials": trials,
+        "figure": draw_trials([_curve(folder, row["trial"]) for row in trials]),
+    }
+    write_text(folder / PAGE, render("tune.html.j2", context))
+    return folder / PAGE
+
+
+def tune_text(folder: str | Path) -> str:
+    """The table of the trials for a terminal, the best first, and who said so."""
+    trials, heads, rows = _table(Path(folder))
+    lines = text_table([heads, *rows])
+    return "\n".join([*lines, f"the best one by {trials[0]['judged_by']}"])
+
+
+def _table(folder: Path) -> tuple[list[dict[str, Any]], list[str], list[list[str]]]:
+    """The last row of every trial, the best first; and these as cells below their heads."""
+    found = read_table(folder / TRIALS).to_pylist()
+    trials = sorted((row for row in found if row["place"]), key=lambda row: row["place"])
+    knobs = [name for name in trials[0] if name not in OWN]
+    judged = [row for row in trials if row["reward"] is not None]
+    heads = ["trial", *knobs, "steps", "held-out loss", "accuracy", "displacement"]
+    heads += ["gain (95 %)"] if judged else []
+    rows = [_cells(row, knobs, bool(judged)) for row in trials]
+    return trials, heads, rows
+
+
+def _cells(row: dict[str, Any], knobs: list[str], judged: bool) -> list[str]:
+    values = ["-" if row[name] is None else str(row[name]) for name in knobs]
+    cells = [str(row["trial"]), *values, f"{row['steps']:,}"]
+    if row["loss"] is None:
+        cells += ["diverged", "-", "-"]
+    else:
+        cells += [f"{row['loss']:.4f}", percent(row["accuracy"]), f"{row['displacement']:+.2%}"]
+    if judged and row["reward"] is None:
+        cells.append("-")
+    elif judged:
+        low, high = number(row["reward_low"]), number(row["reward_high"])
+        cells.append(f"{signed(row['reward'])} ({low} to {high})")
+    return cells
+
+
+def _curve(folder: Path, trial: int) -> list[tuple[int, float]]:
+    """Steps and held-out loss of a trial after each rung."""
+    found = read_table(folder / TRIALS, ["trial", "steps", "loss"]).to_pylist()
+    return [(row["steps"], row["loss"]) for row in found if row["trial"] == trial and row["loss"]]
