@@ -127,7 +127,7 @@ def weights_of_state(out, step):
     [
         ("adamw", {"log_every": 4}),
         ("adamw", {"draws": 2, "order": "stages:2", "order_by": "implicit", "ema": 0.9}),
-        ("adamw", {"lora_dropout": 0.5}),
+        ("adamw", {"lora_dropout": 0.5, "time_range": (0.1, 0.9)}),
         ("adafactor", {"ema": 0.9}),
     ],
     ids=str,

@@ -119,6 +119,12 @@ class Train(Knobs):
     order_by
         What makes a pair easy: a large ``margin`` in the subset, whichever image it is for, or the
         ``implicit`` reward, by how much less error the base model makes on the preferred image.
+    time
+        How noise levels are distributed: ``uniform``, ``logit-normal`` (mostly middle ones, as in
+        Stable Diffusion 3), or ``snr`` (as min-SNR weighs them); if not given, as the model's
+        family was trained.
+    time_range
+        The lowest and the highest noise level, from 0 (the image) to 1 (noise alone).
     draws
         Size of the noise pool: 0 draws new noise and a new timestep at every step. With D > 0 each
         pair has a fixed pool of D of them, and the reference model's errors on the pool are
@@ -223,6 +229,8 @@ class Train(Knobs):
         "random"
     )
     order_by: Literal["margin", "implicit"] = "margin"
+    time: Literal["uniform", "logit-normal", "snr"] | None = None
+    time_range: tuple[Share, Share] = (0.0, 1.0)
     draws: CountOrZero = 0
     batch: Count = 32
     micro_batch: Count | None = None
@@ -265,6 +273,12 @@ class Train(Knobs):
             raise FifaError(
                 f"the loss {self.loss} reads no soft label",
                 do=f"take --loss soft or smpo with --label {self.label}, or leave it out",
+            )
+        low, high = self.time_range
+        if not low < high:
+            raise FifaError(
+                f"no noise level is in a time range of {low:g}:{high:g}",
+                do="0 to 1, the lower one first, such as 0.2:0.9",
             )
 
     def steps_of(self, pairs: int) -> int:

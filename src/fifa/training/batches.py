@@ -40,6 +40,7 @@ from fifa.shards.ledger import Ledger
 from fifa.training.backbones.base import Backbone, Tensors
 from fifa.training.cache import forget_damaged
 from fifa.training.losses import errors
+from fifa.training.times import time_drawer
 
 LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
 REFERENCE = 32 * LATENTS  # the same on CUDA where no gradients are kept
@@ -59,7 +60,7 @@ class Draw:
     flip
         Whether both images are mirrored.
     time
-        A scalar, as the ``draw_time`` of the backbone's schedule gives it.
+        A scalar, as `fifa.training.times` draws it.
     noise
         float32 ``[c, h, w]``.
     posterior
@@ -100,7 +101,7 @@ def draw_pair(
         The epoch, or the epoch modulo the size of the pool; below 0 for a pair that is measured
         only.
     draw_time
-        The schedule's.
+        From `fifa.training.times.time_drawer`.
     shape
         (c, h, w) of the latents.
     dropout
@@ -249,7 +250,7 @@ class Source:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
         rows = [pair for pair, _ in items]
         shape = (backbone.vae.channels, *encoded.shape(rows[0]))
-        time_of = backbone.schedule.draw_time
+        time_of = time_drawer(backbone.schedule, train.time, train.time_range)
         draws = []
         for pair, d in items:
             taught = d >= 0
@@ -390,6 +391,8 @@ def precompute(
         "flips": train.flips,
         "dtype": dtype,
     }
+    if (train.time, train.time_range) != (None, (0.0, 1.0)):
+        depends_on["time"] = [train.time, *train.time_range]
     path = folder / f"reference-{digest(depends_on)}.parquet"
     ledger = Ledger.beside(path)
     starts = range(0, len(rows), SHARD)
