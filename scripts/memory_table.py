@@ -143,6 +143,7 @@ def plan(kind: Kind, model: Path, card: float) -> Plan:
         dropped={},
         processes=1,
         resolution=kind.resolution,
+        buckets=False,
         dtype=COMPUTE,
         latents=0,
         prompts=0,

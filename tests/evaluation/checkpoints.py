@@ -2,8 +2,9 @@
 
 import torch
 from diffusers import DiffusionPipeline
-from neighbours import helper
 from peft import LoraConfig, get_peft_model_state_dict
+
+from neighbours import helper
 
 _tiny = helper("training", "tiny_diffusion")
 write_model, write_pairs = _tiny.write_model, _tiny.write_pairs

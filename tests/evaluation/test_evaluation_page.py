@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from drawn import draw_index, save, write_evaluation, write_results
-from neighbours import helper
 
 from fifa.errors import FifaError
 from fifa.evaluation.generate import png, read_index
@@ -20,6 +19,7 @@ from fifa.reporting.evaluation import headline, symptoms
 from fifa.reporting.examples import EACH, EXACT, MODELS, side_by_side, thumbnail
 from fifa.reporting.page import write_report
 from fifa.shards.files import write_table
+from neighbours import helper
 
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e {}'
 

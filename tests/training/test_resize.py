@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_diffusion import write_model, write_pairs
+from trainings import quick
 
 from fifa.errors import FifaError
+from fifa.training.job import plan_training
 from fifa.training.resize import Frame, Resize, bucket_sizes, cut
 
 sides = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -75,3 +78,13 @@ def test_a_sliver_does_not_fill_the_memory():
 def test_a_resolution_that_does_not_fit_the_model():
     with pytest.raises(FifaError, match="multiple of 16"):
         Resize(1000, 16)
+
+
+def test_buckets_are_the_default_of_families_that_were_trained_on_them(tmp_path):
+    write_pairs(tmp_path / "pairs.parquet", (((128, 64), (128, 64)), ((64, 64), (64, 64))))
+    for kind, buckets in (("sd15", False), ("sdxl", True)):
+        write_model(tmp_path / kind, kind)
+        for asked, found in ((None, buckets), (not buckets, not buckets)):
+            plan = plan_training(quick(tmp_path, kind, buckets=asked), tmp_path / "out")
+            assert plan.buckets is found
+            assert ("in buckets" in str(plan)) is found

@@ -47,7 +47,7 @@ class Option:
     commas: bool = False
     argument: bool = False
     required: bool = False
-    family: Literal["", "steps", "guidance", "half"] = ""
+    family: Literal["", "steps", "guidance", "half", "buckets"] = ""
 
 
 class Knobs:

@@ -47,7 +47,8 @@ class Train(Knobs):
         Side of the training images in pixels (with buckets: of a square of the same area); if not
         given, the model's own resolution.
     buckets
-        Sort images into buckets by their aspect ratio, or crop them to a square.
+        Sort images into buckets by their aspect ratio, or crop them to a square; if not given, what
+        the model family was trained on.
     flips
         Mirror both images of a pair, in half of the steps.
     cache_dtype
@@ -196,7 +197,7 @@ class Train(Knobs):
     vae: str | None = None
     init_lora: str | None = None
     resolution: Count | None = None
-    buckets: Annotated[bool, Option("--buckets/--crop")] = False
+    buckets: Annotated[bool | None, Option("--buckets/--crop", family="buckets")] = None
     flips: bool = False
     cache_dtype: Dtype = "float16"
     prompt_dropout: Share = 0.0
@@ -296,6 +297,7 @@ def paper_sd15() -> Train:
     weights; half precision, bf16 for their fp16.
     """
     return Train(
+        buckets=False,
         method="full",
         loss="sigmoid",
         beta=5000.0,

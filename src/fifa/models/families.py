@@ -110,6 +110,8 @@ class Family:
         What its pipeline calls the guidance scale.
     negative
         The negative prompt without which its pipeline does not guide, if that is so.
+    buckets
+        Whether it was trained on images of many aspect ratios.
     half_vae
         Whether its VAE is exact enough in bfloat16, whatever its ``force_upcast`` says about
         float16.
@@ -139,6 +141,7 @@ class Family:
     distilled: Distilled | None = None
     guide: str = "guidance_scale"
     negative: str | None = None
+    buckets: bool = False
     half_vae: bool = False
     activations: Activations | None = None
     joints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -185,6 +188,8 @@ TEXTS = ("text_encoder", "text_encoder_2")
 WIDTHS = tuple(f"{part}.hidden_size" for part in TEXTS)
 PROJECTIONS = tuple(f"{part}.projection_dim" for part in TEXTS)
 
+# buckets: SD was trained on squares; SDXL, SD3 and FLUX were not (arXiv:2307.01952, 2.3;
+# arXiv:2403.03206, 5.3).
 # half_vae: SimpleTuner's VAEs compute in bfloat16 by default, but for SDXL's own (#394 there: take
 # the fixed one). diffusers' scripts for SD, SD3 and FLUX give the VAE the training's 16-bit type,
 # those for SDXL only if another VAE is named.
@@ -227,6 +232,7 @@ FAMILIES = (
         steps=50,
         guidance=5.0,
         half="float16",
+        buckets=True,
         activations=Activations(
             numbers=2_567_463_684,
             fixed=7_648_768,
@@ -260,6 +266,7 @@ FAMILIES = (
         steps=28,
         guidance=7.0,
         half="bfloat16",
+        buckets=True,
         half_vae=True,
         activations=Activations(
             numbers=2_028_328_000,
@@ -294,6 +301,7 @@ FAMILIES = (
         steps=28,
         guidance=3.5,
         half="bfloat16",
+        buckets=True,
         half_vae=True,
         activations=Activations(
             numbers=11_901_408_320,
@@ -330,6 +338,7 @@ FAMILIES = (
         steps=50,
         guidance=5.0,
         half="bfloat16",
+        buckets=True,
         half_vae=True,
         since="0.36",
         joints={"cap_feat_dim": WIDTHS[:1], "in_channels": LATENT},
@@ -343,7 +352,7 @@ FAMILIES = (
 PIPELINES = {family.pipeline: family for family in FAMILIES}
 
 
-def listed(field: Literal["steps", "guidance", "half"]) -> str:
+def listed(field: Literal["steps", "guidance", "half", "buckets"]) -> str:
     """What every family has in a field, for help texts: ``50 for SD and SDXL, 28 for ...``."""
     titles: dict[Any, list[str]] = {}
     for family in FAMILIES:
@@ -354,6 +363,8 @@ def listed(field: Literal["steps", "guidance", "half"]) -> str:
     values = []
     for value, names in titles.items():
         text = f"{value:g}" if isinstance(value, (int, float)) else value
+        if isinstance(value, bool):
+            text = field if value else f"no {field}"
         *most, last = names
         several = f"{', '.join(most)} and " if most else ""
         values.append(f"{text} for {several}{last}")

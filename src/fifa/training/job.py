@@ -271,7 +271,8 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         model = assembled(train.model, train)
     backbone = load_backbone(model, device=device, dtype=weights, compute=dtype)
     resolution = train.resolution or native_resolution(backbone)
-    Resize(resolution, backbone.pixels_per_latent, train.buckets)  # says what does not fit
+    buckets = backbone.family.buckets if train.buckets is None else train.buckets
+    Resize(resolution, backbone.pixels_per_latent, buckets)  # says what does not fit
     backbone.rehearse(resolution)
     shards = accelerator.num_processes if sharded else 1
     latents, prompts = cache_bytes(pairs, backbone, resolution, train.cache_dtype)
@@ -282,6 +283,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         dropped=pairs.dropped,
         processes=accelerator.num_processes,
         resolution=resolution,
+        buckets=buckets,
         dtype=dtype,
         latents=latents * (1 + train.flips),
         prompts=prompts,
@@ -329,7 +331,7 @@ def make_source(job: Job) -> Source:
         job.backbone,
         job.cache,
         resolution=job.plan.resolution,
-        buckets=train.buckets,
+        buckets=job.plan.buckets,
         flips=train.flips,
         dtype=train.cache_dtype,
         share=(accelerator.process_index, accelerator.num_processes),

@@ -182,6 +182,8 @@ class Plan:
         That share the batch.
     resolution
         Pixels a side.
+    buckets
+        Whether images keep about their aspect ratio.
     dtype
         What the denoiser computes in.
     latents, prompts
@@ -202,6 +204,7 @@ class Plan:
     dropped: dict[str, int]
     processes: int
     resolution: int
+    buckets: bool
     dtype: str
     latents: int
     prompts: int
@@ -270,6 +273,7 @@ class Plan:
         train, memory = self.train, self.memory
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
         presented = self.steps * train.batch
+        shape = "in buckets by aspect ratio" if self.buckets else "cropped to squares"
         lines = [
             f"pairs       {self.pairs:,}"
             + (f", {self.held:,} more are held out" if self.held else "")
@@ -278,7 +282,7 @@ class Plan:
             f"{self._micro_batches}",
             f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)"
             + self._order,
-            f"resolution  {self.resolution:,}, computed in {self.dtype}",
+            f"resolution  {self.resolution:,}, {shape}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       {size(self.latents + self.prompts)} on disk at most (latents "
             f"{size(self.latents)}, prompts {size(self.prompts)})",
