@@ -102,7 +102,10 @@ def test_the_base_is_itself_again_after_a_checkpoint(base, lora, unet, tmp_path)
     np.testing.assert_array_equal(pixels(tmp_path / "run", table, "last"), base_images)
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell", "zimage"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sd2", "sdxl", "sd3", "flux-dev", "flux-schnell", "zimage", "qwenimage", "klein", "sana"],
+)
 def test_every_family(kind, tmp_path):
     model = write_model(tmp_path / "model", kind)
     tuned = {"lora": write_lora(model, tmp_path / "a"), "full": write_part(model, tmp_path / "b")}
@@ -122,6 +125,7 @@ def test_every_family(kind, tmp_path):
         ("flux-dev", 3.5, 28),
         ("flux-schnell", 0.0, 4),
         ("zimage", 5.0, 50),
+        ("sana", 4.5, 20),
     ],
 )
 def test_defaults_by_family(kind, guidance, steps, tmp_path):
@@ -205,6 +209,9 @@ def test_a_sampler_by_name_is_used_on_the_models_own_schedule(base, tmp_path):
     assert (pixels(tmp_path / "a", plain, "base") != pixels(tmp_path / "b", other, "base")).any()
     with pytest.raises(FifaError, match="does not sample this model"):
         make(base, {}, tmp_path / "c", sampler="flow-euler")
+    sana = write_model(tmp_path / "sana", "sana")  # a flow, by a setting of its sampler
+    with pytest.raises(FifaError, match="DDIMScheduler does not sample this model"):
+        make(sana, {}, tmp_path / "d", sampler="ddim")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def test_a_distilled_model_is_sampled_in_few_steps_without_guidance(tmp_path):
         ("FLUX", {}, (4, 0.0)),
         ("Z-Image", {"shift": 6.0}, (50, 5.0)),
         ("Z-Image", {"shift": 3.0}, (8, 0.0)),
+        ("FLUX.2 klein", {"is_distilled": True}, (4, 0.0)),
+        ("FLUX.2 klein", {"is_distilled": False}, (50, 4.0)),
         ("SD", {}, (50, 7.5)),
     ):
         [family] = [one for one in FAMILIES if one.title == title]

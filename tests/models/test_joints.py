@@ -67,6 +67,28 @@ PUBLISHED = {
         "tokenizer_2": PIECES,
         "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
     },
+    "zimage": {
+        "transformer": {"in_channels": 16, "cap_feat_dim": 2560, "all_patch_size": [2]},
+        "vae": {"latent_channels": 16, "scaling_factor": 0.3611},
+        "text_encoder": {"model_type": "qwen3", "hidden_size": 2560, "vocab_size": 151_936},
+        "tokenizer": {"vocab.json": {"a": 0, "b": 151_642}},
+    },
+    "qwenimage": {
+        "transformer": {"in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584},
+        "vae": {"z_dim": 16},
+        "text_encoder": {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584}},
+    },
+    "flux2": {
+        "transformer": {"in_channels": 128, "joint_attention_dim": 15_360, "patch_size": 1},
+        "vae": {"latent_channels": 32},
+        "text_encoder": {"model_type": "mistral3", "text_config": {"hidden_size": 5120}},
+    },
+    "sana": {
+        "transformer": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304},
+        "vae": {"latent_channels": 32, "scaling_factor": 0.41407},
+        "text_encoder": {"model_type": "gemma2", "hidden_size": 2304},
+        "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+    },
 }
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -133,6 +155,11 @@ def test_settings_that_are_not_there_are_not_compared(tmp_path):
         ("flux", "transformer", {"patch_size": 2}, "patch_size is 2, not 1"),
         ("flux", "text_encoder", {"hidden_size": 1024}, "pooled_projection_dim is 768"),
         ("flux", "text_encoder_2", {"vocab_size": 100}, "32,100 words, text_encoder_2 knows 100"),
+        ("zimage", "text_encoder", {"vocab_size": 100}, "151,643 words, text_encoder knows 100"),
+        ("qwenimage", "vae", {"z_dim": 32}, "out_channels is 16, but it is given 32"),
+        ("qwenimage", "transformer", {"zero_cond_t": True}, "zero_cond_t is True"),  # for edits
+        ("flux2", "transformer", {"joint_attention_dim": 7680}, "15360 .3 x text_encoder"),
+        ("sana", "scheduler", {"use_flow_sigmas": False}, "where a flow's is needed"),
     ],
 )
 def test_a_part_that_does_not_fit_is_named(tmp_path, name, part, change, message):

@@ -16,3 +16,21 @@ def world(tmp_path_factory):
     write_model(folder / "sd15")
     write_pairs(folder / "pairs.parquet")
     return folder
+
+
+class Models(dict):
+    """Folders of tiny models by kind, each written when it is first asked for."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, kind):
+        self[kind] = write_model(self.root / kind, kind)
+        return self[kind]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """`Models` for all tests, which none of them changes."""
+    return Models(tmp_path_factory.mktemp("models"))

@@ -8,13 +8,20 @@ from __future__ import annotations
 import copy
 import io
 from functools import cache
+from inspect import signature
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import xxhash
-from diffusers import DDPMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+)
 from peft import LoraConfig
 from PIL import Image
 
@@ -63,9 +70,39 @@ class Plain:
         pixels = torch.cat([read(one) for one in data])
         self.sizes = [pixels.shape[2:]] * len(data)
         with torch.no_grad():
-            self.posteriors = self.pipe.vae.encode(pixels).latent_dist
+            self.mean, self.std = self.moments(pixels)
         self.captions = ["", *dict.fromkeys(row["caption"] for row in self.rows)]
         self.texts = self.embed(self.captions)
+
+    def moments(self, pixels):
+        """Of the latents, before they are shifted and scaled."""
+        vae = self.pipe.vae
+        kind = type(vae).__name__
+        if kind == "AutoencoderDC":
+            mean = vae.encode(pixels).latent
+            return mean, torch.zeros_like(mean)
+        if kind == "AutoencoderKLQwenImage":
+            found = vae.encode(pixels[:, :, None]).latent_dist
+            return found.mean[:, :, 0], found.std[:, :, 0]
+        found = vae.encode(pixels).latent_dist
+        if kind == "AutoencoderKLFlux2":
+            patches = Flux2KleinPipeline._patchify_latents
+            return patches(found.mean), patches(found.std)
+        return found.mean, found.std
+
+    def scaled(self, sample):
+        vae = self.pipe.vae
+        config, kind = vae.config, type(vae).__name__
+        if kind == "AutoencoderKLQwenImage":
+            mean, std = (
+                torch.tensor(c)[:, None, None] for c in (config.latents_mean, config.latents_std)
+            )
+            return (sample - mean) * (1 / std)
+        if kind == "AutoencoderKLFlux2":
+            mean, variance = vae.bn.running_mean, vae.bn.running_var
+            std = torch.sqrt(variance + config.batch_norm_eps)
+            return (sample - mean[:, None, None]) * (1 / std)[:, None, None]
+        return (sample - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     def with_lora(self, weights):
         self.policy.requires_grad_(False)
@@ -89,6 +126,20 @@ class Plain:
                 return (self.pipe.encode_prompt(prompts, "cpu", 1, False)[0],)
             if kind == "ZImagePipeline":
                 return (self.pipe.encode_prompt(list(prompts), "cpu", False)[0],)
+            if kind == "QwenImagePipeline":
+                return self.pipe.encode_prompt(prompts)
+            if kind in ("Flux2Pipeline", "Flux2KleinPipeline"):
+                return self.pipe.encode_prompt(prompts)
+            if kind == "SanaPipeline":
+                told = signature(type(self.pipe).__call__).parameters["complex_human_instruction"]
+                options = {"complex_human_instruction": told.default}
+                embedded = self.pipe.encode_prompt(prompts, False, **options)[:2]
+                # of the empty one, what guidance is away from
+                empty = self.pipe.encode_prompt(prompts, True, **options)[2:]
+                return [
+                    torch.cat([none[:1], rest[1:]])
+                    for none, rest in zip(empty, embedded, strict=True)
+                ]
             if kind == "FluxPipeline":
                 return self.pipe.encode_prompt(prompts, max_sequence_length=512)[:2]
             found = self.pipe.encode_prompt(
@@ -106,10 +157,31 @@ class Plain:
             return net(noisy, time, prompts[0], added_cond_kwargs=extra).sample
         if kind == "StableDiffusion3Pipeline":
             return net(noisy, prompts[0], prompts[1], time * T).sample
+        if kind == "SanaPipeline":
+            return net(noisy, prompts[0], time * T, encoder_attention_mask=prompts[1]).sample
         n, c, h, w = noisy.shape
         if kind == "ZImagePipeline":
             found = net(list(noisy.unsqueeze(2)), 1 - time, prompts[0], return_dict=False)[0]
             return -torch.stack(found)[:, :, 0]
+        if kind in ("Flux2Pipeline", "Flux2KleinPipeline"):
+            stock = type(self.pipe)
+            ids = stock._prepare_latent_ids(noisy)
+            guidance = torch.full([n], 4.0) if net.config.guidance_embeds else None
+            out = net(
+                stock._pack_latents(noisy),
+                prompts[0],
+                time,
+                img_ids=ids,
+                txt_ids=prompts[1],
+                guidance=guidance,
+            ).sample
+            return stock._unpack_latents_with_ids(out, ids).contiguous()  # summed in that order
+        if kind == "QwenImagePipeline":
+            stock = QwenImagePipeline
+            packed = stock._pack_latents(noisy, n, c, h, w)
+            shapes = [[(1, h // 2, w // 2)]] * n
+            out = net(packed, prompts[0], prompts[1], time, img_shapes=shapes).sample
+            return stock._unpack_latents(out, h * 8, w * 8, 8)[:, :, 0]
         packed = FluxPipeline._pack_latents(noisy, n, c, h, w)
         out = net(
             hidden_states=packed,
@@ -142,19 +214,18 @@ class Plain:
             if self.flow:
                 sigma = torch.randn((), generator=dice).sigmoid()
                 config = self.pipe.scheduler.config
-                shift = 1.0 if config.use_dynamic_shifting else config.shift
+                shift = config.get("shift", config.get("flow_shift"))
+                shift = 1.0 if config.use_dynamic_shifting else shift
                 times.append(shift * sigma / (1 + (shift - 1) * sigma))
             else:
                 times.append(torch.randint(0, T, (), generator=dice))
-            shape = self.posteriors.mean.shape[1:]
+            shape = self.mean.shape[1:]
             noises.append(torch.randn(shape, generator=dice))
             sampling = torch.randn((2, *shape), generator=dice)
-            config = self.pipe.vae.config
             for side in (0, 1):
                 image = 2 * number + side
-                mean, std = self.posteriors.mean[image], self.posteriors.std[image]
-                sample = mean + std * sampling[side]
-                latents[side].append((sample - (config.shift_factor or 0)) * config.scaling_factor)
+                sample = self.mean[image] + self.std[image] * sampling[side]
+                latents[side].append(self.scaled(sample))
                 sizes[side].append(self.sizes[image])
             prompts.append(self.captions.index("" if empty else row["caption"]))
         x = torch.stack(latents[0] + latents[1])
@@ -170,6 +241,12 @@ class Plain:
             [part[i] for i in prompts * 2] if isinstance(part, list) else part[prompts * 2]
             for part in self.texts
         ]
+        if type(self.pipe).__name__ in ("QwenImagePipeline", "SanaPipeline"):
+            # without what is padded in all prompts: other zeros are rounded otherwise
+            longest = int(embedded[1].sum(1).max())
+            embedded = [part[:, :longest] for part in embedded]
+            if embedded[1].all():
+                embedded[1] = None
         return noisy, time, target, embedded, sizes[0] + sizes[1]
 
     def loss(self, step, ids, labels):

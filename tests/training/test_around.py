@@ -349,7 +349,7 @@ def test_memory_is_counted_from_the_files_headers(world):
     assert table.weights == 4 * whole
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev", "zimage"])
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev", "klein"])
 def test_the_plan_counts_the_familys_adapters(kind, tmp_path):
     train = Train(model=str(write_model(tmp_path, kind)), rank=3)
     backbone = load_backbone(train.model)
@@ -418,7 +418,7 @@ def test_the_function_trains_as_the_command_does(world, tmp_path):
     assert json.loads((out / "train.json").read_text())["steps"] == 1
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "zimage"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "qwenimage", "sana"])
 def test_every_family_trains_and_resumes(kind, tmp_path):
     write_model(tmp_path / kind, kind)
     write_pairs(tmp_path / "pairs.parquet")

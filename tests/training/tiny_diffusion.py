@@ -5,12 +5,19 @@ import json
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     AutoencoderTiny,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -21,13 +28,26 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from fifa.training.backbones.flux2 import SYSTEM
+from fifa.training.backbones.qwenimage import TEMPLATE
+from fifa.training.backbones.sana import INSTRUCTION
 
 torch.set_num_threads(1)  # models this small only wait for each other
 
@@ -43,6 +63,10 @@ KINDS = (
     "flux-dev",
     "flux-schnell",
     "zimage",
+    "qwenimage",
+    "flux2",
+    "klein",
+    "sana",
 )
 
 
@@ -59,6 +83,10 @@ def write_model(folder, kind="sd15", seed=0):
         "flux-dev": _flux,
         "flux-schnell": lambda folder: _flux(folder, dev=False),
         "zimage": _zimage,
+        "qwenimage": _qwenimage,
+        "flux2": _flux2,
+        "klein": _klein,
+        "sana": _sana,
     }[kind]
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
@@ -235,17 +263,164 @@ def _zimage(folder):
     return "ZImagePipeline", parts, {}
 
 
-def _qwen3(words, layers=3):
-    return Qwen3Config(
-        hidden_size=TEXT,
-        intermediate_size=48,
-        num_hidden_layers=layers,
+def _qwenimage(folder):
+    words = write_qwen_tokenizer(folder / "tokenizer")
+    transformer = QwenImageTransformer2DModel(
+        in_channels=32,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=16,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=words,
-        max_position_embeddings=1200,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 6, 6),
     )
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config={**_language(words, 2), "rope_scaling": rope},
+        vision_config={**vision, "out_hidden_size": TEXT},
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=8,
+        num_res_blocks=1,
+        latents_mean=[0.1 * i for i in range(8)],
+        latents_std=[1 + 0.2 * i for i in range(8)],
+    )
+    parts = {
+        "transformer": shake(transformer),
+        "vae": shake(vae),
+        "text_encoder": shake(Qwen2_5_VLForConditionalGeneration(config)),
+        "tokenizer": Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    return "QwenImagePipeline", parts, {}
+
+
+def _flux2(folder):
+    vocab, merges = learned_words(pre_tokenizers.ByteLevel(), MISTRAL)
+    words = Tokenizer(models.BPE(vocab, merges))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "additional_special_tokens": MISTRAL[2:]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, chat_template=MISTRAL_CHAT, **special
+    )
+    text = _language(len(tokenizer), 31)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "model_type": "pixtral"}
+    config = Mistral3Config(
+        text_config={**text, "model_type": "mistral"},
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    parts = {
+        "transformer": _flux2_transformer(guidance_embeds=True),
+        "vae": _flux2_vae(),
+        "text_encoder": shake(Mistral3ForConditionalGeneration(config)),
+        "tokenizer": tokenizer,  # the real one is a part of a processor, which wants torchvision
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    return "Flux2Pipeline", parts, {}
+
+
+def _klein(folder):
+    words = write_qwen_tokenizer(folder / "tokenizer")
+    parts = {
+        "transformer": _flux2_transformer(guidance_embeds=False),
+        "vae": _flux2_vae(),
+        "text_encoder": shake(Qwen3ForCausalLM(_qwen3(words, layers=28))),
+        "tokenizer": Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    return "Flux2KleinPipeline", parts, {"is_distilled": False}
+
+
+def _flux2_transformer(**config):
+    transformer = Flux2Transformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * TEXT,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        **config,
+    )
+    return shake(transformer)
+
+
+def _flux2_vae():
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return shake(vae)
+
+
+def _sana(folder):
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    vocab, merges = learned_words(pre_tokenizers.Metaspace(prepend_scheme="never"), special)
+    tokenizer = GemmaTokenizer(vocab, merges, add_bos_token=True)
+    transformer = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=TEXT,
+        sample_size=16,
+    )
+    language = {**_language(len(tokenizer), 2), "query_pre_attn_scalar": 16}
+    levels = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    vae = AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=levels,
+        decoder_block_types=levels,
+        encoder_block_out_channels=(8, 8, 8, 16),
+        decoder_block_out_channels=(8, 8, 8, 16),
+        encoder_layers_per_block=(0, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        scaling_factor=0.41407,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    parts = {
+        "transformer": shake(transformer),
+        "vae": shake(vae),
+        "text_encoder": shake(Gemma2Model(Gemma2Config(**language))),
+        "tokenizer": tokenizer,
+        "scheduler": DPMSolverMultistepScheduler(**flow),
+    }
+    return "SanaPipeline", parts, {}
+
+
+def _qwen3(words, layers=3):
+    return Qwen3Config(**_language(words, layers))
+
+
+def _language(words, layers):
+    """The settings of a language model."""
+    return {
+        "hidden_size": TEXT,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": words,
+        "max_position_embeddings": 2400,
+    }
 
 
 def _vae(channels, **config):
@@ -337,6 +512,13 @@ CHAT = (
 )
 
 
+MISTRAL = ["<s>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"]
+MISTRAL_CHAT = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content[0].text }}[/INST]"
+    "{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"
+)
+
+
 def write_qwen_tokenizer(folder):
     """Qwen's tokenizer, learned from a few words; returns how many it knows."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -355,7 +537,7 @@ def learned_words(split, special=()):
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
     )
-    tokenizer.train_from_iterator(PROMPTS, trainer)
+    tokenizer.train_from_iterator([*PROMPTS, INSTRUCTION, TEMPLATE, SYSTEM], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 

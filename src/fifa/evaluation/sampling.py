@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ SCHEDULE = (
     "prediction_type",
     "rescale_betas_zero_snr",
     "shift",
+    "flow_shift",
+    "use_flow_sigmas",
     "use_dynamic_shifting",
     "base_shift",
     "max_shift",
@@ -167,7 +170,10 @@ class PipelineLoader:
         if sampler is None:
             raise FifaError(f"diffusers has no sampler {self._settings.sampler}", do="--sampler")
         usual = type(pipe.scheduler).__name__
-        if ("FlowMatch" in sampler.__name__) != ("FlowMatch" in usual):
+        other = ("FlowMatch" in sampler.__name__) != ("FlowMatch" in usual)
+        # SANA's samples a flow by this setting, which not every sampler knows
+        flow = own.get("use_flow_sigmas") and "use_flow_sigmas" not in signature(sampler).parameters
+        if other or flow:
             raise FifaError(
                 f"{sampler.__name__} does not sample this model, {usual} does",
                 where=str(self._folder),
@@ -191,18 +197,19 @@ def make_images(
         Where memory runs out.
     """
     torch = require("torch")
+    family = PIPELINES.get(type(pipe).__name__)
+    negative = settings.negative or (family.negative if family else None)
     options: dict[str, Any] = {
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
+        family.guide if family else "guidance_scale": settings.guidance,
         "width": settings.width,
         "height": settings.height,
-        "negative_prompt": [settings.negative] * len(prompts) if settings.negative else None,
+        "negative_prompt": [negative] * len(prompts) if negative else None,
     }
     known = {name: value for name, value in options.items() if value is not None}
     noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Of pipelines that are known, tensors are the same numbers, still on the device.
-    tensors = type(pipe).__name__ in PIPELINES
-    options = {**known, "output_type": "pt" if tensors else "np"}
+    options = {**known, "output_type": "pt" if family else "np"}
     vae: Any = getattr(pipe, "vae", None)
     try:
         place = Path(str(getattr(pipe, "name_or_path", "")))
@@ -210,9 +217,9 @@ def make_images(
         with tf32(pipe.device), working("the model cannot make an image", place, fits):
             found = pipe(prompt=prompts, generator=noise, **options).images
     finally:
-        if tensors:  # SDXL's is float32 where memory ran out while it decoded
+        if family:  # SDXL's is float32 where memory ran out while it decoded
             vae.to(dtype=getattr(torch, settings.dtype))
-    found = found.permute(0, 2, 3, 1) if tensors else torch.as_tensor(np.asarray(found))
+    found = found.permute(0, 2, 3, 1) if family else torch.as_tensor(np.asarray(found))
     if not found.isfinite().all():
         raise FifaError(
             f"the model makes images that are not finite in {settings.dtype}",

@@ -188,7 +188,25 @@ TEXTS = ("text_encoder", "text_encoder_2")
 WIDTHS = tuple(f"{part}.hidden_size" for part in TEXTS)
 PROJECTIONS = tuple(f"{part}.projection_dim" for part in TEXTS)
 
-# buckets: SD was trained on squares; SDXL, SD3 and FLUX were not (arXiv:2307.01952, 2.3;
+# Of both models with FLUX.2's transformer
+FLUX2: Any = {
+    "denoiser": "Flux2Transformer2DModel",
+    "part": "transformer",
+    "parts": ("transformer", "vae", *ONE_ENCODER, "scheduler"),
+    "schedule": "flow",
+    "targets": (*ATTENTION, "to_qkv_mlp_proj", "attn.to_out"),
+    "half": "bfloat16",
+    "half_vae": True,
+    "buckets": True,
+    "vaes": ("AutoencoderKLFlux2",),
+    "joints": {
+        "joint_attention_dim": WIDTHS[:1] * 3,
+        "in_channels": LATENT * 4,  # of 2 x 2 patches
+    },
+    "requires": {"patch_size": (1, None)},
+}
+
+# buckets: SD was trained on squares; the others were not (SDXL: arXiv:2307.01952, 2.3; SD3:
 # arXiv:2403.03206, 5.3).
 # half_vae: SimpleTuner's VAEs compute in bfloat16 by default, but for SDXL's own (#394 there: take
 # the fixed one). diffusers' scripts for SD, SD3 and FLUX give the VAE the training's 16-bit type,
@@ -347,6 +365,81 @@ FAMILIES = (
         distilled=Distilled(
             "Z-Image Turbo", "scheduler/scheduler_config.json", "shift", (3, 3.0), steps=8
         ),
+    ),
+    Family(
+        name="qwenimage",
+        title="Qwen-Image",
+        pipeline="QwenImagePipeline",
+        backbone="QwenImage",
+        denoiser="QwenImageTransformer2DModel",
+        part="transformer",
+        parts=("transformer", "vae", *ONE_ENCODER, "scheduler"),
+        schedule="flow",
+        targets=ATTENTION,
+        steps=50,
+        guidance=4.0,
+        guide="true_cfg_scale",
+        negative=" ",
+        half="bfloat16",
+        half_vae=True,
+        buckets=True,
+        since="0.35",
+        vaes=("AutoencoderKLQwenImage",),
+        joints={
+            "joint_attention_dim": WIDTHS[:1],
+            "in_channels": ("vae.z_dim",) * 4,  # of 2 x 2 patches
+            "out_channels": ("vae.z_dim",),
+        },
+        requires={
+            "patch_size": (2, None),
+            "guidance_embeds": (False, None),
+            "zero_cond_t": (False, None),
+            "use_additional_t_cond": (False, None),
+            "use_layer3d_rope": (False, None),
+        },
+    ),
+    Family(
+        name="flux2",
+        title="FLUX.2",
+        pipeline="Flux2Pipeline",
+        backbone="Flux2",
+        steps=50,
+        guidance=4.0,
+        since="0.36",
+        **FLUX2,
+    ),
+    Family(
+        name="klein",
+        title="FLUX.2 klein",
+        pipeline="Flux2KleinPipeline",
+        backbone="Klein",
+        steps=50,
+        guidance=4.0,
+        since="0.37",
+        distilled=Distilled(
+            "FLUX.2 klein distilled", "model_index.json", "is_distilled", (True,), steps=4
+        ),
+        **FLUX2,
+    ),
+    Family(
+        name="sana",
+        title="SANA",
+        pipeline="SanaPipeline",
+        backbone="Sana",
+        denoiser="SanaTransformer2DModel",
+        part="transformer",
+        parts=("transformer", "vae", *ONE_ENCODER, "scheduler"),
+        schedule="flow",
+        targets=ATTENTION,
+        steps=20,
+        guidance=4.5,
+        half="bfloat16",
+        half_vae=True,
+        buckets=True,
+        since="0.32",
+        vaes=("AutoencoderDC",),
+        joints={"caption_channels": WIDTHS[:1], **CHANNELS},
+        requires={"guidance_embeds": (False, None)},
     ),
 )
 PIPELINES = {family.pipeline: family for family in FAMILIES}

@@ -57,14 +57,14 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
         If the denoiser has no module that ``train.targets`` names.
     """
     peft = require("peft", "train")
+    denoiser: Any = backbone.denoiser
     config = peft.LoraConfig(
         r=train.rank,
         lora_alpha=train.rank if train.alpha is None else train.alpha,
         lora_dropout=train.lora_dropout,
-        target_modules=list(train.targets or backbone.family.targets),
+        target_modules=layers(denoiser, train.targets or backbone.family.targets),
         init_lora_weights="gaussian",
     )
-    denoiser: Any = backbone.denoiser
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
@@ -80,6 +80,20 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
     for parameter in trained:  # in float32: an update of 1e-5 is lost in the rounding of a half
         parameter.data = parameter.data.float()
     return trained
+
+
+def layers(denoiser: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+    """``targets``, with full names where the end of one names lists of layers too.
+
+    peft refuses these: in FLUX.2 ``attn.to_out`` is a layer in some blocks and a list in others.
+    """
+    modules = dict(denoiser.named_modules())
+    found: list[str] = []
+    for target in targets:
+        named = [name for name in modules if name == target or name.endswith(f".{target}")]
+        plain = [name for name in named if not isinstance(modules[name], torch.nn.ModuleList)]
+        found += [target] if len(plain) == len(named) else plain
+    return found
 
 
 def train_all(backbone: Backbone) -> list[torch.nn.Parameter]:

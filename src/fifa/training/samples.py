@@ -112,7 +112,10 @@ class Samples:
             )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.accelerator.device)
-        images = []
+        family, images = self.backbone.family, []
+        options = {family.guide: family.sampling(folder)[1], "negative_prompt": family.negative}
+        if family.negative is None:  # FLUX.2's takes none
+            del options["negative_prompt"]
         for number, prompt in enumerate(self.prompts):
             seed = seed_of("sample", self.train.seed, number)
             made = pipeline(
@@ -121,6 +124,7 @@ class Samples:
                 width=self.resolution,
                 num_inference_steps=self.train.sample_steps,
                 generator=torch.Generator().manual_seed(seed),
+                **options,
             )
             images.append(made.images[0])
         return _joined(images, axis=0)

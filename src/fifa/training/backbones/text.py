@@ -49,11 +49,11 @@ class TextEncoder:
     pad: str | bool = "max_length"
     skip: int = 0
 
-    def __call__(self, prompts: Sequence[str], **options: bool) -> Any:
+    def __call__(self, prompts: Sequence[str], **options: Any) -> Any:
         """The model's output; padding is masked out where the pipelines do so."""
         return self.read(prompts, **options)[0]
 
-    def read(self, prompts: Sequence[str], **options: bool) -> tuple[Any, Tensor]:
+    def read(self, prompts: Sequence[str], **options: Any) -> tuple[Any, Tensor]:
         """The model's output, and which of its tokens are the prompts': int64 ``[n, length]``."""
         tokens = self.tokenizer(
             [self.template(prompt) for prompt in prompts],

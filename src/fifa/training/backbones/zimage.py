@@ -26,7 +26,7 @@ class ZImage(Backbone):
 
     def load_reader(self, folder: ModelFolder) -> TextEncoder:
         """Qwen3's tokenizer and chat template."""
-        tokenizer = folder.read("tokenizer", transformers("AutoTokenizer"))
+        tokenizer = folder.read("tokenizer", transformers("Qwen2Tokenizer"))
         options = {"add_generation_prompt": True, "enable_thinking": True}
         written = chat_template(tokenizer, folder.path / "tokenizer", **options)
 
