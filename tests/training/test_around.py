@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -22,7 +23,7 @@ from fifa.training.backbones import load_backbone
 from fifa.training.backbones.parts import shapes_in
 from fifa.training.batches import adapters_off
 from fifa.training.checkpoint import FACTS, TENSORS, add_lora, make_optimizer
-from fifa.training.job import make_accelerator, run_training
+from fifa.training.job import check_disk, make_accelerator, plan_training, run_training
 from fifa.training.metrics import read_stats
 from fifa.training.plan import memory_of, needs_copy
 from fifa.training.samples import GAP
@@ -427,3 +428,30 @@ def test_every_family_trains_and_resumes(kind, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights_of(out).values())
     facts = json.loads((out / "train.json").read_text())
     assert facts["family"] == kind.partition("-")[0]
+
+
+def test_prompts_that_are_not_cached_train_alike(world, tmp_path):
+    weights = []
+    for keep in (True, False):
+        train = quick(world, steps=2, prompt_dropout=0.5, cache_prompts=keep)
+        weights.append(weights_of(run_training(train, tmp_path / str(keep))))
+    assert furthest(*weights) < 1e-6
+    assert not list((tmp_path / "False" / "cache").glob("prompts-*"))
+    plan = plan_training(train, tmp_path / "plan")
+    assert "prompts are encoded at every step" in str(plan) and plan.prompts == 0
+    kept = plan_training(replace(train, cache_prompts=True), tmp_path / "plan")
+    assert plan.memory.weights == kept.memory.weights + kept.memory.text
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    check_disk(tmp_path / "cache", 10**8, 8 * 10**8)
+    with pytest.raises(FifaError, match=r"needs about 39.1\d GB, 1.00 GB are free[\s\S]*39.00 GB"):
+        check_disk(tmp_path / "cache", 10**8 + 1, 39 * 10**9)
+
+
+def test_a_distilled_model_is_trained_with_a_warning(models, world, tmp_path):
+    for kind, said in (("flux-schnell", True), ("flux-dev", False)):
+        train = replace(quick(world), model=str(models[kind]))
+        plan = str(plan_training(train, tmp_path / "out"))
+        assert ("warning     FLUX schnell was distilled" in plan) == said

@@ -526,7 +526,20 @@ def test_infinite_moments_are_an_error(models):
         backbone.vae.check(backbone.vae.moments(randn(1, 3, 32, 32)))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_a_model_that_diffusers_is_too_old_for_is_told_with_the_version(models, monkeypatch):
+    monkeypatch.setattr("fifa.models.families.require", lambda *_: SimpleNamespace(__version__="0"))
+    with pytest.raises(FifaError, match=r"Z-Image needs diffusers 0.36; 0 is installed[\s\S]*pip"):
+        load_backbone(models["zimage"])
+
+
+def test_a_tokenizer_without_a_chat_template_is_told(models, tmp_path):
+    folder = shutil.copytree(models["zimage"], tmp_path / "model")
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(FifaError, match=r"no chat template[\s\S]*tokenizer"):
+        _ = load_backbone(folder).reader
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev", "qwenimage"])
 def test_a_part_that_is_missing_is_named(models, tmp_path, kind):
     parts = [path.name for path in models[kind].iterdir() if path.is_dir()]
     for part in sorted(parts):

@@ -347,3 +347,28 @@ def test_captions_that_are_cut_are_counted_and_those_that_then_coincide(tmp_path
     told = capfd.readouterr().err
     assert "3 of 4 captions are longer than the text encoder reads" in told
     assert "2 of these are then the same as another" in told
+
+
+def test_prompts_of_models_with_masks_are_kept_without_padding(tmp_path, models):
+    """And read back as they were encoded, from the files or, without these, made again."""
+    backbone = load_backbone(models["zimage"])
+    captions = ["the cat", "a", "a longer one, on a moon!", "the cat"]
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", caption=captions))
+    shapes = {"resolution": 64, "dtype": "float32"}
+    encoded = encode(pairs, backbone, tmp_path / "c", **shapes)
+    numbers = sum(backbone.reader.counts(["", *captions[:3]])) * 32
+    _, prompts = cache_bytes(pairs, backbone, 64, "float32")
+    assert prompts == 4 * numbers
+    files = sum(path.stat().st_size for path in (tmp_path / "c").glob("prompts-*.safetensors"))
+    assert prompts < files < prompts + 1000
+    again = encode(pairs, backbone, tmp_path / "d", prompts=False, **shapes)
+    assert not list((tmp_path / "d").glob("prompts-*"))
+    assert len({encoded.digest, again.digest}) == 2
+    backbone.drop_encoders(text=False)
+    for caption in ("", *pairs.caption):
+        expected = backbone.encode_prompts([caption])
+        for found in (encoded.text(caption), again.text(caption)):
+            assert found.keys() == expected.keys()
+            assert found["mask"].all()
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name][0], atol=1e-6, rtol=1e-6)

@@ -53,6 +53,9 @@ class Train(Knobs):
         Mirror both images of a pair, in half of the steps.
     cache_dtype
         Precision of the cached latents and embeddings.
+    cache_prompts
+        Keep the embeddings of prompts on disk. Without, each prompt is encoded whenever it is
+        used, and the text encoders stay in memory.
     prompt_dropout
         Share of the presentations in which a pair has an empty prompt.
     method
@@ -200,6 +203,7 @@ class Train(Knobs):
     buckets: Annotated[bool | None, Option("--buckets/--crop", family="buckets")] = None
     flips: bool = False
     cache_dtype: Dtype = "float16"
+    cache_prompts: bool = True
     prompt_dropout: Share = 0.0
     method: Literal["lora", "full"] = "lora"
     rank: Count = 8

@@ -155,6 +155,10 @@ class Family:
         known = read_json(folder / one.file, "the model's settings", missing={})
         return known.get(one.setting) in one.values
 
+    def distilled_title(self, folder: Path) -> str:
+        """What a model is called if it is the distilled variant; else nothing."""
+        return self.distilled.title if self.distilled and self.is_distilled(folder) else ""
+
     def sampling(self, folder: Path) -> tuple[int, float]:
         """Steps and guidance of a model."""
         if self.distilled is not None and self.is_distilled(folder):

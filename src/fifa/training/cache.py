@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from math import prod
 from operator import itemgetter
@@ -46,6 +46,8 @@ SHARD = 256  # images or prompts between two points where a run can be resumed, 
 SHARD_BYTES = 64 << 20  # of a file, about, at most
 IMAGES, PROMPTS = 8, 16  # through VAE and text encoders at once
 PIXELS, TOKENS = 4 << 20, 8192  # the same on CUDA
+AGAIN = 16  # captions that were encoded last and are not encoded again
+CANNOT_ENCODE = "the text encoders cannot encode prompts"
 COUNTED = 2_000  # captions whose tokens are counted, at most
 AHEAD = 3  # batches of images that wait for the VAE
 
@@ -139,10 +141,10 @@ class Encoded:
         Where the numbers are.
     moment_places
         By flip (1 with flips, else only 0): int32 [n, 2, 2], shard and row of both images.
-    prompt_places
-        int32 [n, 2].
-    empty_place
-        Shard and row of the empty prompt.
+    captions
+        [n].
+    text
+        What `Backbone.encode_prompts` gives for a caption, without the batch dimension.
     all_frames
         int64 [n, 2, 6]: `fifa.training.resize.Frame` of winner and loser.
     factor
@@ -155,8 +157,8 @@ class Encoded:
 
     shards: TensorShards
     moment_places: tuple[Ints, ...]
-    prompt_places: Ints
-    empty_place: tuple[int, int]
+    captions: Sequence[str]
+    text: Callable[[str], Tensors]
     all_frames: npt.NDArray[np.int64]
     factor: int
     bytes: int
@@ -171,13 +173,12 @@ class Encoded:
 
     def prompts(self, i: int) -> Tensors:
         """What `Backbone.encode_prompts` gave for pair i's prompt, without the batch dimension."""
-        shard, row = self.prompt_places[i].tolist()
-        return self.shards.row(shard, row)
+        return self.text(self.captions[i])
 
     @property
     def empty(self) -> Tensors:
         """The same for the empty prompt, which dropped prompts are replaced with."""
-        return self.shards.row(*self.empty_place)
+        return self.text("")
 
     def frames(self, i: int) -> Tensor:
         """int64 ``[2, 6]``."""
@@ -198,6 +199,7 @@ def encode(
     buckets: bool = False,
     flips: bool = False,
     dtype: str = "float16",
+    prompts: bool = True,
     batch: int | None = None,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -221,6 +223,8 @@ def encode(
         Encode every image mirrored as well.
     dtype
         How numbers are kept: ``float16``, ``bfloat16`` or ``float32``.
+    prompts
+        Keep them; else each is encoded whenever it is asked for, and the text encoders stay.
     batch
         Images through the VAE at once; default: `images_at_once`. Fewer where memory runs out.
     share
@@ -243,7 +247,45 @@ def encode(
     captions = list(dict.fromkeys(["", *pairs.caption]))
     batch = batch or images_at_once(backbone, resolution)
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
-    prompts = encoder.prompts(captions)
+    named: list[Any] = [pairs.digest]
+    if prompts:
+        places = encoder.prompts(captions).tolist()
+        number = {caption: i for i, caption in enumerate(captions)}
+
+        def text(caption: str) -> Tensors:
+            return encoder.shards.row(*places[number[caption]])
+
+        _told_cuts(backbone, captions)
+        backbone.release_text()
+    images = encoder.images(plan, flips)
+    backbone.vae.release()
+    wait()
+    if not prompts:
+        _ = backbone.text  # now, to be part of what training holds
+        text = lru_cache(maxsize=AGAIN)(partial(encode_caption, backbone, dtype))
+        named += [backbone.encoders, dtype]
+        _told_cuts(backbone, captions)
+    encoded = Encoded(
+        shards=encoder.shards,
+        moment_places=tuple(place[plan.slots] for place in images),
+        captions=pairs.caption,
+        text=text,
+        all_frames=plan.frames,
+        factor=backbone.vae.factor,
+        bytes=encoder.shards.check(),
+        digest=digest(*named, encoder.shards.names),
+    )
+    kept = len(captions) if prompts else 0
+    note(cached_images=len(plan.first), cached_prompts=kept, cache_bytes=encoded.bytes)
+    echo(
+        f"cache: {len(plan.first):,} images, {kept:,} prompts, "
+        f"{encoded.bytes / 1e9:.2f} GB in {folder}"
+    )
+    return encoded
+
+
+def _told_cuts(backbone: Backbone, captions: Sequence[str]) -> None:
+    """Say how many captions, the empty one first, the text encoders cut."""
     cut, alike = backbone.cut_prompts(captions)
     if cut:
         note(captions_cut=cut, captions_cut_alike=alike)
@@ -251,27 +293,14 @@ def encode(
             f"{cut:,} of {len(captions) - 1:,} captions are longer than the text encoder reads and "
             f"are cut; {alike:,} of these are then the same as another"
         )
-    backbone.release_text()
-    images = encoder.images(plan, flips)
-    backbone.vae.release()
-    wait()
-    number = {caption: i for i, caption in enumerate(captions)}
-    encoded = Encoded(
-        shards=encoder.shards,
-        moment_places=tuple(place[plan.slots] for place in images),
-        prompt_places=prompts[[number[caption] for caption in pairs.caption]],
-        empty_place=(int(prompts[0, 0]), int(prompts[0, 1])),
-        all_frames=plan.frames,
-        factor=backbone.vae.factor,
-        bytes=encoder.shards.check(),
-        digest=digest(pairs.digest, encoder.shards.names),
-    )
-    note(cached_images=len(plan.first), cached_prompts=len(captions), cache_bytes=encoded.bytes)
-    echo(
-        f"cache: {len(plan.first):,} images, {len(captions):,} prompts, "
-        f"{encoded.bytes / 1e9:.2f} GB in {folder}"
-    )
-    return encoded
+
+
+def encode_caption(backbone: Backbone, dtype: str, caption: str) -> Tensors:
+    """What the denoiser needs of one caption, as it would be read from files."""
+    device = backbone.device.type
+    with torch.autocast(device, enabled=False), working(CANNOT_ENCODE, backbone.folder):
+        found = backbone.encode_prompts([caption])
+    return {name: in_type(value[0].cpu(), dtype) for name, value in found.items()}
 
 
 def forget_damaged(path: Path) -> None:
@@ -491,7 +520,7 @@ class Encoder:
 
         def encoded(batch: Sequence[str]) -> Iterator[Tensors]:
             def encode(part: slice) -> Tensors:
-                with working("the text encoders cannot encode prompts", self.backbone.folder):
+                with working(CANNOT_ENCODE, self.backbone.folder):
                     return self.backbone.encode_prompts(batch[part])
 
             return parts.run(encode, len(batch), most)
@@ -564,20 +593,24 @@ class Encoder:
     def _kept(self, what: str, value: Tensor) -> Tensor:
         """As it goes into the file; `FifaError` where that is not finite."""
         found = value.cpu()  # the one wait for the device in a batch
-        kept = found.to(getattr(torch, self.dtype))
-        if not bool(torch.isfinite(kept).all()):
-            if what == "moments":
-                self.backbone.vae.check(found)
-            elif not bool(torch.isfinite(found).all()):
-                raise FifaError(
-                    "the text encoders give infinite or NaN numbers",
-                    do="--dtype bfloat16 or float32",
-                )
-            raise FifaError(
-                f"an encoder's numbers are not finite in {self.dtype}",
-                do="keep the cache in bfloat16 or float32",
-            )
+        if what == "moments" and not bool(torch.isfinite(found).all()):
+            self.backbone.vae.check(found)
+        return in_type(found, self.dtype)
+
+
+def in_type(found: Tensor, dtype: str) -> Tensor:
+    """An encoder's numbers in a floating type; `FifaError` where they are not finite."""
+    kept = found.to(getattr(torch, dtype))
+    if bool(torch.isfinite(kept).all()):
         return kept
+    if not bool(torch.isfinite(found).all()):
+        raise FifaError(
+            "the text encoders give infinite or NaN numbers", do="--dtype bfloat16 or float32"
+        )
+    raise FifaError(
+        f"an encoder's numbers are not finite in {dtype}",
+        do="keep the cache in bfloat16 or float32: --cache-dtype",
+    )
 
 
 def joined_rows(parts: Sequence[Tensors]) -> Tensors:

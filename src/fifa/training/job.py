@@ -34,7 +34,7 @@ from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
 from fifa.training.order import check_order
 from fifa.training.pairs import read_training_pairs
-from fifa.training.plan import Plan, memory_of
+from fifa.training.plan import Plan, memory_of, size
 from fifa.training.resize import Resize
 from fifa.training.samples import Samples
 
@@ -45,7 +45,7 @@ MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was mad
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
     {"device", "compile", "channels_last", "gradient_checkpointing", "micro_batch"}
-    | {"tracker", "log_every", "save_every"}
+    | {"tracker", "log_every", "save_every", "cache_prompts"}
 )
 
 
@@ -286,11 +286,12 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         buckets=buckets,
         dtype=dtype,
         latents=latents * (1 + train.flips),
-        prompts=prompts,
+        prompts=prompts * train.cache_prompts,
         memory=memory_of(train, backbone, resolution, dtype, shards),
         device=device,
         free=free_bytes(device),
         why=why,
+        distilled=backbone.family.distilled_title(backbone.folder),
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
@@ -326,6 +327,8 @@ def make_source(job: Job) -> Source:
     """Where micro-batches come from: fills the cache, of which every process encodes its share."""
     train, accelerator = job.train, job.accelerator
     job.plan.check()
+    if accelerator.is_main_process:
+        check_disk(job.cache, job.plan.latents, job.plan.prompts)
     encoded = encode(
         job.pairs,
         job.backbone,
@@ -334,10 +337,11 @@ def make_source(job: Job) -> Source:
         buckets=job.plan.buckets,
         flips=train.flips,
         dtype=train.cache_dtype,
+        prompts=train.cache_prompts,
         share=(accelerator.process_index, accelerator.num_processes),
         wait=accelerator.wait_for_everyone,
     )
-    job.backbone.drop_encoders()
+    job.backbone.drop_encoders(text=train.cache_prompts)
     device = accelerator.device
     source = Source(train, job.backbone, job.pairs, encoded, device, job.taught, job.held)
     return replace(source, ease=_ease(job, source))
@@ -356,6 +360,20 @@ def _ease(job: Job, source: Source) -> Sequence[float]:
         # mean over draws of e(loser) - e(winner)
         ease = (scalars[..., 1] - scalars[..., 0]).mean(1)
     return list(map(float, ease))
+
+
+def check_disk(cache: Path, latents: int, prompts: int) -> None:
+    """Raise `FifaError` where the disk has no room for what the cache lacks of so many bytes."""
+    there = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
+    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free, need = shutil.disk_usage(place).free, latents + prompts - there
+    if need > free:
+        raise FifaError(
+            f"too little disk: the cache needs about {size(need)}, {size(free)} are free",
+            where=str(cache),
+            do="another disk, a smaller --resolution, or --no-cache-prompts, which encodes them "
+            f"again and again (they are {size(prompts)} of it)",
+        )
 
 
 def make_reference(job: Job, source: Source) -> Reference | None:

@@ -31,7 +31,7 @@ class Memory:
     Parameters
     ----------
     weights
-        The denoiser's, and those of the frozen copy if there is one.
+        The denoiser's, those of the frozen copy if there is one, and of text encoders that stay.
     training
         Gradients, the optimiser's state, the average.
     fixed
@@ -148,13 +148,14 @@ def memory_of(
     text, vae = folder.encoding.itemsize, backbone.vae.dtype.itemsize
     prompts = prompts_at_once(backbone) * known.prompt * text // HALF
     images = images_at_once(backbone, resolution) * image_bytes(backbone, resolution)
+    texts = sum(n for part, n in counts.items() if part.startswith("text_encoder")) * text
     return Memory(
-        weights,
+        weights + (0 if train.cache_prompts else texts),
         training=trained * (FLOAT + OPTIMIZER_BYTES[train.optimizer] + average) // shards,
         fixed=int(known.fixed * scale) + casts,
         pair=int(known.pair * scale) * latents,
         pair_checkpointed=int(known.pair_checkpointed * scale) * latents,
-        text=sum(n for part, n in counts.items() if part.startswith("text_encoder")) * text,
+        text=texts,
         vae=counts.get("vae", 0) * vae,
         prompts=prompts,
         images=images,
@@ -196,6 +197,8 @@ class Plan:
         What is free there; None where that is not known.
     why
         The reason for the loss, where it was chosen here.
+    distilled
+        What the model is called, where it was distilled.
     """
 
     train: Train
@@ -212,6 +215,7 @@ class Plan:
     device: Any
     free: int | None
     why: str = ""
+    distilled: str = ""
 
     def check(self) -> None:
         """Raise `FifaError` if the training does not fit on the device: before hours are spent.
@@ -285,13 +289,25 @@ class Plan:
             f"resolution  {self.resolution:,}, {shape}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       {size(self.latents + self.prompts)} on disk at most (latents "
-            f"{size(self.latents)}, prompts {size(self.prompts)})",
+            f"{size(self.latents)}, {self._prompts})",
             f"memory      {self._memory}",
             f"encoding    {size(memory.encoding)} before that (text encoders "
             f"{size(memory.text + memory.prompts)}, then VAE {size(memory.vae + memory.images)})",
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
+        if self.distilled:
+            lines.append(
+                f"warning     {self.distilled} was distilled to few steps, which training on pairs "
+                "is known to undo: train what it was distilled from, and load the LoRA into both"
+            )
         return "\n".join(lines)
+
+    @property
+    def _prompts(self) -> str:
+        """What becomes of prompts, for people."""
+        if self.train.cache_prompts:
+            return f"prompts {size(self.prompts)}"
+        return "prompts are encoded at every step"
 
     @property
     def _order(self) -> str:

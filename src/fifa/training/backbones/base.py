@@ -280,12 +280,13 @@ class Backbone:
             self._text = []
             release_memory()
 
-    def drop_encoders(self) -> None:
-        """Let go of VAE and text encoders for good, to have their memory for training."""
+    def drop_encoders(self, text: bool = True) -> None:
+        """Let go of the VAE and, with ``text``, the text encoders for good: memory for training."""
         _ = self.encoders  # their digests are asked for later, when the files may be gone
         self.vae.drop()
-        self.release_text()
-        self._dropped = True
+        if text:
+            self.release_text()
+            self._dropped = True
 
     def with_denoiser(self, denoiser: torch.nn.Module) -> Backbone:
         """The backbone with another denoiser; everything else is shared."""
