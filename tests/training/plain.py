@@ -9,6 +9,7 @@ import copy
 import io
 from functools import cache
 from inspect import signature
+from itertools import chain
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,8 +49,8 @@ def read(data):
 class Plain:
     """A policy, a reference, and the pairs, as stock code sees them."""
 
-    def __init__(self, model, pairs, train):
-        self.model, self.train = model, train
+    def __init__(self, model, pairs, train, sides=2):
+        self.model, self.train, self.sides = model, train, sides
         self.gain = 0.0
         self.pipe = pipeline(model)
         self.name = "unet" if hasattr(self.pipe, "unet") else "transformer"
@@ -61,12 +62,15 @@ class Plain:
             self.noiser = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
         self.rows = pq.read_table(pairs).to_pylist()
         # all images and all prompts at once, as ours: rounding is a matter of the batch
-        better = [0 if row["label_0"] == 1 else 1 for row in self.rows]
-        data = [
-            row[f"jpg_{side}"]
-            for row, first in zip(self.rows, better, strict=True)
-            for side in (first, 1 - first)
-        ]
+        if sides == 1:
+            data = [row["jpg"] for row in self.rows]
+        else:
+            better = [0 if row["label_0"] == 1 else 1 for row in self.rows]
+            data = [
+                row[f"jpg_{side}"]
+                for row, first in zip(self.rows, better, strict=True)
+                for side in (first, 1 - first)
+            ]
         pixels = torch.cat([read(one) for one in data])
         self.sizes = [pixels.shape[2:]] * len(data)
         with torch.no_grad():
@@ -197,7 +201,8 @@ class Plain:
     def batch(self, step, ids):
         """What the step's pairs turn into: winners first, then losers."""
         n, size = len(self.rows), self.train.batch
-        latents, noises, times, prompts, sizes = ([], []), [], [], [], ([], [])
+        latents, sizes = ([[] for _ in range(self.sides)] for _ in range(2))
+        noises, times, prompts = [], [], []
         for i in range(step * size, (step + 1) * size):
             epoch = i // n
             order = torch.randperm(
@@ -221,15 +226,15 @@ class Plain:
                 times.append(torch.randint(0, T, (), generator=dice))
             shape = self.mean.shape[1:]
             noises.append(torch.randn(shape, generator=dice))
-            sampling = torch.randn((2, *shape), generator=dice)
-            for side in (0, 1):
-                image = 2 * number + side
+            sampling = torch.randn((self.sides, *shape), generator=dice)
+            for side in range(self.sides):
+                image = self.sides * number + side
                 sample = self.mean[image] + self.std[image] * sampling[side]
                 latents[side].append(self.scaled(sample))
                 sizes[side].append(self.sizes[image])
             prompts.append(self.captions.index("" if empty else row["caption"]))
-        x = torch.stack(latents[0] + latents[1])
-        noise, time = torch.stack(noises * 2), torch.stack(times * 2)
+        x = torch.stack([*chain(*latents)])
+        noise, time = torch.stack(noises * self.sides), torch.stack(times * self.sides)
         if self.flow:
             sigma = time.view(-1, 1, 1, 1)
             noisy, target = (1 - sigma) * x + sigma * noise, noise - x
@@ -237,8 +242,9 @@ class Plain:
             noisy = self.noiser.add_noise(x, noise, time)
             v = self.noiser.config.prediction_type == "v_prediction"
             target = self.noiser.get_velocity(x, noise, time) if v else noise
+        chosen = prompts * self.sides
         embedded = [
-            [part[i] for i in prompts * 2] if isinstance(part, list) else part[prompts * 2]
+            [part[i] for i in chosen] if isinstance(part, list) else part[chosen]
             for part in self.texts
         ]
         if type(self.pipe).__name__ in ("QwenImagePipeline", "SanaPipeline"):
@@ -247,7 +253,7 @@ class Plain:
             embedded = [part[:, :longest] for part in embedded]
             if embedded[1].all():
                 embedded[1] = None
-        return noisy, time, target, embedded, sizes[0] + sizes[1]
+        return noisy, time, target, embedded, [*chain(*sizes)]
 
     def loss(self, step, ids, labels):
         """The batch's loss, by the formula that `train.loss` names."""
@@ -258,6 +264,15 @@ class Plain:
             base = self.predict(self.reference, noisy, time, prompts, sizes)
         mse = F.mse_loss(prediction, target, reduction="none").mean([1, 2, 3])
         base_mse = F.mse_loss(base, target, reduction="none").mean([1, 2, 3])
+        if self.sides == 1:
+            # train_kto_sd_v1.5.py of Diffusion-KTO; its beta is half of ours
+            g_term = base_mse - mse - self.gain
+            h = torch.sigmoid((2 * labels - 1) * 0.5 * train.beta * g_term)
+            good = torch.tensor([float(row["label"]) for row in self.rows]).mean()
+            lambda_d, lambda_u = 0.5 / good, 0.5 / (1 - good)
+            w_y = lambda_d * labels + lambda_u * (1 - labels)
+            self.latest = (w_y * (base_mse - mse)).detach().mean().clamp(min=0)
+            return (w_y * (1 - h)).mean()
         (w, lose), (rw, rl) = mse.chunk(2), base_mse.chunk(2)
         inside = -0.5 * train.beta * ((w - lose) - (rw - rl))
         q = labels

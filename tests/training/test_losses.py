@@ -155,12 +155,39 @@ def test_the_losers_gradient_leaves_the_winner_its_gain():
         assert (full[2:] > own.square().sum((1, 2, 3))[2:]).all()  # apart: nothing is scaled
 
 
+def test_of_one_pair_the_losers_share_is_the_authors_scripts():
+    draw = torch.Generator().manual_seed(7)
+    for mu in (0.0, 0.3, 0.9):
+        for pull in (3.0, 0.5, -1.0):  # the loser's error as a multiple of the winner's
+            target, off = torch.rand(2, 1, 4, 6, 6, generator=draw)
+            both = torch.cat([target + off, target + pull * off]).requires_grad_()
+            targets = target.repeat(2, 1, 1, 1)
+            before = errors(both, targets).view(2, -1).T
+            mine = logits(safeguarded(before, both, targets, mu), torch.zeros(1, 2), BETA)
+            [found] = torch.autograd.grad(-torch.nn.functional.logsigmoid(mine), both)
+            # get_adaptive_lose_l_scale and the loss of train.py
+            winner, loser = both.detach().requires_grad_().chunk(2)
+            g_w = torch.autograd.grad((winner - target).pow(2).mean(), winner)[0]
+            g_l = torch.autograd.grad((loser - target).pow(2).mean(), loser)[0]
+            cap = (1 - mu) * g_w.pow(2).sum() / ((g_l * g_w).sum() + 1e-9)
+            scale = cap.clamp(0, 1) if (g_l * g_w).sum() > 0 else 1.0
+            model_w, model_l = (both - targets).pow(2).mean(dim=[1, 2, 3]).chunk(2)
+            scaled = model_l.detach() + scale * (model_l - model_l.detach())
+            loss = -torch.nn.functional.logsigmoid(-0.5 * BETA * (model_w - scaled))
+            [expected] = torch.autograd.grad(loss, both)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9)
+
+
 def test_beta_falls_until_logits_have_the_size_that_is_asked_for(batch):
     policy, reference, label, weight = batch
     train = Train(beta=5000.0, beta_target=1.4)
     spread = float(logits(policy, reference, 2.0).abs().mean())
     beta = beta_now(train, torch.tensor(spread))
     assert float(logits(policy, reference, beta).abs().mean()) == pytest.approx(1.4)
+    # SimpleTuner's _beta_for_margin: -2 logit(g) / mean |margin|, for its auto_beta_target_gf g
+    target = -float(torch.logit(torch.tensor(0.2)))
+    theirs = 2.0 * target / spread
+    assert float(beta_now(Train(beta=5000.0, beta_target=target), spread)) == pytest.approx(theirs)
     assert float(beta_now(train, 0.0)) == float(beta_now(train, 1e-9)) == 5000.0
     assert beta_now(Train(beta=5000.0), spread) == 5000.0
     found = LOSSES["sigmoid"](train, policy, reference, label, weight, running=(spread, 0.0))

@@ -29,7 +29,8 @@ class Train(Knobs):
     Parameters
     ----------
     source
-        The pairs: a run folder, a subset, or Parquet files in diffusers' schema.
+        The pairs: a run folder, a subset, or Parquet files in diffusers' schema; for the loss
+        ``kto`` also Parquet files with one rated image a row.
     model
         The model to train: a folder in diffusers' layout, a hub id, or a single ``.safetensors``
         file in its authors' layout.
@@ -93,6 +94,11 @@ class Train(Knobs):
         added to the loss.
     weights
         Multiply the loss of each pair by its weight in the subset.
+    good_from
+        Of images that were rated one by one (loss ``kto``): the rating from which on an image is
+        good; the others are bad. If not given, the source's labels say it.
+    good_share
+        Of such images: the share of the loss that the good ones have, however many there are.
     label
         The soft labels of the losses ``soft`` and ``smpo``: ``people`` takes the share of votes,
         ``margin`` takes sigmoid(label_scale * signed margin), ``blend`` joins the votes with the
@@ -221,6 +227,8 @@ class Train(Knobs):
     mapo: NotNegative = 0.1
     sft: NotNegative = 0.0
     weights: bool = True
+    good_from: float | None = None
+    good_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     label: Literal["people", "margin", "blend"] = "people"
     label_scale: Positive = 1.0
     label_votes: Positive = 1.0

@@ -65,6 +65,7 @@ class Draw:
         float32 ``[c, h, w]``.
     posterior
         float32 ``[2, c, h, w]``: the noise that samples the VAE's posterior of winner and loser.
+        (``[1, c, h, w]`` of an image on its own.)
     """
 
     no_prompt: bool
@@ -88,6 +89,7 @@ def draw_pair(
     shape: tuple[int, int, int],
     dropout: float,
     flips: bool = False,
+    sides: int = 2,
 ) -> Draw:
     """The ``d``-th draw of a pair, on the CPU.
 
@@ -108,6 +110,8 @@ def draw_pair(
         The probability that the prompt is left out.
     flips
         Whether half of the draws are mirrored.
+    sides
+        Images that share the draw: 2, or 1 where they come one by one.
     """
     generator = torch.Generator().manual_seed(seed_of("draw", seed, pair_id, d))
     # The order of these five lines is part of the format of the reference's scalars.
@@ -115,7 +119,7 @@ def draw_pair(
     flip = bool(torch.rand((), generator=generator) < 0.5) and flips
     time = draw_time(generator)
     noise = torch.randn(shape, generator=generator)
-    posterior = torch.randn((2, *shape), generator=generator)
+    posterior = torch.randn((sides, *shape), generator=generator)
     return Draw(no_prompt, flip, time, noise, posterior)
 
 
@@ -142,6 +146,8 @@ def micro_batches(
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of n pairs: the n winners, then the n losers, in every tensor of 2n.
+
+    Of n images one by one every tensor has n.
 
     Parameters
     ----------
@@ -174,7 +180,7 @@ class Batch:
             return self
 
         def both(tensor: Tensor) -> Tensor:
-            return tensor.view(2, len(self.items), *tensor.shape[1:])[:, part].flatten(0, 1)
+            return tensor.view(-1, len(self.items), *tensor.shape[1:])[:, part].flatten(0, 1)
 
         return Batch(
             items=self.items[part],
@@ -246,6 +252,12 @@ class Source:
             batch = self._batch(items)
         return batch.each(lambda tensor: pinned(tensor, self.device))
 
+    def single(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, float] | None:
+        """Of images one by one: a batch's labels, and the share of good ones among ``rows``."""
+        if self.pairs.sides == 2:
+            return None
+        return batch.label, float(self.pairs.label[rows].mean())
+
     def _batch(self, items: Sequence[tuple[int, int]]) -> Batch:
         train, backbone, pairs, encoded = self.train, self.backbone, self.pairs, self.encoded
         rows = [pair for pair, _ in items]
@@ -255,7 +267,8 @@ class Source:
         for pair, d in items:
             taught = d >= 0
             dropout, flips = taught * train.prompt_dropout, taught and train.flips
-            one = draw_pair(train.seed, pairs.pair_id[pair], d, time_of, shape, dropout, flips)
+            name, sides = pairs.pair_id[pair], pairs.sides
+            one = draw_pair(train.seed, name, d, time_of, shape, dropout, flips, sides)
             draws.append(one)
         drawn = list(zip(rows, draws, strict=True))
         moments = self._sides([encoded.moments(pair, one.flip) for pair, one in drawn]).float()
@@ -270,7 +283,7 @@ class Source:
             noisy=backbone.schedule.add_noise(latents, noise, time),
             target=backbone.schedule.target(latents, noise, time),
             time=time,
-            prompts={name: torch.cat([value] * 2) for name, value in prompts.items()},
+            prompts={name: torch.cat([value] * pairs.sides) for name, value in prompts.items()},
             frames=self._sides([encoded.frames(pair) for pair in rows]),
             label=torch.from_numpy(pairs.label[rows]),
             weight=torch.from_numpy(pairs.weight[rows]),
@@ -282,14 +295,14 @@ class Source:
 
     def _both(self, values: list[Tensor]) -> Tensor:
         """From ``[...]`` of each pair to ``[2n, ...]``, the same for both images."""
-        return torch.cat([torch.stack(values)] * 2)
+        return torch.cat([torch.stack(values)] * self.pairs.sides)
 
 
 def predict(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """The denoiser's errors of (winner, loser), float32 ``[n, 2]``, and its prediction."""
     prediction = backbone.predict(batch.noisy, batch.time, batch.prompts, batch.frames)
-    # [2n], winners first -> [n, 2]
-    return errors(prediction, batch.target).view(2, -1).T, prediction
+    # [2n], winners first -> [n, 2]; of images one by one [n] -> [n, 1]
+    return errors(prediction, batch.target).view(-1, len(batch.items)).T, prediction
 
 
 # Knows the reference's errors of (winner, loser), float32 ``[n, 2]``, of a micro-batch, and its
@@ -415,7 +428,7 @@ def precompute(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         ledger.forget()
-    scalars: Scalars = read_table(path)["error"].to_numpy().reshape(len(rows), len(draws), 2)
+    scalars: Scalars = read_table(path)["error"].to_numpy().reshape(len(rows), len(draws), -1)
     return scalars
 
 

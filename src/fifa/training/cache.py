@@ -135,6 +135,8 @@ class TensorShards:
 class Encoded:
     """What the denoiser needs of every pair, read from mapped files as it is asked for.
 
+    Of images one by one there is one where a pair has two.
+
     Parameters
     ----------
     shards
@@ -243,7 +245,7 @@ def encode(
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
     folder = Path(folder)
     resize = Resize(resolution, backbone.pixels_per_latent, buckets)
-    plan = plan_images(_facts(pairs, folder), resize)
+    plan = plan_images(_facts(pairs, folder), resize, pairs.sides)
     captions = list(dict.fromkeys(["", *pairs.caption]))
     batch = batch or images_at_once(backbone, resolution)
     encoder = Encoder(pairs, backbone, TensorShards(folder), dtype, batch, share)
@@ -323,7 +325,7 @@ def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     forget_damaged(path)
     if path.exists():
         return read_table(path)
-    with progress("looking at images", 2 * len(pairs)) as advance:
+    with progress("looking at images", pairs.sides * len(pairs)) as advance:
         facts = look(pairs.image_table, done=advance)
     bad = np.flatnonzero(facts["reason"].is_valid())
     if len(bad):
@@ -342,7 +344,7 @@ def cache_bytes(
     """
     # factor^2 pixels are one latent pixel of 2 c numbers
     sides = resolution // backbone.pixels_per_latent * backbone.patch
-    images = 2 * len(pairs) * 2 * backbone.vae.channels * sides**2
+    images = pairs.sides * len(pairs) * 2 * backbone.vae.channels * sides**2
     prompts = numbers_of(backbone, list(dict.fromkeys(["", *pairs.caption])))
     size: int = getattr(torch, dtype).itemsize
     return size * images, size * prompts
@@ -394,7 +396,7 @@ class ImagePlan:
     Parameters
     ----------
     frames
-        int64 [n, 2, 6], of winner and loser.
+        int64 [n, 2, 6], of winner and loser; [n, 1, 6] of images one by one, and so below.
     slots
         int32 [n, 2]: which of the images winner and loser are.
     first
@@ -423,10 +425,10 @@ class ImagePlan:
                 start = i
 
 
-def plan_images(facts: pa.Table, resize: Resize) -> ImagePlan:
-    """The plan for images of which `fifa.data.images.FACTS` are known, pair by pair."""
+def plan_images(facts: pa.Table, resize: Resize, sides: int = 2) -> ImagePlan:
+    """The plan for images of which `fifa.data.images.FACTS` are known, ``sides`` of each pair."""
     sizes = np.stack([facts["height"].to_numpy(), facts["width"].to_numpy()], axis=1)
-    pairs = [resize.frames(*map(tuple, both)) for both in sizes.reshape(-1, 2, 2).tolist()]
+    pairs = [resize.frames(*map(tuple, both)) for both in sizes.reshape(-1, sides, 2).tolist()]
     frames = np.array(pairs, np.int64)
     flat = frames.reshape(-1, 6).tolist()
     # an image recurs under one key only where its target is the same as well
@@ -437,7 +439,7 @@ def plan_images(facts: pa.Table, resize: Resize) -> ImagePlan:
         first.setdefault(key, slot)
     ordered = sorted(first, key=lambda key: (flat[first[key]][4:], first[key]))
     number = {key: i for i, key in enumerate(ordered)}
-    slots = np.array([number[key] for key in keys], np.int32).reshape(-1, 2)
+    slots = np.array([number[key] for key in keys], np.int32).reshape(-1, sides)
     return ImagePlan(frames, slots, [first[key] for key in ordered], ordered)
 
 

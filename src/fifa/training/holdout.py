@@ -115,9 +115,11 @@ class Holdout:
     def _sums(self, batch: Batch, backbone: Backbone) -> Tensor:
         base, _ = self.reference(batch) if self.reference else (None, None)
         policy, _ = predict(backbone, batch)
-        ones = torch.ones_like(batch.weight)
-        loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, ones)
-        return sums(loss, policy, base, None)
+        single = self.source.single(batch, self.rows)
+        # of images one by one, the weight is what balances good and bad ones
+        weight = torch.ones_like(batch.weight) if single is None else batch.weight
+        loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, weight)
+        return sums(loss, policy, base, None, single)
 
 
 def verdict(train: Train, done: Progress) -> str:

@@ -33,8 +33,8 @@ from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
 from fifa.training.order import check_order
-from fifa.training.pairs import read_training_pairs
 from fifa.training.plan import Plan, memory_of, size
+from fifa.training.ratings import read_training
 from fifa.training.resize import Resize
 from fifa.training.samples import Samples
 
@@ -142,7 +142,8 @@ def _run(train: Train, out: Path, accelerator: Any, why: str, trial: Trial | Non
     if accelerator.is_main_process:  # last, as its train.json says that all is there
         write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
         skipped = f", {done.skipped:,} of them skipped" if done.skipped else ""
-        echo(f"trained {done.step:,} steps{skipped} on {job.plan.pairs:,} pairs; weights in {out}")
+        on = f"{job.plan.pairs:,} {job.plan.what}"
+        echo(f"trained {done.step:,} steps{skipped} on {on}; weights in {out}")
         if done.best is not None:
             echo(
                 f"held-out pairs: lowest loss {done.best:.4f} after step {done.best_step:,}, "
@@ -258,7 +259,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
 
     ``why`` is the reason for the loss, where it was chosen here.
     """
-    pairs = with_labels(train, read_training_pairs(train.source))
+    pairs = with_labels(train, read_training(train))
     taught, held = split_pairs(pairs.caption, train)
     check_share(train, accelerator.num_processes)
     check_order(train, pairs.margin)
@@ -292,6 +293,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         free=free_bytes(device),
         why=why,
         distilled=backbone.family.distilled_title(backbone.folder),
+        what=pairs.what,
     )
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"

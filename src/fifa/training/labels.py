@@ -18,6 +18,7 @@ from fifa.selection.export import load_subset
 from fifa.selection.labels import LabelFacts
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs, find_subset
+from fifa.training.ratings import balance
 
 Floats = npt.NDArray[np.float64]
 
@@ -98,6 +99,8 @@ def with_labels(train: Train, pairs: TrainingPairs) -> TrainingPairs:
     margin = pairs.margin.astype(np.float64)
     if not train.weights:
         weight = np.ones_like(weight)
+    if pairs.sides == 1:
+        weight = balance(label > 0.5, weight, train.good_share)
     of_margin = train.label if LOSSES[train.loss].reads_label else "people"
     missing = int(np.isnan(margin).sum())
     if of_margin == "margin":

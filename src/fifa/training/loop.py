@@ -272,8 +272,10 @@ class Loop:
         if train.sdpo is not None:
             safe = safeguarded(policy, prediction, batch.target, train.sdpo)
         loss = LOSSES[train.loss](train, safe, base, batch.label, batch.weight, self.state.running)
-        kl = None if base_prediction is None else distance(prediction, base_prediction)
-        return loss, sums(loss, policy, base, kl)
+        kl = None
+        if base_prediction is not None:
+            kl = distance(prediction, base_prediction, len(batch.items))
+        return loss, sums(loss, policy, base, kl, self.source.single(batch, self.source.taught))
 
     @cached_property
     def stream(self) -> Stream:

@@ -115,7 +115,7 @@ class Loss:
         Whether the soft label enters.
     single
         Whether images count one by one: in the place of z it gets z of each image, ``[n, 2]`` of
-        (winner, loser), by which the policy denoises it better than the reference does.
+        (winner, loser) or ``[n, 1]``, by which the policy denoises it better than the reference.
     """
 
     formula: Callable[[Train, Tensor, Tensor], Tensor]
@@ -216,7 +216,14 @@ def _smpo(train: Train, z: Tensor, label: Tensor) -> Tensor:
 
 
 def _kto(train: Train, z: Tensor, label: Tensor) -> Tensor:
-    """Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with the sigmoid as utility."""
+    """Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with the sigmoid as utility.
+
+    Of images one by one, ``[n, 1]``, the label is 1 for a good one and 0 for a bad one, and the
+    weight has KTO's lambda in it (`fifa.training.ratings.balance`).
+    """
+    if z.shape[1] == 1:
+        # 1 - sigmoid(z) for a good image, 1 - sigmoid(-z) for a bad one
+        return 1 - ((2 * label - 1) * z[:, 0]).sigmoid()
     # 1 - mean(sigmoid(z(winner)), sigmoid(-z(loser)))
     return 1 - 0.5 * (z[:, 0].sigmoid() + (-z[:, 1]).sigmoid())
 

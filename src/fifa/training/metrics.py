@@ -39,6 +39,10 @@ STATS = "stats.jsonl"
 TRAIN_FILE = "train.yaml"
 CARD = "README.md"
 FACTS_FILE = "train.json"
+OF_PAIRS = """Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
+on pairs of images of which people preferred one"""
+ONE_BY_ONE = """Diffusion-KTO ([arXiv 2404.04465](https://arxiv.org/abs/2404.04465))
+on images that were judged one by one, good or bad"""
 SHOWN = {
     "loss": "loss",
     "winner_minus_reference": "winner's error minus the reference's",
@@ -53,7 +57,13 @@ SUMS = (
 )
 
 
-def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | None) -> Tensor:
+def sums(
+    loss: Tensor,
+    policy: Tensor,
+    reference: Tensor | None,
+    kl: Tensor | None,
+    single: tuple[Tensor, float] | None = None,
+) -> Tensor:
     """What a micro-batch tells, summed over its pairs, float32 ``[9]`` in the order of `SUMS`.
 
     Parameters
@@ -64,9 +74,13 @@ def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | No
         Errors of (winner, loser), ``[n, 2]``.
     kl
         ``[n]``, or None where the reference's predictions are not at hand.
+    single
+        Of images one by one: label and share of the good ones, as `sided` takes them.
     """
     policy = policy.detach()
     base = torch.full_like(policy, torch.nan) if reference is None else reference
+    if single is not None:
+        policy, base = sided(policy, *single), sided(base, *single)
     gain = (base - policy).float()
     # implicit accuracy: the policy prefers the winner more than the reference does; a tie is half
     gap = gain[:, 0] - gain[:, 1]
@@ -79,6 +93,17 @@ def sums(loss: Tensor, policy: Tensor, reference: Tensor | None, kl: Tensor | No
     return torch.stack([row.float().sum() for row in rows])
 
 
+def sided(found: Tensor, label: Tensor, good: float) -> Tensor:
+    """Errors ``[n, 1]`` of images one by one as ``[n, 2]`` of (winner, loser).
+
+    A good image is a winner without a loser, and counts ``1 / good`` times, where ``good`` is their
+    share of all: sums over n images are then n times the mean of either side, as far as the n have
+    that share of good ones. NaN for a side without images.
+    """
+    sides = torch.stack([label, 1 - label], 1)
+    return found * sides / sides.new_tensor([good, 1 - good])
+
+
 def means_of(total: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """Of what `sums` added up over ``pairs``: what `fifa.training.losses.run_on` takes in."""
     # without a reference there is nothing to know
@@ -87,14 +112,14 @@ def means_of(total: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     return gap, 0.5 * (winner_base + loser_base - winner - loser)
 
 
-def distance(prediction: Tensor, reference: Tensor) -> Tensor:
+def distance(prediction: Tensor, reference: Tensor, pairs: int) -> Tensor:
     """The KL proxy of each pair, ``[n]``, from predictions ``[2n, c, h, w]``.
 
     For Gaussian steps of equal variance the divergence of policy from reference is proportional to
     ``mean (prediction - prediction_ref)^2``; here its mean over both images.
     """
     squared = (prediction.detach().float() - reference.float()).square().mean(dim=(1, 2, 3))
-    return squared.view(2, -1).mean(0)
+    return squared.view(-1, pairs).mean(0)
 
 
 def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
@@ -224,6 +249,7 @@ def write_card(
         "method": train.method,
         "steps": progress.step,
         "pairs": plan.pairs,
+        "trained_on": plan.what,
         "held_out": plan.held,
         "best": {"step": progress.best_step, "loss": progress.best} if plan.held else None,
         "pairs_seen": progress.pairs,
@@ -269,10 +295,12 @@ def training_card(facts: dict[str, Any], family: Family) -> str:
         loss += f", beta {options['beta']:g}"
     if facts.get("loss_why"):
         loss += f": {facts['loss_why']}"
+    what, one_by_one = facts["trained_on"], facts["trained_on"] == "images"
+    kind, by = ("rated images", ONE_BY_ONE) if one_by_one else ("preference pairs", OF_PAIRS)
     held, best = "", facts["best"]
     if best:
         held = (
-            f"| held out | {facts['held_out']:,} more pairs; the lowest loss on them, "
+            f"| held out | {facts['held_out']:,} more {what}; the lowest loss on them, "
             f"{best['loss']:.4f}, is after step {best['step']:,}, whose weights are in `best/` |\n"
         )
     return f"""---
@@ -281,10 +309,9 @@ pipeline_tag: text-to-image
 tags: [text-to-image, diffusion-dpo, preference-optimization{", lora" if lora else ""}, fifa]
 ---
 
-# {_public(base)}, aligned with {facts["pairs"]:,} preference pairs
+# {_public(base)}, aligned with {facts["pairs"]:,} {kind}
 
-{"A LoRA" if lora else f"All weights of the {family.part}"}, trained with Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
-on pairs of images of which people preferred one.
+{"A LoRA" if lora else f"All weights of the {family.part}"}, trained with {by}.
 
 ## Use
 
@@ -298,8 +325,8 @@ on pairs of images of which people preferred one.
 |---|---|
 | method | {f"LoRA, rank {options['rank']}" if lora else "full fine-tuning"} |
 | loss | {loss} |
-| pairs | {facts["pairs"]:,}, presented {facts["pairs_seen"]:,} times in all |
-{held}| steps | {facts["steps"]:,} of {options["batch"]:,} pairs |
+| {what} | {facts["pairs"]:,}, presented {facts["pairs_seen"]:,} times in all |
+{held}| steps | {facts["steps"]:,} of {options["batch"]:,} {what} |
 | learning rate | {options["lr"]:g}, {options["schedule"]}, {options["warmup"]} warm-up |
 | optimiser | {options["optimizer"]} |
 | prompt dropout | {options["prompt_dropout"]:g} |
@@ -312,9 +339,9 @@ numbers. `train.yaml` holds every option, `stats.jsonl` every step.
 {_data(facts)}
 ## Where it ends
 
-It draws what the people behind these pairs preferred, with their habits and prejudices, and what
+It draws what the people behind these {what} preferred, with their habits and prejudices, and what
 the base model could draw before. Whether it is better than the base has to be measured
-(`fifa evaluate`), and not only by the reward model that picked its pairs. The base model's licence
+(`fifa evaluate`), and not only by the reward model that picked its {what}. The base model's licence
 and the data's hold for these weights too.
 """
 
@@ -357,7 +384,7 @@ def _last(facts: dict[str, Any]) -> str:
 def _data(facts: dict[str, Any]) -> str:
     selection = facts["selection"]
     if selection is None:
-        return f"The pairs came from `{_public(facts['source'])}`.\n"
+        return f"The {facts['trained_on']} came from `{_public(facts['source'])}`.\n"
     select = selection["recipe"]["select"]
     origin = _public(selection["source"]["source"])
     return (

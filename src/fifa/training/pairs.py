@@ -6,6 +6,7 @@ import glob
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs with a winner and a loser; never a tie.
+    """Pairs with a winner and a loser, never a tie; or images one by one, good or bad.
 
     Parameters
     ----------
@@ -51,7 +52,8 @@ class TrainingPairs:
     caption
         [n], the prompts.
     label
-        float32 [n], above 0.5: the probability that people prefer the winner.
+        float32 [n], above 0.5: the probability that people prefer the winner; of a single image 1
+        if it is good, 0 if it is bad.
     weight
         float32 [n], at least 0: each pair's weight in the loss; 1 where the source has none.
     margin
@@ -66,11 +68,14 @@ class TrainingPairs:
         ``labels_disagree`` (label_0 and label_1 do not sum to 1), ``same_image`` (winner and loser
         have the same bytes).
     image_table
-        Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser.
+        Where the images are: row 2 i is pair i's winner, row 2 i + 1 its loser; of single images
+        row i.
     folder
         The subset's folder if the source is one of ours, for its ``subset.json``.
     votes
         float32 [n], above 0: how many people's votes the label averages; 1 where that is unknown.
+    sides
+        Images of each: 2, or 1.
     """
 
     pair_id: list[str]
@@ -84,15 +89,23 @@ class TrainingPairs:
     image_table: Images
     folder: Path | None
     votes: npt.NDArray[np.float32]
+    sides: int = 2
 
     def __len__(self) -> int:
         return len(self.pair_id)
 
+    @property
+    def what(self) -> Literal["pairs", "images"]:
+        """What they are, for people."""
+        return "pairs" if self.sides == 2 else "images"
+
     def unreadable(self, row: int, reason: str, count: int = 1) -> FifaError:
         """The error for a row of ``image_table`` that cannot be trained on, the first of some."""
-        which = f"pair {self.pair_id[row // 2]}, {('winner', 'loser')[row % 2]}"
+        which = f"{self.what[:-1]} {self.pair_id[row // self.sides]}"
+        if self.sides == 2:
+            which += f", {('winner', 'loser')[row % 2]}"
         return FifaError(
-            f"{count:,} of the pairs' images cannot be read; the first: {reason}",
+            f"{count:,} of the images cannot be read; the first: {reason}",
             where=f"{which}: {self.image_table.place(row)}",
             do="rebuild the subset with images (`fifa export`, --allow-download for URLs), or "
             "take such pairs out of the source",
@@ -122,7 +135,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     folder = find_subset(path)
     if folder is not None:
         check_subset(folder)
-    files = _files(folder or path)
+    files = find_files(folder or path)
     tables = [_rows(file, number) for number, file in enumerate(files)]
     parts = [_winners(rows, file) for rows, file in zip(tables, files, strict=True)]
     reasons, winner, first = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -145,7 +158,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
     table, ids = table.take(kept), [ids[i] for i in np.flatnonzero(~same).tolist()]
     images = _images(table, files, winner[kept]) if same.any() else images
     label = np.where(winner[kept] == 0, first[kept], 1 - first[kept]).astype(np.float32)
-    weight = _weights(table, str(source))
+    weight = weights_of(table, str(source))
     margin = table["signed_margin"].to_numpy().astype(np.float32)
     caption = table["caption"].to_pylist()
     note(training_pairs=len(ids), **{f"training_pairs_{k}": v for k, v in dropped.items()})
@@ -156,7 +169,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         weight=weight,
         margin=margin,
         digest=digest(ids, caption, label.tobytes(), weight.tobytes(), margin.tobytes()),
-        fingerprint=digest([_fingerprint(file) for file in files]),
+        fingerprint=digest([fingerprint(file) for file in files]),
         dropped=dropped,
         image_table=images,
         folder=folder,
@@ -175,7 +188,8 @@ def find_subset(path: Path) -> Path | None:
     return path if (path / "subset.json").is_file() else None
 
 
-def _files(path: Path) -> list[Path]:
+def find_files(path: Path) -> list[Path]:
+    """The Parquet files of a folder, a glob or a name; `FifaError` where there are none."""
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
     elif path.is_file():
@@ -264,7 +278,8 @@ def _winners(
     return reasons, (first < 0.5).astype(np.int64), label
 
 
-def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
+def weights_of(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
+    """The column ``weight``, float32 [rows], 1 where it is null; `FifaError` for a wrong one."""
     weight: npt.NDArray[np.float32] = table["weight"].fill_null(1.0).to_numpy().astype(np.float32)
     bad = ~np.isfinite(weight) | (weight < 0)
     if bad.any():
@@ -272,7 +287,7 @@ def _weights(table: pa.Table, where: str) -> npt.NDArray[np.float32]:
             f"{int(bad.sum()):,} pairs have a weight that is negative or not finite", where=where
         )
     if not weight.any():
-        raise FifaError("every pair has weight 0: nothing to learn from", where=where)
+        raise FifaError("every row has weight 0: nothing to learn from", where=where)
     return weight
 
 
@@ -325,7 +340,8 @@ def _told_apart(
     return ids or made, same, against
 
 
-def _fingerprint(file: Path) -> list[object]:
+def fingerprint(file: Path) -> list[object]:
+    """What tells a file apart from another, or from itself after a change."""
     status = file.stat()
     metadata = pq.read_metadata(file)
     groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 from fifa.config import Train
 from fifa.errors import FifaError
@@ -199,6 +199,8 @@ class Plan:
         The reason for the loss, where it was chosen here.
     distilled
         What the model is called, where it was distilled.
+    what
+        What is trained on: ``pairs``, or ``images`` one by one.
     """
 
     train: Train
@@ -216,6 +218,7 @@ class Plan:
     free: int | None
     why: str = ""
     distilled: str = ""
+    what: Literal["pairs", "images"] = "pairs"
 
     def check(self) -> None:
         """Raise `FifaError` if the training does not fit on the device: before hours are spent.
@@ -270,7 +273,7 @@ class Plan:
     @property
     def scalars(self) -> int:
         """How many errors of the reference are computed before training."""
-        return 2 * self.pairs * self.train.draws
+        return (2 if self.what == "pairs" else 1) * self.pairs * self.train.draws
 
     def __str__(self) -> str:
         """A line a fact."""
@@ -279,12 +282,12 @@ class Plan:
         presented = self.steps * train.batch
         shape = "in buckets by aspect ratio" if self.buckets else "cropped to squares"
         lines = [
-            f"pairs       {self.pairs:,}"
+            f"{self.what:11} {self.pairs:,}"
             + (f", {self.held:,} more are held out" if self.held else "")
             + (f" (left out: {dropped})" if dropped else ""),
-            f"steps       {self.steps:,} of {train.batch:,} pairs: {self.processes:,} process(es), "
-            f"{self._micro_batches}",
-            f"epochs      {presented / self.pairs:.2f} ({presented:,} pairs presented)"
+            f"steps       {self.steps:,} of {train.batch:,} {self.what}: "
+            f"{self.processes:,} process(es), {self._micro_batches}",
+            f"epochs      {presented / self.pairs:.2f} ({presented:,} {self.what} presented)"
             + self._order,
             f"resolution  {self.resolution:,}, {shape}, computed in {self.dtype}",
             f"reference   {self._reference}",

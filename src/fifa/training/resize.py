@@ -70,15 +70,15 @@ class Resize:
         square = (self.resolution, self.resolution)
         return bucket_sizes(self.resolution, self.multiple) if self.buckets else [square]
 
-    def frames(self, winner: Size, loser: Size) -> tuple[Frame, Frame]:
+    def frames(self, *images: Size) -> tuple[Frame, ...]:
         """The frames of a pair's images of these sizes (height, width): one target for both.
 
         The target is the size nearest to the geometric mean of both aspects.
         """
-        aspect = (math.log(winner[0] / winner[1]) + math.log(loser[0] / loser[1])) / 2
+        aspect = sum(math.log(height / width) for height, width in images) / len(images)
         # ties (an aspect in the middle of two) go to the first, whatever the order of the pair
         target = min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
-        return _frame(winner, target), _frame(loser, target)
+        return tuple(_frame(size, target) for size in images)
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
