@@ -69,6 +69,12 @@ class Train(Knobs):
         A module that gets an adapter; if not given, the model's attention layers.
     lora_dropout
         Dropout of the adapters' inputs.
+    quantize
+        Keep the frozen base in 4 (``nf4``) or 8 bits (``int8``) by bitsandbytes; the reference is
+        the same quantised base.
+    offload
+        Keep the blocks of a frozen transformer in CPU memory, each on the device while it computes;
+        activations are then computed twice.
     loss
         The loss: ``sigmoid`` is Diffusion-DPO; docs/training.md has the formulas of all. ``auto``
         takes ``poly`` or ``sigmoid``, by how many labels are wrong as far as the run can tell.
@@ -216,6 +222,8 @@ class Train(Knobs):
     alpha: Positive | None = None
     targets: Annotated[tuple[str, ...], Option("--target")] = ()
     lora_dropout: Share = 0.0
+    quantize: Literal["nf4", "int8"] | None = None
+    offload: bool = False
     loss: Literal["sigmoid", "ipo", "hinge", "mapo", "poly", "soft", "smpo", "kto", "auto"] = (
         "sigmoid"
     )
@@ -274,6 +282,16 @@ class Train(Knobs):
     sample_steps: Count = 25
 
     def __post_init__(self) -> None:
+        if (self.quantize or self.offload) and (self.method == "full" or self.sample_every):
+            raise FifaError(
+                "quantize and offload are for a base that is frozen, and makes no samples",
+                do="--method lora, and --sample-every 0",
+            )
+        if self.offload and (self.quantize or self.gradient_checkpointing is False):
+            raise FifaError(
+                "offload goes neither with quantize nor without gradient checkpointing",
+                do="leave one of them out",
+            )
         for given, name, losses in (
             (self.beta_target, "beta_target", ("ipo", "mapo")),
             (self.dpop, "dpop", ("mapo",)),

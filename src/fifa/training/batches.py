@@ -403,6 +403,7 @@ def precompute(
         "dropout": train.prompt_dropout,
         "flips": train.flips,
         "dtype": dtype,
+        **({"quantize": train.quantize} if train.quantize else {}),
     }
     if (train.time, train.time_range) != (None, (0.0, 1.0)):
         depends_on["time"] = [train.time, *train.time_range]

@@ -78,7 +78,7 @@ def add_lora(backbone: Backbone, train: Train) -> list[torch.nn.Parameter]:
             ) from error
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in trained:  # in float32: an update of 1e-5 is lost in the rounding of a half
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(backbone.device, torch.float32)
     return trained
 
 
@@ -302,7 +302,7 @@ def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
         "weight_decay": train.weight_decay,
     }
     if train.optimizer == "adamw8bit":
-        choose = "pip install bitsandbytes, or choose --optimizer adamw or adafactor"
+        choose = "pip install 'fifa-align[quant]', or choose --optimizer adamw or adafactor"
         bitsandbytes = require("bitsandbytes", what="8-bit AdamW", do=choose)
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=device.type == "cuda")
@@ -490,12 +490,14 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
         for module in model.modules():
             if isinstance(module, layer):
                 module.cast_input_dtype_enabled = False
-    if train.gradient_checkpointing:
+    if train.gradient_checkpointing or train.offload:
         model.enable_gradient_checkpointing()
     if train.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(train, learned, accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # what is quantised or kept in CPU memory is where it should be
+    placed = None if not (train.quantize or train.offload) else [False, True]
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=placed)
     backbone.denoiser = model
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     average = Average(learned, train.ema) if train.ema else None

@@ -70,7 +70,7 @@ def find_fit(
     FifaError
         Where not even one pair fits.
     """
-    twice = train.gradient_checkpointing
+    twice = train.offload or train.gradient_checkpointing
     if train.micro_batch is not None and twice is not None:
         return Fit(train.micro_batch, twice)
     share = -(-train.batch // state.accelerator.num_processes)
@@ -133,7 +133,7 @@ def _tried(
     # of the optimiser, which makes it in its first step
     to_come = 0 if optimizer.state else OPTIMIZER_BYTES[train.optimizer] * numbers
     sizes = [train.micro_batch] if train.micro_batch else even_batches(share)
-    given = train.gradient_checkpointing
+    given = train.offload or train.gradient_checkpointing
     twice, size = bool(given), 0
     # in the usual share of the memory; computed twice if need be; at last in whatever there is
     tries = [(False, SHARE)] * (not given) + [(True, SHARE)] * (given is not False)

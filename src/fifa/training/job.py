@@ -18,6 +18,7 @@ from fifa.config import Train
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.assemble import assembled
+from fifa.models.frozen import OFFLOAD
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import check_free, check_same, make_folder, sweep, write_text
@@ -44,7 +45,7 @@ PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was made for
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
-    {"device", "compile", "channels_last", "gradient_checkpointing", "micro_batch"}
+    {"device", "compile", "offload", "channels_last", "gradient_checkpointing", "micro_batch"}
     | {"tracker", "log_every", "save_every", "cache_prompts"}
 )
 
@@ -270,7 +271,9 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     device = accelerator.device
     with accelerator.main_process_first():  # what is converted is converted by one
         model = assembled(train.model, train)
-    backbone = load_backbone(model, device=device, dtype=weights, compute=dtype)
+    kept = train.quantize or (OFFLOAD if train.offload else None)
+    backbone = load_backbone(model, device=device, dtype=weights, compute=dtype, kept=kept)
+    check_kept(train, backbone, sharded)
     resolution = train.resolution or native_resolution(backbone)
     buckets = backbone.family.buckets if train.buckets is None else train.buckets
     Resize(resolution, backbone.pixels_per_latent, buckets)  # says what does not fit
@@ -298,6 +301,23 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     run = Path(train.source).expanduser()
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
     return Job(train, accelerator, pairs, backbone, plan, taught, held, cache)
+
+
+def check_kept(train: Train, backbone: Backbone, sharded: bool) -> None:
+    """Raise `FifaError` where the base's weights cannot be trained, or kept as asked for."""
+    where, there = str(backbone.folder / backbone.family.part), backbone.origin.quantized
+    if there and train.method == "full":
+        raise FifaError("quantised weights cannot be trained", where=where, do="--method lora")
+    if there and not train.quantize and (train.offload or train.sample_every):
+        raise FifaError("a quantised base", where=where, do="leave out --offload and samples")
+    if there and "quantization_config" in backbone.settings and train.quantize:
+        raise FifaError("the weights are quantised already", where=where, do="leave out --quantize")
+    if (there or train.offload) and sharded:
+        raise FifaError("a quantised or offloaded base cannot be sharded", do="start without FSDP")
+    if train.offload and backbone.family.part == "unet":
+        raise FifaError(
+            "only a transformer's blocks are offloaded", where=where, do="leave out --offload"
+        )
 
 
 def native_resolution(backbone: Backbone) -> int:

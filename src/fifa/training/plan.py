@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.families import Activations
+from fifa.models.frozen import kept_bytes
 from fifa.models.runtime import SHARE, even_batch
 from fifa.training.backbones import Backbone
 from fifa.training.backbones.parts import shapes_in
@@ -87,7 +88,7 @@ class Memory:
         share
             Pairs of a batch that are this process's.
         """
-        given, twice = train.micro_batch, train.gradient_checkpointing
+        given, twice = train.micro_batch, train.offload or train.gradient_checkpointing
         pairs, checkpointed = 0, False
         tries = [(one, SHARE, share) for one in ((False, True) if twice is None else (twice,))]
         for checkpointed, part, most in (*tries, (twice is not False, 1.0, 1)):
@@ -123,6 +124,7 @@ def memory_of(
     """
     folder, family = backbone.origin, backbone.family
     shapes = {part: shapes_in(folder.path / part) for part in folder.parts}
+    shapes[family.part] = backbone.shapes
     counts = {part: sum(map(prod, found.values())) for part, found in shapes.items()}
     numbers = counts.get(family.part, 0)
     casts = 0
@@ -133,7 +135,8 @@ def memory_of(
             for name, shape in shapes.get(family.part, {}).items()
             if name.endswith(ends) and len(shape) >= 2
         )
-        weights = numbers * folder.dtype.itemsize + trained * FLOAT
+        kept = folder.quantized or folder.kept
+        weights = kept_bytes(shapes[family.part], kept, folder.dtype.itemsize) + trained * FLOAT
     else:
         trained = numbers
         weights = numbers * FLOAT * (2 if needs_copy(train) else 1)
@@ -262,7 +265,9 @@ class Plan:
         if self.device.type == "cuda" and self.memory.known and self.free is not None:
             return self.memory.fit(train, self.free, self.share)
         return (
-            (train.micro_batch, bool(train.gradient_checkpointing)) if train.micro_batch else None
+            (train.micro_batch, bool(train.offload or train.gradient_checkpointing))
+            if train.micro_batch
+            else None
         )
 
     @property

@@ -17,6 +17,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     compute: str | torch.dtype | None = None,
+    kept: str | None = None,
 ) -> Backbone:
     """A diffusion model as what the trainer needs of it; its networks are loaded when used.
 
@@ -31,6 +32,9 @@ def load_backbone(
     compute
         What training computes in, by default ``dtype``. On CUDA it is what the encoders have;
         elsewhere they have ``dtype``. For the VAE see `fifa.training.backbones.base.Vae`.
+    kept
+        How a frozen denoiser is kept: None, or of `fifa.models.frozen` ``nf4``, ``int8``
+        (quantised) or ``offload`` (its blocks in CPU memory).
 
     Raises
     ------
@@ -42,7 +46,7 @@ def load_backbone(
     device = torch.device(device)
     encoding = compute if compute and device.type == "cuda" else dtype
     weights, encoding = (getattr(torch, str(t).removeprefix("torch.")) for t in (dtype, encoding))
-    folder = open_folder(model, device, weights, encoding)
+    folder = open_folder(model, device, weights, encoding, kept)
     folder.check()
     module = import_module(f"fifa.training.backbones.{folder.family.name}")
     backbone: Backbone = getattr(module, folder.family.backbone)(folder)

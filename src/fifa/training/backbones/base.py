@@ -294,6 +294,18 @@ class Backbone:
         other.denoiser = denoiser
         return other
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the denoiser's weights; of a quantised folder, what they were before."""
+        part = self.family.part
+        config = self.origin.config(part)
+        if "quantization_config" not in config:
+            return shapes_in(self.folder / part)
+        plain = {name: value for name, value in config.items() if name != "quantization_config"}
+        with torch.device("meta"):
+            network = diffusers(self.family.denoiser).from_config(plain)
+        return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
     def rehearse(self, resolution: int) -> None:
         """Raise `FifaError` unless a prediction for images of this side can be made.
 
@@ -302,7 +314,7 @@ class Backbone:
         """
         part, side = self.family.part, resolution // self.vae.factor
         where, config = self.folder / part, self.origin.config(part)
-        there, shape = shapes_in(where), (2, self.vae.channels, side, side)
+        there, shape = self.shapes, (2, self.vae.channels, side, side)
         with working("the parts of the model do not fit", where, FITTING):
             prompts = {name: (2, *one) for name, one in self.prompt_shapes().items()}
             key = digest(self.family.name, config, there, shape, prompts)
@@ -330,6 +342,8 @@ class Backbone:
     def inputs(self, tensors: Tensors) -> Tensors:
         """``tensors`` on the device, in the floating type of the denoiser's weights."""
         dtype = next(self.denoiser.parameters()).dtype
+        if not dtype.is_floating_point:  # quantised
+            dtype = self.origin.dtype
         return {name: value.to(self.device, dtype) for name, value in tensors.items()}
 
     def load_text(self, folder: ModelFolder) -> list[TextEncoder]:

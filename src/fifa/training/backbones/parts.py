@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
+from fifa.models.frozen import BYTES, OFFLOAD, offload_blocks, quantization
 from fifa.models.hub import pipeline_folder, weight_files
 from fifa.models.joints import check_joints
 from fifa.models.networks import load_network, loading, weights_in
@@ -41,6 +43,8 @@ class ModelFolder:
         Where its parts are put.
     dtype, encoding
         The floating type of the denoiser's weights, and of those that only encode.
+    kept
+        How the denoiser is kept if it is frozen: see `fifa.models.frozen`.
     """
 
     path: Path
@@ -49,6 +53,15 @@ class ModelFolder:
     device: torch.device
     dtype: torch.dtype
     encoding: torch.dtype
+    kept: str | None = None
+
+    @property
+    def quantized(self) -> str | None:
+        """In what the denoiser's weights are: as asked for, or as the folder has them."""
+        known = self.config(self.family.part).get("quantization_config")
+        if isinstance(known, dict):
+            return "nf4" if known.get("load_in_4bit") else "int8"
+        return self.kept if self.kept in BYTES else None
 
     def check(self) -> None:
         """Raise `FifaError` unless all parts are there, fit together, and have whole weights.
@@ -84,6 +97,8 @@ class ModelFolder:
             Of its weights; default: `encoding`.
         """
         dtype = dtype or self.encoding
+        if part == self.family.part and (self.kept or self.quantized):
+            return self._loaded(part, partial(self._kept, cls, dtype)).requires_grad_(False)
         read = self._read_as(part, dtype)
 
         def load() -> Any:
@@ -92,6 +107,18 @@ class ModelFolder:
             return module if read == dtype else torch.nn.Module.to(module, dtype)
 
         return self._loaded(part, load).eval().requires_grad_(False)
+
+    def _kept(self, cls: Any, dtype: torch.dtype) -> Any:
+        """The denoiser, quantised or with its blocks in CPU memory."""
+        options: dict[str, Any] = {}
+        if self.quantized:
+            options = quantization(self.kept, dtype, self.device)
+        network = load_network(cls, self.path / self.family.part, dtype, **options)
+        if self.quantized:
+            del network.hf_device_map  # accelerate knows no cuda without a number
+        if self.kept == OFFLOAD:
+            offload_blocks(network, self.device)
+        return network
 
     def _read_as(self, part: str, dtype: torch.dtype) -> torch.dtype:
         """The floating type to read weights in that shall have ``dtype`` on the device.
@@ -171,6 +198,7 @@ def open_folder(
     device: torch.device,
     dtype: torch.dtype,
     encoding: torch.dtype | None = None,
+    kept: str | None = None,
 ) -> ModelFolder:
     """The folder of a model, local or from the hub; ``encoding`` is ``dtype`` if not given.
 
@@ -199,7 +227,7 @@ def open_folder(
     parts = [part for part in family.parts if part in named]
     if named.intersection(family.optional):
         parts += family.optional
-    return ModelFolder(path, family, tuple(parts), device, dtype, encoding or dtype)
+    return ModelFolder(path, family, tuple(parts), device, dtype, encoding or dtype, kept)
 
 
 def diffusers(name: str) -> Any:
