@@ -124,13 +124,58 @@ def open_clip(weights, prefix):
     return {prefix + name: value for name, value in made.items()}
 
 
+SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.add_q_proj": "context_block.attn.qkv.q",
+    "attn.add_k_proj": "context_block.attn.qkv.k",
+    "attn.add_v_proj": "context_block.attn.qkv.v",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "transformer_blocks": "joint_blocks",
+}
+SD3_OWN = {"norm_q": "ln_q", "norm_k": "ln_k", "to_out.0": "proj"}
+SD3_OWN |= {f"to_{letter}": f"qkv.{letter}" for letter in "qkv"}
+
+
+def sd3(weights):
+    """The transformer's; scale and shift change places in the last norms."""
+    last = max(int(n.split(".")[1]) for n in weights if n.startswith("transformer_blocks"))
+    made, fused = {}, {}
+    for name, value in weights.items():
+        new = renamed(name, SD3)
+        if found := re.match(r"(joint_blocks\.\d+)\.(attn2?)\.(.*)", new):
+            new = f"{found[1]}.x_block.{found[2]}.{renamed(found[3], SD3_OWN)}"
+        if name.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context")):
+            value = torch.cat(value.chunk(2)[::-1])
+        if found := re.match(r"(.*\.qkv)\.([qkv])\.(\w+)", new):
+            fused.setdefault(f"{found[1]}.{found[3]}", {})[found[2]] = value
+        else:
+            made[new] = value
+    made |= {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in fused.items()}
+    return {f"model.diffusion_model.{name}": value for name, value in made.items()}
+
+
 def parts_of(folder):
     """The weights of a model's networks."""
     return {file.parent.name: load_file(file) for file in folder.glob("*/*.safetensors")}
 
 
 def write_file(folder, file, kind, half=False, but=()):
-    """One file of the model in ``folder``: ``sd15``, ``sd2``, ``sdxl`` or ``flux-dev``."""
+    """One file of the model in ``folder``: ``sd15``, ``sd2``, ``sdxl``, ``sd3`` or ``flux-dev``."""
     parts = parts_of(folder)
     make = {
         "sd15": {
@@ -149,6 +194,7 @@ def write_file(folder, file, kind, half=False, but=()):
             "text_encoder": lambda w: clip(w, "conditioner.embedders.0.transformer."),
             "text_encoder_2": lambda w: open_clip(w, "conditioner.embedders.1.model."),
         },
+        "sd3": {"transformer": sd3, "vae": vae},
         # its conversion knows widths of 3,072 only; the file has what FLUX's usually has
         "flux-dev": {"transformer": dict},
     }[kind]

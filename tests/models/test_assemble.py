@@ -23,6 +23,7 @@ FILES = (
     ("sd15", "sd15", ()),
     ("sd2", "sd2", ()),
     ("sdxl-wide", "sdxl", ()),
+    ("sd3", "sd3", ("text_encoder", "text_encoder_2", "text_encoder_3")),
     ("flux-dev", "flux-dev", ("vae", "text_encoder", "text_encoder_2")),
 )
 

@@ -91,6 +91,7 @@ def test_an_offloaded_training_ends_with_the_same_weights(world, tmp_path, offlo
     train = quick(world, "flux-dev", lr=1e-2, steps=2, gradient_checkpointing=True)
     plain = run_training(train, tmp_path / "plain")
     knobs = {"offload": True, "gradient_checkpointing": None}
+    assert "two blocks at a time" in str(plan_training(changed(train, **knobs), tmp_path / "out"))
     out = run_training(changed(train, **knobs), tmp_path / "out")
     assert furthest(weights_of(plain), weights_of(out)) == 0.0
 

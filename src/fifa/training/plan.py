@@ -337,7 +337,10 @@ class Plan:
     def _memory(self) -> str:
         """What training takes, for people."""
         memory = self.memory
-        parts = f"weights {size(memory.weights)}, gradients and optimiser {size(memory.training)}"
+        how = f" in {self.train.quantize}" if self.train.quantize else ""
+        how = ", two blocks at a time" if self.train.offload else how
+        parts = f"weights {size(memory.weights)}{how}, "
+        parts += f"gradients and optimiser {size(memory.training)}"
         if self.fit is None or not memory.known:
             return f"{size(memory.held)} at least, activations come on top ({parts})"
         activations = memory.activations(max(1, self.fit[0]), self.fit[1])
