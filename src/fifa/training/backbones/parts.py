@@ -58,7 +58,10 @@ class ModelFolder:
     @property
     def quantized(self) -> str | None:
         """In what the denoiser's weights are: as asked for, or as the folder has them."""
-        known = self.config(self.family.part).get("quantization_config")
+        settings = self.path / self.family.part / "config.json"
+        known = read_json(settings, "the denoiser's settings", missing={}).get(
+            "quantization_config"
+        )
         if isinstance(known, dict):
             return "nf4" if known.get("load_in_4bit") else "int8"
         return self.kept if self.kept in BYTES else None
