@@ -1,6 +1,7 @@
 """The rows of the families, against diffusers' own classes and the texts made from them."""
 
 import json
+import re
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -52,6 +53,9 @@ def test_the_guide_says_what_the_rows_say():
         assert f"| {family.title} | {family.steps} | {family.guidance:g} |" in guide
         if family.distilled:
             assert f"| {family.distilled.title} | {family.distilled.steps} | 0 |" in guide
+    table = (ROOT / "docs" / "families.md").read_text("utf-8")
+    for family in FAMILIES[4:]:
+        assert re.search(rf"^\| `{family.pipeline}` .* \| {family.since} \|$", table, re.M)
 
 
 def test_help_texts_say_what_the_rows_say():
