@@ -2,6 +2,7 @@ import pyarrow.parquet as pq
 from report_runs import make_run
 
 from fifa.data.table import load_pairs
+from fifa.formatting import interval, percent
 from fifa.reporting.numbers import columns_of, label_noise
 from fifa.reporting.page import write_report
 from fifa.selection.table import load_selection
@@ -29,6 +30,10 @@ def test_the_pairs_that_all_scorers_contradict_are_those_a_loop_finds(tmp_path):
     assert [entry["against"] for entry in noise.dissent] == [0, 1, 2, 3]
     assert noise.dissent[-1]["pairs"] == len(expected)
     assert len(noise.dissent) == 4
+    # these scorers err on their own, and their people never do
+    assert noise.wrong.low == 0 and noise.wrong.share < 0.1
+    told = f"{percent(noise.wrong.share)} of the labels would be wrong ({interval(noise.wrong)})"
+    assert told in write_report(tmp_path).read_text()
 
 
 def test_a_large_run_is_judged_on_a_sample_and_says_so(tmp_path, monkeypatch):
