@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from fifa.models.families import FAMILIES, PIPELINES, listed
+from fifa.models.families import FAMILIES, PIPELINES, Family, listed
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def test_the_guide_says_what_the_rows_say():
         if family.distilled:
             assert f"| {family.distilled.title} | {family.distilled.steps} | 0 |" in guide
     table = (ROOT / "docs" / "families.md").read_text("utf-8")
-    for family in FAMILIES[4:]:
+    for family in (one for one in FAMILIES if one.since != Family.since):
         assert re.search(rf"^\| `{family.pipeline}` .* \| {family.since} \|$", table, re.M)
 
 
