@@ -1,5 +1,6 @@
 """A search for the knobs of a training: what is tried, for how long, and what decides."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -74,8 +75,29 @@ def ask(world, **knobs):
 
 
 def test_a_search_that_is_killed_goes_on_and_the_best_is_a_recipe(world, tmp_path, monkeypatch):
-    asked = ask(world)
+    asked, real, calls = ask(world), module.run_training, []
+
+    def dies(*given):  # before every part of a training
+        calls.append(given)
+        if len(calls) % 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(module, "run_training", dies)
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            tune(asked, tmp_path / "killed")
+    # four trials have come to step 3; in a copy the two that go on begin again, from no state
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "trials")
+    with pytest.raises(KeyboardInterrupt):
+        tune(asked, tmp_path / "killed")
+    again = tune(asked, tmp_path / "killed")
+    assert len(calls) == 12
+    monkeypatch.setattr(module, "run_training", real)
     best = tune(asked, tmp_path / "whole")
+    for name in ("trials.parquet", "best.yaml"):
+        assert (again.parent / name).read_bytes() == (best.parent / name).read_bytes()
     rows = pq.read_table(best.parent / "trials.parquet").to_pylist()
     assert sorted(row["rung"] for row in rows) == [1] * 4 + [2] * 2
     assert {row["steps"] for row in rows if row["rung"] == 2} == {9}
@@ -85,25 +107,6 @@ def test_a_search_that_is_killed_goes_on_and_the_best_is_a_recipe(world, tmp_pat
     assert all(row["judged_by"] == "held-out pairs" for row in by_place)
     assert Train.from_yaml(best) == replace(asked.train, lr=by_place[0]["lr"])
     assert not list((best.parent / "trials").iterdir())
-
-    # killed before each of the six parts of a training
-    real, calls = module.run_training, []
-
-    def dies(*given):
-        if len(calls) % 2 == 0:
-            calls.append(given)
-            raise KeyboardInterrupt
-        calls.append(given)
-        return real(*given)
-
-    monkeypatch.setattr(module, "run_training", dies)
-    for _ in range(6):
-        with pytest.raises(KeyboardInterrupt):
-            tune(asked, tmp_path / "killed")
-    again = tune(asked, tmp_path / "killed")
-    assert len(calls) == 12
-    for name in ("trials.parquet", "best.yaml"):
-        assert (again.parent / name).read_bytes() == (best.parent / name).read_bytes()
     monkeypatch.setattr(module, "run_training", None)
     assert tune(asked, tmp_path / "killed") == again  # finished: nothing is trained
 
