@@ -210,10 +210,14 @@ def row_of(group: Group, loss: str, trained: Path, utility: Utility, base: float
     return pa.Table.from_pylist([row])
 
 
-def mean(values: np.ndarray) -> str:
+def mean(values: np.ndarray, digits: int = 3, sign: str = "+") -> str:
     """The mean with its 95 % interval by Student's t, for the table."""
     half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():+.3f} ({values.mean() - half:+.3f} to {values.mean() + half:+.3f})"
+    middle, low, high = (
+        f"{value:{sign}.{digits}f}"
+        for value in (values.mean(), values.mean() - half, values.mean() + half)
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def spread(values: np.ndarray) -> str:
@@ -278,26 +282,29 @@ def write_stability(rows: list[dict[str, Any]]) -> None:
 
 
 def write_losses(rows: list[dict[str, Any]]) -> None:
-    """Print the second table: what each loss buys, and its difference to sigmoid."""
-    print("\n| flipped | loss | gain | gain against sigmoid | held-out accuracy | displacement |")
+    """Print the second table: what each loss buys; and its differences to sigmoid, together."""
+    print("\n| flipped | loss | gain | against sigmoid | held-out accuracy, % | displacement, % |")
     print("|---|---|---|---|---|---|")
-    levels = {flip: by_loss(rows, table="losses", flip=flip) for flip in FLIPS}
-    differences: dict[str, list[np.ndarray]] = {}
-    times: dict[str, list[np.ndarray]] = {}
-    for flip, losses in levels.items():
+    differences: dict[str, dict[str, list[np.ndarray]]] = {}
+    for flip in FLIPS:
+        losses = by_loss(rows, table="losses", flip=flip)
         base = losses["sigmoid"]
         for loss, n in losses.items():
-            against = n["final"] - base["final"]
-            differences.setdefault(loss, []).append(against)
-            times.setdefault(loss, []).append(n["seconds"] / base["seconds"])
+            against = {name: n[name] - base[name] for name in ("final", "accuracy", "displacement")}
+            against["seconds"] = n["seconds"] / base["seconds"]
+            for name, values in against.items():
+                differences.setdefault(loss, {}).setdefault(name, []).append(values)
             cells = [f"{flip:.0%}", loss, mean(n["final"])]
-            cells += ["" if loss == "sigmoid" else mean(against), mean(n["accuracy"])]
-            print("|", " | ".join([*cells, mean(100 * n["displacement"]) + " %"]), "|")
-    print("\n| loss | time of a step over sigmoid's | gain against sigmoid, all levels |")
-    print("|---|---|---|")
-    for loss in list(differences)[1:]:
-        cost, gain = (np.concatenate(found[loss]) for found in (times, differences))
-        print(f"| {loss} | {mean(cost)} | {mean(gain)} |")
+            cells += ["" if loss == "sigmoid" else mean(against["final"])]
+            cells += [mean(100 * n["accuracy"], 1, ""), mean(100 * n["displacement"], 1)]
+            print("|", " | ".join(cells), "|")
+    print("\n| against sigmoid | time of a step | gain | held-out accuracy, % | displacement, % |")
+    print("|---|---|---|---|---|")
+    for loss, found in list(differences.items())[1:]:
+        n = {name: np.mean(values, axis=0) for name, values in found.items()}  # [seeds], of levels
+        cells = [loss, mean(n["seconds"], 2, ""), mean(n["final"])]
+        cells += [mean(100 * n[name], 1) for name in ("accuracy", "displacement")]
+        print("|", " | ".join(cells), "|")
 
 
 def main() -> None:
