@@ -179,6 +179,23 @@ def test_training_on_a_pool_follows_the_online_curve():
     assert (np.abs(pool - online) < 0.2 * gained.max()).all()
 
 
+def test_what_the_table_of_stability_shows_of_a_training():
+    from measure_stability import by_loss, mean, numbers_of
+
+    row = {"pairs": "fifa", "loss": "sigmoid", "seed": 1, "steps": [1, 2, 3, 4], "seconds": 1.0}
+    row |= {"gain": [0.5, 0.75, 0.25, 0.5], "accuracy": 0.6, "displacement": 1.0, "winner_error": 5}
+    numbers = {"seconds": 1.0, "accuracy": 0.6, "winner_error": 5, "displacement": 0.25}
+    assert numbers_of(row) == {**numbers, "final": 0.5, "best": 0.75, "at": 2, "fall": 0.5}
+    other = {**row, "loss": "SDPO", "gain": [0.0, 0.0, 0.0, 1.0]}
+    found = by_loss([row, other, {**row, "seed": 2}], pairs="fifa")  # SDPO lacks seed 2
+    assert {loss: one["fall"].tolist() for loss, one in found.items()} == {
+        "sigmoid": [0.5],
+        "SDPO": [0.0],
+    }
+    # Student's t at two degrees of freedom: 4.303 times 1 / sqrt(3)
+    assert mean(np.array([1.0, 2.0, 3.0])) == "+2.000 (-0.484 to +4.484)"
+
+
 def test_a_pool_is_computed_once_and_goes_on_where_it_was(world, tmp_path, monkeypatch):
     batches = sys.modules["fifa.training.batches"]
     monkeypatch.setattr(batches, "SHARD", 1)
