@@ -178,7 +178,10 @@ def test_web_uis_files_load_back_as_the_same_lora(made, tmp_path):
 
 
 def test_what_is_no_model_or_does_not_fit_is_told(made, files, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     sd, sd_parts = files["sd15"]
     lora = str(write_lora(made["sd15"], tmp_path / "lora") / "pytorch_lora_weights.safetensors")
     foreign = str(write_lora(made["sdxl-wide"], tmp_path / "foreign"))
@@ -201,6 +204,7 @@ def test_what_is_no_model_or_does_not_fit_is_told(made, files, tmp_path, monkeyp
         (sd, {"parts": str(tmp_path / "gone")}, "no such model"),
         (sd, {"parts": str(tmp_path / "lora")}, "index of the parts"),
         (sd, {"parts": sd_parts, "variant": "fp16"}, "single file has no variants"),
+        (sd, {}, r"stable-diffusion-v1-5 cannot be had[\s\S]*--parts"),
         (unet, {}, "no layout that diffusers knows"),
         (lora, {}, r"a LoRA is no model[\s\S]*--init-lora"),
         (str(few), {"parts": sd_parts}, r"has no text_encoder, and [\s\S]*--parts"),

@@ -211,7 +211,16 @@ def _of_file(file: Path, parts: str | None) -> Path:
             "a LoRA is no model", where=str(file), do="--model its base, --init-lora this file"
         )
     source = parts or _usual_parts(file)
-    settings = model_folder(source, HUB_SETTINGS)
+    try:
+        settings = model_folder(source, HUB_SETTINGS)
+    except FifaError as error:
+        if parts:
+            raise
+        raise FifaError(
+            f"the file has no settings and tokenizers, and {source} cannot be had: {error}",
+            where=str(file),
+            do="--parts with a folder in diffusers' layout of the same kind of model",
+        ) from error
     index = read_json(settings / INDEX, "the index of the parts")
     family = PIPELINES.get(str(index.get("_class_name")))
     if family is None:

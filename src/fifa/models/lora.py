@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.hub import SINGLE_FILE, model_folder
-from fifa.models.networks import load_parts, named_keys
+from fifa.models.networks import LIBRARIES, load_parts, named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import atomic_path, read_json, write_json
@@ -148,21 +149,24 @@ def merge_lora(base: Path, file: Path, out: Path, dtypes: Mapping[str, Any] | No
     options: dict[str, Any] = {**dict.fromkeys(absent), "dtype": torch.float32, **SAFE}
     if "safety_checker" in index:
         options["requires_safety_checker"] = False
-    try:
-        options |= load_parts(base, torch.float32, options)
-        pipe = cls.from_pretrained(base, **options)
-    except FifaError:
-        raise
-    except Exception as error:  # diffusers', torch's and safetensors' own
-        raise cannot_load("the pipeline", base, error) from error
-    with adapted(pipe, file):
-        parts = list(pipe.get_list_adapters())
-        pipe.fuse_lora(components=parts)
-        pipe.unload_lora_weights()  # what is fused stays
-        for part in parts:
-            network = getattr(pipe, part)
-            network.to((dtypes or {}).get(part, torch.float32)).save_pretrained(out / part)
-            forget_origin(out / part)
+    with quiet(*(require(name, "train") for name in LIBRARIES)):
+        try:
+            options |= load_parts(base, torch.float32, options)
+            pipe = cls.from_pretrained(base, **options)
+        except FifaError:
+            raise
+        except Exception as error:  # diffusers', torch's and safetensors' own
+            raise cannot_load("the pipeline", base, error) from error
+        with adapted(pipe, file):
+            parts = list(pipe.get_list_adapters())
+            pipe.fuse_lora(components=parts)
+            pipe.unload_lora_weights()  # what is fused stays
+            for part in parts:
+                network = getattr(pipe, part)
+                # not by diffusers' own ``to``, which warns of weights to be kept, if of none
+                torch.nn.Module.to(network, (dtypes or {}).get(part, torch.float32))
+                network.save_pretrained(out / part)
+                forget_origin(out / part)
     release_memory()
 
 
