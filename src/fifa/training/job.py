@@ -349,8 +349,7 @@ def make_source(job: Job) -> Source:
     """Where micro-batches come from: fills the cache, of which every process encodes its share."""
     train, accelerator = job.train, job.accelerator
     job.plan.check()
-    if accelerator.is_main_process:
-        check_disk(job.cache, job.plan.latents, job.plan.prompts)
+    check_disk(job.cache, job.plan.latents, job.plan.prompts)
     encoded = encode(
         job.pairs,
         job.backbone,
