@@ -12,7 +12,7 @@ from fifa.evaluation.models import find_checkpoint, find_models
 from fifa.training.batches import predict
 from fifa.training.checkpoint import Progress
 from fifa.training.holdout import DRAWS, FROM, split_pairs, verdict
-from fifa.training.job import run_training
+from fifa.training.job import plan_training, run_training
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import read_stats
 
@@ -76,6 +76,11 @@ def test_the_best_is_kept_and_evaluated_and_a_training_stops(world, tmp_path):
     assert find_checkpoint("last", str(out / LORA), base).path == out / LORA
     card = (out / "README.md").read_text("utf-8")
     assert f"{min(losses):.4f}, is after step {best + 1}, whose weights are in `best/`" in card
+
+
+def test_a_training_that_cannot_stop_says_so(world, tmp_path):
+    with pytest.raises(FifaError, match="--stop looks at held-out pairs, and none are held out"):
+        plan_training(quick(world, stop=True), tmp_path / "out")
 
 
 def test_why_a_training_stops():

@@ -50,6 +50,7 @@ def test_what_is_searched():
         (("lr=0..1",), "no range"),
         (("lr=a..b",), "no range"),
         (("lr=1e-6..1e-4", "3"), "no range"),
+        (("rank=4..16",), "rank takes whole numbers"),
         (("lr=nan",), "lr: "),
         (("beta=-1",), "beta: Input should be greater than 0"),
         (("lr", "lr"), "lr twice"),
@@ -123,7 +124,7 @@ def test_a_search_that_is_killed_goes_on_and_the_best_is_a_recipe(world, tmp_pat
 
 def test_images_decide_among_the_last_and_what_diverges_is_last(world, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red fox\n", "utf-8")
-    asked = replace(ask(world), over=("lr=1e30,0.01",), budget=9, trials=3)
+    asked = replace(ask(world), over=("lr=1e30,0.01", "loss=sigmoid"), budget=9, trials=3)
     asked = replace(asked, images=Generate(steps=2, width=64, height=64, device="cpu"))
 
     def brighter(prompts, images):
@@ -136,7 +137,8 @@ def test_images_decide_among_the_last_and_what_diverges_is_last(world, tmp_path)
     rows = pq.read_table(best.parent / "trials.parquet").to_pylist()
     places = {row["lr"]: row for row in rows}
     assert places[1e30]["place"] == 3
-    assert places[1e30]["loss"] is None
+    assert {row["loss"] for row in rows} == {"sigmoid"}  # of a trial; its measure has its own name
+    assert places[1e30]["heldout_loss"] is None
     assert places[1e30]["judged_by"] == "held-out pairs"
     sound = [places[lr] for lr in (0.02, 0.01)]
     assert {row["judged_by"] for row in sound} == {"brightness"}

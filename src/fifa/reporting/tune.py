@@ -13,7 +13,7 @@ from fifa.shards.files import read_table, write_text
 TRIALS = "trials.parquet"
 PAGE = "tune.html"
 OWN = (
-    *("trial", "rung", "steps", "loss", "accuracy", "displacement"),
+    *("trial", "rung", "steps", "heldout_loss", "accuracy", "displacement"),
     *("reward", "reward_low", "reward_high", "judged_by", "place"),
 )
 
@@ -55,10 +55,14 @@ def _table(folder: Path) -> tuple[list[dict[str, Any]], list[str], list[list[str
 def _cells(row: dict[str, Any], knobs: list[str], judged: bool) -> list[str]:
     values = ["-" if row[name] is None else str(row[name]) for name in knobs]
     cells = [str(row["trial"]), *values, f"{row['steps']:,}"]
-    if row["loss"] is None:
+    if row["heldout_loss"] is None:
         cells += ["diverged", "-", "-"]
     else:
-        cells += [f"{row['loss']:.4f}", percent(row["accuracy"]), f"{row['displacement']:+.2%}"]
+        cells += [
+            f"{row['heldout_loss']:.4f}",
+            percent(row["accuracy"]),
+            f"{row['displacement']:+.2%}",
+        ]
     if judged and row["reward"] is None:
         cells.append("-")
     elif judged:
@@ -69,5 +73,9 @@ def _cells(row: dict[str, Any], knobs: list[str], judged: bool) -> list[str]:
 
 def _curve(folder: Path, trial: int) -> list[tuple[int, float]]:
     """Steps and held-out loss of a trial after each rung."""
-    found = read_table(folder / TRIALS, ["trial", "steps", "loss"]).to_pylist()
-    return [(row["steps"], row["loss"]) for row in found if row["trial"] == trial and row["loss"]]
+    found = read_table(folder / TRIALS, ["trial", "steps", "heldout_loss"]).to_pylist()
+    return [
+        (row["steps"], row["heldout_loss"])
+        for row in found
+        if row["trial"] == trial and row["heldout_loss"]
+    ]

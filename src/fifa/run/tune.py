@@ -150,10 +150,10 @@ def _search(
             rows[number].append(run(number, rung, until, settings[number - 1]))
         best_first = sorted(finalists, key=lambda n: _worth(rows[n][-1], planned))
         order = best_first + order[size:]
-    if rows[order[0]][-1]["loss"] is None:
+    if rows[order[0]][-1]["heldout_loss"] is None:
         raise FifaError("every trial diverged", where=str(out), do="search lower values of lr")
     if asked.prompts:
-        sound = [n for n in order[: len(finalists)] if rows[n][-1]["loss"] is not None]
+        sound = [n for n in order[: len(finalists)] if rows[n][-1]["heldout_loss"] is not None]
         gains, by = _judge(asked, planned, sound, out, judges)
         for number in sound:
             rows[number][-1] |= gains[number]
@@ -199,7 +199,7 @@ def _row(
     winner = line.get("heldout_winner_error")
     row = {
         **{"trial": number, "rung": rung, "steps": until, **setting},
-        "loss": line.get("heldout_loss"),
+        "heldout_loss": line.get("heldout_loss"),
         "accuracy": line.get("heldout_implicit_accuracy"),
         # of the reference's error on preferred images
         "displacement": None if displaced is None else displaced / (winner - displaced),
@@ -211,9 +211,9 @@ def _row(
 
 def _worth(row: Row, planned: Train) -> tuple[bool, bool, float, int]:
     """Sorts trials of a rung, the best first."""
-    if row["loss"] is None:
+    if row["heldout_loss"] is None:
         return True, True, 0.0, row["trial"]
-    return False, row["displacement"] > planned.displacement, row["loss"], row["trial"]
+    return False, row["displacement"] > planned.displacement, row["heldout_loss"], row["trial"]
 
 
 def _judge(

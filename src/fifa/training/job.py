@@ -262,6 +262,12 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     """
     pairs = with_labels(train, read_training(train))
     taught, held = split_pairs(pairs.caption, train)
+    if train.stop and not held:
+        raise FifaError(
+            "--stop looks at held-out pairs, and none are held out",
+            where=train.source,
+            do="hold out a share of the prompts: --holdout 0.2",
+        )
     check_share(train, accelerator.num_processes)
     check_order(train, pairs.margin)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")

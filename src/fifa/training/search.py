@@ -74,6 +74,8 @@ def _values(name: str, values: list[str], train: Train) -> Values:
             f"no range: {name}={','.join(values)}"[:200],
             do=f"a range is {name}=LOW..HIGH, both above 0",
         )
+    if isinstance(getattr(train, name), int):
+        raise FifaError(f"{name} takes whole numbers, and no range", do=f"a list: {name}=4,8,16")
     for end in (low, high):
         changed(train, **{name: end})
     return low, high
