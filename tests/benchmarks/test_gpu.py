@@ -62,7 +62,7 @@ def test_without_cuda_a_part_says_so_and_runs_tiny(part, world, capsys, monkeypa
 def test_a_model_has_the_numbers_of_the_published_one(size, family):
     with torch.device("meta"):
         denoiser = UNet2DConditionModel(**size["unet"])
-    numbers = {one.name: one.activations.numbers for one in FAMILIES}
+    numbers = {one.name: one.activations.numbers for one in FAMILIES if one.activations}
     assert sum(p.numel() for p in denoiser.parameters()) == numbers[family]
 
 

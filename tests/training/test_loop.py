@@ -50,7 +50,7 @@ def test_statistics_tell_winner_and_loser_apart(world, tmp_path):
             *("step", "loss", "winner_error", "loser_error"),
             *("winner_minus_reference", "loser_minus_reference", "implicit_accuracy"),
             *("kl", "kl_bound", "gap", "gradient_norm", "lr", "pairs", "skipped", "seconds"),
-            *("pairs_per_second", "peak_bytes"),
+            *("pairs_per_second", "peak_bytes", "by_level"),
         }
         assert 0 < line["kl_bound"] <= line["kl"]
         assert line["gradient_norm"] > 0

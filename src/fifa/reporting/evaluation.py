@@ -21,7 +21,7 @@ from fifa.evaluation.vote.store import FILE
 from fifa.evaluation.win_rates import Comparison, Level, time_to_match
 from fifa.formatting import number, percent, shorten, signed
 from fifa.reporting.examples import side_by_side
-from fifa.reporting.figures import draw_history, draw_learning, draw_wins, role
+from fifa.reporting.figures import draw_history, draw_learning, draw_levels, draw_wins, role
 
 MOST_CATEGORIES = 12
 MOST_TRAININGS = 6
@@ -166,6 +166,7 @@ def trainings(histories: Sequence[History], colours: Mapping[str, str]) -> list[
                     "name": history.model,
                     "colour": colours[history.model],
                     "figures": figures,
+                    "levels": draw_levels(history, f"training-{place}"),
                     "best": best,
                     "last": history.held[-1] if history.held else None,
                 }

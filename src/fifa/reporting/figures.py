@@ -72,14 +72,22 @@ AXES = {
     "pairs": "pairs seen, each time counted",
     "hours": "accelerator hours",
 }
+# The two images of a pair: a label and dashes
+SIDES: dict[str, tuple[str, Any]] = {
+    "winner": ("preferred image of ", "-"),
+    "loser": ("rejected image of ", (0, (3, 1.5))),
+}
 # Figures of a training by their title: its curves with a label and dashes
 HISTORY: dict[str, dict[str, tuple[str, Any]]] = {
     "loss": {"loss": ("", "-")},
     "implicit accuracy": {"accuracy": ("", "-")},
-    "error minus the base's": {
-        "winner": ("preferred image of ", "-"),
-        "loser": ("rejected image of ", (0, (3, 1.5))),
-    },
+    "error minus the base's": SIDES,
+}
+# The same by noise level
+BY_LEVEL: dict[str, dict[str, tuple[str, Any]]] = {
+    "error above the base's": SIDES,
+    "implicit accuracy": {"accuracy": ("", "-")},
+    "output gradient": {"gradient": ("", "-")},
 }
 LINE, GAP = 0.2, 0.16  # inches from one win rate to the next, and beside that between two rows
 Row = tuple[str, Sequence[tuple[int, WinRate]]]  # a label, and win rates by the model's place
@@ -196,13 +204,22 @@ def draw_map(prompts: PromptMap) -> Markup:
 
 def canvas(size: tuple[float, float] = SIZE, dpi: int = 72) -> tuple[Figure, Axes]:
     """Empty axes in the page's style, ``size`` in inches of 72 units."""
+    figure, [axes] = stacked(1, size, dpi)
+    return figure, axes
+
+
+def stacked(
+    rows: int, size: tuple[float, float] = SIZE, dpi: int = 72
+) -> tuple[Figure, list[Axes]]:
+    """Empty axes above each other that share one below, in the page's style."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-        axes = figure.add_subplot()
-        axes.tick_params(length=3)
+        every = list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
     figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    return figure, axes
+    for axes in every:
+        axes.tick_params(length=3)
+        axes.patch.set_visible(False)
+    return figure, every
 
 
 def _ticks_1_3_10(start: float) -> list[float]:
@@ -397,6 +414,41 @@ def draw_trials(curves: Sequence[Sequence[tuple[int, float]]]) -> Markup:
     axes.set_xlabel(AXES["step"])
     axes.set_ylabel("held-out loss")
     return svg(figure, "trials", "Loss on held-out pairs of every trial by steps of training")
+
+
+def draw_levels(history: History, name: str) -> Markup | None:
+    """Where in time a training fails: errors, implicit accuracy and gradient by noise level.
+
+    In the colours and dashes of `draw_history`; None where nothing is known by level.
+    """
+    figure, every = stacked(len(BY_LEVEL), (SIZE[0], 2.2 * SIZE[1]))
+    told = []
+    sides = (
+        ("the pairs trained on", history.taught_levels),
+        ("held-out pairs", history.held_levels),
+    )
+    for axes, (title, curves) in zip(every, BY_LEVEL.items(), strict=True):
+        for colour, (pairs, levels) in zip(("all", "kept"), sides, strict=True):
+            for curve, (label, dashes) in curves.items():
+                values = np.array(getattr(levels, curve) if levels else ())
+                known = np.flatnonzero(np.isfinite(values))
+                if not len(known):
+                    continue
+                at = (known + 0.5) / len(values)
+                axes.plot(at, values[known], ls=dashes, marker="o", ms=3, color=COLOURS[colour])
+                low, high = at[values[known].argmin()], at[values[known].argmax()]
+                told.append(
+                    f"{title}, {label}{pairs}: lowest {number(values[known].min())} at {low:.2f}, "
+                    f"highest {number(values[known].max())} at {high:.2f}"
+                )
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if "gradient" not in curves:
+            axes.yaxis.set_major_formatter(lambda value, _: _percent(value))
+            axes.axhline(0.5 if "accuracy" in curves else 0, **DOTTED)
+        axes.set_ylabel(title)
+    every[-1].set_xlim(0, 1)
+    every[-1].set_xlabel("noise level (0: the image, 1: noise alone)")
+    return svg(figure, f"{name}-levels", f"By noise level. {'; '.join(told)}") if told else None
 
 
 def draw_rounds(

@@ -161,7 +161,7 @@ class Progress:
         `fifa.training.metrics.stats_digest` when a state was saved.
     window, since, sums
         Since the last line of metrics: pairs, the time at that line, and what
-        `fifa.training.metrics.sums` has added up.
+        `fifa.training.loop.Loop.forward` has added up.
     running
         What `fifa.training.losses.run_on` keeps.
     best, best_step
@@ -209,7 +209,7 @@ class Progress:
             running=tuple(running),
         )
 
-    def after_holdout(self, found: dict[str, float | None]) -> Progress:
+    def after_holdout(self, found: dict[str, Any]) -> Progress:
         """After a measurement by `fifa.training.holdout.Holdout`."""
         loss = found["heldout_loss"] or 0.0
         error, above = found["heldout_winner_error"], found["heldout_winner_minus_reference"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fifa.errors import FifaError
 from fifa.training.backbones.base import Backbone
 from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
 from fifa.training.checkpoint import Progress, TrainState
+from fifa.training.levels import LEVELS, NAMES, levels_of, line_by_level, sums_by_level
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import SUMS, stats_line, sums
 
@@ -84,8 +86,10 @@ class Holdout:
         """Whether they are measured after so many steps of all."""
         return bool(self.rows) and (step % self.every == 0 or step == steps)
 
-    def measure(self, state: TrainState, size: int) -> dict[str, float | None]:
+    def measure(self, state: TrainState, size: int) -> dict[str, Any]:
         """``heldout_`` and each of `HELD`: means over pairs and draws of the weights to give away.
+
+        And ``heldout_by_level``, the same by noise level, of `line_by_level`.
 
         With the beta that the training began with, and every pair of weight 1. Every process calls
         it; ``size`` pairs go through the network at once.
@@ -98,7 +102,7 @@ class Holdout:
         backbone = self.source.backbone
         if not state.sharded:  # a wrapped one may wait for processes that have fewer pairs
             backbone = backbone.with_denoiser(accelerator.unwrap_model(model))
-        total: Tensor = torch.zeros(len(SUMS), device=self.source.device)
+        total: Tensor = torch.zeros(len(SUMS) + LEVELS * len(NAMES), device=self.source.device)
         model.eval()
         try:
             with torch.no_grad(), accelerator.autocast(), state.to_give_away():
@@ -109,8 +113,10 @@ class Holdout:
             model.train()
         if world > 1:
             total = accelerator.reduce(total, reduction="sum")
-        line = stats_line(total.tolist(), len(items))
-        return {f"heldout_{name}": line[name] for name in HELD}
+        found = total.tolist()
+        line = stats_line(found[: len(SUMS)], len(items))
+        by_level = line_by_level(found[len(SUMS) :], "heldout_by_level")
+        return {f"heldout_{name}": line[name] for name in HELD} | by_level
 
     def _sums(self, batch: Batch, backbone: Backbone) -> Tensor:
         base, _ = self.reference(batch) if self.reference else (None, None)
@@ -119,7 +125,8 @@ class Holdout:
         # of images one by one, the weight is what balances good and bad ones
         weight = torch.ones_like(batch.weight) if single is None else batch.weight
         loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, weight)
-        return sums(loss, policy, base, None, single)
+        by_level = sums_by_level(levels_of(backbone, batch), policy, base, None)
+        return torch.cat([sums(loss, policy, base, None, single), by_level])
 
 
 def verdict(train: Train, done: Progress) -> str:

@@ -34,8 +34,9 @@ from fifa.training.batches import Batch, Reference, Source, micro_batches, predi
 from fifa.training.checkpoint import BEST, CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
 from fifa.training.holdout import Holdout, verdict
+from fifa.training.levels import levels_of, line_by_level, output_gradient, sums_by_level
 from fifa.training.losses import LOSSES, run_on, safeguarded
-from fifa.training.metrics import Stats, distance, means_of, stats_digest, stats_line, sums
+from fifa.training.metrics import SUMS, Stats, distance, means_of, stats_digest, stats_line, sums
 from fifa.training.order import Stream
 from fifa.training.samples import Samples
 
@@ -43,7 +44,7 @@ AHEAD = 2  # micro-batches that wait for the device
 
 # A micro-batch, whether it counts, and whether it is the last of its step.
 Item = tuple[Batch, bool, bool]
-Line = dict[str, float | None]
+Line = dict[str, Any]
 # Waits for numbers that are on their way to the host.
 Read = Callable[[], list[float]]
 
@@ -179,10 +180,11 @@ class Loop:
                 stats.close()
         return done
 
-    def metrics(self, done: Progress, rate: float, norm: float) -> dict[str, float | None]:
+    def metrics(self, done: Progress, rate: float, norm: float) -> dict[str, Any]:
         """The metrics of the steps since the last line; rate and norm are the last step's."""
         return {
-            **stats_line(done.sums, done.window),
+            **stats_line(done.sums[: len(SUMS)], done.window),
+            **line_by_level(done.sums[len(SUMS) :], "by_level"),
             "gradient_norm": norm,
             "lr": rate,
             "pairs": done.pairs,
@@ -207,9 +209,9 @@ class Loop:
         Returns
         -------
         Read
-            What `fifa.training.metrics.sums` adds up, over all processes; then the gradient's norm
-            before it was clipped; then what `run_on` keeps; then 1 if the step was skipped, as
-            float16's gradients overflowed, else 0.
+            What `forward` adds up, over all processes; then the gradient's norm before it was
+            clipped; then what `run_on` keeps; then 1 if the step was skipped, as float16's
+            gradients overflowed, else 0.
         """
         train, state = self.train, self.state
         accelerator, optimizer = state.accelerator, state.optimizer
@@ -246,7 +248,7 @@ class Loop:
         return lambda: [*read().tolist(), float(skipped)]
 
     def gradients(self, step: int, feed: Feed) -> Tensor:
-        """Add a step's gradients up; what `sums` adds up on this process, not yet on the host."""
+        """Add a step's gradients up; its sums on this process, not yet on the host."""
         train, state = self.train, self.state
         accelerator = state.accelerator
         # adapters' dropout is all that is random from here on: a function of step and process
@@ -264,7 +266,10 @@ class Loop:
         return found
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The weighted loss of each pair of a micro-batch, and the sums of its metrics."""
+        """The weighted loss of each pair of a micro-batch, and the sums of its metrics.
+
+        First those of `sums`, then those of `sums_by_level`.
+        """
         train, backbone = self.train, self.source.backbone
         base, base_prediction = self.reference(batch) if self.reference else (None, None)
         policy, prediction = predict(backbone, batch)
@@ -275,7 +280,10 @@ class Loop:
         kl = None
         if base_prediction is not None:
             kl = distance(prediction, base_prediction, len(batch.items))
-        return loss, sums(loss, policy, base, kl, self.source.single(batch, self.source.taught))
+        single = self.source.single(batch, self.source.taught)
+        gradient = output_gradient(loss, policy, prediction[0].numel())
+        by_level = sums_by_level(levels_of(backbone, batch), policy, base, gradient)
+        return loss, torch.cat([sums(loss, policy, base, kl, single), by_level])
 
     @cached_property
     def stream(self) -> Stream:

@@ -84,7 +84,7 @@ def sums(
     gain = (base - policy).float()
     # implicit accuracy: the policy prefers the winner more than the reference does; a tie is half
     gap = gain[:, 0] - gain[:, 1]
-    correct = 0.5 * (1.0 + gap.sign())
+    correct = torch.where(gap.isnan(), gap, 0.5 * (1.0 + gap.sign()))
     # |sqrt e - sqrt e_ref|^2 <= mean (prediction - prediction_ref)^2, by the triangle inequality
     bound = (policy.sqrt() - base.sqrt()).square().mean(1)
     nothing = torch.full_like(bound, torch.nan)
@@ -107,7 +107,7 @@ def sided(found: Tensor, label: Tensor, good: float) -> Tensor:
 def means_of(total: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """Of what `sums` added up over ``pairs``: what `fifa.training.losses.run_on` takes in."""
     # without a reference there is nothing to know
-    means = (total.float() / pairs).nan_to_num()
+    means = (total[: len(SUMS)].float() / pairs).nan_to_num()
     _, winner, loser, winner_base, loser_base, *_, gap = means
     return gap, 0.5 * (winner_base + loser_base - winner - loser)
 
@@ -175,7 +175,7 @@ class Stats:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
-            self.track(step, {k: v for k, v in line.items() if v is not None})
+            self.track(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
