@@ -115,7 +115,7 @@ def test_repeating_seeds_is_no_new_evidence() -> None:
     assert stats.sign_flip(([1.0] * 7 + [0.0]) * 10) < once / 100
 
 
-# in steps of 0.01: sums that differ by less than rounding are a tie to one side and none to the other
+# in steps of 0.01: sums that differ by no more than rounding are a tie to one side only
 @given(
     st.lists(
         st.tuples(st.integers(-900, 900).map(lambda n: n / 100), st.integers(0, 3)),
