@@ -472,3 +472,8 @@ def test_a_distilled_model_is_trained_with_a_warning(models, world, tmp_path):
         train = replace(quick(world), model=str(models[kind]))
         plan = str(plan_training(train, tmp_path / "out"))
         assert ("warning     FLUX schnell was distilled" in plan) == said
+        assert ("load the LoRA into both" in plan) == said
+    card = run_training(
+        replace(train, model=str(models["flux-schnell"]), steps=1), tmp_path / "out"
+    )
+    assert "FLUX schnell was distilled to few steps" in (card / "README.md").read_text()

@@ -8,7 +8,9 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from trainings import QUICK, furthest, quick, weights_of
 
-from fifa.config import changed
+from fifa.config import Generate, changed
+from fifa.errors import FifaError
+from fifa.evaluation.models import find_models
 from fifa.models.assemble import assembled
 from fifa.training.job import run_training
 from fifa.training.metrics import read_stats
@@ -67,6 +69,11 @@ def test_a_single_file_and_its_pieces_are_trained_like_their_folder(world, tmp_p
     assert read_stats(second)[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert json.loads((second / "train.json").read_text())["options"]["init_lora"] == str(first)
     assert "--init-lora" in (second / "README.md").read_text()
+    with pytest.raises(FifaError, match="with a LoRA in it"):
+        find_models(str(file), {"second": str(second)}, Generate(parts=pieces["parts"]))
+    given = Generate(parts=pieces["parts"], init_lora=str(first))
+    _, found = find_models(str(file), {"second": str(second)}, given)
+    assert found.name == "second"
     merged = assembled(pieces["model"], changed(QUICK, **pieces))
     base = DiffusionPipeline.from_pretrained(world / "sd15", safety_checker=None)
     base.load_lora_weights(first)

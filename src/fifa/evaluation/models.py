@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fifa.config import GENERATE_FILE, RECIPE_FILE, Generate
-from fifa.console import LOG_FILE
+from fifa.console import LOG_FILE, echo
 from fifa.errors import FifaError
 from fifa.evaluation.history import number
 from fifa.evaluation.stats import Number
@@ -109,14 +109,49 @@ def find_models(base: str, tuned: Mapping[str, str], asked: Generate | None = No
     Raises
     ------
     FifaError
-        For a model that is not there, and for a checkpoint named ``base``.
+        For a model that is not there, a checkpoint named ``base``, and one that was trained on the
+        same base with a LoRA in it, which ``asked`` lacks.
     """
-    folder = find_pipeline(str(assembled(base, asked or Generate())))
+    asked = asked or Generate()
+    folder = find_pipeline(str(assembled(base, asked)))
     if BASE in tuned:
         raise FifaError("a checkpoint cannot be named base", do="--tuned NAME=PATH names it")
     whole = files_digest(_pipeline_files(folder))
     first = Model(BASE, "base", base, folder, folder, whole)
-    return [first, *(find_checkpoint(name, path, first) for name, path in tuned.items())]
+    checkpoints = [find_checkpoint(name, path, first) for name, path in tuned.items()]
+    for checkpoint in checkpoints:
+        _check_pieces(checkpoint, base, asked)
+    return [first, *checkpoints]
+
+
+def _check_pieces(checkpoint: Model, base: str, asked: Generate) -> None:
+    """Raise `FifaError` for a checkpoint whose base was this one with a LoRA that is not asked for.
+
+    Another VAE is only told: the weights fit with both. A base of another name may have the pieces
+    in it already (`fifa convert`), and is taken.
+    """
+    folder = checkpoint.training
+    if folder is None or checkpoint.method == "pipeline":
+        return
+    facts = read_json(folder / "train.json", "the training", missing={})
+    options = facts.get("options")
+    if not isinstance(options, dict) or not _is_same(str(facts.get("base_model")), base):
+        return
+    lora, vae = options.get("init_lora"), options.get("vae")
+    if lora and not asked.init_lora:
+        raise FifaError(
+            f"{checkpoint.name} was trained on this base with a LoRA in it, {lora}",
+            where=str(checkpoint.path),
+            do=f"give it here too: --init-lora {lora}",
+        )
+    if vae and not asked.vae:
+        echo(f"{checkpoint.name} was trained with another VAE: --vae {vae} takes it here too")
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are those of one model."""
+    paths = [Path(name).expanduser().resolve() for name in (one, other)]
+    return one == other or (paths[0] == paths[1] and paths[0].exists())
 
 
 def name_checkpoints(paths: Sequence[str]) -> dict[str, str]:

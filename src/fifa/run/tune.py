@@ -32,6 +32,7 @@ from fifa.evaluation.judges import Judge
 from fifa.evaluation.measure import check_scorers
 from fifa.evaluation.models import is_picked
 from fifa.evaluation.prompts import read_prompts
+from fifa.models.assemble import PIECES
 from fifa.models.runtime import release_memory
 from fifa.reporting.page import write_report
 from fifa.reporting.tune import TRIALS, write_tune
@@ -231,7 +232,7 @@ def _judge(
         prompts=str(asked.prompts),
         limit=asked.limit,
         seeds=1,
-        generate=asked.images,
+        generate=changed(asked.images, **{name: getattr(planned, name) for name in PIECES}),
         measure=Measure(scorers=(asked.scorer,) if asked.scorer else (), encoder="none"),
     )
     compute = Compute(device=asked.images.device)

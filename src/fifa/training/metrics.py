@@ -33,7 +33,7 @@ from fifa.shards.manifest import bytes_digest, write_manifest
 from fifa.training.checkpoint import Progress
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs
-from fifa.training.plan import Plan
+from fifa.training.plan import Plan, distilled_warning
 
 STATS = "stats.jsonl"
 TRAIN_FILE = "train.yaml"
@@ -255,6 +255,7 @@ def write_card(
         "pairs_seen": progress.pairs,
         "skipped_steps": progress.skipped,
         "loss_why": plan.why or None,
+        "distilled": plan.distilled or None,
         "dropped": pairs.dropped,
         "seconds": round(progress.seconds, 3),
         "processes": plan.processes,
@@ -295,6 +296,8 @@ def training_card(facts: dict[str, Any], family: Family) -> str:
         loss += f", beta {options['beta']:g}"
     if facts.get("loss_why"):
         loss += f": {facts['loss_why']}"
+    distilled = facts.get("distilled")
+    warning = f"\n{distilled_warning(distilled, lora)}.\n" if distilled else ""
     what, one_by_one = facts["trained_on"], facts["trained_on"] == "images"
     kind, by = ("rated images", ONE_BY_ONE) if one_by_one else ("preference pairs", OF_PAIRS)
     held, best = "", facts["best"]
@@ -312,7 +315,7 @@ tags: [text-to-image, diffusion-dpo, preference-optimization{", lora" if lora el
 # {_public(base)}, aligned with {facts["pairs"]:,} {kind}
 
 {"A LoRA" if lora else f"All weights of the {family.part}"}, trained with {by}.
-
+{warning}
 ## Use
 
 ```python

@@ -170,6 +170,15 @@ def needs_copy(train: Train) -> bool:
     return train.method == "full" and not train.draws and LOSSES[train.loss].needs_reference
 
 
+def distilled_warning(title: str, lora: bool) -> str:
+    """What training a model that was distilled to few steps does to it, for people."""
+    into_both = ", and load the LoRA into both" if lora else ""
+    return (
+        f"{title} was distilled to few steps, which training on pairs is known to undo: train what "
+        f"it was distilled from{into_both}"
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a training will do.
@@ -304,10 +313,8 @@ class Plan:
             f"free        {'unknown' if self.free is None else size(self.free)}",
         ]
         if self.distilled:
-            lines.append(
-                f"warning     {self.distilled} was distilled to few steps, which training on pairs "
-                "is known to undo: train what it was distilled from, and load the LoRA into both"
-            )
+            lora = self.train.method == "lora"
+            lines.append(f"warning     {distilled_warning(self.distilled, lora)}")
         return "\n".join(lines)
 
     @property
