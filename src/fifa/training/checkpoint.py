@@ -496,7 +496,8 @@ def make_state(train: Train, backbone: Backbone, accelerator: Any) -> TrainState
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(train, learned, accelerator.device)
     # what is quantised or kept in CPU memory is where it should be
-    placed = None if not (train.quantize or train.offload) else [False, True]
+    there = train.quantize or train.offload or backbone.origin.quantized
+    placed = [False, True] if there else None
     model, optimizer = accelerator.prepare(model, optimizer, device_placement=placed)
     backbone.denoiser = model
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
