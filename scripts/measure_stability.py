@@ -325,8 +325,10 @@ def main() -> None:
     tables = [ledger.read(group.key(loss)) for group in every for loss in group.losses]
     table = pa.concat_tables(tables, promote_options="permissive")
     write_table(given.out / "trainings.parquet", table)
-    write_stability(table.to_pylist())
-    write_losses(table.to_pylist())
+    if given.seeds:
+        write_stability(table.to_pylist())
+    if given.loss_seeds:
+        write_losses(table.to_pylist())
 
 
 if __name__ == "__main__":
