@@ -83,6 +83,7 @@ def test_a_training_has_a_page_of_its_own(tmp_path):
     text = write_report(folder).read_text("utf-8")
     assert len(labels(text)) == 3
     assert ">best</text>" not in text
+    assert "held-out" not in text[text.index('id="training"') :]
     stats.write_text("")
     assert "No steps of training" in write_report(folder).read_text("utf-8")
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -12,9 +13,10 @@ from trainings import quick
 from fifa.cli import cli
 from fifa.config import Generate, Train, Tune
 from fifa.errors import FifaError
-from fifa.reporting.tune import tune_text
+from fifa.reporting.tune import tune_text, write_tune
 from fifa.run import tune as module
 from fifa.run.tune import tune
+from fifa.shards.files import write_table
 from fifa.training.search import rungs_of, searched, settings_of
 
 TRAIN = Train(source="pairs", model="model", lr=1e-5, beta=5000.0)
@@ -149,6 +151,11 @@ def test_images_decide_among_the_last_and_what_diverges_is_last(world, tmp_path)
     assert "diverged" in text
     assert text.endswith("the best one by brightness")
     assert "is the best one by brightness" in (best.parent / "tune.html").read_text("utf-8")
+    for loss, told in ((0.7, True), (0.69, False)):  # weights that have not moved have log 2
+        known = [row | {"heldout_loss": loss} if row["place"] == 1 else row for row in rows]
+        write_table(best.parent / "trials.parquet", pa.Table.from_pylist(known))
+        assert ("is no lower than" in tune_text(best.parent)) == told
+        assert ("is no lower than" in write_tune(best.parent).read_text("utf-8")) == told
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_trained(world, tmp_path):

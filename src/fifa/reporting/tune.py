@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def write_tune(folder: str | Path) -> Path:
         "heads": heads,
         "rows": rows,
         "trials": trials,
+        "warning": _warning(trials[0]),
         "figure": draw_trials([_curve(folder, row["trial"]) for row in trials]),
     }
     write_text(folder / PAGE, render("tune.html.j2", context))
@@ -37,7 +39,18 @@ def tune_text(folder: str | Path) -> str:
     """The table of the trials for a terminal, the best first, and who said so."""
     trials, heads, rows = _table(Path(folder))
     lines = text_table([heads, *rows])
+    lines += [warning] if (warning := _warning(trials[0])) else []
     return "\n".join([*lines, f"the best one by {trials[0]['judged_by']}"])
+
+
+def _warning(best: dict[str, Any]) -> str:
+    """What is to be known of the best trial where it is no better than the base."""
+    if best["heldout_loss"] < log(2):
+        return ""
+    return (
+        f"Its loss on held-out pairs, {best['heldout_loss']:.4f}, is no lower than that of weights "
+        f"that have not moved, {log(2):.4f}: take a lower lr or more pairs, or give more budget"
+    )
 
 
 def _table(folder: Path) -> tuple[list[dict[str, Any]], list[str], list[list[str]]]:
@@ -61,7 +74,7 @@ def _cells(row: dict[str, Any], knobs: list[str], judged: bool) -> list[str]:
         cells += [
             f"{row['heldout_loss']:.4f}",
             percent(row["accuracy"]),
-            f"{row['displacement']:+.2%}",
+            f"{100 * row['displacement']:+.2f} %",
         ]
     if judged and row["reward"] is None:
         cells.append("-")

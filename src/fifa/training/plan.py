@@ -305,7 +305,7 @@ class Plan:
             + self._order,
             f"resolution  {self.resolution:,}, {shape}, computed in {self.dtype}",
             f"reference   {self._reference}",
-            f"cache       {size(self.latents + self.prompts)} on disk at most (latents "
+            f"cache       about {size(self.latents + self.prompts)} on disk (latents "
             f"{size(self.latents)}, {self._prompts})",
             f"memory      {self._memory}",
             f"encoding    {size(memory.encoding)} before that (text encoders "
