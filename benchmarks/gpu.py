@@ -1,6 +1,7 @@
 """What a GPU makes of FiFA's defaults: each part beside its peer and its limit, in one run.
 
-    python benchmarks/gpu.py [train|score|generate|rate|knn|all] [--memory] [--peer-script FILE]
+    python benchmarks/gpu.py [train|score|generate|rate|knn|compile|all] [--memory]
+                             [--peer-script FILE]
 
 - train: `fifa train` with no performance option (SD1.5's architecture, LoRA of rank 8, 512
   pixels, 32 pairs a step), with and without ``--draws 2``, beside diffusers' real
@@ -13,6 +14,7 @@
   timed from the end of its first batch to the end of its last, the file of each image included.
 - rate: the default rater's language model beside a batched loop with `generate`.
 - knn: the ten nearest of 2,000,000 vectors, exactly; of fewer beside faiss on the processor.
+- compile (not in all): `fifa train --compile`, its first run and one that finds it compiled.
 - --memory: what trainings take on smaller cards, which the allocator's limit imitates.
 
 Every side runs in a process of its own. Weights are random, models and data are made on the way.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -194,6 +197,19 @@ class Bench:
             peak_gb=of(found, "allocated"),
         )
 
+    def compile(self) -> None:
+        """`fifa train --compile`, cold and warm, beside the same without."""
+        self.side("make_world", part="train")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
+        rows: list[Sequence[object]] = [("fifa train", "pairs/s", "first step s")]
+        found = {}
+        for name, compiled in (("plain", False), ("cold", True), ("warm", True)):
+            found[name] = self.side("train_fifa", draws=0, compile=compiled)
+            speed, first = (of(found[name], what) for what in ("pairs_s", "first_step"))
+            rows.append((name, f"{speed:.1f}", f"{first:.1f}"))
+        speeds = {name: of(one, "pairs_s") for name, one in found.items()}
+        report("gpu-compile", rows, speedup=speeds["warm"] / speeds["plain"])
+
     def memory(self) -> None:
         """What trainings take on smaller cards."""
         self.side("make_world", part="memory")
@@ -237,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "compile", "all"], default="all")
     parser.add_argument("--memory", action="store_true", help="only what trainings take of memory")
     parser.add_argument("--peer-script", default="", help="diffusers' train_diffusion_dpo.py")
     parser.add_argument("--folder", type=Path, help="keep models and data here")

@@ -145,8 +145,8 @@ def _pairs(folder: Path, images: int, side: int, a_prompt: int = 1) -> None:
         made.write_pairs(folder / "train.parquet", made.jpegs(images, side), a_prompt)
 
 
-def train_fifa(folder: Path, draws: int) -> dict[str, float]:
-    """`fifa train` without a performance option, from its own ``stats.jsonl``."""
+def train_fifa(folder: Path, draws: int, compile: bool = False) -> dict[str, float]:
+    """`fifa train` without a performance option but ``--compile``, from its ``stats.jsonl``."""
     from fifa.training.metrics import read_stats
     from phases import train_in_phases
 
@@ -154,6 +154,7 @@ def train_fifa(folder: Path, draws: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         told = [*("--rank", "8"), *("--steps", size.steps), *("--batch", size.batch)]
         told += [*("--draws", draws), *("--resolution", size.resolution), *("--tracker", "none")]
+        told += ["--compile"] if compile else []
         arguments = ["train", folder / "pairs", "--model", folder / "sd", "--out", out, *told]
         found = train_in_phases([str(one) for one in arguments])
         if found["error"]:

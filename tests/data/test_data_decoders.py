@@ -131,6 +131,31 @@ def test_an_image_without_end_is_bad_and_costs_no_other(monkeypatch):
     assert hung[:2] + hung[3:] == expected[:2] + expected[3:]
 
 
+def of_many_parts(image: Image.Image, row: int) -> dict[str, np.ndarray]:
+    pixels = SMALL(image, row)
+    return {"a": pixels[:, :, 1:].copy(), "b": pixels[0].T / 3, "c": np.arange(row % 3)}
+
+
+def test_arrays_of_every_layout_come_through_aligned():
+    found = images(9)
+    near, far = Decoders(of_many_parts, 1), Decoders(of_many_parts, 2, apart=True)
+    assert (near.together(64), far.together(64), far.together(1)) == (1, module.TOGETHER, 1)
+    for (row, here), (again, there) in zip(
+        decode_images(found, near), decode_images(found, far), strict=True
+    ):
+        assert row == again
+        if isinstance(here, BadImage):
+            assert here.reason == there.reason
+            continue
+        for name, array in here.items():
+            assert there[name].dtype == array.dtype
+            assert np.array_equal(there[name], array)
+            assert there[name].flags.aligned
+            assert there[name].flags.writeable
+    near.close()
+    far.close()
+
+
 def test_what_a_library_prints_is_no_answer():
     assert results(images(3), Decoders(talking, 1, apart=True)) == results(
         images(3), Decoders(SMALL, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fifa.data import decode
 from fifa.data.avif import coded_pixels
 from fifa.data.decode import BadImage, check_image, image_size, open_image
 from fifa.data.images import file_images, look
-from fifa.data.kinds import BASIC, kind_of, readable
+from fifa.data.kinds import BASIC, kind_of, may_be_turned, readable
 
 avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 heic = pytest.mark.skipif("HEIF" not in readable(), reason="pillow-heif is not installed")
@@ -147,6 +148,28 @@ def test_exif_that_makes_no_sense_turns_nothing(order: str) -> None:
         data = written(picture(), "PNG", exif=raw or b"x")
         assert image_size(data) == (16, 24)
     assert image_size(written(picture(), "PNG", exif=exif(6, order))) == (24, 16)
+
+
+def test_what_stands_before_the_pixels_says_whether_a_picture_may_be_turned() -> None:
+    """No orientation is missed, whatever comes before it; what only looks like one costs little."""
+    pixels = b"Exif\0\0eXIfEXIF"
+    for kind in BASIC:
+        turned_one = written(picture(), kind, exif=b"Exif\0\0" + exif(6))
+        assert may_be_turned(turned_one)
+        assert not may_be_turned(written(picture(), kind) + pixels)
+        for keep in range(8, len(turned_one)):  # a cut file raises nothing
+            may_be_turned(turned_one[:keep])
+    jpeg, png = (written(picture(), kind, exif=b"Exif\0\0" + exif(6)) for kind in ("JPEG", "PNG"))
+    for filler in (b"\xff\xda", b"\xff\xd9\xff\xda", pixels, bytes(300)):
+        segment = b"\xff\xe9" + struct.pack(">H", len(filler) + 2) + filler
+        chunk = b"tEXt" + b"a\0IDAT" + filler
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for many in (1, 100):
+            longer = jpeg[:2] + segment * many + jpeg[2:]
+            assert may_be_turned(longer)
+            assert image_size(longer) == (24, 16)
+            assert may_be_turned(png[:33] + chunk * many + png[33:])
+        assert may_be_turned(jpeg[:2] + filler[:1] + jpeg[2:])  # stray bytes: Pillow is asked
 
 
 def test_a_turned_picture_has_a_content_of_its_own(tmp_path: Path) -> None:

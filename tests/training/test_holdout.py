@@ -11,7 +11,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.models import find_checkpoint, find_models
 from fifa.training.batches import predict
 from fifa.training.checkpoint import Progress
-from fifa.training.holdout import DRAWS, FROM, split_pairs, verdict
+from fifa.training.holdout import COST, DRAWS, FROM, TIMES, split_pairs, steps_between, verdict
 from fifa.training.job import plan_training, run_training
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import read_stats
@@ -33,6 +33,19 @@ def test_whole_prompts_are_held_out_from_200_pairs_on():
     assert split_pairs(prompts, Train(holdout=0.0))[1] == []
     with pytest.raises(FifaError, match="leave no pair to train on: 1 prompts"):
         split_pairs(["a"] * 4, Train(holdout=0.1))
+
+
+def test_measuring_takes_a_small_part_of_a_training_unless_it_ends_it():
+    for steps, held in ((12, 13), (1000, 250), (1000, 5), (50, 1000)):
+        train = Train(batch=32)
+        every = steps_between(train, steps, held)
+        times = steps // every
+        assert 1 <= times <= TIMES
+        # forward passes of a pair: four a held-out pair; three a pair that is trained on
+        assert times == 1 or times * 4 * held <= COST * 3 * 32 * steps
+        assert steps_between(replace(train, stop=True), steps, held) == max(1, steps // TIMES)
+        assert steps_between(replace(train, validate_every=3), steps, held) == 3
+    assert steps_between(Train(batch=32), 1000, 5) == 100
 
 
 @pytest.mark.parametrize("knobs", [{}, {"draws": 2}, {"method": "full"}, {"loss": "mapo"}])

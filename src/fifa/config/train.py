@@ -120,7 +120,8 @@ class Train(Knobs):
         Share of the pairs that are held out, by prompt: measured, and not trained on. If not given,
         0.05 from 200 pairs on.
     validate_every
-        Steps between two measurements on held-out pairs; if not given, a tenth of the training.
+        Steps between two measurements on held-out pairs; if not given, a tenth of the training, or
+        more where measuring would take over a twentieth of its time (not with ``stop``).
     stop
         End the training when held-out pairs get worse.
     patience

@@ -5,8 +5,9 @@ cores they stand in line for Python's lock between those steps, and keep whoever
 kernels waiting for it too. Processes have locks of their own; and what an image does to its
 decoder (a crash, no end) costs a process, not the run.
 
-A process is told what to do once. Then it is sent the bytes of a file and answers with what became
-of them, through pipes: nothing is left behind wherever it dies.
+A process is told what to do once. Then it is sent the bytes of some files and answers with what
+became of each, through pipes: nothing is left behind wherever it dies. Some, because every message
+costs the main process a few turns with Python's lock, which a GPU's kernels are waiting for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import parent_process
@@ -39,12 +40,16 @@ FEW = 4  # cores: up to so many decode in threads
 SPARED = 2  # cores that are left to whoever uses the images
 MOST = 32  # processes
 PATIENCE = 300.0  # seconds that an image may take, on a machine that does much else; one is enough
-PIPE = 1 << 18  # bytes: the pixels of an image, so that an answer needs no second look
+TOGETHER = 8  # images, at most, in a message to a process
+PIPE = 1 << 20  # bytes that wait in it: what is written is there at once
 
-_REQUEST = struct.Struct("<qQ")  # row, bytes
-_ANSWER = struct.Struct("<II")  # bytes of the pickle, buffers beside it
-_BUFFER = struct.Struct("<Q")  # bytes
+ALIGNED = 16  # bytes: where a part of a message begins, so that its numbers are aligned
+
+_SIZE = struct.Struct("<Q")
 _READY = b"!"
+
+Given = tuple[int, "bytes | BadImage"]
+NO_PROCESS = BadImage("cannot be decoded: it may end a process, and none can be started for it")
 
 
 class Decoders(Generic[R]):
@@ -85,33 +90,55 @@ class Decoders(Generic[R]):
         self._end = weakref.finalize(self, _end_all, self._processes)
         self._work = pickle.dumps((function, least, PATIENCE)) if apart else b""
 
-    def submit(self, row: int, data: bytes | BadImage) -> Future[tuple[int, R | BadImage]]:
-        """The row, and what ``function`` returned or the reason why there is nothing."""
-        return self._threads.submit(self._elsewhere if self.apart else self._here, row, data)
+    def together(self, most: int) -> int:
+        """How many images are best submitted together, where ``most`` are on the way."""
+        return max(1, min(TOGETHER, most // (2 * self.workers))) if self.apart else 1
+
+    def submit(self, images: Sequence[Given]) -> Future[list[tuple[int, R | BadImage]]]:
+        """Of each its row, and what ``function`` returned or the reason why there is nothing."""
+        return self._threads.submit(self._elsewhere if self.apart else self._here, images)
 
     def close(self) -> None:
         """Stop; what was not begun is never done."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._end()
 
-    def _here(self, row: int, data: bytes | BadImage) -> tuple[int, R | BadImage]:
-        return row, decode(row, data, self._function, self._least)
+    def _here(self, images: Sequence[Given]) -> list[tuple[int, R | BadImage]]:
+        return [(row, decode(row, data, self._function, self._least)) for row, data in images]
 
-    def _elsewhere(self, row: int, data: bytes | BadImage) -> tuple[int, R | BadImage]:
-        if isinstance(data, BadImage):
-            return row, data
-        for again in (False, True):  # the first death may have had any reason
-            process = self._process()
-            if process is None:  # what has ended a process is not let into this one
-                return (row, BadImage("cannot be decoded")) if again else self._here(row, data)
+    def _elsewhere(self, images: Sequence[Given]) -> list[tuple[int, R | BadImage]]:
+        suspect = False
+        if len(images) > 1:
             try:
-                return row, process.ask(row, data)
-            except (OSError, EOFError, ValueError, pickle.UnpicklingError):
-                self._own.process = None
-                self._processes.discard(process)
-                if process.end() == -signal.SIGALRM:
-                    return row, BadImage(f"cannot be decoded: no end after {PATIENCE:g} s")
-        return row, BadImage("cannot be decoded: it ends every process that tries")
+                return self._ask(images)
+            except _DiedError:
+                suspect = True  # one of them, so each is asked for alone
+        return [(row, self._alone(row, data, suspect)) for row, data in images]
+
+    def _alone(self, row: int, data: bytes | BadImage, suspect: bool) -> R | BadImage:
+        for again in (False, True):  # the first death may have had any reason
+            try:
+                ((_, found),) = self._ask([(row, data)], suspect or again)
+                return found
+            except _DiedError as error:
+                if error.code == -signal.SIGALRM:
+                    return BadImage(f"cannot be decoded: no end after {PATIENCE:g} s")
+        return BadImage("cannot be decoded: it ends every process that tries")
+
+    def _ask(
+        self, images: Sequence[Given], suspect: bool = False
+    ) -> list[tuple[int, R | BadImage]]:
+        """What this thread's process makes of images; raises `_DiedError`."""
+        process = self._process()
+        if process is None:  # what may have ended a process is not let into this one
+            return [(row, NO_PROCESS) for row, _ in images] if suspect else self._here(images)
+        try:
+            found: list[tuple[int, R | BadImage]] = process.ask(images)
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            self._own.process = None
+            self._processes.discard(process)
+            raise _DiedError(process.end()) from error
+        return found
 
     def _process(self) -> _Process | None:
         """This thread's process; None where none can be started."""
@@ -174,6 +201,14 @@ def decode(
         return BadImage("cannot be preprocessed: out of memory")
 
 
+class _DiedError(Exception):
+    """A process has died; ``code`` as `_Process.end` has it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class _Process:
     """A process that decodes; one thread speaks to it."""
 
@@ -200,18 +235,10 @@ class _Process:
             self.end()
             raise
 
-    def ask(self, row: int, data: bytes) -> Any:
-        """What became of an image; raises `EOFError` or `OSError` where the process has died."""
-        self._to.write(_REQUEST.pack(row, len(data)))
-        self._to.write(data)
-        self._to.flush()
-        size, buffers = _ANSWER.unpack(_exactly(self._from, _ANSWER.size))
-        answer = _exactly(self._from, size)
-        beside = [
-            _exactly(self._from, *_BUFFER.unpack(_exactly(self._from, _BUFFER.size)))
-            for _ in range(buffers)
-        ]
-        return pickle.loads(answer, buffers=beside)
+    def ask(self, images: Sequence[Given]) -> Any:
+        """What became of images; raises `EOFError` or `OSError` where the process has died."""
+        _send(self._to, images)
+        return _receive(self._from)
 
     def end(self) -> int:
         """End it, whatever it is at; its exit code, or minus the signal that had ended it."""
@@ -231,20 +258,44 @@ def serve() -> None:
     function, least, patience = pickle.load(coming)
     going.write(_READY)
     going.flush()
-    while head := coming.read(_REQUEST.size):
-        row, size = _REQUEST.unpack(head)
-        data = bytes(_exactly(coming, size))
-        signal.setitimer(signal.ITIMER_REAL, patience)  # its signal ends this process, in C as well
-        answer = decode(row, data, function, least)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        beside: list[pickle.PickleBuffer] = []
-        text = pickle.dumps(answer, 5, buffer_callback=beside.append)
-        going.write(_ANSWER.pack(len(text), len(beside)) + text)
-        for buffer in beside:
-            raw = buffer.raw()
-            going.write(_BUFFER.pack(raw.nbytes))
-            going.write(raw)
-        going.flush()
+    with contextlib.suppress(EOFError):
+        while True:
+            answer = []
+            for row, data in _receive(coming):
+                # its signal ends this process, in C as well
+                signal.setitimer(signal.ITIMER_REAL, patience)
+                answer.append((row, decode(row, data, function, least)))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(going, answer)
+
+
+def _send(pipe: IO[bytes], value: Any) -> None:
+    """Write a message: how long it is, how many parts it has, how long each is, the parts.
+
+    The first part is a pickle, the others are the buffers of its arrays.
+    """
+    beside: list[pickle.PickleBuffer] = []
+    text = pickle.dumps(value, 5, buffer_callback=beside.append)
+    parts: list[Any] = [text, *(buffer.raw() for buffer in beside)]
+    head = struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts))
+    padded = [piece for part in (head, *parts) for piece in (part, bytes(-len(part) % ALIGNED))]
+    pipe.write(_SIZE.pack(sum(map(len, padded))))
+    for piece in padded:
+        pipe.write(piece)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    """What `_send` wrote, read as a whole; its arrays lie in what was read."""
+    data = memoryview(_exactly(pipe, *_SIZE.unpack(_exactly(pipe, _SIZE.size))))
+    (count,) = _SIZE.unpack_from(data)
+    sizes = struct.unpack_from(f"<{count}Q", data, _SIZE.size)
+    parts, at = [], _SIZE.size * (count + 1)
+    for size in sizes:
+        at += -at % ALIGNED
+        parts.append(data[at : at + size])
+        at += size
+    return pickle.loads(parts[0], buffers=parts[1:])
 
 
 def _exactly(pipe: IO[bytes], size: int) -> bytearray:

@@ -21,7 +21,9 @@ MISSING = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIF")
 _JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-_ORIENTED = (b"Exif\0\0", b"eXIf", b"EXIF", b"irot", b"imir")  # where there may be an orientation
+_ORIENTED = (b"Exif\0\0", b"irot", b"imir")  # where an AVIF may have an orientation
+_LONG = {bytes((0xFF, i)) for i in (*range(0xC0, 0xD0), *range(0xDB, 0xFF))}  # segments of a JPEG
+SEGMENTS = 64  # of a JPEG, chunks of a PNG that are looked at before its pixels
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,8 +66,42 @@ def kind_of(data: bytes) -> str:
 
 
 def may_be_turned(data: bytes) -> bool:
-    """False if a file has no orientation, without opening it."""
+    """False if a file has no orientation, without opening it.
+
+    Of JPEG and PNG only what stands before the pixels is looked at, of WEBP its flags: to search
+    a whole file takes longer than to hash it.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return _jpeg_may_be_turned(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png_may_be_turned(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return data[12:16] == b"VP8X" and len(data) > 20 and bool(data[20] & 8)  # it has Exif
     return any(mark in data for mark in _ORIENTED)
+
+
+def _jpeg_may_be_turned(data: bytes) -> bool:
+    at = 2
+    for _ in range(SEGMENTS):
+        marker, size = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4])
+        if marker == b"\xff\xda":  # the pixels
+            return False
+        if marker not in _LONG or size < 2 or data.startswith(b"Exif\0\0", at + 4):
+            return True  # or it is odd: let Pillow see
+        at += 2 + size
+    return True
+
+
+def _png_may_be_turned(data: bytes) -> bool:
+    at = 8
+    for _ in range(SEGMENTS):
+        kind = data[at + 4 : at + 8]
+        if kind == b"IDAT":
+            return False
+        if kind == b"eXIf" or len(kind) < 4:
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return True
 
 
 def orientation(image: Image.Image) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -79,14 +80,21 @@ def decode_images(
     (row, what ``function`` returned, or BadImage)
     """
     decoders = function if isinstance(function, Decoders) else Decoders(function, threads=pool)
-    ahead = Prefetch((decoders.submit(row, data) for row, data in found), most)
+    together = decoders.together(most)
+    ahead = Prefetch(map(decoders.submit, _grouped(found, together)), max(1, most // together))
     try:
         for job in ahead:
-            yield job.result()
+            yield from job.result()
     finally:
         ahead.close()
         if decoders is not function and pool is None:
             decoders.close()
+
+
+def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    waiting = iter(items)
+    while group := list(islice(waiting, size)):
+        yield group
 
 
 def batched(

@@ -25,7 +25,8 @@ from fifa.training.metrics import SUMS, stats_line, sums
 
 FROM = 200  # pairs from which on some are held out unless told otherwise
 SHARE = 0.05
-TIMES = 10  # measurements of a training unless told otherwise
+TIMES = 10  # measurements of a training, at most, unless told otherwise
+COST = 0.05  # of a training's time that they may take, unless it is they that end it
 DRAWS = (-1, -2, -3, -4)  # of each pair; no pair that is trained on has such numbers
 # What a line of metrics has of held-out pairs.
 HELD = (
@@ -58,6 +59,20 @@ def split_pairs(captions: Sequence[str], train: Train) -> tuple[list[int], list[
         )
     out = set(held)
     return [row for row in range(len(captions)) if row not in out], sorted(held)
+
+
+def steps_between(train: Train, steps: int, held: int) -> int:
+    """Steps between two measurements of ``held`` pairs in a training of ``steps``.
+
+    The last step is always followed by one; `TIMES` for ``stop``, else as many of these as `COST`
+    allows.
+    """
+    if train.validate_every:
+        return train.validate_every
+    # forward passes of a pair; a backward pass takes as long as two
+    trained, measured = 3 * steps * train.batch, max(1, held * len(DRAWS))
+    times = TIMES if train.stop else min(TIMES, int(COST * trained / measured))
+    return max(1, steps // max(1, times))
 
 
 @dataclass(frozen=True)

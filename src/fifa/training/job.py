@@ -28,7 +28,7 @@ from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
-from fifa.training.holdout import DRAWS, TIMES, Holdout, split_pairs
+from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
 from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
@@ -426,7 +426,7 @@ def make_holdout(job: Job, source: Source, judge: Train | None = None) -> Holdou
     train, reference = judge or job.train, None
     if source.held and LOSSES[train.loss].needs_reference:
         reference = _table(job, source, source.held, DRAWS)
-    every = train.validate_every or max(1, job.plan.steps // TIMES)
+    every = steps_between(train, job.plan.steps, len(source.held))
     return Holdout(train, source, source.held, reference, every)
 
 

@@ -172,8 +172,9 @@ class ScoreStep:
     ) -> Callable[[], pa.Table]:
         """Give the device all its work; what is returned waits for it, once."""
         torch = require("torch")
-        # a copy: what comes through Ray is read-only
-        prompts = torch.tensor(shard.features, device=self._device)
+        # a copy: what comes through Ray is read-only; pinned: others would wait for the device
+        prompts = pinned(torch.tensor(shard.features), self._device)
+        prompts = prompts.to(self._device, non_blocking=True)
         asks: list[np.ndarray] = []
         found: list[Tensor] = []
         turns = short_turns() if self._decoders.apart else nullcontext()
