@@ -438,6 +438,64 @@ def loop_command(recipe: Path, rounds: int | None, out: Path) -> None:
     click.echo(done.folder / PAGE)
 
 
+@cli.command("study")
+@click.argument("recipe", required=False)
+@out_option("The study's folder.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that cells run in.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe and how many cells it has; stop.")
+@click.option("--report", is_flag=True, help="Run no cell: only write the page again.")
+@click.option(
+    "--table",
+    type=PATH,
+    help="A Markdown page that the main table is written into, between its two markers.",
+)
+def study_command(
+    recipe: str | None,
+    out: Path,
+    workers: int | None,
+    dry_run: bool,
+    report: bool,
+    table: Path | None,
+) -> None:
+    """Train on many selections of one data set, by seed, and compare what they are worth.
+
+    RECIPE is a YAML file with arms, parts and the sections read, score, select, train, evaluate and
+    compute (docs/study.md); or moji, the study of the small world, or moji:FOLDER, the same in
+    another world of its kind. Without RECIPE the study in OUT goes on.
+    """
+    from fifa.config import Study, changed
+    from fifa.evaluation.study import STUDY_FILE, cells_of
+    from fifa.moji.study import moji_study
+    from fifa.reporting.study import put_table, study_text, write_study
+
+    if recipe is None:
+        if not (out / STUDY_FILE).is_file():
+            raise FifaError("no study here", where=str(out), do="give a RECIPE, such as moji")
+        asked = Study.from_yaml(out / STUDY_FILE, sealed=True)
+    elif recipe.partition(":")[0] == "moji":
+        asked = moji_study(recipe.partition(":")[2] or None)
+    else:
+        asked = Study.from_yaml(Path(recipe))
+    if workers:
+        asked = changed(asked, compute={"executor": f"local:{workers}"})
+    if dry_run:
+        click.echo(f"{asked.to_yaml()}\n# {len(cells_of(asked)) - 1:,} cells")
+        return
+    if report:
+        page = write_study(out)
+    else:
+        from fifa.moji.family import RATINGS
+        from fifa.moji.judges import moji_judges
+        from fifa.run.study import study
+
+        world = Path(asked.read.source).parent / RATINGS.name if asked.judge else None
+        page = study(asked, out, judges=moji_judges if asked.judge else None, scores=world)
+    if table:
+        put_table(out, table)
+    click.echo(study_text(out), err=True)
+    click.echo(page)
+
+
 @cli.command("compare")
 @click.argument("runs", nargs=-1, required=True, callback=check_runs)
 @click.option(

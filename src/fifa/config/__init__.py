@@ -30,6 +30,7 @@ from fifa.config.select import (
     Select,
     Trust,
 )
+from fifa.config.study import Arm, Part, Study
 from fifa.config.train import PRESETS, Train, lora_small, paper_sd15, paper_sdxl, preset
 from fifa.config.tune import Tune
 
@@ -40,6 +41,7 @@ __all__ = [
     "SAMPLERS",
     "STRATEGIES",
     "UNSAFE_FLAGS",
+    "Arm",
     "Compute",
     "Convert",
     "Demo",
@@ -51,12 +53,14 @@ __all__ = [
     "Loop",
     "Measure",
     "Option",
+    "Part",
     "Read",
     "Recipe",
     "Reward",
     "Rubric",
     "Score",
     "Select",
+    "Study",
     "Train",
     "Trust",
     "Tune",

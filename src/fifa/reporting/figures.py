@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fifa.evaluation.crossed import Crossed
 from fifa.evaluation.history import History
 from fifa.evaluation.stats import WinRate
 from fifa.evaluation.win_rates import Curve
@@ -493,3 +494,40 @@ def draw_rounds(
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     return svg(figure, name, f"{label} of the base and of the model of each round")
+
+
+def draw_lines(
+    lines: Sequence[tuple[str, Sequence[tuple[float, Crossed]]]],
+    axis: str,
+    name: str,
+    shares: bool = False,
+) -> Markup | None:
+    """Gains by a number, a line each with the band of its interval; None for no line.
+
+    Parameters
+    ----------
+    lines
+        A colour of `ROLES`, and the numbers with their gains.
+    axis
+        What the numbers are; ``shares`` of all pairs are drawn on a log scale.
+    name
+        Of the figure.
+    """
+    figure, axes = canvas()
+    for colour, points in lines:
+        at = [x for x, _ in points]
+        low, middle, high = ([getattr(p, n) for _, p in points] for n in ("low", "mean", "high"))
+        axes.fill_between(at, low, high, color=COLOURS[colour], alpha=0.12, lw=0)
+        axes.plot(at, middle, color=COLOURS[colour], lw=2, marker="o", ms=3.5)
+    if not axes.lines:
+        return None
+    every = sorted({x for _, points in lines for x, _ in points})
+    if shares:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(every, [_percent(x) for x in every])
+    axes.axhline(0, **DOTTED)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(axis)
+    axes.set_ylabel("gain over the base")
+    return svg(figure, name, f"Gain over the base by {axis}")

@@ -36,8 +36,8 @@ from fifa.scoring.table import (
     scored_once,
     source_columns,
 )
+from fifa.shards.executors import make_executor
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Executor, LocalPool
 
 Numbers = npt.NDArray[np.float32]
 
@@ -191,14 +191,7 @@ def _engine(
     model = load()
     # workers elsewhere may have other devices; the precision that names the scores is this one
     load = partial(load, dtype=runtime_of(model).dtype)
-    name, _, processes = compute.executor.partition(":")
-    if name == "local":
-        executor: Executor = LocalPool(int(processes or 0))
-    else:
-        from fifa.shards.ray import RayPool
-
-        address = compute.executor if processes else None
-        executor = RayPool(compute.actors, compute.num_cpus, compute.num_gpus, address)
+    executor = make_executor(compute.executor, compute.actors, compute.num_cpus, compute.num_gpus)
     try:
         yield Engine(model, folder, compute, executor, load, allow_download=allow_download)
     finally:
