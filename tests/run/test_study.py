@@ -20,7 +20,7 @@ from fifa.evaluation.study import CELL, cells_of
 from fifa.moji.family import FEEDBACK
 from fifa.moji.judges import moji_judges
 from fifa.moji.study import BUDGETS, SEEDS, moji_study
-from fifa.moji.world import caption, scenes
+from fifa.moji.world import DATA, caption, scenes
 from fifa.reporting.study import BEGIN, END, put_table
 from fifa.run.study import Cells, study, turn_labels
 from fifa.shards.files import write_yaml
@@ -175,10 +175,11 @@ def test_labels_are_turned_round_in_steps_that_hold_each_other():
 
 
 def test_the_study_of_the_small_world_is_that_of_its_protocol():
-    asked = moji_study()
+    asked = moji_study(DATA)
     cells = cells_of(asked)[1:]
     assert asked.seeds == SEEDS == (2711, 3948, 5067, 7193, 8426)
     assert {cell.seed for cell in cells} == set(SEEDS)
+    assert not set(SEEDS) & set(moji_study().seeds)
     first = [cell.arm for cell in cells[:16]]
     assert first[:2] == ["fifa", "random"] and len(set(first)) == 16
     assert {cell.budget for cell in cells if cell.arm == "fifa"} == set(BUDGETS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -109,9 +109,20 @@ class Cell:
         """Names it and all that its row depends on."""
         if self.arm == BASE:
             return f"{BASE}-{digest(self.train.model, self.images)}"
-        knobs = [self.score, self.select, self.train]
-        of = digest(*(asdict(one) for one in knobs), self.noise, self.images)
+        knobs = [told(one) for one in (self.score, self.select, self.train)]
+        of = digest(*knobs, self.noise, self.images)
         return f"{self.arm}-{self.budget:g}-{self.noise:g}-{self.seed}-{of}"
+
+
+def told(knobs: Any) -> dict[str, Any]:
+    """The knobs that are not as they are by default, so that a new knob renames nothing."""
+    default = type(knobs)()
+    found = {}
+    for name, value in vars(knobs).items():
+        other = getattr(default, name)
+        if value != other:
+            found[name] = told(value) if is_dataclass(value) else value
+    return found
 
 
 def budget_text(budget: float) -> str:
@@ -121,7 +132,7 @@ def budget_text(budget: float) -> str:
 
 def cells_of(asked: Study) -> list[Cell]:
     """The base, then all cells in the order of the parts, seed by seed; none twice."""
-    images = digest(asdict(asked.evaluate), asked.judge)
+    images = digest(told(asked.evaluate), asked.judge)
     base = Cell(BASE, BASE, 0.0, 0.0, 0, asked.score, asked.select, asked.train, images)
     found = {base.key: base}
     for part in asked.parts:

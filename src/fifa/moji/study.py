@@ -27,6 +27,10 @@ PROMPTS = DATA / "study.csv"  # 48 seen, 48 unseen and 16 unsafe scenes, at even
 SEEDS = (2711, 3948, 5067, 7193, 8426)
 BUDGETS = (0.001, 0.005, 0.01, 0.05, 0.1)
 MAIN = 0.005
+# In the shipped world, a tenth of the other one: the same numbers of pairs, and seeds of its own
+SHIPPED_SEEDS = (1183, 4409, 6521, 7757, 9302)
+SHIPPED_BUDGETS: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5)
+SHIPPED_MAIN = 0.05
 NOISE = (0.1, 0.2, 0.3)
 STEPS, LONG = 96, 768
 LONG_LR = (5e-6, 1e-5, 2e-5)  # everything gets the best of three learning rates
@@ -93,17 +97,20 @@ def moji_study(world: str | Path | None = None) -> Study:
     sweep |= {name: Arm(select={"normalize": name}) for name in ("none", "z", "rank")}
     sweep |= {f"k-{k}": Arm(score={"k": k}) for k in (1, 5, 20)}
     three = ("fifa", "margin", "random")
+    main, budgets, seeds = SHIPPED_MAIN, SHIPPED_BUDGETS, SHIPPED_SEEDS
+    if folder is not None:
+        main, budgets, seeds = MAIN, BUDGETS, SEEDS
     return Study(
         arms={**ARMS, "consensus": consensus, **LONGEST, **sweep},
         parts=(
-            Part(name="arms", arms=(*ARMS, "consensus"), budgets=(MAIN,)),
-            Part(name="everything", arms=tuple(LONGEST), budgets=(MAIN,)),
-            Part(name="budgets", arms=three, budgets=BUDGETS),
-            Part(name="noise", arms=(*three, "full", "poly"), budgets=(MAIN,), noise=NOISE),
-            Part(name="harm", arms=("fifa-no-gate",), budgets=BUDGETS),
-            Part(name="terms", arms=tuple(sweep), budgets=(MAIN,)),
+            Part(name="arms", arms=(*ARMS, "consensus"), budgets=(main,)),
+            Part(name="everything", arms=tuple(LONGEST), budgets=(main,)),
+            Part(name="budgets", arms=three, budgets=budgets),
+            Part(name="noise", arms=(*three, "full", "poly"), budgets=(main,), noise=NOISE),
+            Part(name="harm", arms=("fifa-no-gate",), budgets=budgets),
+            Part(name="terms", arms=tuple(sweep), budgets=(main,)),
         ),
-        seeds=SEEDS,
+        seeds=seeds,
         against="random",
         target=tuple(LONGEST),
         judge="moji",

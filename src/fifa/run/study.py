@@ -32,7 +32,7 @@ from fifa.evaluation.measure import CURVE_SUFFIX, Measured, measure
 from fifa.evaluation.models import BASE, Model, find_models
 from fifa.evaluation.prompts import read_prompts
 from fifa.evaluation.sampling import PipelineLoader, settings_for
-from fifa.evaluation.study import CELL, FEEDBACK, ROWS, SCORED, STUDY_FILE, Cell, cells_of
+from fifa.evaluation.study import CELL, FEEDBACK, ROWS, SCORED, STUDY_FILE, Cell, cells_of, told
 from fifa.evaluation.win_rates import AT, steps_of
 from fifa.models.runtime import release_memory
 from fifa.reporting.study import write_study
@@ -192,7 +192,7 @@ def _reads(cell: Cell) -> bool:
 
 def _feed(cell: Cell) -> str:
     """Names the labels of a cell and the scores made of them."""
-    return digest(asdict(cell.score), cell.noise, cell.seed if cell.noise else None)
+    return digest(told(cell.score), cell.noise, cell.seed if cell.noise else None)
 
 
 def _scored(run: Run, pairs: Pairs, cell: Cell, compute: Compute) -> float:
