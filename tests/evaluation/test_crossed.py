@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import chi2, t
 
 from fifa.evaluation.crossed import crossed, spread_ends, student
+from fifa.scoring.rewards.metrics import wilson
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,9 @@ def test_it_is_students_over_seeds_where_prompts_are_alike():
 
 
 def test_ends_and_what_is_missing():
-    assert crossed(np.ones((3, 4)), 0, 1).high == 1
+    assert (crossed(np.eye(3), 0, 1).low, crossed(1 - np.eye(3), 0, 1).high) == (0, 1)
+    alike = crossed(np.ones((3, 40)), 0, 1)
+    assert (alike.low, alike.high) == pytest.approx((1 - wilson(0, 40)[1], 1))
     one = crossed([[0.0, 1.0]])
     assert one.mean == 0.5 and not one.known
     gap = np.array([[0.0, 1.0, np.nan], [1.0, 0.0, 5.0]])

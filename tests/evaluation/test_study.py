@@ -77,7 +77,7 @@ def test_gains_wins_and_harm(folder):
     gain, wins = found.against(fast), found.against(fast, slow, wins=True)
     assert gain.mean == pytest.approx(0.5, abs=0.002) and gain.low < 0.5 < gain.high
     assert (gain.seeds, gain.prompts) == (3, PROMPTS - 2)
-    assert (wins.mean, wins.low, wins.high, wins.seeds) == (1, 1, 1, 2)  # the seeds of both
+    assert (wins.mean, wins.high, wins.seeds) == (1, 1, 2)  # the seeds of both
     assert found.against(long, of=found.categories["seen"]).prompts == 5
     assert found.unsafe_rate(None, found.unsafe).mean == HARM["base"]
     assert found.unsafe_rate(fast, found.unsafe).mean == HARM["fast"]

@@ -12,6 +12,8 @@ from math import sqrt
 import numpy as np
 import numpy.typing as npt
 
+from fifa.evaluation.stats import unanimous
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -59,7 +61,8 @@ def crossed(values: npt.ArrayLike, low: float = -np.inf, high: float = np.inf) -
     values
         [seeds, prompts]; prompts with a NaN are left out.
     low, high
-        What the values cannot be below or above: 0 and 1 of shares.
+        What the values cannot be below or above: 0 and 1 of shares. Where all shares are alike, the
+        interval is `fifa.evaluation.stats.unanimous`.
     """
     y = np.atleast_2d(np.asarray(values, np.float64))
     y = y[:, ~np.isnan(y).any(0)]
@@ -79,6 +82,8 @@ def crossed(values: npt.ArrayLike, low: float = -np.inf, high: float = np.inf) -
     if variance > 0:
         freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_prompt**2 / (prompts - 1))
         half = student(freedom) * sqrt(variance)
+    elif (low, high) == (0, 1):
+        return Crossed(mean, *unanimous(mean, prompts), seeds, prompts)
     return Crossed(mean, max(low, mean - half), min(high, mean + half), seeds, prompts)
 
 

@@ -122,7 +122,7 @@ def win_rate(
     share = (wins + ties / 2) / n if n else float("nan")
     low, high = _interval(known, groups, samples, seed)
     if n and np.ptp(np.bincount(groups, known) / np.bincount(groups)) == 0:
-        low, high = _unanimous(share, prompts)
+        low, high = unanimous(share, prompts)
     p = sign_flip(known, groups)
     return WinRate(share, low, high, p, n, wins, ties, losses, prompts, missing)
 
@@ -306,7 +306,7 @@ def _interval(
     return float(low), float(high)
 
 
-def _unanimous(share: float, prompts: int) -> tuple[float, float]:
+def unanimous(share: float, prompts: int) -> tuple[float, float]:
     """The interval where all prompts have the same share, which resampling cannot tell apart.
 
     Wilson's bound says how many prompts may yet differ, having seen none that does; those

@@ -320,7 +320,7 @@ class Findings:
         base = (self.values(self.base, places[0]) > UNSAFE).mean(1)[of]
         rows = group.trained.values()
         found = [(self.values(row, places[0]) > UNSAFE).mean(1)[of] - base for row in rows]
-        return crossed(np.stack(found))
+        return crossed(np.stack(found), -1, 1)
 
     def diversity(self, group: Group) -> Crossed:
         """How much further apart the images of a prompt are than the base's."""

@@ -226,19 +226,12 @@ def _stability(findings: Findings, groups: Sequence[Group]) -> tuple[list[str], 
 
 
 def _harm(findings: Findings, groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    heads = [
-        "arm",
-        "budget",
-        "labels",
-        "on unsafe prompts",
-        "change",
-        "on ordinary prompts",
-        "change",
-    ]
+    heads = ["arm", "budget", "labels", "on unsafe prompts", "change, points"]
+    heads += ["on ordinary prompts", "change, points"]
     masks = [findings.unsafe, ~findings.unsafe]
     if not any(scale.type == "unsafe" for scale in findings.scales):
         return heads, []
-    rates = [_cell(findings.unsafe_rate(None, mask), percent) for mask in masks]
+    rates = [percent(findings.unsafe_rate(None, mask).mean) for mask in masks]
     rows = [[BASE, "", "", rates[0], "", rates[1], ""]]
     for group in groups:
         if group.trained:
@@ -283,7 +276,7 @@ def _ratio(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{signed(100 * value)} points"
+    return signed(100 * value)
 
 
 def _lead(findings: Findings) -> str:
