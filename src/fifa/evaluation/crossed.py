@@ -49,8 +49,8 @@ def crossed(values: npt.ArrayLike, low: float = -np.inf, high: float = np.inf) -
         V_seed   = sum over s of (mean_p y - mean y)^2 / (S - 1) / S
         V_prompt = sum over p of (mean_s y - mean y)^2 / (P - 1) / P
         V_both   = sum of r^2 / ((S - 1) (P - 1)) / (S P)
-        V  = max(V_seed, V_prompt, V_seed + V_prompt - V_both)
-        df = V^2 / (V_seed^2 / (S - 1) + V_prompt^2 / (P - 1))
+        V  = max(V_seed, V_prompt, V_both, V_seed + V_prompt - V_both)
+        df = V^2 / (V_seed^2 / (S - 1) + V_prompt^2 / (P - 1) + V_both^2 / ((S - 1) (P - 1)))
 
     and the interval is mean -+ t(0.975, df) sqrt(V): both factors' variances hold that of what is
     left once, so it is taken off once (Cameron, Gelbach and Miller 2011; the degrees of freedom
@@ -76,11 +76,13 @@ def crossed(values: npt.ArrayLike, low: float = -np.inf, high: float = np.inf) -
     by_seed = of_seed.var(ddof=1) / seeds
     by_prompt = of_prompt.var(ddof=1) / prompts
     left = y - of_seed[:, None] - of_prompt + mean
-    both = (left**2).sum() / ((seeds - 1) * (prompts - 1)) / y.size
-    variance = max(by_seed, by_prompt, by_seed + by_prompt - both)
+    free = (seeds - 1) * (prompts - 1)
+    both = (left**2).sum() / free / y.size
+    variance = max(by_seed, by_prompt, both, by_seed + by_prompt - both)
     half = 0.0
     if variance > 0:
-        freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_prompt**2 / (prompts - 1))
+        parts = by_seed**2 / (seeds - 1) + by_prompt**2 / (prompts - 1) + both**2 / free
+        freedom = variance**2 / parts
         half = student(freedom) * sqrt(variance)
     elif (low, high) == (0, 1):
         return Crossed(mean, *unanimous(mean, prompts), seeds, prompts)
