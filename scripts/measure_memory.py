@@ -29,9 +29,23 @@ from torch import Tensor
 
 from fifa.models.families import FAMILIES, Family
 from fifa.models.runtime import best_device, out_of_memory, release_memory, tf32
+from fifa.training.checkpoint import layers
 
 GB = 1e9
 RANK = 8
+
+
+KL_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+KL_TINY = {**KL_BLOCKS, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 2}
+# of SD and SDXL; SD3's, FLUX's and Z-Image's encoders differ in their last layer
+KL = (
+    "AutoencoderKL",
+    {**KL_BLOCKS, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    KL_TINY,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,15 @@ class Published:
         Sides of the latents at its native size, and of a tiny network's.
     text
         (class, settings, tokens) of each text encoder, as in the hub's ``config.json``.
+    vae
+        (class, settings, settings of a tiny one) of its autoencoder.
     """
 
     denoiser: dict[str, Any]
     tiny: dict[str, Any]
     side: tuple[int, int]
     text: tuple[tuple[str, dict[str, Any], int], ...]
+    vae: tuple[str, dict[str, Any], dict[str, Any]] = KL
 
 
 CLIP_L = {
@@ -79,11 +96,39 @@ T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+}
+QWEN2_7B = {  # Qwen2.5-VL's language model
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+}
+GEMMA2_2B = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256_000,
+}
 ONE, TWO = "CLIPTextModel", "CLIPTextModelWithProjection"
 UNET = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
 # Sources: unet/config.json or transformer/config.json, and text_encoder*/config.json, of
 # stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0,
-# stabilityai/stable-diffusion-3-medium-diffusers and black-forest-labs/FLUX.1-dev.
+# stabilityai/stable-diffusion-3-medium-diffusers and black-forest-labs/FLUX.1-dev; the classes'
+# defaults of Z-Image, Qwen-Image and SANA 1.6B, and of FLUX.2 klein what 4B differs in (its sizes
+# are to be checked against the hub). FLUX.2 dev fits no card of 80 GB in 16 bits.
 PUBLISHED = {
     "sd": Published(
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -154,6 +199,62 @@ PUBLISHED = {
         (128, 8),
         ((ONE, CLIP_L, 77), ("T5EncoderModel", T5_XXL, 512)),
     ),
+    "zimage": Published(
+        {},
+        {"dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+        (128, 8),
+        (("Qwen3Model", QWEN3_4B, 512),),
+    ),
+    "qwenimage": Published(
+        {},
+        {"num_layers": 1, "num_attention_heads": 2},
+        (128, 8),
+        (("Qwen2Model", QWEN2_7B, 1024),),
+        ("AutoencoderKLQwenImage", {}, {"base_dim": 8}),
+    ),
+    "klein": Published(
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        (64, 8),
+        (("Qwen3Model", QWEN3_4B, 512),),
+        ("AutoencoderKLFlux2", {}, {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 2}),
+    ),
+    "sana": Published(
+        {},
+        {
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "num_cross_attention_heads": 1,
+            "cross_attention_head_dim": 64,
+            "cross_attention_dim": 64,
+        },
+        (32, 8),
+        (("Gemma2Model", GEMMA2_2B, 300),),
+        (
+            "AutoencoderDC",
+            {
+                f"{half}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+                for half in ("encoder", "decoder")
+            },
+            {
+                **{f"{half}_block_out_channels": (32, 32) for half in ("encoder", "decoder")},
+                **{f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")},
+                **{f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")},
+            },
+        ),
+    ),
 }
 SHRUNK = {  # of a text encoder, on a CPU
     "intermediate_size": 32,
@@ -161,6 +262,7 @@ SHRUNK = {  # of a text encoder, on a CPU
     "num_hidden_layers": 1,
     "num_layers": 1,
     "vocab_size": 100,
+    "head_dim": 8,
 }
 
 
@@ -187,7 +289,32 @@ def inputs_of(family: str, images: int, side: int, device: Any) -> dict[str, Any
             "encoder_hidden_states": randn(77 + 256, 4096),
             "pooled_projections": randn(2048),
         }
+    if family == "zimage":
+        x, cap_feats = list(randn(16, 1, side, side)), list(randn(512, 2560))
+        return {"x": x, "t": middle, "cap_feats": cap_feats}
+    if family == "sana":
+        return {
+            "hidden_states": randn(32, side, side),
+            "timestep": 1000 * middle,
+            "encoder_hidden_states": randn(300, 2304),
+        }
+    if family == "klein":
+        words = torch.zeros(512, 4, device=device)
+        return {
+            "hidden_states": randn(side**2, 128),
+            "timestep": middle,
+            "encoder_hidden_states": randn(512, 7680),
+            "txt_ids": words,
+            "img_ids": torch.zeros(side**2, 4, device=device),
+        }
     tokens = (side // 2) ** 2
+    if family == "qwenimage":
+        return {
+            "hidden_states": randn(tokens, 64),
+            "timestep": middle,
+            "encoder_hidden_states": randn(512, 3584),  # of 1,024 at most
+            "img_shapes": [[(1, side // 2, side // 2)]] * images,
+        }
     return {
         "hidden_states": randn(tokens, 64),
         "timestep": middle,
@@ -262,7 +389,7 @@ def denoiser_of(family: Family, device: torch.device) -> Any:
     with made_on(device):
         denoiser = getattr(diffusers, family.denoiser)(**settings)
     denoiser.requires_grad_(False).train()
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(family.targets))
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers(denoiser, family.targets))
     denoiser.add_adapter(config)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
@@ -280,6 +407,8 @@ def measure_denoiser(family: Family, device: torch.device) -> dict[str, Any]:
         given = inputs_of(family.name, 2 * pairs, side, device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             predicted = denoiser(**given, return_dict=False)[0]
+            if isinstance(predicted, list):  # Z-Image's, of images that may differ in size
+                predicted = torch.stack(predicted)
             loss = predicted.float().square().mean()
         loss.backward()
 
@@ -299,31 +428,28 @@ def measure_denoiser(family: Family, device: torch.device) -> dict[str, Any]:
     return found
 
 
-def vae_of(device: torch.device) -> Any:
-    """The autoencoder of SD and SDXL; SD3's and FLUX's encoders differ in their last layer."""
-    from diffusers import AutoencoderKL
+def vae_of(vae: tuple[str, dict[str, Any], dict[str, Any]], device: torch.device) -> Any:
+    """An autoencoder with random weights."""
+    import diffusers
 
-    wide = (128, 256, 512, 512) if device.type == "cuda" else (8, 8, 8, 8)
+    name, settings, tiny = vae
     with made_on(device):
-        vae = AutoencoderKL(
-            block_out_channels=wide,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            norm_num_groups=wide[0] // 4,
-        )
-    return vae.eval().requires_grad_(False)
+        made = getattr(diffusers, name)(**(settings if device.type == "cuda" else tiny))
+    return made.eval().requires_grad_(False)
 
 
-def measure_vae(device: torch.device) -> dict[str, Any]:
+def measure_vae(
+    vae: tuple[str, dict[str, Any], dict[str, Any]], device: torch.device
+) -> dict[str, Any]:
     """Bytes a pixel in bfloat16 and float32, and images of 512 pixels a second."""
     found: dict[str, Any] = {}
     native = 512 if device.type == "cuda" else 32
+    frame = (1,) if vae[0] == "AutoencoderKLQwenImage" else ()  # it encodes videos
     for dtype in (torch.bfloat16, torch.float32):
-        vae = torch.nn.Module.to(vae_of(device), dtype)  # diffusers' own would warn
+        network = torch.nn.Module.to(vae_of(vae, device), dtype)  # diffusers' own would warn
 
-        def encode(images: int, side: int, vae: Any = vae, dtype: Any = dtype) -> None:
-            pixels = torch.zeros(images, 3, side, side, device=device, dtype=dtype)
+        def encode(images: int, side: int, vae: Any = network, dtype: Any = dtype) -> None:
+            pixels = torch.zeros(images, 3, *frame, side, side, device=device, dtype=dtype)
             with torch.no_grad(), tf32(device):
                 vae.encode(pixels)
 
@@ -335,12 +461,8 @@ def measure_vae(device: torch.device) -> dict[str, Any]:
             found[f"{name}_{side}"] = line(points)
         if device.type != "cuda":
             continue
-        for layout in (torch.contiguous_format, torch.channels_last):
-            vae.to(memory_format=layout)
-            for n in (4, 8, 16, 32):
-                speed = speed_of(lambda n=n: encode(n, native), n)
-                known = "nhwc" if layout == torch.channels_last else "nchw"
-                found[f"{name}_{known}_{n}_images_per_second"] = speed
+        speed = speed_of(lambda: encode(16, native), 16)
+        found[f"{name}_16_images_per_second"] = speed
     return found
 
 
@@ -387,11 +509,15 @@ def measure(device: torch.device, names: list[str]) -> dict[str, Any]:
     if device.type == "cuda":
         # as in training: see the reason there
         torch.backends.cuda.enable_cudnn_sdp(False)
-    found: dict[str, Any] = {"device": str(device), "vae": attempt(measure_vae, device)}
+    found: dict[str, Any] = {"device": str(device)}
+    vaes: dict[str, Any] = {}
     for family in FAMILIES:
         if family.name in names:
             row = attempt(measure_denoiser, family, device)
             row["text"] = attempt(measure_text, family, device)
+            vae = PUBLISHED[family.name].vae
+            row["vae"] = vaes.setdefault(vae[0], None) or attempt(measure_vae, vae, device)
+            vaes[vae[0]] = row["vae"]
             found[family.name] = row
             print_row(family, row)
     return found
@@ -424,11 +550,12 @@ def print_row(family: Family, row: dict[str, Any]) -> None:
 
 def print_fields(found: dict[str, Any]) -> None:
     """What to copy into `families.py`: the family's own figures, VAE's the largest of its sizes."""
-    pixel = max((each[1] for name, each in found["vae"].items() if is_line(name, each)), default=0)
     for family in FAMILIES:
         row = found.get(family.name)
         if row is None:
             continue
+        lines = [each[1] for name, each in row["vae"].items() if is_line(name, each)]
+        pixel = max(lines, default=0)
         pair, again = row.get("pair"), row.get("pair_checkpointed")
         print(
             f"{family.name}: Activations(numbers={row.get('numbers', 0):_}, "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fifa.models.families import FAMILIES
-from measure_memory import PUBLISHED, line, made_on, main, taken
+from measure_memory import PUBLISHED, line, made_on, main, measure_denoiser, taken
 
 CPU = torch.device("cpu")
 
@@ -44,3 +44,10 @@ def test_a_published_denoiser_has_the_numbers_of_the_families_row(family):
     with made_on("meta"):
         denoiser = getattr(diffusers, family.denoiser)(**PUBLISHED[family.name].denoiser)
     assert sum(p.numel() for p in denoiser.parameters()) == family.activations.numbers
+
+
+def test_the_others_run_tiny():
+    for family in FAMILIES:
+        if family.name in PUBLISHED and not family.activations:
+            found = measure_denoiser(family, CPU)
+            assert found["pair"][1] > found["pair_checkpointed"][1] > 0
