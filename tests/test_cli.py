@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from click.shell_completion import BashComplete
 
 from commands import fifa
 from fifa.cli import cli, main
@@ -274,3 +276,31 @@ def test_a_run_reads_its_pairs_once(shipped, tmp_path):
     run = tmp_path / "run"
     assert fifa("read", shipped, "--out", run).returncode == 0
     assert "has read its pairs already" in failed("score", run, "--format", "pickapic")
+
+
+def test_every_command_that_prints_a_result_prints_it_as_json(shipped, tmp_path):
+    run = tmp_path / "run"
+    done = fifa("filter", shipped, *LIGHT, "--keep", "20", "--out", run, "--json", "--quiet")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["subset"] == str(run / "subset")
+    facts = {step["step"]: step for step in found["steps"]}
+    assert facts["select"]["selected"] == facts["export"]["subset_pairs"] == 20
+    assert json.loads(fifa("read", shipped, "--explain", "--json").stdout)["format"] == "pickapic"
+    for command in (["select", run, "--keep", "9"], ["export", run], ["report", run]):
+        assert str(run) in next(iter(json.loads(fifa(*command, "--json").stdout).values()))
+    failed = fifa("select", tmp_path, "--json")
+    assert failed.returncode == 1
+    assert json.loads(failed.stdout)["error"]["what"] == "not a run folder"
+    assert "error: not a run folder" in failed.stderr
+    assert "Traceback" in fifa("select", tmp_path, "--verbose").stderr
+
+
+def test_a_shell_completes_commands_and_options(monkeypatch):
+    script = fifa("completion", "bash").stdout
+    assert "_FIFA_COMPLETE=bash_complete" in script
+    for words, wanted in (("fifa do", "doctor"), ("fifa filter --ke", "--keep")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert wanted in BashComplete(cli, {}, "fifa", "_FIFA_COMPLETE").complete()

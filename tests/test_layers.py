@@ -13,7 +13,8 @@ SRC = Path(__file__).parents[1] / "src"
 
 # A package imports those to its left, at the top of a file or inside a function.
 ORDER = (
-    ("errors", "console", "formatting"),
+    ("errors", "formatting"),
+    ("console",),
     ("shards",),
     ("config",),
     ("data",),

@@ -5,11 +5,11 @@ import shutil
 import pytest
 from trainings import LORA, quick, weights_of
 
+from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.errors import FifaError
 from fifa.evaluation.models import find_models, read_training
 from fifa.training.fit import Fit, keep_fit, kept_fit
 from fifa.training.job import run_training
-from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from trainings import quick
 
 import fifa
 from fifa.config import Train
+from fifa.config.train import FACTS_FILE, TRAIN_FILE
 from fifa.errors import FifaError
 from fifa.selection.labels import LabelFacts
 from fifa.shards.files import read_json, write_json
@@ -23,7 +24,6 @@ from fifa.training.labels import (
     reward_probability,
     with_labels,
 )
-from fifa.training.metrics import FACTS_FILE, TRAIN_FILE
 from fifa.training.pairs import read_training_pairs
 
 N = 60

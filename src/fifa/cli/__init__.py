@@ -16,7 +16,8 @@ def main() -> None:
     """Run the command line; a mistake of the user is reported without a traceback."""
     try:
         _check_text(sys.argv[1:])
-        cli(standalone_mode=False)
+        if code := cli(prog_name="fifa", standalone_mode=False):
+            sys.exit(code)
     except FifaError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import click
 
 from fifa import __version__
 from fifa.cli.options import PATH, KnobCommand, check_runs, chosen, out_option, run_argument
+from fifa.cli.output import Answer, Command, Group, answer
 from fifa.errors import FifaError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="fifa")
 def cli() -> None:
     """Filter human feedback on generated images: keep the few pairs that are worth training on.
@@ -26,7 +29,7 @@ def cli() -> None:
 @cli.command("filter", cls=KnobCommand, knobs="Recipe")
 @out_option()
 @click.option("--dry-run", is_flag=True, help="Print the recipe and what would be done, then stop.")
-def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
+def filter_command(out: Path, dry_run: bool, **options: Any) -> Answer:
     """Keep the pairs that are worth training on.
 
     This is the main command: it reads SOURCE, scores every pair, keeps the best ones, and writes
@@ -37,21 +40,22 @@ def filter_command(out: Path, dry_run: bool, **options: Any) -> None:
 
     recipe = chosen(Recipe(), options)
     if dry_run:
-        click.echo(plan(recipe))
-        return
-    click.echo(filter_pairs(recipe, out).folder / "report.html")
+        return answer(text := plan(recipe), recipe=asdict(recipe), plan=text.splitlines())
+    run = filter_pairs(recipe, out)
+    report = run.folder / "report.html"
+    return answer(report, run=run.folder, subset=run.subset, report=report)
 
 
 @cli.command("read", cls=KnobCommand, knobs="Recipe", sections=("read",))
 @out_option("The run folder; --explain needs none.", required=False)
 @click.option("--explain", is_flag=True, help="Print how SOURCE is understood, with three rows.")
-def read_command(out: Path | None, explain: bool, **options: Any) -> None:
+def read_command(out: Path | None, explain: bool, **options: Any) -> Answer:
     """Read SOURCE into a table of pairs.
 
     No image is opened.
     """
     from fifa.config import Recipe
-    from fifa.data.explain import explained
+    from fifa.data.explain import explained, explained_facts
     from fifa.data.read import read_source
     from fifa.run.folder import start_run
     from fifa.run.steps import echo_read, read_step
@@ -61,17 +65,19 @@ def read_command(out: Path | None, explain: bool, **options: Any) -> None:
     if out is None:
         if not explain:
             raise FifaError("no --out given", do="name a run folder, or add --explain to look")
-        click.echo(explained(read_source(recipe.read)))
-        return
+        pairs = read_source(recipe.read)
+        return Answer(explained(pairs), explained_facts(pairs))
     with only_writer(out):
         pairs = read_step(start_run(out, recipe))
     echo_read(pairs)
-    click.echo(explained(pairs) if explain else out / "pairs.parquet")
+    table = out / "pairs.parquet"
+    told = explained(pairs) if explain else str(table)
+    return Answer(told, {"table": table, **explained_facts(pairs)})
 
 
 @cli.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
 @out_option("The run folder of a new run.", required=False)
-def score_command(out: Path | None, **options: Any) -> None:
+def score_command(out: Path | None, **options: Any) -> Answer:
     """Score every pair and every prompt.
 
     SOURCE is a data set (then --out names a new run folder), or a RUN that was read before.
@@ -89,12 +95,12 @@ def score_command(out: Path | None, **options: Any) -> None:
         else:
             run = start_run(out, chosen(Recipe(), options))
         score_step(run, read_step(run))
-    click.echo(run.scores)
+    return answer(run.scores, scores=run.scores)
 
 
 @cli.command("select", cls=KnobCommand, knobs="Recipe", sections=("select",))
 @run_argument
-def select_command(run: str, **options: Any) -> None:
+def select_command(run: str, **options: Any) -> Answer:
     """Select again from the scores of a run.
 
     Another number of pairs or other weights take seconds, because nothing is scored again.
@@ -106,13 +112,13 @@ def select_command(run: str, **options: Any) -> None:
     with only_writer(open_run(run).folder), unless_refused(open_run(run).folder):
         opened = open_run(run)  # as nobody changes it any more
         select_step(revised(opened, chosen(opened.recipe, options, only=("select",))))
-    click.echo(opened.folder / "selection.parquet")
+    table = opened.folder / "selection.parquet"
+    return answer(table, selection=table)
 
 
 @cli.command("trust", cls=KnobCommand, knobs="Trust")
 @click.option("--scores", type=PATH, help="A folder where scores are kept; RUN has its own.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def trust_command(scores: Path | None, as_json: bool, **options: Any) -> None:
+def trust_command(scores: Path | None, **options: Any) -> Answer:
     """Tell whether a margin can be trusted on SOURCE.
 
     SOURCE is a data set or benchmark with people's labels, or a RUN that was read before. Each
@@ -124,7 +130,7 @@ def trust_command(scores: Path | None, as_json: bool, **options: Any) -> None:
     from fifa.run.trust import trust
 
     found = trust(chosen(Trust(), options), scores=scores)
-    click.echo(json.dumps(found.plain(), indent=2) if as_json else trust_text(found))
+    return Answer(trust_text(found), found.plain(), steps=False)
 
 
 download_option = click.option(
@@ -136,7 +142,7 @@ download_option = click.option(
 @run_argument
 @out_option("The folder to write.  [default: RUN/subset, or RUN/subset-TO]", required=False)
 @download_option
-def export_command(run: str, out: Path | None, allow_download: bool, **options: Any) -> None:
+def export_command(run: str, out: Path | None, allow_download: bool, **options: Any) -> Answer:
     """Write the selected pairs for a trainer.
 
     The selected pairs of RUN become a data set that a trainer reads as it is.
@@ -152,9 +158,11 @@ def export_command(run: str, out: Path | None, allow_download: bool, **options: 
         check_push(knobs.push_to_hub)
     with only_writer(open_run(run).folder):
         folder = export_step(open_run(run), out, to=knobs.to, allow_download=allow_download)
-        click.echo(folder)
-        if knobs.push_to_hub:
-            click.echo(push(folder, knobs.push_to_hub, public=knobs.public))
+        if not knobs.push_to_hub:
+            return answer(folder, subset=folder)
+        click.echo(folder, err=True)
+        address = push(folder, knobs.push_to_hub, public=knobs.public)
+        return answer(f"{folder}\n{address}", subset=folder, address=address)
 
 
 @cli.command("push")
@@ -163,7 +171,7 @@ def export_command(run: str, out: Path | None, allow_download: bool, **options: 
 @click.option(
     "--public", is_flag=True, help="Let everybody see it; a new one is private otherwise."
 )
-def push_command(folder: Path, name: str, public: bool) -> None:
+def push_command(folder: Path, name: str, public: bool) -> Answer:
     """Upload a subset or a checkpoint to the Hugging Face hub.
 
     FOLDER is what `export`, `train` or `reward train` wrote, NAME is the repository, ORG/NAME. It
@@ -171,7 +179,8 @@ def push_command(folder: Path, name: str, public: bool) -> None:
     """
     from fifa.run.push import push
 
-    click.echo(push(folder, name, public=public))
+    address = push(folder, name, public=public)
+    return answer(address, address=address)
 
 
 @cli.command("rebuild")
@@ -179,20 +188,22 @@ def push_command(folder: Path, name: str, public: bool) -> None:
 @click.option("--source", help="Where the source is now, if it has moved.")
 @download_option
 @out_option("The folder of the subset.")
-def rebuild_command(subset_json: Path, source: str | None, allow_download: bool, out: Path) -> None:
+def rebuild_command(
+    subset_json: Path, source: str | None, allow_download: bool, out: Path
+) -> Answer:
     """Rebuild a subset from its subset.json.
 
     The source is read again; nothing is scored.
     """
     from fifa.selection.export import rebuild
 
-    rebuild(subset_json, out, source=source, allow_download=allow_download)
-    click.echo(out)
+    made = rebuild(subset_json, out, source=source, allow_download=allow_download)
+    return answer(out, **asdict(made))
 
 
 @cli.command("report")
 @run_argument
-def report_command(run: str) -> None:
+def report_command(run: str) -> Answer:
     """Write the report of a run again.
 
     This is RUN/report.html, made from the files in RUN. RUN may also be the folder of a training.
@@ -202,7 +213,8 @@ def report_command(run: str) -> None:
     from fifa.run.folder import open_run
 
     ready = is_evaluated(run) or is_training(run)
-    click.echo(write_report(run if ready else open_run(run).folder))
+    report = write_report(run if ready else open_run(run).folder)
+    return answer(report, report=report)
 
 
 @cli.command("train", cls=KnobCommand, knobs="Train")
@@ -216,14 +228,16 @@ def report_command(run: str) -> None:
     is_flag=True,
     help="Print the options, and the steps, disk space and memory that they need; then stop.",
 )
-def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> None:
+def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) -> Answer:
     """Train a diffusion model on the pairs.
 
     SOURCE is a RUN, a subset, or Parquet files in diffusers' schema. On several devices, use
     `accelerate launch -m fifa train ...`.
     """
     from fifa import config
+    from fifa.config.train import FACTS_FILE
     from fifa.run.folder import check_run
+    from fifa.shards.files import read_json
     from fifa.training.job import plan_training, run_training
 
     if preset and options["recipe"]:
@@ -232,15 +246,15 @@ def train_command(out: Path, preset: str | None, dry_run: bool, **options: Any) 
     check_run(train.source)
     if dry_run:
         plan = plan_training(train, out)
-        click.echo(train.to_yaml() + "\n" + str(plan))
-        plan.check()
-        return
-    click.echo(run_training(train, out))
+        facts = {"options": train, "plan": str(plan).splitlines()}
+        return Answer(f"{train.to_yaml()}\n{plan}", facts, after=plan.check)
+    run_training(train, out)
+    return answer(out, checkpoint=out, **read_json(out / FACTS_FILE, "the training", missing={}))
 
 
 @cli.command("tune", cls=KnobCommand, knobs="Tune", sections=("train",))
 @out_option("The folder of the search.")
-def tune_command(out: Path, **options: Any) -> None:
+def tune_command(out: Path, **options: Any) -> Answer:
     """Find knobs of a training by short parts of it.
 
     Trials with different knobs train for a few steps on the pairs of SOURCE; those that do best on
@@ -248,13 +262,14 @@ def tune_command(out: Path, **options: Any) -> None:
     knobs with --recipe OUT/best.yaml; all other options are the training's.
     """
     from fifa.config import Tune
-    from fifa.reporting.tune import PAGE, tune_text
+    from fifa.console import echo
+    from fifa.reporting.tune import PAGE, TRIALS, tune_text
     from fifa.run.tune import tune
+    from fifa.shards.files import read_table
 
     best = tune(chosen(Tune(), options), out)
-    click.echo(tune_text(out), err=True)
-    click.echo(out / PAGE, err=True)
-    click.echo(best)
+    echo(f"{tune_text(out)}\n{out / PAGE}")
+    return answer(best, best=best, report=out / PAGE, trials=read_table(out / TRIALS).to_pylist())
 
 
 @cli.group("reward")
@@ -264,7 +279,7 @@ def reward_group() -> None:
 
 @reward_group.command("train", cls=KnobCommand, knobs="Reward")
 @out_option("The folder of the reward model.")
-def reward_train(out: Path, **options: Any) -> None:
+def reward_train(out: Path, **options: Any) -> Answer:
     """Train a reward model on labelled pairs.
 
     It learns from the labels of SOURCE; `--margin proxy:FOLDER` then scores with it. Without
@@ -274,15 +289,17 @@ def reward_train(out: Path, **options: Any) -> None:
     from fifa.config import Reward
     from fifa.data.read import read_source
     from fifa.scoring.rewards.fit import train_reward
+    from fifa.shards.files import read_json
 
     reward = chosen(Reward(), options)
     pairs = read_source(reward.read)
-    click.echo(train_reward(pairs, out, reward).folder)
+    folder = train_reward(pairs, out, reward).folder
+    return answer(folder, **read_json(folder / "reward.json", "the reward model"))
 
 
 @reward_group.command("rubric", cls=KnobCommand, knobs="Rubric")
 @out_option("The folder of the rubric.")
-def reward_rubric(out: Path, **options: Any) -> None:
+def reward_rubric(out: Path, **options: Any) -> Answer:
     """Learn a rubric of yes-or-no questions from labelled pairs.
 
     A vision-language model answers the questions about the images of some pairs of SOURCE, and
@@ -295,7 +312,8 @@ def reward_rubric(out: Path, **options: Any) -> None:
 
     rubric = chosen(Rubric(), options)
     pairs = read_source(rubric.read)
-    click.echo(train_rubric(pairs, out, rubric, rubric.compute).folder)
+    folder = train_rubric(pairs, out, rubric, rubric.compute).folder
+    return answer(folder, rubric=folder)
 
 
 @cli.group("batch")
@@ -323,30 +341,34 @@ judge_option = click.option(
     help="For models that refuse max_tokens, a temperature and log-probabilities: write "
     "max_completion_tokens and neither of the others.",
 )
-def batch_write(run: str, file: Path, judge: bool, reasoning: bool) -> None:
+def batch_write(run: str, file: Path, judge: bool, reasoning: bool) -> Answer:
     """Write the requests of RUN to FILE.
 
     There is one request for every prompt that the rater of RUN has not answered yet.
     """
+    from fifa.console import echo
     from fifa.run.batch import write_run_batch
 
     count = write_run_batch(run, file, judge=judge, reasoning=reasoning)
-    click.echo(f"{count:,} requests in {file}", err=True)
-    click.echo(file)
+    echo(f"{count:,} requests in {file}")
+    return answer(file, file=file, requests=count)
 
 
 @batch_group.command("read")
 @run_argument
 @click.argument("file", type=PATH)
 @judge_option
-def batch_read(run: str, file: Path, judge: bool) -> None:
+def batch_read(run: str, file: Path, judge: bool) -> Answer:
     """Read the answers in FILE into RUN.
 
     `fifa score RUN` then does not send these requests.
     """
+    from fifa.console import echo
     from fifa.run.batch import read_run_batch
 
-    click.echo(read_run_batch(run, file, judge=judge), err=True)
+    found = read_run_batch(run, file, judge=judge)
+    echo(str(found))
+    return Answer("", asdict(found))
 
 
 @cli.command("demo", cls=KnobCommand, knobs="Demo")
@@ -357,7 +379,7 @@ def batch_read(run: str, file: Path, judge: bool) -> None:
     show_default=True,
     help="The run folder.",
 )
-def demo_command(out: Path, **options: Any) -> None:
+def demo_command(out: Path, **options: Any) -> Answer:
     """The whole road in a small built-in world.
 
     Filter, train, generate, judge and report. No GPU is needed.
@@ -365,12 +387,62 @@ def demo_command(out: Path, **options: Any) -> None:
     from fifa.config import Demo
     from fifa.demo import demo
 
-    click.echo(demo(out, chosen(Demo(), options)))
+    report = demo(out, chosen(Demo(), options))
+    return answer(report, run=out, report=report)
+
+
+@cli.command("info")
+@click.argument("folder", type=PATH)
+def info_command(folder: Path) -> Answer:
+    """Show what is in a folder and what comes next.
+
+    FOLDER is a run, a training, a search, a loop, a subset or a reward model: what was done there,
+    what is stale because something else has changed, and the commands to go on with.
+    """
+    from fifa.run.info import info, info_text
+
+    found = info(folder)
+    return Answer(info_text(found), found.plain(), steps=False)
+
+
+@cli.command("doctor")
+@click.argument("folder", type=PATH, required=False)
+def doctor_command(folder: Path | None) -> Answer:
+    """Check this machine and what is installed.
+
+    Versions, devices, models on disk, and what is known not to work together, with what to do about
+    it. The disk of FOLDER is measured, the current one if none is given. The text is fit for a bug
+    report. The exit status is 1 where something has to be mended.
+    """
+    from fifa.run.doctor import doctor_facts, doctor_text, examine
+
+    checks = examine(folder or Path())
+    facts = doctor_facts(checks)
+    return Answer(doctor_text(checks), facts, steps=False, code=int(facts["bad"] > 0))
+
+
+class _Prints(Command):
+    prints_result = False
+
+
+@cli.command("completion", cls=_Prints)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print the script that completes commands and options in a shell.
+
+    Put `eval "$(fifa completion bash)"` into ~/.bashrc, or the same with zsh into ~/.zshrc; with
+    fish, write what is printed to ~/.config/fish/completions/fifa.fish.
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None, "click knows these shells"
+    click.echo(found(cli, {}, "fifa", "_FIFA_COMPLETE").source())
 
 
 @cli.command("convert", cls=KnobCommand, knobs="Convert")
 @out_option("The folder, or with --layout kohya the .safetensors file, to write.")
-def convert_command(out: Path, **options: Any) -> None:
+def convert_command(out: Path, **options: Any) -> Answer:
     """Write a model or a LoRA in another layout.
 
     SOURCE with its --parts, --vae and --init-lora becomes one folder in diffusers' layout; a LoRA
@@ -379,12 +451,13 @@ def convert_command(out: Path, **options: Any) -> None:
     from fifa.config import Convert
     from fifa.models.assemble import convert
 
-    click.echo(convert(chosen(Convert(), options), out))
+    made = convert(chosen(Convert(), options), out)
+    return answer(made, path=made)
 
 
 @cli.command("evaluate", cls=KnobCommand, knobs="Evaluate")
 @out_option()
-def evaluate_command(out: Path, **options: Any) -> None:
+def evaluate_command(out: Path, **options: Any) -> Answer:
     """Compare checkpoints with their base model.
 
     All of them make images for the same prompts and seeds; the images are scored, compared and
@@ -400,12 +473,12 @@ def evaluate_command(out: Path, **options: Any) -> None:
     evaluated = run_evaluation(chosen(Evaluate(), options), out)
     report = write_report(evaluated.folder)
     echo_wins(evaluated)
-    click.echo(report)
+    return answer(report, report=report, results=evaluated.results)
 
 
 @cli.command("generate-pairs", cls=KnobCommand, knobs="GeneratePairs")
 @out_option("The folder of the data set.")
-def generate_pairs_command(out: Path, **options: Any) -> None:
+def generate_pairs_command(out: Path, **options: Any) -> Answer:
     """Make a preference data set of a model's own images.
 
     The model makes several images for each prompt, reward models judge them, and those that they
@@ -416,26 +489,28 @@ def generate_pairs_command(out: Path, **options: Any) -> None:
 
     made = run_generation(chosen(GeneratePairs(), options), out)
     echo_generated(made)
-    click.echo(made.path)
+    return answer(made.path, path=made.path, margin=made.margin, **made.facts)
 
 
 @cli.command("loop")
 @click.argument("recipe", type=PATH)
 @click.option("--rounds", type=click.IntRange(1), help="Rounds in all; if not given, the recipe's.")
 @out_option("The loop's folder.")
-def loop_command(recipe: Path, rounds: int | None, out: Path) -> None:
+def loop_command(recipe: Path, rounds: int | None, out: Path) -> Answer:
     """Train a model on pairs of its own images, round after round.
 
     RECIPE is a YAML file with the sections generate, score, select, train, evaluate and compute. In
     each round the model makes images, reward models judge them, the best pairs are kept, and the
     model is trained on them; then all rounds are compared with the base model.
     """
+    from fifa.console import echo
     from fifa.reporting.loop import PAGE, loop_text
     from fifa.run.loop import loop
 
     done = loop(recipe, out, rounds=rounds)
-    click.echo(loop_text(done.folder), err=True)
-    click.echo(done.folder / PAGE)
+    echo(loop_text(done.folder))
+    report = done.folder / PAGE
+    return answer(report, report=report, models=done.models, results=done.results)
 
 
 @cli.command("study")
@@ -505,22 +580,24 @@ def study_command(
     show_default=True,
     help="The page to write.",
 )
-def compare_command(runs: tuple[str, ...], out: Path) -> None:
+def compare_command(runs: tuple[str, ...], out: Path) -> Answer:
     """Compare several evaluated runs.
 
     The result is one page with a table and a figure of all RUNS.
     """
+    from fifa.console import echo
     from fifa.evaluation.compare import compare_runs
     from fifa.reporting.page import comparison_text, write_comparison
 
     compared = compare_runs(runs)
     for difference in compared.differences:
-        click.echo(f"not the same in all runs: {difference}", err=True)
-    click.echo(comparison_text(compared), err=True)
-    click.echo(write_comparison(compared, out))
+        echo(f"not the same in all runs: {difference}")
+    echo(comparison_text(compared))
+    page = write_comparison(compared, out)
+    return answer(page, page=page, **vars(compared))
 
 
-class _ServeByDefault(click.Group):
+class _ServeByDefault(Group):
     """A group where ``vote RUN`` is ``vote serve RUN``; a run named like a command is ./NAME."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -538,7 +615,11 @@ def vote_group() -> None:
     """
 
 
-@vote_group.command("serve", cls=KnobCommand, knobs="Vote")
+class _Serve(KnobCommand):
+    prints_result = False  # but links, while it runs
+
+
+@vote_group.command("serve", cls=_Serve, knobs="Vote")
 @run_argument
 @click.option("--new-invitation", is_flag=True, help="Make earlier invitation links invalid.")
 def vote_serve(run: str, new_invitation: bool, **options: Any) -> None:
@@ -561,8 +642,7 @@ everybody_option = click.option(
 @vote_group.command("results")
 @run_argument
 @everybody_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def vote_results(run: str, everybody: bool, as_json: bool) -> None:
+def vote_results(run: str, everybody: bool) -> Answer:
     """Show win rates and agreement so far.
 
     Win rates have intervals; agreement is that among the voters.
@@ -570,14 +650,14 @@ def vote_results(run: str, everybody: bool, as_json: bool) -> None:
     from fifa.evaluation.vote.results import results_text, vote_results
 
     found = vote_results(run, everybody=everybody)
-    click.echo(json.dumps(found.plain(), indent=2) if as_json else results_text(found))
+    return Answer(results_text(found), found.plain(), steps=False)
 
 
 @vote_group.command("export")
 @run_argument
 @out_option("The .parquet file to write.")
 @everybody_option
-def vote_export(run: str, out: Path, everybody: bool) -> None:
+def vote_export(run: str, out: Path, everybody: bool) -> Answer:
     """Write the votes as a data set.
 
     It is a preference data set that `fifa filter` reads.
@@ -587,4 +667,4 @@ def vote_export(run: str, out: Path, everybody: bool) -> None:
 
     done = export_votes(run, out, everybody=everybody)
     echo(f"{done.pairs:,} pairs from {done.votes:,} votes; {done.left_out:,} votes left out")
-    click.echo(done.path)
+    return answer(done.path, **asdict(done))

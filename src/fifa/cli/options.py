@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import click
 
+from fifa.cli.output import Command
 from fifa.errors import FifaError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def out_option(text: str = "The run folder.", required: bool = True) -> Callable
 run_argument = click.argument("run", callback=check_runs)
 
 
-class KnobCommand(click.Command):
+class KnobCommand(Command):
     """A command with an option for every knob of a class, and ``--recipe``.
 
     The options are made when they are needed: `fifa --help` imports no class of knobs.
@@ -64,10 +65,10 @@ class KnobCommand(click.Command):
         super().__init__(*args, **settings)
         self._knobs, self._sections = knobs, sections
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and those of the knobs."""
-        *own, help_option = super().get_params(ctx)
-        return [*own, *self._made, help_option]
+    @property
+    def made(self) -> list[click.Parameter]:
+        """The parameters of the knobs."""
+        return self._made
 
     @cached_property
     def _made(self) -> list[click.Parameter]:

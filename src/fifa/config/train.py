@@ -21,6 +21,9 @@ from fifa.config.knobs import (
 )
 from fifa.errors import FifaError
 
+# In the folder of a training: these knobs, the metrics, and what is written last
+TRAIN_FILE, STATS, FACTS_FILE = "train.yaml", "stats.jsonl", "train.json"
+
 
 @knobs
 class Train(Knobs):

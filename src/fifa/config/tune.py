@@ -10,6 +10,9 @@ from fifa.config.evaluate import Generate
 from fifa.config.knobs import Count, Knobs, Option, knobs
 from fifa.config.train import Train
 
+# In the folder of a search: these knobs, and what `fifa train --recipe` takes, written last
+TUNE_FILE, BEST_FILE = "tune.yaml", "best.yaml"
+
 
 @knobs
 class Tune(Knobs):

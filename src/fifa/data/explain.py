@@ -36,6 +36,24 @@ def explained(pairs: Pairs) -> str:
     return "\n".join([*lines, *(_counted("rejected", {"other reasons": others} if others else {}))])
 
 
+def explained_facts(pairs: Pairs) -> dict[str, Any]:
+    """What `explained` says of the source, for JSON."""
+    origin = pairs.origin
+    return {
+        "format": origin.format,
+        "columns": origin.used,
+        "scores": origin.score_columns,
+        "ignored": origin.ignored,
+        "images": where_images(pairs.table, origin),
+        "pairs": len(pairs),
+        "prompts": pairs.prompts.num_rows,
+        "rows": origin.rows,
+        "merged": origin.merged,
+        "not_made": origin.not_made,
+        "rejected": Counter(pairs.rejected["reason"].to_pylist()),
+    }
+
+
 def _row(row: dict[str, Any]) -> list[str]:
     label = row["label"]
     wins = "a tie" if label == 0.5 else f"image_{int(label < 0.5)} wins"

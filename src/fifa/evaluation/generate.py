@@ -279,7 +279,7 @@ def _make(
     short = None
     with (
         loader.use(model) as pipe,
-        progress(f"images of {model.name}", sum(map(len, groups))) as advance,
+        progress(f"images of {model.name}", sum(map(len, groups)), done) as advance,
         ThreadPoolExecutor(min(WRITERS, cores())) as writers,
     ):
 
@@ -289,7 +289,6 @@ def _make(
             advance(len(writing))
             note(images_made=len(writing))
 
-        advance(done)
         writing: list[Future[None]] = []
         for group in missing:
             pixels = _together(pipe, settings, group)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from fifa import __version__
 from fifa.config import RECIPE_FILE, Recipe
+from fifa.config.train import STATS, TRAIN_FILE
 from fifa.console import LOG_FILE
 from fifa.data.table import Pairs, load_pairs
 from fifa.evaluation.compare import Compared
@@ -80,12 +81,12 @@ def write_report(
 
 def is_training(folder: str | Path) -> bool:
     """Whether a folder is that of a training."""
-    return (Path(folder) / "train.yaml").is_file()
+    return (Path(folder) / TRAIN_FILE).is_file()
 
 
 def _write_training(folder: Path) -> Path:
     name = shorten(folder.resolve().name, 80)
-    history = history_of(name, read_json_lines(folder / "stats.jsonl")[0])
+    history = history_of(name, read_json_lines(folder / STATS)[0])
     context: dict[str, Any] = {"title": name, "steps": (), "evaluation": None, "filtered": False}
     context |= {"history": history, "trainings": trainings([history], {name: "kept"})}
     path = folder / "report.html"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fifa.config import RECIPE_FILE, Recipe
-from fifa.console import LOG_FILE, collect_facts
+from fifa.console import LOG_FILE, collect_facts, detail, step_ended
 from fifa.data.table import FILES
 from fifa.errors import FifaError
 from fifa.selection.table import SELECTION_FILE
@@ -163,6 +163,7 @@ def unless_refused(folder: Path) -> Iterator[None]:
 def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """Time a step and append a line with its facts to ``log.jsonl`` when it ends well."""
     started, clock = datetime.now(UTC), time.perf_counter()
+    detail(f"{name} begins")
     with collect_facts() as facts:
         yield facts
     seconds = round(time.perf_counter() - clock, 3)
@@ -172,3 +173,4 @@ def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             log.write(sealed_line({**line, **facts}))
     except OSError as error:
         raise cannot_write(folder / LOG_FILE, error) from error
+    step_ended({**line, **facts})

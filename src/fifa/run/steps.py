@@ -27,7 +27,7 @@ from fifa.console import echo, note
 from fifa.data.images import Door, Images, has_pixels, kept, pair_images, read
 from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.read import read_source, source_fingerprint
-from fifa.data.table import FILES, PAIRS, Pairs, load_origin, load_pairs, save_pairs
+from fifa.data.table import FILES, PAIRS, Origin, Pairs, load_origin, load_pairs, save_pairs
 from fifa.errors import FifaError
 from fifa.run.folder import SCORES_INDEX, Run, check_run, log_step, start_run
 from fifa.scoring import check_specs, score
@@ -157,14 +157,8 @@ def read_step(run: Run) -> Pairs:
         with log_step(run.folder, "read") as facts:
             pairs = _read(run.recipe)
             save_pairs(pairs, run.folder)
-            facts |= {
-                "pairs": len(pairs),
-                "prompts": pairs.prompts.num_rows,
-                "rows": pairs.origin.rows,
-                "merged": pairs.origin.merged,
-                "rejected": pairs.rejected.num_rows,
-            }
-    elif _is_untouched(known):
+            facts |= read_facts(pairs)
+    elif source_is_same(known.origin):
         pairs = known
     else:
         pairs = _read(run.recipe)
@@ -193,11 +187,23 @@ def _read(recipe: Recipe) -> Pairs:
     return read_source(recipe.read)
 
 
-def _is_untouched(pairs: Pairs) -> bool:
+def source_is_same(origin: Origin) -> bool:
+    """Whether the files of a source are as they were when they were read."""
     try:
-        return source_fingerprint(pairs.origin) == pairs.origin.fingerprint
+        return source_fingerprint(origin) == origin.fingerprint
     except FifaError:
         return True  # the source is not at hand, but its pairs are
+
+
+def read_facts(pairs: Pairs) -> dict[str, Any]:
+    """How many rows were read, merged and rejected, for the log."""
+    return {
+        "pairs": len(pairs),
+        "prompts": pairs.prompts.num_rows,
+        "rows": pairs.origin.rows,
+        "merged": pairs.origin.merged,
+        "rejected": pairs.rejected.num_rows,
+    }
 
 
 def echo_read(pairs: Pairs) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from fifa.config import Compute, Evaluate, Measure, Train, Tune, changed
+from fifa.config.tune import BEST_FILE, TUNE_FILE
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.judges import Judge
@@ -49,8 +50,6 @@ from fifa.training.loop import DivergedError
 from fifa.training.metrics import read_stats, selection_facts
 from fifa.training.search import Setting, rungs_of, searched, settings_of
 
-TUNE_FILE = "tune.yaml"
-BEST_FILE = "best.yaml"  # what `fifa train --recipe` takes; written last
 ROWS, FOLDERS, IMAGES = "rows", "trials", "judged"
 HELD_OUT = "held-out pairs"
 MAY_DIFFER = frozenset(f"train.{name}" for name in FREE)

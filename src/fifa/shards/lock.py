@@ -211,14 +211,30 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _taken(folder: Path, holder: bytes) -> FifaError:
+def holder(folder: str | Path) -> str | None:
+    """Who writes into ``folder`` just now; None for nobody."""
+    path = Path(folder) / LOCK
+    try:
+        with path.open("rb") as file:
+            who = file.read(4096)
+            locked = lock(file.fileno())
+    except OSError:
+        return None
+    free = locked or (locked is None and _is_dead(path, who))
+    return None if free else _named(who)
+
+
+def _named(holder: bytes) -> str:
     try:
         who = json.loads(holder)
-        named = f"process {who['pid']} on {who['host']} ({who['command']}, since {who['since']})"
+        return f"process {who['pid']} on {who['host']} ({who['command']}, since {who['since']})"
     except (ValueError, TypeError, KeyError, RecursionError):  # it has just begun
-        named = "another process"
+        return "another process"
+
+
+def _taken(folder: Path, holder: bytes) -> FifaError:
     return FifaError(
-        f"{named} is writing here",
+        f"{_named(holder)} is writing here",
         where=str(folder),
         do="wait for its end, or choose another folder",
     )

@@ -229,8 +229,8 @@ def run_shards(
     finished = ledger.keys()
     size = {shard.key: shard.size for shard in shards}
     left = ((s.key, prepare(s.value)) for s in shards if s.key not in finished)
-    with progress(what, sum(size.values())) as advance:
-        advance(sum(size[key] for key in finished & size.keys()))
+    done = sum(size[key] for key in finished & size.keys())
+    with progress(what, sum(size.values()), done) as advance:
         for key in (executor or LocalPool()).map(make, left, ledger):
             advance(size[key])
 

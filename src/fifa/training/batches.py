@@ -417,8 +417,8 @@ def precompute(
         finished = ledger.keys()
         mine = starts[accelerator.process_index :: accelerator.num_processes]
         missing = [start for start in mine if str(start) not in finished]
-        with progress("the reference's errors", len(mine) * SHARD) as advance:
-            advance((len(mine) - len(missing)) * SHARD)
+        there = (len(mine) - len(missing)) * SHARD
+        with progress("the reference's errors", len(mine) * SHARD, there) as advance:
             for start, errors_of in _errors(source, rows, draws, missing, accelerator.autocast):
                 ledger.write(str(start), errors_of)
                 advance(SHARD)

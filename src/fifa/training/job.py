@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fifa.config import Train
+from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.assemble import assembled
@@ -32,7 +33,7 @@ from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
 from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
-from fifa.training.metrics import FACTS_FILE, STATS, TRAIN_FILE, write_card
+from fifa.training.metrics import write_card
 from fifa.training.order import check_order
 from fifa.training.plan import Plan, memory_of, size
 from fifa.training.ratings import read_training

@@ -132,8 +132,7 @@ class Loop:
         stats = Stats(train, self.out, done) if state.accelerator.is_main_process else None
         begun = time.perf_counter() - done.seconds
         try:
-            with closing(feed), progress_bar("training", self.last) as advance:
-                advance(done.step)
+            with closing(feed), progress_bar("training", self.last, done.step) as advance:
 
                 def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
                     """Take in the numbers of a step, which may have to be waited for.

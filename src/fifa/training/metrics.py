@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fifa.config import Train
+from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.errors import FifaError
 from fifa.models.assemble import PIECES
 from fifa.models.families import Family
@@ -35,10 +36,7 @@ from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs
 from fifa.training.plan import Plan, distilled_warning
 
-STATS = "stats.jsonl"
-TRAIN_FILE = "train.yaml"
 CARD = "README.md"
-FACTS_FILE = "train.json"
 OF_PAIRS = """Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
 on pairs of images of which people preferred one"""
 ONE_BY_ONE = """Diffusion-KTO ([arXiv 2404.04465](https://arxiv.org/abs/2404.04465))
