@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from fifa.selection.export import export as export
     from fifa.selection.export import rebuild as rebuild
 
-__version__ = "0.1.0"
+    __version__: str
+
+DISTRIBUTION = "fifa-align"
 # Imported when first used, so that `import fifa` and `fifa --help` are quick.
 _HOMES = {
     "Pairs": "fifa.data.table",
@@ -56,7 +58,14 @@ __all__ = ["FifaError", *_HOMES]
 
 
 def __getattr__(name: str) -> object:
-    """A public name, from its home."""
+    """A public name, from its home; the version, which is that of the git tag it was built from."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(DISTRIBUTION)
+        except PackageNotFoundError:  # a folder of the source that is not installed
+            return "0+unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'fifa' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fifa import __version__
+from fifa import DISTRIBUTION, __version__
 from fifa.console import progress
 from fifa.errors import FifaError
 from fifa.formatting import shorten
@@ -28,7 +28,6 @@ from fifa.scoring.raters.logits import SMOLLM
 from fifa.shards.files import PREFIX, cache_folder, cannot_write, lock, make_folder
 from fifa.shards.pool import cores
 
-DISTRIBUTION = "fifa-align"
 WRITTEN = 64 << 20  # bytes, to measure the disk
 SLOW = 50e6  # bytes a second, below which a disk is slow for caches
 LITTLE_DISK, LITTLE_MEMORY = 20e9, 4e9
