@@ -1,11 +1,12 @@
 # Two commands on a bare machine with Python 3.11+ and make:
 #   make demo   set up, then filter, train and judge in the built-in small world
 #   make test   set up, then run the tests
+# and `make docs` builds the documentation as a site.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -31,5 +32,13 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in site/: warnings are errors. What builds it is a dependency group of its own.
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -q --fail-on-warning --keep-going -b html docs site
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

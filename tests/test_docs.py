@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_CODE = {
+    "index.md": "it leads to the others",
+    "options.md": "the site makes it from the commands: test_knobs.py",
     "extending.md": "its code is files of the project: test_extending.py",
     "reliability.md": "its commands take minutes; the tests that it names are the small ones",
     "report.md": "it describes a page that other pages' commands write",
