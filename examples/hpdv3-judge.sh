@@ -9,6 +9,7 @@ OUT=${OUT:-hpdv3}
 # Does the judge agree with people, and does it answer by position?
 fifa trust "$SOURCE" --margin "$JUDGE" --limit "${LIMIT:-300}"
 fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --margin "$JUDGE" --budget "${BUDGET:-20%}" \
-  --quality "${QUALITY:-local}" --min-agreement 0.5 --keep "${KEEP:-5000}" --out "$OUT/run"
+  --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
+  --min-agreement 0.5 --keep "${KEEP:-5000}" --out "$OUT/run"
 # Who disagrees with people, and where
 fifa trust "$OUT/run"

@@ -13,7 +13,8 @@ fifa read "$SOURCE" --explain
 fifa trust "$SOURCE" --margin "${MARGIN:-pickscore}" --limit 300
 
 # 2. Score every pair and keep 5,000. From the hub, images come in pieces; 20 GB of them stay on the disk.
-fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" --per-prompt 3 \
+fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
+  --per-prompt 3 \
   --keep "${KEEP:-5000}" --cache-gb 20 --out "$OUT/run"
 fifa info "$OUT/run"
 

@@ -7,7 +7,8 @@ set -euo pipefail
 MODEL=${MODEL:-stabilityai/stable-diffusion-xl-base-1.0}
 OUT=${OUT:-pickapic-sdxl}
 
-fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" --per-prompt 3 \
+fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
+  --per-prompt 3 \
   --keep "${KEEP:-2000}" --cache-gb 20 --out "$OUT/run"
 
 # On 24 GB activations are computed twice and eight pairs go through at once; both are found by trying.

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Safety first: prompts are rated by a large model of yours, every flag drops a pair, and so does a low rating; what
 # is left trains the model; images for unsafe prompts are counted before and after.
-#   SOURCE=... MODEL=... PROMPTS=prompts.csv QUALITY=llama-guard@http://localhost:8000/v1 bash examples/safety-first.sh
+#   SOURCE=... MODEL=... PROMPTS=prompts.csv \
+#     QUALITY=openai:MODEL@http://localhost:8000/v1 bash examples/safety-first.sh
 # PROMPTS has a column `category`; those in it called `unsafe` ask for what should not be shown.
 set -euo pipefail
 : "${SOURCE:?name the feedback}" "${MODEL:?name the model}" "${PROMPTS:?name the test prompts}"
 OUT=${OUT:-safety-first}
-fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" \
+fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" \
+  --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
   ${MIN_QUALITY:+--min-quality "$MIN_QUALITY"} --unsafe-flags unsafe,sexual,violence,hate,self-harm,minors \
   --keep "${KEEP:-5000}" --out "$OUT/run"
 # How many pairs each reason dropped

@@ -20,7 +20,8 @@ GPUS=${SLURM_GPUS_ON_NODE:-1}
 trap 'scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
 
 read -ra score <<<"${SCORE:---executor ray --actors $GPUS --num-gpus 1 --num-cpus 6}"
-fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" "${score[@]}" \
+fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
+  "${score[@]}" \
   --keep "${KEEP:-5000}" --out "$OUT/run" &
 wait $!
 # progress lines fit the log: one every ten seconds

@@ -22,7 +22,7 @@ LIGHT = "--quality none --diversity none"
 PROMISES: dict[str, list[tuple[str, str]]] = {
     "core": [(f"{FILTER} {LIGHT} --json", '"selected": 20'), ("doctor {out}", "nothing to mend")],
     "local": [(f"{FILTER} --quality local --diversity minilm --json", '"selected": 20')],
-    "api": [(f"{FILTER} --quality m@http://127.0.0.1:9/v1 --diversity none", "127.0.0.1:9")],
+    "api": [(f"{FILTER} --quality openai:m@http://127.0.0.1:9/v1 --diversity none", "127.0.0.1:9")],
     "ray": [("from fifa.shards.ray import RayPool; import ray; print(ray.__version__)", "2.")],
     "train": [
         (f"{FILTER} {LIGHT}", "report"),

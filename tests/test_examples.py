@@ -70,7 +70,7 @@ def parsed(words):
         given = {name: value for name, value in options.items() if name not in own}
         if given.get("tuned"):
             given["tuned"] = dict(one.split("=") for one in given["tuned"])
-        chosen(base, given)
+        chosen(base, given | ({"source": "the run's"} if command is cli.commands["select"] else {}))
     else:
         command.make_context("fifa", list(words))
 
