@@ -241,7 +241,10 @@ def package_checks(probe: Probe) -> Iterator[Check]:
                     old.append(f"{name} {there}, not {wanted}")
         label = f"extra {extra}" if extra else "core"
         pip = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
-        if lacking:
+        if not required:
+            found = "only the source is there; what it needs is not known"
+            yield Check(label, found, "note", "pip install --editable .")
+        elif lacking:
             found = "not installed" if not versions else f"lacks {', '.join(lacking)}"
             yield Check(label, found, "note" if extra else "bad", pip)
         elif old:
@@ -337,7 +340,7 @@ def _required(extra: str) -> dict[str, Any]:
     from packaging.requirements import Requirement
 
     found = {}
-    for line in metadata.requires(DISTRIBUTION) or ():
+    for line in _metadata("Requires-Dist"):
         one = Requirement(line)
         wanted = [name for name in ("", extra) if _holds(one.marker, name)]
         if wanted and extra == wanted[0]:  # an extra's own, not what the core has already
@@ -350,9 +353,14 @@ def _holds(marker: Any, extra: str) -> bool:
 
 
 def _extras() -> list[str]:
-    return [
-        n for n in metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or () if n != "all"
-    ]
+    return [name for name in _metadata("Provides-Extra") if name != "all"]
+
+
+def _metadata(name: str) -> list[str]:
+    """The lines of that name in the package's metadata; none where only its source is there."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.metadata(DISTRIBUTION).get_all(name) or []
+    return []
 
 
 def _optional_modules() -> set[str]:
