@@ -531,7 +531,7 @@ def study_command(
     dry_run: bool,
     report: bool,
     table: Path | None,
-) -> None:
+) -> Answer:
     """Train on many selections of one data set, by seed, and compare what they are worth.
 
     RECIPE is a YAML file with arms, parts and the sections read, score, select, train, evaluate and
@@ -539,9 +539,11 @@ def study_command(
     another world of its kind. Without RECIPE the study in OUT goes on.
     """
     from fifa.config import Study, changed
-    from fifa.evaluation.study import STUDY_FILE, cells_of
+    from fifa.console import echo
+    from fifa.evaluation.study import STUDY_FILE, TABLE, cells_of
     from fifa.moji.study import moji_study
     from fifa.reporting.study import put_table, study_text, write_study
+    from fifa.shards.files import read_table
 
     if recipe is None:
         if not (out / STUDY_FILE).is_file():
@@ -554,8 +556,8 @@ def study_command(
     if workers:
         asked = changed(asked, compute={"executor": f"local:{workers}"})
     if dry_run:
-        click.echo(f"{asked.to_yaml()}\n# {len(cells_of(asked)) - 1:,} cells")
-        return
+        cells = len(cells_of(asked)) - 1
+        return answer(f"{asked.to_yaml()}\n# {cells:,} cells", recipe=asked, cells=cells)
     if report:
         page = write_study(out)
     else:
@@ -567,8 +569,8 @@ def study_command(
         page = study(asked, out, judges=moji_judges if asked.judge else None, scores=world)
     if table:
         put_table(out, table)
-    click.echo(study_text(out), err=True)
-    click.echo(page)
+    echo(study_text(out))
+    return answer(page, page=page, summary=read_table(out / TABLE).to_pylist())
 
 
 @cli.command("compare")

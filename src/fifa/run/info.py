@@ -21,6 +21,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.models import BASE
 from fifa.evaluation.results import is_evaluated, load_results
+from fifa.evaluation.study import STUDY_FILE, Findings
 from fifa.evaluation.vote.store import FILE as VOTES
 from fifa.formatting import interval, percent, seconds
 from fifa.reporting.loop import ROUND_FILE
@@ -255,6 +256,13 @@ def _looped(folder: Path) -> Iterator[Part]:
         yield from _evaluated(folder)
 
 
+def _studied(folder: Path) -> Iterator[Part]:
+    found = Findings(folder)
+    state: State = "done" if found.done >= found.cells else "open"
+    again = "" if state == "done" else f"fifa study --out {_quoted(folder)}"
+    yield Part("cells", f"{found.done:,} of {found.cells:,}", state, again)
+
+
 def _subset(folder: Path) -> Iterator[Part]:
     facts = read_json(folder / SUBSET_FILE, "the subset")
     command = f"fifa train {_quoted(folder)} --model MODEL --out CHECKPOINT"
@@ -281,6 +289,7 @@ def _quoted(path: str | Path) -> str:
 KINDS = {  # by the file that tells, the more special first: a loop's folder is a run's, too
     LOOP_FILE: ("a loop", _looped),
     TUNE_FILE: ("a search", _tuned),
+    STUDY_FILE: ("a study", _studied),
     TRAIN_FILE: ("a training", _training),
     STAMP: ("a run", _run),
     SUBSET_FILE: ("a subset", _subset),
