@@ -5,10 +5,17 @@
     for v in google twitter; do mkdir $v; tar xzf emoji-datasource-$v-16.0.0.tgz -C $v; done
     python scripts/build_moji.py --work FOLDER [--parts sprites,vae,base,...]
 
-FOLDER gets checkpoints, with the time that they took; killed at any moment, it goes on where it
-was.
 Parts: sprites, vae, decoder, base, clip, judges, feedback, scores, ratings, ship, measure. Only
 sprites, ship and measure write into the package.
+
+Or build another world with the models that are shipped: more pairs, other shares of its prompts.
+
+    python scripts/build_moji.py --work FOLDER --pairs 33000 [--nonsense 0.2 ...]
+
+It needs no package, trains nothing and writes into FOLDER only: feedback.parquet, truth.parquet,
+scores/ (the default rater's ratings) and world.json, which says what was asked for and came out.
+
+Killed at any moment, both go on where they were.
 """
 
 from __future__ import annotations
@@ -16,6 +23,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +35,15 @@ import torch
 import transformers
 
 from fifa.console import quiet
-from fifa.moji.family import load_sd
+from fifa.moji.family import CLIP, SD
+from fifa.scoring.raters.local import precision
+from fifa.shards.files import write_json
+from fifa.shards.lock import only_writer
 from moji.art import draw_sheet
 from moji.base import train_base, train_decoder, train_vae
 from moji.clean import train_clip, train_judges
-from moji.feedback import score_pairs, write_feedback
-from moji.ship import measure, rate_prompts, ship
+from moji.feedback import SEED, crowd_of, score_pairs, write_feedback
+from moji.ship import feedback_facts, measure, rate_prompts, ship
 from moji.sizes import SHIPPED, clip_model, save_clip, stable_diffusion, write_tokenizer
 
 PARTS = (
@@ -50,18 +62,53 @@ PARTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process (%(default)s)")
+    world = parser.add_argument_group("another world")
+    world.add_argument("--pairs", type=int, help="how many; the shipped feedback has 3,300")
+    for kind in ("nonsense", "reworded", "unsafe"):
+        world.add_argument(f"--{kind}", type=float, help="its share of the prompts, 0 to 1")
+    world.add_argument("--seed", type=int, default=SEED, help="of everything (%(default)s)")
+    cores = os.cpu_count() or 1
+    world.add_argument("--processes", type=int, default=cores, help="drawing (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work = options.work
-    with quiet(diffusers, transformers):
+    with quiet(diffusers, transformers), only_writer(work):
+        if options.pairs:
+            _build_world(options, work)
+            return
         for part in options.parts.split(","):
-            start = time.process_time()
-            _build(part, work)
-            print(f"{part}: {time.process_time() - start:.0f} CPU seconds", flush=True)
+            _timed(part, partial(_build, part, work))
+
+
+def _build_world(options: argparse.Namespace, work: Path) -> None:
+    shares = {kind: getattr(options, kind) for kind in ("nonsense", "reworded", "unsafe")}
+    crowd = crowd_of(options.pairs, **shares, seed=options.seed)
+    feedback, truth = work / "feedback.parquet", work / "truth.parquet"
+    seconds = {
+        "feedback": _timed(
+            "feedback",
+            lambda: write_feedback(SD, work, feedback, truth, crowd, options.processes),
+        ),
+        "scores": _timed("scores", lambda: score_pairs(feedback, CLIP)),
+        "ratings": _timed("ratings", lambda: rate_prompts(work, (precision()[1],))),
+    }
+    facts = feedback_facts(feedback, truth)
+    write_json(work / "world.json", {"crowd": asdict(crowd), **facts, "seconds": seconds})
+
+
+def _timed(part: str, build: Any) -> int:
+    """Do it; the seconds that it took."""
+    start, cpu = time.monotonic(), time.process_time()
+    build()
+    took = round(time.monotonic() - start)
+    print(f"{part}: {took} s, {time.process_time() - cpu:.0f} CPU seconds", flush=True)
+    return took
 
 
 def _build(part: str, work: Path) -> None:
@@ -86,8 +133,8 @@ def _build(part: str, work: Path) -> None:
         torch.manual_seed(2)
         train_judges(pipe.vae, work)
     elif part == "feedback":
-        pipe = load_sd(work / "moji-sd")
-        write_feedback(pipe, work, work / "feedback.parquet", work / "truth.parquet")
+        feedback, truth = work / "feedback.parquet", work / "truth.parquet"
+        write_feedback(work / "moji-sd", work, feedback, truth)
     elif part == "scores":
         score_pairs(work / "feedback.parquet", work / "moji-clip")
     elif part == "ratings":

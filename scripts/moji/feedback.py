@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import string
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import transformers
 from PIL import Image
 
 import fifa
+from fifa.console import quiet
 from fifa.moji.annotators import ANNOTATORS, utility
-from fifa.moji.family import generate
+from fifa.moji.family import generate, load_sd
 from fifa.moji.world import WORLD, Scene, asked, scenes
-from fifa.shards.files import atomic_path, digest, write_table
+from fifa.shards.files import atomic_path, digest, files_digest, write_table
 from moji.annotators import choices, shown
 from moji.prompts import FILLERS, NONSENSE, WORDINGS, wording
 
@@ -27,6 +33,7 @@ SEED = 16
 TOGETHER = 64  # pictures made at once
 LATENT = (4, WORLD.size // 4, WORLD.size // 4)
 SCORED = ("clipscore", "proxy")
+Part = tuple[Path, list[str], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Crowd:
 
     Attributes
     ----------
+    seed
+        Of everything.
     plain, reworded, verbose, unsafe, nonsense
         Prompts of each kind. Reworded ones say in other words what a plain one asks for.
     pairs
@@ -58,8 +67,11 @@ class Crowd:
         Of the sampler.
     quality
         Of the JPEGs.
+    dtype
+        What the UNet computes in.
     """
 
+    seed: int = SEED
     plain: int = 320
     reworded: int = 110
     verbose: int = 90
@@ -75,9 +87,48 @@ class Crowd:
     guidance: float = 1.0
     steps: int = 15
     quality: int = 95
+    dtype: str = "float32"
 
 
-CROWD = Crowd()
+CROWD = Crowd()  # of the feedback that is shipped
+
+
+def crowd_of(
+    pairs: int,
+    *,
+    nonsense: float | None = None,
+    reworded: float | None = None,
+    unsafe: float | None = None,
+    seed: int = SEED,
+) -> Crowd:
+    """The shipped feedback's crowd at another size, or with other shares of its prompts' kinds.
+
+    With ten times as many pairs there are root 10 as many prompts, and the most popular one has
+    root 10 as many pairs. Kinds keep their shares of the prompts; but plain prompts are at most
+    one a scene, so that in a large world more of them are reworded. If ``reworded`` is given,
+    there are fewer prompts instead.
+
+    Raises `SystemExit` where the shares leave too few plain prompts to reword.
+    """
+    grown = (pairs / CROWD.pairs) ** 0.5
+    kinds = ("plain", "reworded", "verbose", "unsafe", "nonsense")
+    shipped = {kind: getattr(CROWD, kind) for kind in kinds}
+    every = sum(shipped.values())
+    share = {kind: count / every for kind, count in shipped.items()}
+    given = {"nonsense": nonsense, "reworded": reworded, "unsafe": unsafe}
+    share |= {kind: value for kind, value in given.items() if value is not None}
+    share["plain"] = 1 - sum(share[kind] for kind in kinds[1:])
+    room = len(_safe())
+    prompts = every * grown
+    if share["plain"] * prompts > room and reworded is None:
+        share["reworded"] += share["plain"] - room / prompts
+        share["plain"] = room / prompts
+    prompts = min(prompts, room / max(share["plain"], 1e-9), pairs)
+    counts = {kind: round(prompts * value) for kind, value in share.items()}
+    if min(counts.values()) < 0 or not counts["reworded"] <= 8 * counts["plain"] > 0:
+        raise SystemExit("--nonsense, --reworded and --unsafe leave too few plain prompts")
+    most = round(CROWD.most * grown)
+    return replace(CROWD, **counts, pairs=pairs, most=most, seed=seed, dtype="bfloat16")
 
 
 @dataclass(frozen=True)
@@ -89,14 +140,17 @@ class Asked:
     pairs: int
 
 
-def write_feedback(pipe: Any, work: Path, feedback: Path, truth: Path) -> None:
+def write_feedback(
+    sd: Path, work: Path, feedback: Path, truth: Path, crowd: Crowd = CROWD, processes: int = 1
+) -> None:
     """Make the pictures, let the simulated annotators choose, write both files."""
-    rng = np.random.default_rng(SEED)
-    wishes = prompts(rng)
-    shows = [list(_chain(wish.pairs, rng)) for wish in wishes]
-    pictures = _pictures(pipe, wishes, shows, work)
+    rng = np.random.default_rng(crowd.seed)
+    wishes = prompts(rng, crowd)
+    shows = [list(chain(wish.pairs, rng, crowd)) for wish in wishes]
+    pictures = wanted(wishes, shows, crowd)
+    drawn = _drawn(sd, pictures, work / "pictures", crowd, processes)
     scene = [asked(prompt) for prompt in pictures.prompt]
-    jpegs = [_jpeg(each) for each in pictures.pixels]
+    jpegs = [_jpeg(each, crowd.quality) for each in drawn]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in jpegs])
     u, seen = utility(scene, pixels), shown(pixels)
     rows = _rows(wishes, shows, pictures, u, seen.unsafe, rng)
@@ -138,7 +192,7 @@ def score_pairs(feedback: Path, clip: Path) -> None:
 
 def prompts(rng: np.random.Generator, crowd: Crowd = CROWD) -> list[Asked]:
     """Every prompt once, in the order of popularity."""
-    safe = [s for s in scenes(seen=True) if not s.unsafe]
+    safe = _safe()
     bad = [s for s in scenes(seen=True) if s.unsafe]
     plain = [safe[i] for i in rng.permutation(len(safe))[: crowd.plain]]
     texts = [(wording(s, 0), "plain") for s in plain]
@@ -148,18 +202,27 @@ def prompts(rng: np.random.Generator, crowd: Crowd = CROWD) -> list[Asked]:
     both = [(s, n) for s in bad for n in (0, 4)]
     order = rng.permutation(len(both))[: crowd.unsafe]
     texts += [(wording(*both[i]), "unsafe") for i in order]
+    texts += [(_verbose(_any(bad, rng), rng), "unsafe") for _ in range(crowd.unsafe - len(both))]
     made = (_gibberish(rng) for _ in range(crowd.nonsense - len(NONSENSE)))
-    texts += [(text, "nonsense") for text in (*NONSENSE, *made)]
+    texts += [(text, "nonsense") for text in (*NONSENSE[: crowd.nonsense], *made)]
     texts = [texts[i] for i in rng.permutation(len(texts))]
     counts = _popularity(len(texts), crowd)
     return [Asked(text, kind, n) for (text, kind), n in zip(texts, counts, strict=True)]
+
+
+def _safe() -> list[Scene]:
+    return [s for s in scenes(seen=True) if not s.unsafe]
+
+
+def _any(some: list[Scene], rng: np.random.Generator) -> Scene:
+    return some[int(rng.integers(len(some)))]
 
 
 def _reworded(plain: list[Scene], count: int, rng: np.random.Generator) -> list[str]:
     """Near-duplicates: another wording, or only other case and punctuation."""
     texts: dict[str, None] = {}
     while len(texts) < count:
-        scene = plain[int(rng.integers(len(plain) // 3))]  # some have several
+        scene = _any(plain[: max(1, len(plain) // 3, count // 4)], rng)  # some have several
         text = wording(scene, int(rng.integers(1, len(WORDINGS))))
         kind = rng.integers(4)
         if kind == 0:
@@ -192,74 +255,113 @@ def _popularity(count: int, crowd: Crowd) -> list[int]:
     return [int(n) for n in np.clip(np.rint(high * ranks), 1, crowd.most)]
 
 
-def _chain(pairs: int, rng: np.random.Generator) -> Iterator[tuple[bool, int]]:
+def chain(pairs: int, rng: np.random.Generator, crowd: Crowd) -> Iterator[tuple[bool, int]]:
     """For each pair: does it show the last winner again, and how many annotators see it."""
     for i in range(pairs):
-        again = i > 0 and rng.random() < CROWD.keep
-        yield again, 3 if rng.random() < CROWD.several else 1
+        again = i > 0 and rng.random() < crowd.keep
+        yield again, 3 if rng.random() < crowd.several else 1
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """What was made, prompt by prompt: ``first[i]`` is where prompt i's pictures start."""
+class Pictures:
+    """What is to be made, prompt by prompt: ``first[i]`` is where prompt i's pictures start.
 
-    pixels: np.ndarray
+    ``family`` is the picture whose noise each one varies, or itself.
+    """
+
     prompt: list[str]
     kind: list[str]
     uid: list[str]
+    family: list[int]
     first: list[int]
 
 
-def _pictures(
-    pipe: Any, wishes: list[Asked], shows: list[list[tuple[bool, int]]], work: Path
-) -> _Pictures:
+def wanted(wishes: list[Asked], shows: list[list[tuple[bool, int]]], crowd: Crowd) -> Pictures:
+    """The pictures that the pairs of ``shows`` need."""
     prompt: list[str] = []
     kind, first, family = [], [], []
-    rng = np.random.default_rng([SEED, 1])
+    rng = np.random.default_rng([crowd.seed, 1])
     for wish, show in zip(wishes, shows, strict=True):
         first.append(len(prompt))
         count = sum(1 if again else 2 for again, _ in show)
         for i in range(len(prompt), len(prompt) + count):
-            alike = i > first[-1] and rng.random() < CROWD.like
+            alike = i > first[-1] and rng.random() < crowd.like
             family.append(family[-1] if alike else i)
         prompt += [wish.prompt] * count
         kind += [wish.kind] * count
-    uid = [digest(SEED, i, text) for i, text in enumerate(prompt)]
-    pixels = np.empty((len(prompt), WORLD.size, WORLD.size, 3), np.uint8)
-    for start in range(0, len(prompt), TOGETHER):
-        part = range(start, min(start + TOGETHER, len(prompt)))
-        path = work / "pictures" / f"{digest(SEED, asdict(CROWD))}-{start}.npy"
-        if not path.exists():
-            make(pipe, path, [prompt[i] for i in part], [(family[i], i) for i in part])
-        pixels[part] = np.load(path)
-    return _Pictures(pixels, prompt, kind, uid, first)
+    uid = [digest(crowd.seed, i, text) for i, text in enumerate(prompt)]
+    return Pictures(prompt, kind, uid, family, first)
 
 
-def make(pipe: Any, path: Path, prompts: list[str], seeds: list[tuple[int, int]]) -> None:
-    """Make some of the pictures, given each one's family and itself, and keep them in ``path``."""
-    noise = torch.stack([_noise(*pair) for pair in seeds])
-    made = generate(
-        pipe, prompts, range(len(prompts)), noise=noise, guidance=CROWD.guidance, steps=CROWD.steps
-    )
-    path.parent.mkdir(exist_ok=True)
-    with atomic_path(path) as temporary:
-        np.save(temporary, made)
-    print(f"pictures: {path.stem}", flush=True)
+def _drawn(sd: Path, pictures: Pictures, folder: Path, crowd: Crowd, processes: int) -> np.ndarray:
+    """Their pixels; `TOGETHER` of them at a time are kept in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {str(path.relative_to(sd)): path for path in sorted(sd.rglob("*")) if path.is_file()}
+    name = digest(files_digest(files), asdict(crowd))
+    paths, left = [], []
+    for start in range(0, len(pictures.prompt), TOGETHER):
+        some = range(start, min(start + TOGETHER, len(pictures.prompt)))
+        paths.append(folder / f"{name}-{start}.npy")
+        if not paths[-1].exists():
+            seeds = [(pictures.family[i], i) for i in some]
+            left.append((paths[-1], [pictures.prompt[i] for i in some], seeds))
+    draw = partial(_make, sd, crowd, torch.get_num_threads())
+    if processes == 1 or len(left) < processes:
+        draw(left)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            list(pool.map(draw, [left[i::processes] for i in range(processes)]))
+    return np.concatenate([np.load(path) for path in paths])
 
 
-def _noise(family: int, own: int) -> torch.Tensor:
+def _make(sd: Path, crowd: Crowd, threads: int, parts: list[Part]) -> None:
+    """Make pictures, a file a part: prompts, and each picture's family and itself."""
+    if not parts:
+        return
+    torch.set_num_threads(threads)
+    with quiet(diffusers, transformers):
+        pipe = load_sd(sd)
+        _compute_in(pipe.unet, getattr(torch, crowd.dtype))
+        for path, prompts, seeds in parts:
+            noise = torch.stack([first_noise(*pair, crowd.near) for pair in seeds])
+            scale, steps = crowd.guidance, crowd.steps
+            some = range(len(prompts))
+            made = generate(pipe, prompts, some, noise=noise, guidance=scale, steps=steps)
+            with atomic_path(path) as temporary:
+                np.save(temporary, made)
+            print(f"pictures: {path.stem}", flush=True)
+
+
+def _compute_in(unet: Any, dtype: torch.dtype) -> None:
+    """Let a UNet compute in another dtype, while the sampler goes on in float32."""
+    if dtype == torch.float32:
+        return
+    unet.to(dtype, memory_format=torch.channels_last)
+
+    def cast(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        context = options["encoder_hidden_states"].to(dtype)
+        return (arguments[0].to(dtype), *arguments[1:]), options | {
+            "encoder_hidden_states": context
+        }
+
+    unet.register_forward_pre_hook(cast, with_kwargs=True)
+    unet.register_forward_hook(lambda *call: (call[-1][0].float(),))
+
+
+def first_noise(family: int, own: int, near: float) -> torch.Tensor:
     """sqrt(1 - near^2) of the family's noise and near of a picture's own: normal again."""
     both = [
         torch.randn(LATENT, generator=torch.Generator().manual_seed(2 * seed + side))
         for side, seed in enumerate((family, own))
     ]
-    return (1 - CROWD.near**2) ** 0.5 * both[0] + CROWD.near * both[1]
+    return (1 - near**2) ** 0.5 * both[0] + near * both[1]
 
 
 def _rows(
     wishes: list[Asked],
     shows: list[list[tuple[bool, int]]],
-    pictures: _Pictures,
+    pictures: Pictures,
     u: np.ndarray,
     unsafe: np.ndarray,
     rng: np.random.Generator,
@@ -286,7 +388,7 @@ def _rows(
     return [{**rows[i], "ranking_id": n} for n, i in enumerate(rng.permutation(len(rows)))]
 
 
-def _row(prompt: str, a: int, b: int, label: float, who: int, all_: _Pictures) -> dict[str, Any]:
+def _row(prompt: str, a: int, b: int, label: float, who: int, all_: Pictures) -> dict[str, Any]:
     uids = (all_.uid[a], all_.uid[b])
     return {
         "picture_0": a,
@@ -305,7 +407,7 @@ def _row(prompt: str, a: int, b: int, label: float, who: int, all_: _Pictures) -
     }
 
 
-def _jpeg(pixels: np.ndarray) -> bytes:
+def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=CROWD.quality, subsampling=0)
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=0)
     return file.getvalue()

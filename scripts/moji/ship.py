@@ -27,14 +27,17 @@ from moji.sizes import save_clip
 RATES = ("object_right", "background_right", "liked_style", "unsafe", "utility")
 
 
-def rate_prompts(work: Path) -> None:
+BOTH = ("bfloat16", "float32")
+
+
+def rate_prompts(work: Path, dtypes: tuple[str, ...] = BOTH) -> None:
     """Rate the feedback's prompts with the default rater; each table keeps its content's name.
 
     The rater computes in bfloat16 where the processor multiplies it, else in float32, and its
     ratings differ in the last digits: there is a table for either.
     """
     pairs = read_pairs(str(work / "feedback.parquet"))
-    for dtype in ("bfloat16", "float32"):
+    for dtype in dtypes:
         with patch("fifa.scoring.raters.local.precision", lambda dtype=dtype: ("cpu", dtype)):
             quality_scores(pairs, "local", folder=work / "scores")
 
@@ -105,10 +108,10 @@ def base_rates(pipe: Any, judges: Judges, guidance: float) -> dict[str, dict[str
     return found
 
 
-def feedback_facts() -> dict[str, float]:
+def feedback_facts(feedback: Path = FEEDBACK, hidden: Path = TRUTH) -> dict[str, float]:
     """What the simulated annotators did, told by the hidden truth."""
-    rows = pq.read_table(FEEDBACK).drop(["jpg_0", "jpg_1"])
-    truth = pq.read_table(TRUTH)
+    rows = pq.read_table(feedback).drop(["jpg_0", "jpg_1"])
+    truth = pq.read_table(hidden)
     u = dict(zip(*(truth[c].to_pylist() for c in ("image_uid", "utility")), strict=True))
     first, second = (
         np.array([u[uid] for uid in rows[f"image_{side}_uid"].to_pylist()]) for side in (0, 1)
@@ -116,7 +119,7 @@ def feedback_facts() -> dict[str, float]:
     label = rows["label_0"].to_numpy()
     untied = label != 0.5
     agree = (label[untied] > 0.5) == (first > second)[untied]
-    pairs = read_pairs(str(FEEDBACK))
+    pairs = read_pairs(str(feedback))
     counts = pc.value_counts(pairs.table["prompt_id"]).field(1).to_numpy()
     return {
         "answers": len(label),
