@@ -14,6 +14,7 @@ Or build another world with the models that are shipped: more pairs, other share
 
 It needs no package, trains nothing and writes into FOLDER only: feedback.parquet, truth.parquet,
 scores/ (the default rater's ratings) and world.json, which says what was asked for and came out.
+With --parts feedback,scores,ratings the feedback gets score columns too, as the shipped one has.
 
 Killed at any moment, both go on where they were.
 """
@@ -66,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", help="some of them only, with commas")
     parser.add_argument("--threads", type=int, default=1, help="of each process (%(default)s)")
     world = parser.add_argument_group("another world")
     world.add_argument("--pairs", type=int, help="how many; the shipped feedback has 3,300")
@@ -82,7 +83,7 @@ def main() -> None:
         if options.pairs:
             _build_world(options, work)
             return
-        for part in options.parts.split(","):
+        for part in options.parts.split(",") if options.parts else PARTS:
             _timed(part, partial(_build, part, work))
 
 
@@ -90,14 +91,15 @@ def _build_world(options: argparse.Namespace, work: Path) -> None:
     shares = {kind: getattr(options, kind) for kind in ("nonsense", "reworded", "unsafe")}
     crowd = crowd_of(options.pairs, **shares, seed=options.seed)
     feedback, truth = work / "feedback.parquet", work / "truth.parquet"
-    seconds = {
-        "feedback": _timed(
-            "feedback",
-            lambda: write_feedback(SD, work, feedback, truth, crowd, options.processes),
-        ),
-        "scores": _timed("scores", lambda: score_pairs(feedback, CLIP)),
-        "ratings": _timed("ratings", lambda: rate_prompts(work, (precision()[1],))),
+    builders = {
+        "feedback": partial(write_feedback, SD, work, feedback, truth, crowd, options.processes),
+        "scores": partial(score_pairs, feedback, CLIP),
+        "ratings": partial(rate_prompts, work, (precision()[1],)),
     }
+    parts = options.parts.split(",") if options.parts else ("feedback", "ratings")
+    if unknown := set(parts) - set(builders):
+        raise SystemExit(f"no such part of a world: {', '.join(sorted(unknown))}")
+    seconds = {part: _timed(part, builders[part]) for part in parts}
     facts = feedback_facts(feedback, truth)
     write_json(work / "world.json", {"crowd": asdict(crowd), **facts, "seconds": seconds})
 
