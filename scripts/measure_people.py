@@ -36,6 +36,7 @@ from fifa.scoring.encoders import prompt_embeddings
 from fifa.scoring.rewards.features import Features, frozen_features
 from fifa.scoring.rewards.fit import comparisons, crossfit_rewards, fit_head
 from fifa.scoring.rewards.head import prompt_folds
+from fifa.scoring.rewards.metrics import wilson
 from fifa.scoring.table import Scores
 
 SCORERS = {
@@ -118,14 +119,20 @@ def by_chance(weights: Array, order: Array, right: Array, keep: int, seed: int) 
     return shares
 
 
-def interval(values: Array, points: bool = False) -> str:
-    """The first value and the 95 % interval of the others, as percentages."""
+def interval(values: Array, kept: int = 0) -> str:
+    """The first value and the 95 % interval of the others, as percentages.
+
+    With ``kept`` it is a share of so many pairs, which has Wilson's interval where all of them are
+    right in every resample; without, a difference.
+    """
     low, high = np.nanquantile(values[1:], [0.025, 0.975])
-    sign = "+" if points else ""
+    if kept and low == high:
+        low, high = wilson(values[0] * kept, kept)
+    sign = "" if kept else "+"
     return f"{100 * values[0]:{sign}.1f} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
 
 
-def print_arms(shares: dict[str, dict[str, Array]], heads: Sequence[str]) -> None:
+def print_arms(shares: dict[str, dict[str, Array]], heads: Sequence[str], kept: int) -> None:
     """A row an arm, two columns a head: the share, and how much that is over random pairs."""
     print("| arm | " + " | ".join(f"{head} | over random" for head in heads) + " |")
     print("|---|" + "---|" * 2 * len(heads))
@@ -133,7 +140,7 @@ def print_arms(shares: dict[str, dict[str, Array]], heads: Sequence[str]) -> Non
         cells = []
         for head in heads:
             over = found[head] - shares["random"][head]
-            cells += [interval(found[head]), "" if arm == "random" else interval(over, True)]
+            cells += [interval(found[head], kept), "" if arm == "random" else interval(over)]
         print(f"| {arm} | " + " | ".join(cells) + " |")
     print(flush=True)
 
@@ -171,7 +178,7 @@ def pickapic(source: Path, selects: str, budgets: Sequence[float], folder: Path)
             }
             for arm, order in orders.items()
         }
-        print_arms(shares, list(right))
+        print_arms(shares, list(right), keep)
 
 
 def agrees(difference: Array, label: Array) -> Array:
@@ -224,7 +231,7 @@ def gallery(source: Path, budgets: Sequence[float], folder: Path) -> None:
             ]
             shares[arm][head] = np.mean(found, 0)
         print(f"{keep} of {len(pairs)} pairs ({budget:.0%}), ten people in turn\n")
-        print_arms(shares, [head])
+        print_arms(shares, [head], keep)
 
 
 def relabelled(pairs: Pairs, label: Array) -> Pairs:
@@ -264,7 +271,7 @@ def learning_curve(source: Path, repeats: int, folder: Path) -> None:
         for values in (everything, top, area):
             row = values[which, resampled]  # a repeat and prompts drawn together
             row[0] = values[:, 0].mean()
-            cells.append(interval(row))
+            cells.append(interval(row, tenth))
         poor = int(np.sum(everything[:, 0] < 0.6))
         print(f"| {count} | " + " | ".join(cells) + f" | {poor} of {repeats} |", flush=True)
 
