@@ -561,12 +561,13 @@ def study_command(
     if report:
         page = write_study(out)
     else:
-        from fifa.moji.family import RATINGS
+        from fifa.moji.family import FEEDBACK, RATINGS
         from fifa.moji.judges import moji_judges
         from fifa.run.study import study
 
-        world = Path(asked.read.source).parent / RATINGS.name if asked.judge else None
-        page = study(asked, out, judges=moji_judges if asked.judge else None, scores=world)
+        # of another world the ratings are made here, and their seconds counted
+        scores = RATINGS if asked.read.source == str(FEEDBACK) else None
+        page = study(asked, out, judges=moji_judges if asked.judge else None, scores=scores)
     if table:
         put_table(out, table)
     echo(study_text(out))

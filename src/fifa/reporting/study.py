@@ -108,7 +108,8 @@ MAIN_NOTE = (
 COST_NOTE = (
     "What an arm needs to reach the best gain of the target, as a share of what that needed; "
     "seconds hold scoring, rating and selecting. “∞”: it is not reached; 0: the target itself is "
-    "no better than the base. Intervals by drawing seeds and prompts anew."
+    "no better than the base. Intervals by drawing seeds and prompts anew. Ratings that came with "
+    "the shipped world are not counted."
 )
 STABLE_NOTE = (
     "Spread: the standard deviation of the final gain over seeds, with its interval by chi-square. "

@@ -196,7 +196,10 @@ def _feed(cell: Cell) -> str:
 
 
 def _scored(run: Run, pairs: Pairs, cell: Cell, compute: Compute) -> float:
-    """Score what a cell selects from, if it is not scored yet; the seconds that it took."""
+    """Score what a cell selects from, if it is not scored yet; the seconds that it took.
+
+    A scoring that was killed counts from where it was taken up again.
+    """
     path, name = run.folder / SCORED, _feed(cell)
     known: dict[str, float] = read_json(path, "the scores' times", missing={})
     if cell.arm != BASE and name not in known:
