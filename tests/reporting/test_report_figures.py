@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from fifa.evaluation.crossed import Crossed
 from fifa.reporting import figures, numbers
 from fifa.scoring.rewards.metrics import agreement
 
@@ -48,3 +49,12 @@ def test_a_histogram_of_any_scale_is_drawn(largest):
 def test_a_histogram_of_one_value_and_nothing_kept_is_drawn():
     found = numbers.histogram(np.full(5, 3.0, np.float32), np.zeros(5, bool))
     assert "<path" in figures.draw_histogram(found, "margin")
+
+
+def test_gains_by_budget_are_lines_with_bands():
+    points = [(0.001, Crossed(0.1, 0.0, 0.2, 5, 96)), (0.1, Crossed(0.2, np.nan, np.nan, 1, 96))]
+    drawn = figures.draw_lines([("kept", points)], "share of all pairs", "by-budget", shares=True)
+    assert "0.1 %" in drawn and "10 %" in drawn and 'stroke="var(--kept)"' in drawn
+    noise = figures.draw_lines([("kept", [(0.0, points[0][1])])], "labels turned round", "by-noise")
+    assert "labels turned round" in noise
+    assert figures.draw_lines([], "share of all pairs", "by-budget") is None
