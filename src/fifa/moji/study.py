@@ -81,12 +81,13 @@ def moji_study(world: str | Path | None = None) -> Study:
     """
     folder = Path(world).expanduser() if world else None
     feedback = folder / FEEDBACK.name if folder else FEEDBACK
-    clip, model = (folder / one.name if folder else one for one in (CLIP, SD))
-    for path in (feedback, clip, model):
-        if not path.exists():
-            raise FifaError(
-                "no such world", where=str(path), do="make one with scripts/build_moji.py"
-            )
+    if not feedback.exists():
+        raise FifaError(
+            "no such world", where=str(feedback), do="make one with scripts/build_moji.py --pairs"
+        )
+    # a world of another size has the shipped models, or its own
+    own = [folder / one.name if folder else one for one in (CLIP, SD)]
+    clip, model = (one if one.is_dir() else two for one, two in zip(own, (CLIP, SD), strict=True))
     proxy, clipscore = f"proxy@clip:{clip}", "column:clipscore_0,clipscore_1"
     consensus = Arm(score={"margin": (proxy, clipscore)}, select={"strategy": "consensus"})
     sweep = {
