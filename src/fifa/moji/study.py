@@ -88,7 +88,8 @@ def moji_study(world: str | Path | None = None) -> Study:
     # a world of another size has the shipped models, or its own
     own = [folder / one.name if folder else one for one in (CLIP, SD)]
     clip, model = (one if one.is_dir() else two for one, two in zip(own, (CLIP, SD), strict=True))
-    proxy, clipscore = f"proxy@clip:{clip}", "column:clipscore_0,clipscore_1"
+    proxy = f"proxy@clip:{clip}"
+    clipscore = f"clipscore:{clip}" if folder else "column:clipscore_0,clipscore_1"
     consensus = Arm(score={"margin": (proxy, clipscore)}, select={"strategy": "consensus"})
     sweep = {
         f"alpha-{alpha:g}-gamma-{gamma:g}": Arm(select={"alpha": alpha, "gamma": gamma})
