@@ -154,19 +154,84 @@ SD3_OWN |= {f"to_{letter}": f"qkv.{letter}" for letter in "qkv"}
 def sd3(weights):
     """The transformer's; scale and shift change places in the last norms."""
     last = max(int(n.split(".")[1]) for n in weights if n.startswith("transformer_blocks"))
-    made, fused = {}, {}
+    made = {}
     for name, value in weights.items():
         new = renamed(name, SD3)
         if found := re.match(r"(joint_blocks\.\d+)\.(attn2?)\.(.*)", new):
             new = f"{found[1]}.x_block.{found[2]}.{renamed(found[3], SD3_OWN)}"
         if name.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context")):
             value = torch.cat(value.chunk(2)[::-1])
-        if found := re.match(r"(.*\.qkv)\.([qkv])\.(\w+)", new):
+        made[new] = value
+    return prefixed(joined(made))
+
+
+ZIMAGE = {
+    "all_final_layer.2-1.": "final_layer.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    "attention.to_out.0": "attention.out",
+    "attention.norm_k": "attention.k_norm",
+    "attention.norm_q": "attention.q_norm",
+    "attention.to_": "attention.qkv.",
+}
+FLUX2 = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_out": "linear2",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_": "img_attn.qkv.",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "single_transformer_blocks": "single_blocks",
+    "transformer_blocks": "double_blocks",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "modulation_img.linear": "modulation_img.lin",
+    "modulation_txt.linear": "modulation_txt.lin",
+    "modulation.linear": "modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+
+
+def zimage(weights):
+    """The transformer's, whose queries, keys and values are one matrix."""
+    return joined({renamed(name, ZIMAGE): value for name, value in weights.items()})
+
+
+def flux2(weights):
+    """The transformer's, klein's too; scale and shift change places in the last norm."""
+    made = {}
+    for name, value in weights.items():
+        new = re.sub(r"attn\.add_([qkv])_proj", r"txt_attn.qkv.\1", name)
+        if name.startswith("norm_out"):
+            value = torch.cat(value.chunk(2)[::-1])
+        attention = "norm" if name.startswith("single") else "img_attn.norm"
+        new = new.replace("attn.norm_q", f"{attention}.query_norm")
+        new = renamed(new.replace("attn.norm_k", f"{attention}.key_norm"), FLUX2)
+        made[re.sub(r"(query|key)_norm\.weight", r"\1_norm.scale", new)] = value
+    return joined(made)
+
+
+def joined(weights):
+    """Weights of ``qkv.q``, ``qkv.k`` and ``qkv.v`` as one."""
+    made, fused = {}, {}
+    for name, value in weights.items():
+        if found := re.match(r"(.*\.qkv)\.([qkv])\.(\w+)", name):
             fused.setdefault(f"{found[1]}.{found[3]}", {})[found[2]] = value
         else:
-            made[new] = value
-    made |= {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in fused.items()}
-    return {f"model.diffusion_model.{name}": value for name, value in made.items()}
+            made[name] = value
+    return made | {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in fused.items()}
+
+
+def prefixed(weights):
+    """As ComfyUI saves a denoiser."""
+    return {f"model.diffusion_model.{name}": value for name, value in weights.items()}
 
 
 def parts_of(folder):
@@ -175,7 +240,7 @@ def parts_of(folder):
 
 
 def write_file(folder, file, kind, half=False, but=()):
-    """One file of the model in ``folder``: ``sd15``, ``sd2``, ``sdxl``, ``sd3`` or ``flux-dev``."""
+    """One file of the model in ``folder``: ``sd15``, ``zimage``, or another one below."""
     parts = parts_of(folder)
     make = {
         "sd15": {
@@ -197,6 +262,10 @@ def write_file(folder, file, kind, half=False, but=()):
         "sd3": {"transformer": sd3, "vae": vae},
         # its conversion knows widths of 3,072 only; the file has what FLUX's usually has
         "flux-dev": {"transformer": dict},
+        "zimage": {"transformer": zimage},
+        "flux2": {"transformer": flux2},
+        "comfy": {"transformer": lambda w: prefixed(flux2(w))},
+        "alone": {"transformer": prefixed},
     }[kind]
     made = {}
     for part, convert in make.items():

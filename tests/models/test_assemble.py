@@ -1,5 +1,6 @@
 """What people have on disk becomes the model it was made of, and what is none is told."""
 
+import json
 import shutil
 
 import numpy as np
@@ -25,6 +26,11 @@ FILES = (
     ("sdxl-wide", "sdxl", ()),
     ("sd3", "sd3", ("text_encoder", "text_encoder_2", "text_encoder_3")),
     ("flux-dev", "flux-dev", ("vae", "text_encoder", "text_encoder_2")),
+    ("zimage", "zimage", ("vae", "text_encoder")),
+    ("flux2", "flux2", ("vae", "text_encoder")),
+    ("klein", "comfy", ("vae", "text_encoder")),
+    ("qwenimage", "alone", ("vae", "text_encoder")),
+    ("sana", "alone", ("vae", "text_encoder")),
 )
 
 
@@ -191,6 +197,13 @@ def test_what_is_no_model_or_does_not_fit_is_told(made, files, tmp_path, monkeyp
     cut.pop("model.diffusion_model.out.2.weight")
     save_file(cut, tmp_path / "cut.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"\x08" * 64)
+    (tmp_path / "empty.safetensors").touch()
+    scaled = load_file(files["zimage"][0])  # in 8 bits with scales, as ComfyUI has them
+    save_file(scaled | {"x_embedder.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
+    quantised = shutil.copytree(made["klein"], tmp_path / "quantised")
+    settings = quantised / "transformer" / "config.json"
+    method = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | method))
     (tmp_path / "model.ckpt").touch()
     unet = str(made["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
     base = str(made["sd15"])
@@ -210,7 +223,13 @@ def test_what_is_no_model_or_does_not_fit_is_told(made, files, tmp_path, monkeyp
         (str(few), {"parts": sd_parts}, r"has no text_encoder, and [\s\S]*--parts"),
         (files["flux-dev"][0], {"parts": flux}, "has no vae, text_encoder, text_encoder_2"),
         (str(tmp_path / "cut.safetensors"), {"parts": sd_parts}, r"lacks weights of a SD model"),
-        (str(tmp_path / "bad.safetensors"), {"parts": sd_parts}, "safetensors"),
+        (str(tmp_path / "bad.safetensors"), {"parts": sd_parts}, "not a safetensors file"),
+        (str(tmp_path / "empty.safetensors"), {"parts": sd_parts}, "not a safetensors file"),
+        (str(tmp_path / "gone.safetensors"), {"parts": sd_parts}, "no such file"),
+        (str(tmp_path / "scaled.safetensors"), {"parts": files["zimage"][1]}, "scaled or quanti"),
+        (files["zimage"][0], {}, r"do not tell which[\s\S]*--parts"),
+        (files["klein"][0], {}, r"do not tell which[\s\S]*--parts"),
+        (str(quantised), {"init_lora": lora}, r"quantised weights \(transformer\)"),
         (str(tmp_path / "model.ckpt"), {"parts": sd_parts}, "from .safetensors only"),
         (base, {"parts": base}, r"only a single file[\s\S]*--parts"),
         (base, {"variant": "fp16"}, r"no part of the model has weights of the variant fp16"),

@@ -22,7 +22,7 @@ from fifa.training.checkpoint import add_lora
 from fifa.training.job import plan_training, run_training
 from fifa.training.metrics import read_stats
 
-FAMILIES = ("flux-dev", "sd3", "zimage", "qwenimage", "flux2", "sana")
+FAMILIES = ("flux-dev", "sd3", "zimage", "qwenimage", "flux2", "klein", "sana")
 
 
 @pytest.fixture
@@ -44,6 +44,13 @@ def test_the_reference_is_the_same_quantised_base(world, tmp_path, processor, ki
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert first["kl"] == 0.0
     assert second["kl"] > 0.0
+    if kind == "int8":
+        # a prediction depends on its batch, so the base is asked in the same one
+        held = quick(world, "flux-dev", quantize=kind, holdout=0.5, steps=1, lr=1e-12)
+        out = run_training(held, tmp_path / "held")
+        assert read_stats(out)[0]["heldout_winner_minus_reference"] == 0.0
+        assert not list((out / "cache").glob("reference-*"))
+        return
     # draws known beforehand are of the quantised base too, and named by it
     pool = assemble(quick(world, "flux-dev", quantize=kind, draws=2), tmp_path / "pool")
     plain = assemble(quick(world, "flux-dev", draws=2), tmp_path / "pool")
@@ -112,6 +119,9 @@ def test_what_cannot_be_quantised_or_offloaded_is_told(world, tmp_path, monkeypa
     config = json.loads((halves / "transformer" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (halves / "transformer" / "config.json").write_text(json.dumps(config))
+    foreign = shutil.copytree(flux, tmp_path / "foreign")
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (foreign / "transformer" / "config.json").write_text(json.dumps(config))
     for knobs, words in (
         ({"quantize": "nf4", "method": "full"}, "a base that is frozen"),
         ({"offload": True, "sample_every": 2}, "makes no samples"),
@@ -124,21 +134,25 @@ def test_what_cannot_be_quantised_or_offloaded_is_told(world, tmp_path, monkeypa
         ("sd15", {"offload": True}, "only a transformer's blocks"),
         (halves, {"method": "full"}, "quantised weights cannot be trained"),
         (halves, {"quantize": "nf4"}, "quantised already"),
-        (halves, {"sample_every": 1}, "a quantised base"),
+        (halves, {"sample_every": 1}, "neither offloaded nor sampled from"),
+        ("flux-dev", {"quantize": "int8", "draws": 2}, "depends on what else is in its batch"),
+        (foreign, {}, "quantised by torchao are not read"),
     ):
         with pytest.raises(FifaError, match=words):
             plan_training(changed(quick(world, **knobs), model=str(world / model)), tmp_path / "o")
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     with pytest.raises(FifaError, match=r"need a GPU[\s\S]*--quantize"):
         run_training(quick(world, "flux-dev", quantize="nf4"), tmp_path / "nf4")
+    assert not (tmp_path / "nf4" / "cache").exists()  # before anything is encoded
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(FifaError, match=r"needs bitsandbytes[\s\S]*fifa-align\[quant\]"):
         run_training(quick(world, "flux-dev", quantize="nf4"), tmp_path / "none")
 
 
-def test_a_folder_that_is_quantised_already_is_read_as_it_is(world, tmp_path, processor):
-    folder = shutil.copytree(write_model(world / "flux-dev", "flux-dev"), tmp_path / "nf4")
-    asked = load_backbone(folder, kept="nf4")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_folder_that_is_quantised_already_is_read_as_it_is(world, tmp_path, processor, kind):
+    folder = shutil.copytree(write_model(world / "flux-dev", "flux-dev"), tmp_path / kind)
+    asked = load_backbone(folder, kept=kind)
     shapes = asked.shapes
     asked.denoiser.save_pretrained(tmp_path / "transformer")
     shutil.rmtree(folder / "transformer")
@@ -146,6 +160,6 @@ def test_a_folder_that_is_quantised_already_is_read_as_it_is(world, tmp_path, pr
     there = load_backbone(folder)
     there.rehearse(64)
     assert there.shapes == shapes
-    assert there.origin.quantized == "nf4"
+    assert there.origin.quantized == kind
     train = changed(quick(world, steps=1), model=str(folder))
     assert read_stats(run_training(train, tmp_path / "out"))[0]["kl"] == 0.0

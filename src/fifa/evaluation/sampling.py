@@ -17,6 +17,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.evaluation.models import Model, class_name, part_name
 from fifa.models.families import PIPELINES
+from fifa.models.frozen import check_quantizer, quantized_parts
 from fifa.models.lora import SAFE, adapted, cannot_load
 from fifa.models.networks import load_network, load_parts, working
 from fifa.models.optional import require
@@ -141,6 +142,8 @@ class PipelineLoader:
 
     def _load(self, folder: Path) -> Any:
         diffusers = require("diffusers", "train")
+        if quantized_parts(folder):
+            check_quantizer(require("torch").device(self._device))
         options: dict[str, Any] = {"dtype": self._dtype, **SAFE}
         if class_name(folder) == "StableDiffusionPipeline":
             # what it would blacken is measured instead

@@ -7,6 +7,7 @@ once, and every fingerprint is of the weights that are used.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from fifa.config import Convert, Generate, Train
 from fifa.console import echo, quiet
 from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
+from fifa.models.frozen import quantized_parts
 from fifa.models.hub import (
     CONFIG_AND_WEIGHTS,
     HUB_SETTINGS,
@@ -30,7 +32,7 @@ from fifa.models.hub import (
     weight_files,
 )
 from fifa.models.lora import find_lora, is_lora, merge_lora, write_kohya
-from fifa.models.networks import LIBRARIES, loading, weights_in
+from fifa.models.networks import LIBRARIES, loading, named_keys, weights_in
 from fifa.models.optional import require
 from fifa.shards.files import (
     atomic_folder,
@@ -45,6 +47,11 @@ from fifa.shards.files import (
 INDEX = "model_index.json"
 PIECES = ("parts", "variant", "vae", "init_lora")  # what `assembled` reads beside the model
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# of weights that are nothing without them: ComfyUI's scaled fp8, bitsandbytes' 4 bits
+SCALES = re.compile(r"(scale_weight|weight_scale|scaled_fp8|comfy_quant|\.absmax|\.quant_map)$")
+# kinds that diffusers takes for one model: Z-Image for Turbo, klein for dev
+SIBLINGS = ("z-image", "flux-2")
+PREFIX = "model.diffusion_model."  # what ComfyUI puts before a denoiser's names
 Entries = dict[str, Path]  # of a folder to be: what stands where
 
 
@@ -71,6 +78,8 @@ def assembled(model: str, asked: Train | Generate | Convert) -> Path:
         if asked.variant:
             raise FifaError("a single file has no variants", where=model, do="leave out --variant")
         folder = _of_file(file, asked.parts)
+    elif file.suffix == ".safetensors":
+        raise FifaError("there is no such file", where=str(file.absolute()))
     elif asked.parts:
         raise FifaError(
             "only a single file takes its other parts from elsewhere",
@@ -189,11 +198,17 @@ def _converted_vae(file: Path, base: Path, class_name: str) -> Path:
 
 def _merged(folder: Path, lora: Path) -> Entries:
     """The parts that a LoRA adapts, with it in their weights, in the types of the model's own."""
+    if parts := quantized_parts(folder):
+        raise FifaError(
+            f"a LoRA is not merged into quantised weights ({', '.join(parts)})",
+            where=str(folder),
+            do="--model with the full weights; --quantize makes them small afterwards",
+        )
     networks = {path.name: path for path in folder.iterdir() if weight_files(path).paths}
     weights = {name: model_digest(path, CONFIG_AND_WEIGHTS) for name, path in networks.items()}
     place = _place("lora", content_digest(lora), weights)
     if not place.is_dir():
-        echo(f"{lora.name} is merged into its base, in {place}")
+        echo(f"merging {lora.name} into its base, in {place}")
         dtypes = {n: _dtype(weight_files(path).paths, "float32") for n, path in networks.items()}
         with atomic_folder(place) as made:
             merge_lora(folder, lora, made, dtypes)
@@ -205,6 +220,13 @@ def _of_file(file: Path, parts: str | None) -> Path:
     if file.suffix != ".safetensors":
         raise FifaError(
             "weights are read from .safetensors only", where=str(file), do="convert the file"
+        )
+    if scales := [name for name, _ in weights_in([file]) if SCALES.search(name)]:
+        raise FifaError(
+            f"the file's weights are scaled or quantised ({named_keys(scales=scales)}), which is "
+            "not read",
+            where=str(file),
+            do="take the file in bf16, fp16 or fp8 without scales",
         )
     if is_lora(file):
         raise FifaError(
@@ -285,6 +307,12 @@ def _usual_parts(file: Path) -> str:
             where=str(file),
             do="name a folder in diffusers' layout; of a network alone, the folder it is in",
         )
+    if kind.startswith(SIBLINGS):
+        raise FifaError(
+            "the file's weights do not tell which of its family's models it is",
+            where=str(file),
+            do="--parts with the folder or hub id of that model: what differs is in its settings",
+        )
     source = str(single.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
     echo(f"{file.name} is of the kind {kind}: what it lacks is of {source} (--parts names another)")
     return source
@@ -305,12 +333,15 @@ def _convert(
             absent = part == "vae" and not any(name.startswith(vae) for name in weights)
             if library not in LIBRARIES or absent:
                 continue
+            own = dict(weights)  # which is emptied
+            if part == "transformer":
+                own = {name.removeprefix(PREFIX): value for name, value in own.items()}
             try:
                 network = api.load_single_file_sub_model(
                     library_name=library,
                     class_name=class_name,
                     name=part,
-                    checkpoint=dict(weights),  # which is emptied
+                    checkpoint=own,
                     pipelines=diffusers.pipelines,
                     is_pipeline_module=False,
                     cached_model_config_path=str(settings),

@@ -6,10 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from fifa.errors import FifaError
 from fifa.models.optional import require
+from fifa.shards.files import read_json
 
 OFFLOAD = "offload"
 # Bytes a weight of a linear layer, with the scales that belong to it. nf4: half a byte, a byte for
@@ -38,8 +40,7 @@ def quantization(kind: str | None, dtype: Any, device: Any) -> dict[str, Any]:
     FifaError
         On a processor, and where bitsandbytes is not installed.
     """
-    require("bitsandbytes", "quant", what="a quantised base")
-    need_gpu(device)
+    check_quantizer(device)
     place = {"device_map": {"": device}}
     if kind is None:
         return place
@@ -55,10 +56,40 @@ def quantization(kind: str | None, dtype: Any, device: Any) -> dict[str, Any]:
     return {"quantization_config": config(**settings), **place}
 
 
+def quantized_parts(folder: Path) -> list[str]:
+    """The parts of a model's folder whose files hold quantised weights.
+
+    Raises `FifaError` for weights that are quantised by anything but bitsandbytes.
+    """
+    parts = []
+    for path in sorted(folder.glob("*/config.json")):
+        known = read_json(path, "the settings of a part").get("quantization_config")
+        if known is None:
+            continue
+        method = known.get("quant_method") if isinstance(known, dict) else known
+        if method != "bitsandbytes":
+            raise FifaError(
+                f"weights quantised by {method} are not read, bitsandbytes' are",
+                where=str(path.parent),
+                do="name the model's full weights; --quantize makes them small",
+            )
+        parts.append(path.parent.name)
+    return parts
+
+
+def check_quantizer(device: Any) -> None:
+    """Raise `FifaError` where quantised weights cannot be loaded: no GPU, or no bitsandbytes."""
+    require("bitsandbytes", "quant", what="a quantised model")
+    need_gpu(device)
+
+
 def need_gpu(device: Any) -> None:
     """Raise `FifaError` on a processor, for which diffusers refuses bitsandbytes."""
     if device.type == "cpu":
-        raise FifaError("quantised weights need a GPU", do="leave out --quantize")
+        raise FifaError(
+            "quantised weights need a GPU",
+            do="leave out --quantize, or name a model that is not quantised",
+        )
 
 
 def offload_blocks(network: Any, device: Any) -> None:

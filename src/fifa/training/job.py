@@ -13,20 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fifa.config import Train
 from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.assemble import assembled
-from fifa.models.frozen import OFFLOAD
+from fifa.models.frozen import OFFLOAD, check_quantizer, quantized_parts
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
 from fifa.shards.files import check_free, check_same, make_folder, sweep, write_text
 from fifa.shards.lock import only_writer
 from fifa.shards.manifest import MANIFEST
 from fifa.training.backbones import Backbone, load_backbone
-from fifa.training.batches import Reference, Source, adapters_off, frozen_copy, precompute, table
+from fifa.training.batches import (
+    Batch,
+    Reference,
+    Source,
+    adapters_off,
+    frozen_copy,
+    precompute,
+    table,
+)
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
 from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
@@ -316,7 +325,18 @@ def check_kept(train: Train, backbone: Backbone, sharded: bool) -> None:
     if there and train.method == "full":
         raise FifaError("quantised weights cannot be trained", where=where, do="--method lora")
     if there and not train.quantize and (train.offload or train.sample_every):
-        raise FifaError("a quantised base", where=where, do="leave out --offload and samples")
+        raise FifaError(
+            "a quantised base is neither offloaded nor sampled from",
+            where=where,
+            do="leave out --offload and --sample-every",
+        )
+    if there == "int8" and train.draws:
+        raise FifaError(
+            "in 8 bits a prediction depends on what else is in its batch, so the reference's "
+            "errors cannot be known beforehand",
+            where=where,
+            do="leave out --draws, or take --quantize nf4",
+        )
     if there and "quantization_config" in backbone.settings and train.quantize:
         raise FifaError("the weights are quantised already", where=where, do="leave out --quantize")
     if (there or train.offload) and sharded:
@@ -356,6 +376,8 @@ def make_source(job: Job) -> Source:
     """Where micro-batches come from: fills the cache, of which every process encodes its share."""
     train, accelerator = job.train, job.accelerator
     job.plan.check()
+    if train.quantize or quantized_parts(job.backbone.folder):
+        check_quantizer(accelerator.device)
     check_disk(job.cache, job.plan.latents, job.plan.prompts)
     encoded = encode(
         job.pairs,
@@ -426,9 +448,23 @@ def make_holdout(job: Job, source: Source, judge: Train | None = None) -> Holdou
     """
     train, reference = judge or job.train, None
     if source.held and LOSSES[train.loss].needs_reference:
-        reference = _table(job, source, source.held, DRAWS)
+        if job.backbone.origin.quantized == "int8":  # as `check_kept` says
+            reference = _base_of(job)
+        else:
+            reference = _table(job, source, source.held, DRAWS)
     every = steps_between(train, job.plan.steps, len(source.held))
     return Holdout(train, source, source.held, reference, every)
+
+
+def _base_of(job: Job) -> Reference:
+    """The base by its adapters off, on one process whatever the others do."""
+    unwrap = job.accelerator.unwrap_model
+
+    def reference(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        own = job.backbone.with_denoiser(unwrap(job.backbone.denoiser))
+        return adapters_off(own, unwrap)(batch)
+
+    return reference
 
 
 def _table(job: Job, source: Source, rows: Sequence[int], draws: Sequence[int]) -> Reference:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.families import PIPELINES, Family
-from fifa.models.frozen import BYTES, OFFLOAD, offload_blocks, quantization
+from fifa.models.frozen import BYTES, OFFLOAD, offload_blocks, quantization, quantized_parts
 from fifa.models.hub import pipeline_folder, weight_files
 from fifa.models.joints import check_joints
 from fifa.models.networks import load_network, loading, weights_in
@@ -86,6 +86,7 @@ class ModelFolder:
                 raise self._lacks(part, f"{part} has no safetensors (pickled weights stay closed)")
             shapes_in(folder)
         check_joints(self.path, self.family)
+        quantized_parts(self.path)
 
     def model(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> Any:
         """A network of the folder: frozen, in evaluation mode, on the device.
