@@ -243,6 +243,10 @@ def test_models_that_are_none(base, lora, tmp_path):
         find_models(str(tmp_path / "empty"), {})
     with pytest.raises(FifaError, match="code of its own"):
         find_models(str(code), {})
+    lacking = write_model(tmp_path / "lacking", "sd15")
+    shutil.rmtree(lacking / "tokenizer")
+    with pytest.raises(FifaError, match="the model lacks its tokenizer"):
+        find_models(str(lacking), {})
     with pytest.raises(FifaError, match="no checkpoint here"):
         find_models(str(base), {"a": str(tmp_path / "empty")})
     with pytest.raises(FifaError, match="safetensors only"):

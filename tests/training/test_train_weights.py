@@ -71,6 +71,14 @@ def test_a_single_file_and_its_pieces_are_trained_like_their_folder(world, tmp_p
     assert "--init-lora" in (second / "README.md").read_text()
     with pytest.raises(FifaError, match="with a LoRA in it"):
         find_models(str(file), {"second": str(second)}, Generate(parts=pieces["parts"]))
+    # nor on a base with another LoRA, or one where there was none
+    for name, lora, words in (
+        ("second", second, r"with another one[\s\S]*--init-lora .*first"),
+        ("again", first, r"without one[\s\S]*leave out --init-lora"),
+    ):
+        given = Generate(parts=pieces["parts"], init_lora=str(lora))
+        with pytest.raises(FifaError, match=words):
+            find_models(str(file), {name: str(tmp_path / name)}, given)
     given = Generate(parts=pieces["parts"], init_lora=str(first))
     _, found = find_models(str(file), {"second": str(second)}, given)
     assert found.name == "second"

@@ -25,7 +25,14 @@ from fifa.models.hub import PART_FILES, fetch_variants, model_folder, pipeline_f
 from fifa.models.joints import check_joints
 from fifa.models.lora import LORA_FILE, find_lora
 from fifa.scoring.specs import REWARDS
-from fifa.shards.files import digest, files_digest, read_json, read_json_lines, read_yaml
+from fifa.shards.files import (
+    content_digest,
+    digest,
+    files_digest,
+    read_json,
+    read_json_lines,
+    read_yaml,
+)
 from fifa.shards.manifest import check_manifest
 
 Method = Literal["base", "lora", "part", "pipeline"]
@@ -125,7 +132,7 @@ def find_models(base: str, tuned: Mapping[str, str], asked: Generate | None = No
 
 
 def _check_pieces(checkpoint: Model, base: str, asked: Generate) -> None:
-    """Raise `FifaError` for a checkpoint whose base was this one with a LoRA that is not asked for.
+    """Raise `FifaError` for a checkpoint whose base was this one with another LoRA, or none, in it.
 
     Another VAE is only told: the weights fit with both. A base of another name may have the pieces
     in it already (`fifa convert`), and is taken.
@@ -143,6 +150,13 @@ def _check_pieces(checkpoint: Model, base: str, asked: Generate) -> None:
             f"{checkpoint.name} was trained on this base with a LoRA in it, {lora}",
             where=str(checkpoint.path),
             do=f"give it here too: --init-lora {lora}",
+        )
+    if asked.init_lora and facts.get("init_lora") != content_digest(find_lora(asked.init_lora)):
+        other = f"with another one, {lora}" if lora else "without one"
+        raise FifaError(
+            f"{checkpoint.name} was not trained on this base with that LoRA in it, but {other}",
+            where=str(checkpoint.path),
+            do=f"--init-lora {lora}" if lora else "leave out --init-lora",
         )
     if vae and not asked.vae:
         echo(f"{checkpoint.name} was trained with another VAE: --vae {vae} takes it here too")
@@ -178,6 +192,12 @@ def find_pipeline(model: str) -> Path:
     path = pipeline_folder(model)
     if family := PIPELINES.get(class_name(path)):
         family.check_version()
+        if missing := [part for part in family.parts if not (path / part).is_dir()]:
+            raise FifaError(
+                f"the model lacks its {', '.join(missing)}",
+                where=str(path),
+                do="name a complete folder in diffusers' layout, or a hub id",
+            )
         check_joints(path, family)
     return path
 

@@ -210,8 +210,7 @@ FLUX2: Any = {
     "requires": {"patch_size": (1, None)},
 }
 
-# buckets: SD was trained on squares, SDXL (arXiv:2307.01952, 2.3) and SD3 (arXiv:2403.03206, 5.3)
-# were not; of the others that is taken to be so.
+# buckets: SD was trained on squares; docs/families.md has the sources for the others.
 # half_vae: SimpleTuner's VAEs compute in bfloat16 by default, but for SDXL's own (#394 there: take
 # the fixed one). diffusers' scripts for SD, SD3 and FLUX give the VAE the training's 16-bit type,
 # those for SDXL only if another VAE is named.

@@ -21,6 +21,7 @@ from fifa.shards.files import atomic_path, read_json, write_json
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' and our trainer write
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
 ADAPTER = "tuned"
+FAMILY = "take a LoRA and a base of one family and size, or copy the file again"
 SAFE = {"use_safetensors": True, "local_files_only": True}
 # A LoRA's two factors, in the names of files and as peft holds them
 FACTOR = re.compile(r"lora(_A|_B|[._]down|[._]up)\.weight$")
@@ -39,7 +40,7 @@ def adapted(pipe: Any, file: Path) -> Iterator[None]:
         names = list(read[0] if isinstance(read, tuple) else read)
         pipe.load_lora_weights(str(file.parent), adapter_name=ADAPTER, **options)
     except Exception as error:  # diffusers', torch's and safetensors' own
-        raise cannot_load("the LoRA", file, error) from error
+        raise cannot_load("the LoRA", file, error, FAMILY) from error
     try:
         _check_lora(pipe, names, file)
         yield
@@ -78,10 +79,11 @@ def _check_lora(pipe: Any, names: Sequence[str], file: Path) -> None:
     )
 
 
-def cannot_load(what: str, path: Path, error: Exception) -> FifaError:
+def cannot_load(what: str, path: Path, error: Exception, do: str | None = None) -> FifaError:
     """What a library said of weights that it could not load."""
     brief = (str(error) or type(error).__name__).strip().splitlines()[0][:300]
-    do = "a device with more memory, or --dtype float16" if out_of_memory(error) else None
+    if out_of_memory(error):
+        do = "a device with more memory, or --dtype float16"
     return FifaError(f"cannot load {what}: {brief}", where=str(path), do=do)
 
 

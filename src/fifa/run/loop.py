@@ -127,7 +127,8 @@ def _plan(recipe: Loop, folder: Path, judged: bool) -> Evaluate:
     if given := [name for name in OWN if attrgetter(name)(recipe)]:
         raise FifaError(
             f"the loop itself sets {', '.join(given)}",
-            do="leave it out: every loop begins with generate.model, a whole pipeline",
+            do="leave it out: a loop begins with a whole pipeline, generate.model; of pieces "
+            "fifa convert makes one",
         )
     begin(folder)
     path = folder / LOOP_FILE

@@ -21,9 +21,17 @@ from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.models.assemble import assembled
 from fifa.models.frozen import OFFLOAD, check_quantizer, quantized_parts
+from fifa.models.lora import find_lora
 from fifa.models.optional import require
 from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
-from fifa.shards.files import check_free, check_same, make_folder, sweep, write_text
+from fifa.shards.files import (
+    check_free,
+    check_same,
+    content_digest,
+    make_folder,
+    sweep,
+    write_text,
+)
 from fifa.shards.lock import only_writer
 from fifa.shards.manifest import MANIFEST
 from fifa.training.backbones import Backbone, load_backbone
@@ -312,6 +320,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         free=free_bytes(device),
         why=why,
         distilled=backbone.family.distilled_title(backbone.folder),
+        init_lora=content_digest(find_lora(train.init_lora)) if train.init_lora else None,
         what=pairs.what,
     )
     run = Path(train.source).expanduser()

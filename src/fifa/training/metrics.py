@@ -254,6 +254,7 @@ def write_card(
         "skipped_steps": progress.skipped,
         "loss_why": plan.why or None,
         "distilled": plan.distilled or None,
+        "init_lora": plan.init_lora,
         "dropped": pairs.dropped,
         "seconds": round(progress.seconds, 3),
         "processes": plan.processes,

@@ -211,6 +211,8 @@ class Plan:
         The reason for the loss, where it was chosen here.
     distilled
         What the model is called, where it was distilled.
+    init_lora
+        What names the content of the LoRA in its base.
     what
         What is trained on: ``pairs``, or ``images`` one by one.
     """
@@ -230,6 +232,7 @@ class Plan:
     free: int | None
     why: str = ""
     distilled: str = ""
+    init_lora: str | None = None
     what: Literal["pairs", "images"] = "pairs"
 
     def check(self) -> None:
