@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from fifa.scoring.encoders import make_encoder
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "prompts"
+LABELS = Path(__file__).parent / "harm_labels.csv"
 ALIKE = 0.85  # prompts with a larger cosine are near-duplicates
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
@@ -66,15 +73,23 @@ def half(name: str) -> int:
     return hashlib.sha256(name.encode()).digest()[0] & 1
 
 
+def part(name: str) -> str:
+    """``build``, ``threshold`` or ``test``: a third, a sixth and a half."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return "test" if digest[0] & 1 else "build" if digest[1] % 3 else "threshold"
+
+
 def near_duplicates(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """The smallest row that every row is connected to by cosines above `ALIKE`, int64 [n]."""
-    group = np.arange(len(vectors))
-    near = [np.flatnonzero(row > ALIKE) for row in vectors @ vectors.T]
-    while True:
-        lower = np.array([group[rows].min() for rows in near])
-        if (lower == group).all():
-            return group
-        group = lower
+    n = len(vectors)
+    near = [np.nonzero(vectors[i : i + 1024] @ vectors.T > ALIKE) for i in range(0, n, 1024)]
+    rows = np.concatenate([block[0] + 1024 * i for i, block in enumerate(near)])
+    columns = np.concatenate([block[1] for block in near])
+    graph = coo_matrix((np.ones(len(rows), bool), (rows, columns)), (n, n))
+    count, group = connected_components(graph, directed=False)
+    smallest = np.full(count, n)
+    np.minimum.at(smallest, group, np.arange(n))
+    return smallest[group]
 
 
 def safety(source: str) -> dict[str, list[object]]:
@@ -95,3 +110,64 @@ def parti_prompts(which: int, count: int) -> list[str]:
     prompts = [str(p) for p in safety("parti")["prompt"]]
     mine = [p for p in prompts if half(" ".join(p.lower().split()[:4])) == which]
     return random.Random(0).sample(mine, min(count, len(mine)))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """I2P, PartiPrompts and Pick-a-Pic together, a row a prompt.
+
+    Attributes
+    ----------
+    prompts, source
+        The texts, and ``i2p``, ``parti`` or ``pick``.
+    vectors
+        MiniLM's, float64 [n, 384].
+    toxicity
+        ``prompt_toxicity``, NaN outside I2P.
+    group, part
+        `near_duplicates` over all three, and `part` of a group's first prompt.
+    label
+        What a reader found, by ``harm_labels.csv``: kinds of harm with a space between them,
+        ``benign``, ``borderline``; empty where nobody looked.
+    drawn
+        Whether a prompt was read because it was drawn at random, not for its score.
+    """
+
+    prompts: list[str]
+    source: npt.NDArray[np.str_]
+    vectors: npt.NDArray[np.float64]
+    toxicity: npt.NDArray[np.float64]
+    group: npt.NDArray[np.int64]
+    part: npt.NDArray[np.str_]
+    label: npt.NDArray[np.str_]
+    drawn: npt.NDArray[np.bool_]
+
+    def rows(self, part: str, *sources: str) -> npt.NDArray[np.int64]:
+        """The rows of a part, of some sources."""
+        return np.flatnonzero((self.part == part) & np.isin(self.source, sources))
+
+
+def corpus() -> Corpus:
+    """All prompts with everything that is known of them; minutes, for it embeds 23,247."""
+    i2p, parti = safety("i2p"), safety("parti")
+    pick = pq.read_table(DATA / "pickapic.parquet")["prompt"].to_pylist()
+    prompts = [*map(str, i2p["prompt"]), *map(str, parti["prompt"]), *pick]
+    vectors = make_encoder("minilm").embed(prompts)
+    group = near_duplicates(vectors)
+    with LABELS.open(encoding="utf-8", newline="") as file:
+        read = {row["prompt"]: row for row in csv.DictReader(file)}
+    found = [read.get(hashlib.sha256(prompt.encode()).hexdigest()[:12]) for prompt in prompts]
+    toxicity = np.full(len(prompts), np.nan)
+    toxicity[: len(i2p["prompt"])] = i2p["prompt_toxicity"]
+    return Corpus(
+        prompts=prompts,
+        source=np.repeat(
+            ["i2p", "parti", "pick"], [len(i2p["prompt"]), len(parti["prompt"]), len(pick)]
+        ),
+        vectors=vectors.astype(np.float64),
+        toxicity=toxicity,
+        group=group,
+        part=np.array([part(prompts[first]) for first in group]),
+        label=np.array(["" if row is None else row["label"] or "benign" for row in found]),
+        drawn=np.array([row is not None and row["from"] == "drawn" for row in found]),
+    )

@@ -1,72 +1,149 @@
-"""Build what the default rater adds to its language model: src/fifa/score/harm_head.json.
+"""Build what the default rater adds to its language model: src/fifa/scoring/harm_head.json.
 
-    python scripts/train_harm_head.py
+    python scripts/train_harm_head.py [harm] [language]
 
-Harm: a ridge on MiniLM embeddings of one half of I2P, to the square root of `prompt_toxicity`.
-Nonsense: a logistic regression on what the language model's pass says about one half of
-Pick-a-Pic's prompts and PartiPrompts, and about nonsense made of them. Specificity: the range
-of the model's grades for detail on the same prompts. The other halves are for
-scripts/measure_raters.py. A few minutes on two cores.
+Without an argument, both halves of the file; a few minutes each on two cores.
+
+``harm``: linear heads on MiniLM's embeddings. What they learn from are the sentences of
+harm_anchors.toml and the part ``build`` of I2P, PartiPrompts and Pick-a-Pic, whose highest scores a
+person read (harm_labels.csv). A head a kind is a logistic regression, its sentences and the prompts
+labelled so against ordinary ones. ``toxic`` is a ridge to the square root of I2P's
+`prompt_toxicity`. Thresholds let through what they may of the ordinary prompts of the part
+``threshold``. Prompts that name an unsafe object of the small world are left out, so that its
+unsafe class is unseen. The part ``test`` is for scripts/measure_harm.py.
+
+``language``: a logistic regression for nonsense on what the language model's pass says about one
+half of Pick-a-Pic's prompts and PartiPrompts, and about nonsense made of them; and the range of
+the model's grades for detail on the same prompts. The other halves are for
+scripts/measure_raters.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
 
+from fifa.moji.world import WORLD
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.raters.local import nonsense_features
+from fifa.scoring.raters.local import nonsense_features, word_flags
 from fifa.scoring.raters.logits import load_reader, precision, smollm_path
-from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
+from rater_data import Corpus, corpus, made_nonsense, parti_prompts, real_prompts
 
-OUT = Path(__file__).parents[1] / "src/fifa/score/harm_head.json"
-RIDGE = 1.0  # by grouped cross-validation over 0.3, 1, 3 and 10
-FALSE_ALARMS = 0.005  # of `unsafe` on PartiPrompts of the building half
+OUT = Path(__file__).parents[1] / "src/fifa/scoring/harm_head.json"
+ANCHORS = Path(__file__).parent / "harm_anchors.toml"
+STRENGTH = 1.0  # C of the regressions; 0.3 to 10 hardly differ
+READ, PARTI = 5.0, 5.0  # weights of a labelled prompt and of a PartiPrompt; a sentence has 1
+RIDGE = 1.0
+INSULT, ORDINARY = 0.85, 0.2  # roots of the toxicity that toxic and ordinary sentences stand for
+INSULTS, ORDINARIES = 0.5, 0.2  # their weights; a prompt of I2P has 1
+# Ordinary Pick-a-Pic prompts that a kind may flag falsely, and the toxicity
+FALSE, FALSELY_TOXIC = 0.002, 0.02
 CAUGHT = 0.98  # of made nonsense (not of shuffled words) that `nonsense` catches there
 
 Array = npt.NDArray[np.float64]
 
 
-def ridge(x: Array, y: Array) -> tuple[Array, float]:
-    """Weights and bias of argmin |x w + b - y|^2 + RIDGE |w|^2."""
-    centre, mean = x.mean(0), y.mean()
+def sentences() -> tuple[list[str], list[str]]:
+    """The kind of every sentence of harm_anchors.toml, and the sentences."""
+    raw = tomllib.loads(ANCHORS.read_text("utf-8"))
+    made = [
+        (kind, frame.format(phrase))
+        for kind, phrases in raw.items()
+        if isinstance(phrases, dict)
+        for form in ("things", "scenes")
+        for phrase in phrases.get(form, ())
+        for frame in raw[form]
+    ]
+    return [kind for kind, _ in made], [sentence for _, sentence in made]
+
+
+def world_words() -> re.Pattern[str]:
+    """What names an unsafe object of the small world, in singular and plural."""
+    names = "|".join(thing.name.removesuffix("s") for thing in WORLD.objects if thing.unsafe)
+    return re.compile(rf"\b(?:(?:{names})s?|knives)\b", re.IGNORECASE)
+
+
+def logistic(x: Array, y: npt.NDArray[np.bool_], weight: Array) -> tuple[Array, float]:
+    """Weights and bias of a logistic regression whose two classes weigh the same."""
+    weight = weight * np.where(y, weight[~y].sum() / weight[y].sum(), 1)
+    fit = LogisticRegression(C=STRENGTH, max_iter=3000).fit(x, y, sample_weight=weight)
+    return fit.coef_[0], float(fit.intercept_[0])
+
+
+def ridge(x: Array, y: Array, weight: Array) -> tuple[Array, float]:
+    """Weights and bias of argmin weight |x w + b - y|^2 + RIDGE |w|^2."""
+    centre, mean = np.average(x, 0, weight), np.average(y, weights=weight)
     z = x - centre
-    w = np.linalg.solve(z.T @ z + RIDGE * np.eye(x.shape[1]), z.T @ (y - mean))
+    w = np.linalg.solve(
+        (z.T * weight) @ z + RIDGE * np.eye(x.shape[1]), (z.T * weight) @ (y - mean)
+    )
     return w, float(mean - centre @ w)
 
 
-def harm_head() -> dict[str, object]:
-    rows = safety("i2p")
-    vectors = make_encoder("minilm").embed([str(p) for p in rows["prompt"]])
-    group = near_duplicates(vectors)
-    mine = np.array([half(str(rows["prompt"][g])) == 0 for g in group])
-    x, group = vectors[mine].astype(float), group[mine]
-    y = np.sqrt(np.array(rows["prompt_toxicity"], float)[mine])
-    w, b = ridge(x, y)
-    # A ridge shrinks: a line from predictions on unseen groups back to the truth undoes it.
-    fold = np.array([half(f"fold {g}") + 2 * half(f"other fold {g}") for g in group])
-    unseen = np.empty_like(y)
-    for k in range(4):
-        wk, bk = ridge(x[fold != k], y[fold != k])
-        unseen[fold == k] = x[fold == k] @ wk + bk
-    slope, offset = np.polyfit(unseen, y, 1)
-    w, b = slope * w, slope * b + offset
-    ordinary = make_encoder("minilm").embed(parti_prompts(0, 1000)) @ w + b
+def harm_heads() -> dict[str, object]:
+    every = corpus()
+    kind, texts = map(np.array, sentences())
+    anchors = make_encoder("minilm").embed(list(texts)).astype(np.float64)
+    world = world_words()
+    named = np.array([bool(world.search(prompt)) for prompt in every.prompts])
+    lexical = np.array([bool(word_flags(prompt)) for prompt in every.prompts])
+    read = np.array([label not in ("", "benign") for label in every.label])
+    clean = ~np.isin(every.group, every.group[read]) & ~lexical  # ordinary, as far as is known
+    learnt = np.flatnonzero((every.part == "build") & read & ~named)
+    rows = every.rows("build", "parti", "pick")
+    ordinary = rows[(clean & ~named)[rows]]
+    weight = np.where(every.source[ordinary] == "parti", PARTI, 1.0)
+    kinds = [k for k in dict.fromkeys(kind.tolist()) if k not in ("benign", "toxic")]
+    heads = {}
+    for name in kinds:
+        own = learnt[[name in every.label[row].split() for row in learnt]]
+        x = np.concatenate([anchors, every.vectors[own], every.vectors[ordinary]])
+        y = np.concatenate([kind == name, np.ones(len(own), bool), np.zeros(len(ordinary), bool)])
+        weights = np.concatenate([np.ones(len(kind)), np.full(len(own), READ), weight])
+        heads[name] = shipped(every, clean, *logistic(x, y, weights), FALSE, least=0.0)
+    rude, fine = anchors[kind == "toxic"], anchors[kind == "benign"]
+    toxic = np.flatnonzero((every.source == "i2p") & (every.part != "test") & ~named)
+    parts = [every.vectors[toxic], rude, fine, every.vectors[ordinary]]
+    sizes = list(map(len, parts))
+    root = np.concatenate(
+        [np.sqrt(every.toxicity[toxic]), np.repeat([INSULT, ORDINARY, ORDINARY], sizes[1:])]
+    )
+    weights = np.repeat([1, INSULTS, ORDINARIES, ORDINARIES], sizes)
+    line = ridge(np.concatenate(parts), root, weights)
+    print(f"{len(kind)} sentences, {len(learnt)} labelled and {len(ordinary)} ordinary prompts")
     return {
         "encoder": "minilm",
-        "trained_on": f"{len(y)} I2P prompts (half of the near-duplicate groups)",
-        "weights": [round(float(v), 5) for v in w],
-        "bias": round(float(b), 5),
-        "threshold": round(float(np.quantile(ordinary, 1 - FALSE_ALARMS)), 4),
+        "kinds": {**heads, "toxic": shipped(every, clean, *line, FALSELY_TOXIC)},
+    }
+
+
+def shipped(
+    every: Corpus,
+    clean: npt.NDArray[np.bool_],
+    w: Array,
+    b: float,
+    false: float,
+    least: float = -np.inf,
+) -> dict[str, object]:
+    """A head as it is shipped: above its threshold are ``false`` of the ordinary prompts."""
+    score = every.vectors @ w + b
+    pick, parti = every.rows("threshold", "pick"), every.rows("threshold", "parti")
+    limits = [np.quantile(score[pick[clean[pick]]], 1 - false), np.sort(score[parti])[-2], least]
+    return {
+        "weights": [round(float(v), 4) for v in w],
+        "bias": round(b, 4),
+        "threshold": round(float(max(limits)), 4),
     }
 
 
 def language_heads() -> dict[str, object]:
-    from sklearn.linear_model import LogisticRegression
-
     reader = load_reader(smollm_path(), *precision())
     real = real_prompts(0, 160) + parti_prompts(0, 80)
     reading = reader.read(real)
@@ -93,7 +170,11 @@ def language_heads() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    heads = {"harm": harm_head(), **language_heads()}
+    wanted = sys.argv[1:] or ["harm", "language"]
+    heads = json.loads(OUT.read_text("utf-8"))
+    if "harm" in wanted:
+        heads["harm"] = harm_heads()
+    if "language" in wanted:
+        heads |= language_heads()
     OUT.write_text(json.dumps(heads, indent=1) + "\n", encoding="utf-8")
-    heads["harm"]["weights"] = "384 numbers"
-    print(json.dumps(heads, indent=1))
+    print({name: head["threshold"] for name, head in heads["harm"]["kinds"].items()})

@@ -141,6 +141,15 @@ def test_rejected_rows_are_counted_by_reason_with_the_first_of_them():
     assert [entry.reason for entry in numbers.count_rejected(table, most=1)] == ["x"]
 
 
+def test_kinds_of_harm_are_counted_a_pair_of_two_for_both():
+    flags = pa.chunked_array([["weapons", "drugs,weapons", "drugs,nonsense", None, "weapons"]])
+    found = numbers.count_harm(flags, ("weapons", "drugs", "hate"))
+    assert [(entry.reason, entry.number) for entry in found] == [
+        ("unsafe: weapons", 3),
+        ("unsafe: drugs", 2),
+    ]
+
+
 def test_the_log_counts_the_lines_it_cannot_read_and_leaves_the_report_out(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"step": "read", "seconds": 1.5}, {"step": "report", "seconds": 2}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,10 @@ import torch
 import transformers
 from tiny_lm import byte_tokenizer, tiny_llama
 
+from fifa.config import UNSAFE_FLAGS
 from fifa.errors import FifaError
+from fifa.moji.world import WORLD
+from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters import local, logits
 from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.raters.logits import LogitReader, load_gguf, smollm_path
@@ -222,7 +226,7 @@ def test_the_default_rater_tells_prompts_nonsense_and_harm_apart(default: Defaul
     flags, ratings = table["flags"].to_pylist(), table["rating"].to_numpy()
     assert flags[:3] == ["", "", ""]
     assert all("nonsense" in flag for flag in flags[3:6])
-    assert all("unsafe" in flag for flag in flags[6:8])
+    assert "sexual" in flags[6] and "toxic" in flags[7]
     assert ratings[:3].min() > max(ratings[3:6].max(), 1)
     grades = np.stack([table[name].to_numpy() for name in QUALITIES])
     assert grades.min() >= 1 and grades.max() <= 5
@@ -258,7 +262,32 @@ def test_the_vocabulary_is_read_as_transformers_reads_it(
 
 def test_the_shipped_heads_fit_their_inputs() -> None:
     heads = local.load_heads()
-    assert len(heads["harm"]["weights"]) == 384
-    assert all(
-        math.isfinite(w) for head in (heads["harm"], heads["nonsense"]) for w in head["weights"]
-    )
+    kinds = heads["harm"]["kinds"]
+    assert set(kinds) == {*UNSAFE_FLAGS} - {"unsafe"}
+    assert all(len(head["weights"]) == 384 for head in kinds.values())
+    for head in (heads["nonsense"], *kinds.values()):
+        assert all(map(math.isfinite, (*head["weights"], head["bias"], head["threshold"])))
+
+
+def test_the_kind_of_harm_is_named_and_what_is_ordinary_is_not_flagged() -> None:
+    named = {
+        "a masked robber aiming his shotgun at a cashier": "weapons",
+        "an old man rolling a joint of marijuana": "drugs",
+        "a corpse with its throat cut, blood on the floor": "violence",
+        "a nude couple making love": "sexual",
+        "a woman taking a bath with cut wrists, suicide": "self-harm",
+        "what an ugly stupid loser": "toxic",
+    }
+    fine = ["a lighthouse in a storm", "two kids on a swing", "a bowl of soup", "a tax office"]
+    kinds, over = local.harm_scores(make_encoder("minilm").embed([*named, *fine]))
+    for row, kind in enumerate(named.values()):
+        assert over[row, kinds.index(kind)] > 0, (kind, dict(zip(kinds, over[row], strict=True)))
+    assert (over[len(named) :] < 0).all()
+
+
+def test_no_sentence_of_the_harm_heads_names_what_the_small_world_tests_them_with() -> None:
+    phrases = (Path(__file__).parents[2] / "scripts/harm_anchors.toml").read_text("utf-8").lower()
+    lines = " ".join(line for line in phrases.splitlines() if not line.startswith("#"))
+    words = set(re.findall(r"[a-z]+", lines))
+    unsafe = {thing.name.removesuffix("s") for thing in WORLD.objects if thing.unsafe}
+    assert len(unsafe) == 8 and not words & {*unsafe, *(f"{name}s" for name in unsafe), "knives"}

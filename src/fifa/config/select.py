@@ -22,7 +22,17 @@ from fifa.errors import FifaError
 
 RECIPE_FILE = "recipe.yaml"  # in a run folder
 # "unsafe" is what raters say that see harm, but not of which kind.
-UNSAFE_FLAGS = ("sexual", "violence", "hate", "self-harm", "minors", "unsafe")
+UNSAFE_FLAGS = (
+    "sexual",
+    "violence",
+    "hate",
+    "self-harm",
+    "minors",
+    "weapons",
+    "drugs",
+    "toxic",
+    "unsafe",
+)
 # In which order pairs are kept; `fifa.selection.strategies` has the function of each.
 STRATEGIES = {
     "fifa": "importance, largest first",

@@ -144,6 +144,18 @@ def count_rejected(table: pa.Table, most: int = 12, examples: int = 3) -> list[R
     return found
 
 
+def count_harm(flags: pa.ChunkedArray, kinds: Sequence[str]) -> list[Rejected]:
+    """``unsafe: KIND`` by the flags of unsafe pairs; a pair of two ``kinds`` counts for both."""
+    counts: Counter[str] = Counter()
+    for row in pc.value_counts(flags).to_pylist():
+        found = set((row["values"] or "").split(",")) & set(kinds)
+        counts.update(dict.fromkeys(found, row["counts"]))
+    return [
+        Rejected(f"unsafe: {kind}", number, ())
+        for kind, number in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
 def first_by(rows: Ints, key: Floats | Ints, prompt: Ints, n: int) -> list[int]:
     """The ``n`` of ``rows`` with the smallest ``key`` (NaN last), one a prompt, in order."""
     near = min(len(rows), 64 * n)

@@ -129,7 +129,7 @@ def selection_context(
         "recipe_yaml": shorten_lines(recipe.to_yaml()),
         "older": knobs is not None and {**_plain(Select()), **knobs} != _plain(select),
         "origin": pairs.origin,
-        "funnel": _funnel(folder, pairs, columns),
+        "funnel": _funnel(folder, pairs, columns, scores.quality, select),
         "pairs": len(pairs),
         "kept": int(columns.kept.sum()),
         "prompts": len(np.unique(columns.prompt)),
@@ -160,7 +160,9 @@ def _plain(select: Select) -> dict[str, Any]:
     return plain
 
 
-def _funnel(folder: Path, pairs: Pairs, columns: numbers.Columns) -> dict[str, Any]:
+def _funnel(
+    folder: Path, pairs: Pairs, columns: numbers.Columns, quality: pa.Table | None, select: Select
+) -> dict[str, Any]:
     """Every row and pair in one line of a table, and whether the lines add up."""
     origin, rejected = pairs.origin, pairs.rejected.num_rows
     counts = np.bincount(columns.reason, minlength=len(columns.reasons))
@@ -171,6 +173,10 @@ def _funnel(folder: Path, pairs: Pairs, columns: numbers.Columns) -> dict[str, A
     if unreadable.exists():
         lost = read_table(unreadable, do=f"run `fifa select {folder}`: it makes it again")
         details["unreadable_image"] = numbers.count_rejected(lost, examples=0)
+    if quality is not None and "unsafe_prompt" in dropped:
+        unsafe = columns.prompt[columns.reason == columns.reasons.index("unsafe_prompt")]
+        flags = quality["flags"].take(pa.array(unsafe))
+        details["unsafe_prompt"] = numbers.count_harm(flags, select.unsafe_flags)
 
     def lines(left: int, named: dict[str, tuple[int, str]]) -> list[dict[str, Any]]:
         found = []

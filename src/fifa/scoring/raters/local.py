@@ -1,4 +1,4 @@
-"""Raters that run on this machine: the small default with its two heads, and any causal LM."""
+"""Raters that run on this machine: the small default with its heads, and any causal LM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from functools import cache, cached_property
 from importlib.resources import files
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fifa.scoring.raters.logits import (
     precision,
     smollm_path,
 )
-from fifa.scoring.rubric import RATINGS, load_rubric
+from fifa.scoring.rubric import RATINGS, load_rubric, shortened
 from fifa.scoring.specs import Spec
 from fifa.shards.files import digest
 
@@ -80,17 +81,18 @@ class LogitRater:
 
 
 class DefaultRater(LogitRater):
-    """SmolLM2-135M read by its logits, helped by its perplexity and a harm head on MiniLM.
+    """SmolLM2-135M read by its logits, helped by its perplexity and harm heads on MiniLM.
 
     The language model is too small to see harm, and its grades hardly leave the middle, so
 
     - ``clarity = 1 + 4 p``, p a logistic regression on nats a byte, length and its own grades;
     - ``specificity = 1 + 4 d p``, d its expected grade for detail, stretched so that 5 % and
       95 % of ordinary prompts are at 0 and 1; nonsense settles nothing;
-    - ``harmlessness = 5 - 4 min(1, toxicity / 0.5)``, the toxicity that the harm head predicts.
+    - ``harmlessness = 5 - 4 max(min(1, toxicity / 0.5), h)``, the toxicity that a head predicts,
+      and h the largest 1 / (1 + exp(t - x)) over the kinds of harm, a head's x, its threshold t.
 
-    Flags: ``nonsense`` and ``unsafe``, with the false alarms that docs/quality.md reports. What
-    kind of harm it is, it does not know.
+    Flags: ``nonsense``, and the kinds of harm whose head is above its threshold or which a word of
+    the prompt names, with the false alarms that docs/quality.md reports.
     """
 
     @cached_property
@@ -112,7 +114,7 @@ class DefaultRater(LogitRater):
         if vectors is None:
             vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
         table = default_ratings(self._reader.read(prompts), vectors)
-        flags = add_word_flags(prompts, table["flags"].to_pylist())
+        flags = add_word_flags(list(map(shortened, prompts)), table["flags"].to_pylist())
         place = table.schema.get_field_index("flags")
         return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
 
@@ -126,28 +128,48 @@ def default_ratings(reading: Reading, vectors: Numbers) -> pa.Table:
     """`RATINGS` as `DefaultRater` gives them, from its two models' outputs."""
     heads = load_heads()
     sense = _line(nonsense_features(reading), heads["nonsense"])
-    harm = harm_line(vectors)
+    names, over = harm_scores(vectors)
     # p = 1 / (1 + e^-x): the probability that it is a prompt
     p = 1 / (1 + np.exp(-sense))
     low, high = heads["specificity"]["low"], heads["specificity"]["high"]
     detail = np.clip((reading.grades[:, 1].astype(np.float64) - low) / (high - low), 0, 1)
-    toxicity = np.clip(harm, 0, 1) ** 2  # the head predicts its square root
-    grades = np.stack(
-        [1 + 4 * p, 1 + 4 * detail * p, 5 - 4 * np.minimum(1, toxicity / HARMFUL)], axis=1
+    toxic = over[:, names.index("toxic")] + heads["harm"]["kinds"]["toxic"]["threshold"]
+    toxicity = np.clip(toxic, 0, 1) ** 2  # the head predicts its square root
+    named = 1 / (1 + np.exp(-np.delete(over, names.index("toxic"), 1).max(1)))
+    harm = np.maximum(np.minimum(1, toxicity / HARMFUL), named)
+    grades = np.stack([1 + 4 * p, 1 + 4 * detail * p, 5 - 4 * harm], axis=1)
+    return _table(
+        grades,
+        {
+            "nonsense": sense < heads["nonsense"]["threshold"],
+            **dict(zip(names, over.T > 0, strict=True)),
+        },
     )
-    nonsense = sense < heads["nonsense"]["threshold"]
-    return _table(grades, nonsense, harm > heads["harm"]["threshold"])
 
 
 def logit_ratings(reading: Reading) -> pa.Table:
     """`RATINGS` as `LogitRater` gives them: the expected grades as they are."""
     grades = reading.grades
-    return _table(grades, grades[:, 0] < LOW, grades[:, 2] < LOW)
+    return _table(grades, {"nonsense": grades[:, 0] < LOW, "unsafe": grades[:, 2] < LOW})
 
 
-def harm_line(vectors: Numbers) -> npt.NDArray[np.float64]:
-    """The harm head on MiniLM embeddings: the square root of toxicity, float64 [n]."""
-    return _line(vectors.astype(np.float64), load_heads()["harm"])
+def harm_scores(vectors: Numbers) -> tuple[list[str], npt.NDArray[np.float64]]:
+    """The kinds of harm, and how far MiniLM embeddings are above their thresholds.
+
+    Parameters
+    ----------
+    vectors
+        float32 [n, 384].
+
+    Returns
+    -------
+    list of str, float64 [n, kinds]
+        Of ``toxic`` in roots of toxicity, of the others in log-odds; positive is flagged.
+    """
+    kinds = load_heads()["harm"]["kinds"]
+    x = vectors.astype(np.float64)
+    over = [_line(x, head) - head["threshold"] for head in kinds.values()]
+    return list(kinds), np.stack(over, axis=1)
 
 
 def nonsense_features(reading: Reading) -> npt.NDArray[np.float64]:
@@ -206,12 +228,10 @@ def _line(x: npt.NDArray[np.float64], head: dict[str, Any]) -> npt.NDArray[np.fl
     return line
 
 
-def _table(grades: npt.NDArray[Any], nonsense: Any, unsafe: Any) -> pa.Table:
+def _table(grades: npt.NDArray[Any], raised: dict[str, npt.NDArray[np.bool_]]) -> pa.Table:
     note(prompts_rated=len(grades))
-    flags = [
-        ",".join(name for name, on in (("nonsense", n), ("unsafe", u)) if on)
-        for n, u in zip(nonsense, unsafe, strict=True)
-    ]
+    rows = np.stack(list(raised.values()), axis=1)
+    flags = [",".join(sorted(compress(raised, row))) for row in rows]
     grades = grades.astype(np.float32)
     columns = [grades.mean(1), pa.array(flags, pa.string()), *grades.T]
     return pa.table([pa.array(column) for column in columns], schema=RATINGS)
