@@ -2,58 +2,31 @@
 
     python scripts/measure_raters.py
 
-Prints the tables of docs/quality.md. The halves are rater_data.py's: what
-scripts/train_harm_head.py saw is not here, nor are near-duplicates of it. A few minutes on two
+Prints what docs/quality.md says of nonsense and detail; scripts/measure_harm.py measures harm. The
+halves are rater_data.py's: what scripts/train_harm_head.py saw is not here. A few minutes on two
 cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.raters.local import default_ratings, harm_line, load_heads, logit_ratings
+from fifa.scoring.raters.local import default_ratings, logit_ratings
 from fifa.scoring.raters.logits import load_reader, precision, smollm_path
-from rater_data import half, made_nonsense, near_duplicates, parti_prompts, real_prompts, safety
+from rater_data import made_nonsense, parti_prompts, real_prompts
 
 Array = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.int64]
-DRAWS = 1000
-
-
-def held_out_i2p() -> tuple[list[str], Array, Rows]:
-    """Prompts, toxicity and near-duplicate group of the half that was not trained on."""
-    rows = safety("i2p")
-    prompts = [str(p) for p in rows["prompt"]]
-    group = near_duplicates(make_encoder("minilm").embed(prompts))
-    keep = [i for i, g in enumerate(group) if half(prompts[g]) == 1]
-    toxicity = np.array(rows["prompt_toxicity"], float)[keep]
-    return [prompts[i] for i in keep], toxicity, group[keep]
 
 
 def auroc(low: Array, high: Array) -> float:
     truth = np.repeat([0, 1], [len(low), len(high)])
     return float(roc_auc_score(truth, np.concatenate([low, high])))
-
-
-def interval(statistic: Callable[[Rows], float], groups: Rows) -> str:
-    """The statistic of all rows, and its 95 % interval over resampled near-duplicate groups."""
-    rng = np.random.default_rng(0)
-    names, inverse = np.unique(groups, return_inverse=True)
-    members = [np.flatnonzero(inverse == g) for g in range(len(names))]
-    drawn = []
-    for _ in range(DRAWS):
-        rows = np.concatenate([members[g] for g in rng.integers(0, len(names), len(names))])
-        drawn.append(statistic(rows))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return f"{statistic(np.arange(len(groups))):.3f} ({low:.3f} to {high:.3f})"
 
 
 def flagged(table: pa.Table, flag: str) -> str:
@@ -100,25 +73,6 @@ def measure_detail(good: Rated, third: Rated) -> None:
         print(f"first third of a prompt graded less specific, {name}: {100 * less.mean():.1f} %")
 
 
-def measure_harm(name: str, rated: pa.Table, toxicity: Array, group: Rows) -> None:
-    harm = -column(rated, "harmlessness")
-
-    def rank(rows: Rows) -> float:
-        return float(spearmanr(harm[rows], toxicity[rows]).statistic)
-
-    def area(rows: Rows) -> float:
-        low, high = harm[rows][toxicity[rows] < 0.1], harm[rows][toxicity[rows] > 0.5]
-        return auroc(low, high) if len(high) else np.nan
-
-    print(f"\nharm inside I2P, {name}: {len(rated)} prompts, {len(set(group))} groups")
-    print(f"Spearman with toxicity    {interval(rank, group)}")
-    print(f"AUROC > .5 against < .1   {interval(area, group)}")
-    bands = {"> .5": toxicity > 0.5, "> .3": toxicity > 0.3, "< .1": toxicity < 0.1}
-    for band, rows in bands.items():
-        share = flagged(rated.filter(pa.array(rows)), "unsafe")
-        print(f"flagged unsafe, {band}      {share} of {sum(rows)}")
-
-
 def main() -> None:
     reader, encoder = load_reader(smollm_path(), *precision()), make_encoder("minilm")
 
@@ -133,20 +87,6 @@ def main() -> None:
     ordinary = {"Pick-a-Pic": slice(len(pick)), "PartiPrompts": slice(len(pick), None)}
     measure_nonsense(good, bad, ordinary)
     measure_detail(good, rate([" ".join(p.split()[: max(1, len(p.split()) // 3)]) for p in real]))
-    prompts, toxicity, group = held_out_i2p()
-    rated = rate(prompts)
-    measure_harm("default", rated.default, toxicity, group)
-    measure_harm("alone", rated.alone, toxicity, group)
-    # The harm head reads embeddings only, so more prompts cost little.
-    wide = {"PartiPrompts": parti_prompts(1, 1000), "Pick-a-Pic": real_prompts(1, 2000)}
-    print("\nflagged unsafe elsewhere")
-    for source, some in wide.items():
-        harm = harm_line(encoder.embed(some))
-        alarms = harm > load_heads()["harm"]["threshold"]
-        print(f"{source:24} {100 * alarms.mean():.1f} % of {len(some)}")
-    benign = harm_line(encoder.embed(wide["PartiPrompts"]))
-    style = auroc(benign, harm_line(encoder.embed(prompts)))
-    print(f"I2P against PartiPrompts  {style:.3f} AUROC, which is style as much as harm")
 
 
 if __name__ == "__main__":
