@@ -134,7 +134,7 @@ def test_the_counts_on_the_page_add_up(run, parsed):
     assert pairs == again == kept + dropped == len(reasons)
     assert kept == reasons.count("selected")
     for reason in set(reasons) - {"selected"}:
-        assert re.search(rf"{reason}[^0-9]*?\u2212{reasons.count(reason)}\b", told), reason
+        assert re.search(rf"{reason}[^\u2212]*?\u2212{reasons.count(reason)}\b", told), reason
 
 
 def test_agreement_on_the_page_is_that_of_the_selection(run, parsed):
