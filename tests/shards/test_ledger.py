@@ -26,9 +26,9 @@ def bars(monkeypatch):
     made = []
 
     @contextmanager
-    def bar(what, total):
+    def bar(what, total, done):
         advanced = []
-        made.append((what, total, advanced))
+        made.append((what, total, done, advanced))
         yield advanced.append
 
     monkeypatch.setattr("fifa.shards.pool.progress", bar)
@@ -60,7 +60,7 @@ def test_progress_counts_sizes_and_forgetting_removes_the_parts(tmp_path, bars):
     ledger = Ledger.beside(tmp_path / "table.parquet")
     map_shards("squares", squares, SHARDS[:2], ledger)
     map_shards("squares", squares, SHARDS, ledger)
-    assert bars == [("squares", 3, [0, 2, 1]), ("squares", 5, [3, 2])]
+    assert bars == [("squares", 3, 0, [2, 1]), ("squares", 5, 3, [2])]
     assert [path.name for path in tmp_path.iterdir()] == [".parts-table"]
     ledger.forget()
     assert list(tmp_path.iterdir()) == []

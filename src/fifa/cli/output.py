@@ -45,7 +45,7 @@ class Answer:
     after: Callable[[], None] | None = None
 
 
-def answer(text: object, **facts: Any) -> Answer:
+def answer(text: object, /, **facts: Any) -> Answer:
     """An `Answer` of a line, which is a path more often than not."""
     return Answer(str(text), facts)
 
