@@ -30,7 +30,8 @@ def main() -> None:
         if seed and not out.exists() and scores.is_dir():
             # the same feedback is scored once: a run finds what is named by its content
             out.mkdir(parents=True)
-            shutil.copy(options.folder / "seed-0" / "recipe.yaml", out)
+            for name in ("recipe.yaml", "run.json"):
+                shutil.copy(options.folder / "seed-0" / name, out)
             shutil.copytree(scores, out / "scores")
         demo(out, Demo(arms=arms, seed=seed, curve=0))
         found = json.loads((out / "evaluate" / "results.json").read_text("utf-8"))

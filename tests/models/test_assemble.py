@@ -115,6 +115,15 @@ def test_copies_of_a_variant_are_taken_where_there_are_any(made, tmp_path):
     assert half.encoders["text_encoder"] == plain.encoders["text_encoder"]
 
 
+def with_tiny_vae(base, tmp_path):
+    """The model, whose VAE says that it is of a class that diffusers reads from folders only."""
+    folder = shutil.copytree(base, tmp_path / "tiny")
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    settings["_class_name"] = "AutoencoderTiny"
+    (folder / "vae" / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def test_another_vae_takes_the_place_of_the_models(made, tmp_path):
     base, other = made["sd15"], write_model(tmp_path / "other", "sd15", seed=7)
     file = tmp_path / "vae.safetensors"
@@ -125,6 +134,10 @@ def test_another_vae_takes_the_place_of_the_models(made, tmp_path):
         folder = assembled(str(base), Train(vae=str(source)))
         same(parts_of(folder), wanted)
         assert load_backbone(folder).encoders != load_backbone(base).encoders
+    with pytest.raises(
+        FifaError, match=r"reads no AutoencoderTiny from a single file[\s\S]*folder"
+    ):
+        assembled(str(with_tiny_vae(base, tmp_path)), Train(vae=str(file)))
 
 
 def write_lora(base, folder, part="unet", alpha=1, targets=("to_q", "to_v")):

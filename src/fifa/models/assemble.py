@@ -182,6 +182,13 @@ def _vae(source: str, base: Path) -> Path:
 
 def _converted_vae(file: Path, base: Path, class_name: str) -> Path:
     diffusers = require("diffusers", "train")
+    readable = require("diffusers.loaders.single_file_model", "train").SINGLE_FILE_LOADABLE_CLASSES
+    if class_name not in readable:
+        raise FifaError(
+            f"diffusers reads no {class_name} from a single file",
+            where=str(file),
+            do="name the VAE's folder, with config.json",
+        )
     place = _place("vae", content_digest(file), model_digest(base / "vae", (".json",)))
     if not place.is_dir():
         with _library("the VAE", file), atomic_folder(place) as made:
