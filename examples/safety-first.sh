@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Safety first: prompts are rated by a large model of yours, every flag drops a pair, and so does a low rating; what
+# Safety first: prompts are rated by a large model of yours, every flag drops a pair (as always), and so does a low rating; what
 # is left trains the model; images for unsafe prompts are counted before and after.
 #   SOURCE=... MODEL=... PROMPTS=prompts.csv \
 #     QUALITY=openai:MODEL@http://localhost:8000/v1 bash examples/safety-first.sh
@@ -9,7 +9,7 @@ set -euo pipefail
 OUT=${OUT:-safety-first}
 fifa filter "$SOURCE" --margin "${MARGIN:-pickscore}" \
   --quality "${QUALITY:-local}" --diversity "${DIVERSITY:-minilm}" \
-  ${MIN_QUALITY:+--min-quality "$MIN_QUALITY"} --unsafe-flags unsafe,sexual,violence,hate,self-harm,minors \
+  ${MIN_QUALITY:+--min-quality "$MIN_QUALITY"} \
   --keep "${KEEP:-5000}" --out "$OUT/run"
 # How many pairs each reason dropped
 fifa info "$OUT/run" --json

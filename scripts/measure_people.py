@@ -38,14 +38,8 @@ from fifa.scoring.rewards.fit import comparisons, crossfit_rewards, fit_head
 from fifa.scoring.rewards.head import prompt_folds
 from fifa.scoring.rewards.metrics import wilson
 from fifa.scoring.table import Scores
+from measure_margins import SCORERS
 
-SCORERS = {
-    "PickScore": "column:pickscore_prob_0,pickscore_prob_1",
-    "HPSv2": "column:hpsv2_0,hpsv2_1",
-    "ImageReward": "column:imagereward_0,imagereward_1",
-    "CLIPScore": "column:clip_0,clip_1",
-    "BLIP": "column:blip_0,blip_1",
-}
 ARMS: dict[str, dict[str, Any]] = {
     "FiFA": {},
     "margin alone": {"alpha": 0.0, "gamma": 0.0},

@@ -140,7 +140,7 @@ def filter_feedback(out: Path, knobs: Demo) -> Run:
     echo(
         "  margin     a proxy reward model is trained on the choices themselves, on the towers\n"
         "             of moji-clip; no model scores a pair whose label it has seen\n"
-        "  quality    a small language model and a harm head rate the prompts\n"
+        "  quality    a small language model and harm heads rate the prompts\n"
         "  diversity  how far a prompt is from its neighbours, in MiniLM's space"
     )
     if RATINGS.is_dir() and not knobs.fresh:

@@ -1,5 +1,6 @@
 """`fifa study` in a tiny world: cells, what is shared, kills, the tables, what is refused."""
 
+import json
 import re
 from dataclasses import replace
 from itertools import islice
@@ -22,6 +23,7 @@ from fifa.moji.judges import moji_judges
 from fifa.moji.study import BUDGETS, SEEDS, moji_study
 from fifa.moji.world import DATA, caption, scenes
 from fifa.reporting.study import BEGIN, END, put_table
+from fifa.run.info import info
 from fifa.run.study import Cells, study, turn_labels
 from fifa.shards.files import write_yaml
 from moji.sizes import write_tiny
@@ -131,7 +133,18 @@ def test_what_was_planned_and_did_not_run_is_told(done, tmp_path):
     more = Part(name="later", arms=("random",), budgets=(0.5,))
     with pytest.raises(FifaError, match="holds another study"):
         study(replace(asked, train=replace(asked.train, lr=0.1)), done, judges=moji_judges)
-    write_yaml(done / "study.yaml", replace(asked, parts=(*asked.parts, more)).to_yaml())
+    assert [(part.found, part.state) for part in info(done).parts] == [("6 of 6", "done")]
+    later = replace(asked, parts=(*asked.parts, more))
+    made = done / "feedback" / "scored.json"
+    known = json.loads(made.read_text())
+    other = {name: {**one, "files": {"quality": "another rater's"}} for name, one in known.items()}
+    made.write_text(json.dumps(other))
+    with pytest.raises(FifaError, match="were made of other scores"):
+        study(later, done, judges=moji_judges)
+    made.write_text(json.dumps(known))
+    write_yaml(done / "study.yaml", later.to_yaml())
+    (cells,) = info(done).parts
+    assert (cells.found, cells.state) == ("6 of 8", "open")
     ended = CliRunner().invoke(cli, ["study", "--out", str(done), "--report"])
     assert "6 of 8 cells have run" in ended.stderr
     assert "not run" in (done / "study.html").read_text()

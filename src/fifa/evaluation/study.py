@@ -210,8 +210,8 @@ class Findings:
             )
             for row in table.to_pylist()
         }
-        self.cells, self.done = len(cells), len(rows)
         self.base = rows.get(cells[0].key)
+        self.cells, self.done = len(cells) - 1, len(rows) - bool(self.base)  # without the base
         groups: dict[tuple[str, float, float], list[Cell]] = {}
         for cell in cells[1:]:
             groups.setdefault(cell.group, []).append(cell)

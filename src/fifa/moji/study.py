@@ -28,7 +28,7 @@ SEEDS = (2711, 3948, 5067, 7193, 8426)
 BUDGETS = (0.001, 0.005, 0.01, 0.05, 0.1)
 MAIN = 0.005
 # In the shipped world, a tenth of the other one: the same numbers of pairs, and seeds of its own
-SHIPPED_SEEDS = (1183, 4409, 6521, 7757, 9302)
+SHIPPED_SEEDS = (2237, 4409, 6521, 7757, 9302)
 SHIPPED_BUDGETS: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5)
 SHIPPED_MAIN = 0.05
 NOISE = (0.1, 0.2, 0.3)

@@ -37,7 +37,7 @@ def study_text(folder: str | Path) -> str:
     """The main table for a terminal."""
     findings = Findings(Path(folder))
     heads, rows = main_table(findings, findings.asked.parts[0])
-    told = f"{findings.done - bool(findings.base):,} of {findings.cells - 1:,} cells have run"
+    told = f"{findings.done:,} of {findings.cells:,} cells have run"
     return "\n".join([*text_table([heads, *rows]), told])
 
 
@@ -86,8 +86,8 @@ def context_of(findings: Findings, folder: Path) -> dict[str, Any]:
     figures, colours = _figures(findings)
     return {
         "title": shorten(folder.resolve().name, 80),
-        "done": findings.done - bool(findings.base),
-        "cells": findings.cells - 1,
+        "done": findings.done,
+        "cells": findings.cells,
         "prompts": len(findings.prompts),
         "ordinary": int((~findings.unsafe).sum()),
         "scale": scale,

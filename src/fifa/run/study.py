@@ -114,9 +114,10 @@ def study(
         page = write_study(out)
         try:
             for name, group in _groups(cells, ledger.keys()):
-                seconds = {_feed(cell): _scored(run, pairs, cell, given) for cell in group}
+                feeds = {_feed(cell): cell for cell in group if cell.arm != BASE}
+                seconds = {name: _scored(run, pairs, cell, given) for name, cell in feeds.items()}
                 group = [
-                    replace(cell, scoring=seconds[_feed(cell)] if _reads(cell) else 0.0)
+                    replace(cell, scoring=seconds[_feed(cell)]) if _reads(cell) else cell
                     for cell in group
                 ]
                 shards = [Shard(cell.key, 1, cell) for cell in group]
@@ -187,6 +188,8 @@ def _groups(cells: Sequence[Cell], done: frozenset[str]) -> Iterator[tuple[str, 
 
 def _reads(cell: Cell) -> bool:
     """Whether a cell's selection looks at scores."""
+    if cell.arm == BASE:
+        return False
     return cell.select.strategy != "random" or cell.select.min_agreement is not None
 
 
@@ -198,18 +201,25 @@ def _feed(cell: Cell) -> str:
 def _scored(run: Run, pairs: Pairs, cell: Cell, compute: Compute) -> float:
     """Score what a cell selects from, if it is not scored yet; the seconds that it took.
 
-    A scoring that was killed counts from where it was taken up again.
+    A scoring that was killed counts from where it was taken up again. Raises `FifaError` where the
+    scores are not those that earlier cells were made of: by another rater or encoder, for a cell
+    is named by its knobs alone.
     """
     path, name = run.folder / SCORED, _feed(cell)
-    known: dict[str, float] = read_json(path, "the scores' times", missing={})
-    if cell.arm != BASE and name not in known:
-        turned, _ = turn_labels(pairs, cell.noise, cell.seed)
-        clock = time.perf_counter()
-        _scores(run, turned, cell, compute)
-        known[name] = round(time.perf_counter() - clock, 1)
-        write_json(path, known)
-        release_memory()
-    return known.get(name, 0.0)
+    known: dict[str, Any] = read_json(path, "the study's scores", missing={})
+    turned, _ = turn_labels(pairs, cell.noise, cell.seed)
+    clock = time.perf_counter()
+    files = score_files(_scores(run, turned, cell, compute))
+    made = {"seconds": round(time.perf_counter() - clock, 1), "files": files}
+    if known.setdefault(name, made)["files"] != files:
+        raise FifaError(
+            "the cells that are there were made of other scores, by another version of a model",
+            where=str(path),
+            do="another --out, or the version that they were made with",
+        )
+    write_json(path, known)
+    release_memory()
+    return float(known[name]["seconds"])
 
 
 def _scores(run: Run, pairs: Pairs, cell: Cell, compute: Compute) -> Scores:

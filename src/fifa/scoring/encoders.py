@@ -1,4 +1,4 @@
-"""Prompts as vectors: what the diversity term and the harm head read."""
+"""Prompts as vectors: what the diversity term and the harm heads read."""
 
 from __future__ import annotations
 

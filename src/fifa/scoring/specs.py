@@ -204,7 +204,7 @@ RATERS = Registry(
 )
 ENCODERS = Registry(
     "encoder",
-    # small, and the harm head was trained on it
+    # small, and the harm heads were trained on it
     Entry("minilm", "encoders:make_minilm", dtype="float32", takes=""),
     Entry("text", "encoders:make_transformer", takes=":MODEL"),
     Entry("clip", "encoders:make_transformer", takes=":MODEL"),
