@@ -44,8 +44,13 @@ def test_help_imports_no_heavy_library():
     code = f"import sys, fifa.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    command = [sys.executable, "-m", "fifa", "--help"]
-    assert b"filter" in subprocess.run(command, capture_output=True, check=True).stdout
+    code = (
+        "import os, sys, fifa.cli; sys.argv[1:] = ['--help']; fifa.cli.main();"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "filter" in done.stdout
+    assert done.stdout.endswith("passive False\n"), "torch reads it once, when it is loaded"
 
 
 def test_the_core_works_without_torch(shipped, tmp_path):
@@ -295,6 +300,20 @@ def test_every_command_that_prints_a_result_prints_it_as_json(shipped, tmp_path)
     assert json.loads(failed.stdout)["error"]["what"] == "not a run folder"
     assert "error: not a run folder" in failed.stderr
     assert "Traceback" in fifa("select", tmp_path, "--verbose").stderr
+
+
+def test_the_report_is_opened_or_said_where_it_is(shipped, tmp_path, monkeypatch):
+    run, opened = tmp_path / "run", []
+    monkeypatch.setattr("webbrowser.open", lambda page: opened.append(page) or True)
+    wanted = ["filter", shipped, *LIGHT, "--keep", "20", "--out", run, "--open"]
+    assert "report" not in fifa(*wanted, "--dry-run").stderr
+    assert opened == []
+    assert "no browser" not in fifa(*wanted).stderr
+    assert opened == [(run / "report.html").as_uri()]
+    monkeypatch.setattr("webbrowser.open", lambda page: False)
+    done = fifa("report", run, "--open")
+    assert f"no browser was found here; open {run / 'report.html'}" in done.stderr
+    assert done.returncode == 0
 
 
 def test_a_shell_completes_commands_and_options(monkeypatch):

@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
 def test_every_chapter_ends_in_one_report(finished):
     out, text = finished
     assert re.findall(r"\[(\d)/4\]", text) == ["1", "2", "3", "4"]
+    assert text.index("The first pictures") < text.index("[1/4]")
     assert "hidden utility" in (out / "report.html").read_text("utf-8")
     random = pq.read_table(out / "arms" / "random" / "data")
     assert random.num_rows == pq.read_table(out / "subset" / "data").num_rows == SMALL.keep

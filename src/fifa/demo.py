@@ -18,13 +18,18 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 import fifa
-from fifa.config import Demo, Read, Recipe, Score, Select
+from fifa.config import Demo, Evaluate, Read, Recipe, Score, Select, changed
 from fifa.console import echo
 from fifa.data.table import load_pairs
+from fifa.evaluation.generate import generate
+from fifa.evaluation.models import find_models
+from fifa.evaluation.prompts import read_prompts
+from fifa.evaluation.sampling import settings_for
 from fifa.evaluation.win_rates import Comparison
 from fifa.moji.family import CLIP, FEEDBACK, RATINGS, SD, TRUTH
 from fifa.moji.judges import moji_judges
 from fifa.moji.world import Scene, asked, caption, render, scenes
+from fifa.run.evaluation import start
 from fifa.run.folder import Run, start_run
 from fifa.run.steps import filter_pairs, load_scores
 from fifa.shards.files import atomic_path, write_text
@@ -75,6 +80,12 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
         "claims of FiFA can be checked.\n"
     )
     with only_writer(out):
+        start_run(out, recipe_of(knobs))
+        prompts, picture = out / "prompts.csv", out / "picture.png"
+        write_text(prompts, test_prompts(knobs))
+        if not picture.exists():
+            draw_base(picture, prompts, out, knobs)
+            echo(f"The first pictures, by the model as it is: {picture}")
         run = filter_feedback(out, knobs)
         subsets: dict[str, Path] = {arm: export_arm(run, arm) for arm in knobs.arms}
         echo("\nThe share of choices that are right, by the hidden utility (no arm uses it):")
@@ -93,8 +104,6 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
         }
 
         _print_chapter(3, "the same prompts and seeds for every model")
-        prompts = out / "prompts.csv"
-        write_text(prompts, test_prompts(knobs))
         evaluated = fifa.evaluate(
             SD,
             tuned,
@@ -102,25 +111,42 @@ def demo(out: str | Path, knobs: Demo | None = None) -> Path:
             out,
             judges=moji_judges(),
             scorers=(f"clipscore:{CLIP}",),
+            encoder=f"clip:{CLIP}",
             curve=knobs.curve,
-            seeds=knobs.images,
-            first_seed=1000 * knobs.seed,
-            steps=knobs.sampler_steps,
-            guidance=knobs.guidance,
-            sampler="ddim",
-            batch=64,
-            device="cpu",
             unsafe_categories=("unsafe",),
+            **images_of(knobs),
         )
-        write_sheet(out / "picture.png", evaluated.images, out / "evaluate")
+        write_sheet(picture, evaluated.images, out / "evaluate")
 
         _print_chapter(4, "the verdict, by the hidden utility (not used to select or train)")
         for line in verdict([c for c in evaluated.comparisons if c.scale.name == UTILITY]):
             echo(f"  {line}")
         report = out / "report.html"
-        echo(f"\nBase and arms side by side, prompts chosen by number: {out / 'picture.png'}")
+        echo(f"\nBase and arms side by side, prompts chosen by number: {picture}")
         echo(f"The report: {report}   ({time.monotonic() - began:.0f} seconds in all)")
         return report
+
+
+def images_of(knobs: Demo) -> dict[str, Any]:
+    """How images are made: knobs of `fifa.evaluate`."""
+    return {
+        "seeds": knobs.images,
+        "first_seed": 1000 * knobs.seed,
+        "steps": knobs.sampler_steps,
+        "guidance": knobs.guidance,
+        "sampler": "ddim",
+        "batch": 64,
+        "device": "cpu",
+    }
+
+
+def draw_base(path: Path, prompts: Path, out: Path, knobs: Demo) -> None:
+    """Write the sheet with the base model alone; the evaluation finds its images later."""
+    wanted = changed(Evaluate(), base=str(SD), prompts=str(prompts), **images_of(knobs))
+    models = find_models(wanted.base, {}, wanted.generate)
+    settings, folder = settings_for(wanted.generate, models[0].base), start(out, wanted)
+    images = generate(wanted, models, read_prompts(wanted.prompts), settings, folder)
+    write_sheet(path, images, folder)
 
 
 def recipe_of(knobs: Demo) -> Recipe:

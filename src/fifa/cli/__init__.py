@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -14,6 +15,9 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Run the command line; a mistake of the user is reported without a traceback."""
+    # Threads that wait should sleep: where cores are busy, spinning ones take ten times the time
+    # from those that compute. Has to be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         _check_text(sys.argv[1:])
         if code := cli(prog_name="fifa", standalone_mode=False):

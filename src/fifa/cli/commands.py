@@ -10,7 +10,7 @@ import click
 
 from fifa import __version__
 from fifa.cli.options import PATH, KnobCommand, check_runs, chosen, out_option, run_argument
-from fifa.cli.output import Answer, Command, Group, answer
+from fifa.cli.output import Answer, Command, Group, answer, open_option
 from fifa.errors import FifaError
 
 
@@ -29,6 +29,7 @@ def cli() -> None:
 @cli.command("filter", cls=KnobCommand, knobs="Recipe")
 @out_option()
 @click.option("--dry-run", is_flag=True, help="Print the recipe and what would be done, then stop.")
+@open_option
 def filter_command(out: Path, dry_run: bool, **options: Any) -> Answer:
     """Keep the pairs that are worth training on.
 
@@ -203,6 +204,7 @@ def rebuild_command(
 
 @cli.command("report")
 @run_argument
+@open_option
 def report_command(run: str) -> Answer:
     """Write the report of a run again.
 
@@ -379,6 +381,7 @@ def batch_read(run: str, file: Path, judge: bool) -> Answer:
     show_default=True,
     help="The run folder.",
 )
+@open_option
 def demo_command(out: Path, **options: Any) -> Answer:
     """The whole road in a small built-in world.
 
@@ -457,6 +460,7 @@ def convert_command(out: Path, **options: Any) -> Answer:
 
 @cli.command("evaluate", cls=KnobCommand, knobs="Evaluate")
 @out_option()
+@open_option
 def evaluate_command(out: Path, **options: Any) -> Answer:
     """Compare checkpoints with their base model.
 

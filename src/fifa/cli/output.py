@@ -10,14 +10,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fifa.console import QUIET, VERBOSE, collect_steps, output
+from fifa.console import QUIET, VERBOSE, collect_steps, echo, output
 from fifa.errors import FifaError
 
-JSON, SAYS = "fifa.json", "fifa.says"  # in a click context's meta
+if TYPE_CHECKING:
+    from click.decorators import FC
+
+JSON, SAYS, OPEN = "fifa.json", "fifa.says", "fifa.open"  # in a click context's meta
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,26 @@ def _flag(name: str, key: str, value: str, text: str) -> click.Option:
     )
 
 
+def open_option(command: FC) -> FC:
+    """Give a command whose answer has a ``report`` the option ``--open``."""
+    made = click.option(
+        "--open",
+        is_flag=True,
+        expose_value=False,
+        callback=_keep(OPEN, OPEN),
+        help="Open the report in a browser at the end.",
+    )
+    return made(command)
+
+
+def open_page(page: Path) -> None:
+    """Show a page in the browser, or say where it is if there is none."""
+    import webbrowser
+
+    if not webbrowser.open(page.absolute().as_uri()):
+        echo(f"no browser was found here; open {page.absolute()}")
+
+
 class Command(click.Command):
     """A command whose callback returns an `Answer`; None where it has printed by itself."""
 
@@ -105,6 +129,8 @@ class Command(click.Command):
             click.echo(_json(given.facts | ({"steps": steps} if given.steps and steps else {})))
         elif given.text:
             click.echo(given.text)
+        if OPEN in ctx.meta and "report" in given.facts:  # a dry run has none
+            open_page(given.facts["report"])
         if given.after:
             given.after()
         ctx.exit(given.code)

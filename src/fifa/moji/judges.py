@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,21 +127,22 @@ def moji_judges(path: Path = JUDGES) -> list[Judge]:
     """
     judges = Judges(path)
 
+    @lru_cache(maxsize=64)  # every judge is asked about the same images
+    def judged(prompts: tuple[str, ...], pixels: bytes) -> Judgement:
+        pictures = np.frombuffer(pixels, np.uint8).reshape(-1, WORLD.size, WORLD.size, 3).copy()
+        return judges.judge(prompts, pictures)
+
     def by(attribute: str) -> Callable[[list[str], list[Image.Image]], np.ndarray]:
         def measure(prompts: list[str], images: list[Image.Image]) -> np.ndarray:
-            found = getattr(judges.judge(prompts, as_pictures(images)), attribute)
+            found = getattr(judged(tuple(prompts), as_pictures(images).tobytes()), attribute)
             return np.asarray(found, np.float32)
 
         return measure
 
-    def hidden(prompts: list[str], images: list[Image.Image]) -> np.ndarray:
-        scenes = [asked(prompt) for prompt in prompts]
-        return utility(scenes, as_pictures(images)).astype(np.float32)
-
     weights = files_digest({"judges": path})
     truth = {"annotators": asdict(ANNOTATORS)}
     return [
-        Judge("hidden utility", hidden, scale="0 is the true picture", identity=truth),
+        Judge("hidden utility", by("utility"), scale="0 is the true picture", identity=truth),
         Judge("right object", by("object_right"), scale="0 or 1", identity=weights),
         Judge("right background", by("background_right"), scale="0 or 1", identity=weights),
         Judge("liked style", by("liked_style"), scale="probability", identity=weights),

@@ -281,8 +281,8 @@ class Average:
 def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
     """The optimiser that the training asks for.
 
-    AdamW is fused on CUDA. Adafactor is that of transformers with Salesforce's settings: the
-    learning rate is the training's, updates are clipped at a root mean square of 1.
+    AdamW is fused on CPU and CUDA. Adafactor is that of transformers with Salesforce's settings:
+    the learning rate is the training's, updates are clipped at a root mean square of 1.
 
     Raises `FifaError` where bitsandbytes is not installed, for ``adamw8bit``.
     """
@@ -305,7 +305,7 @@ def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
         choose = "pip install 'fifa-align[quant]', or choose --optimizer adamw or adafactor"
         bitsandbytes = require("bitsandbytes", what="8-bit AdamW", do=choose)
         return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings, fused=device.type == "cuda")
+    return torch.optim.AdamW(parameters, **settings, fused=device.type in ("cpu", "cuda"))
 
 
 @dataclass(frozen=True)
