@@ -1,6 +1,7 @@
 """Build the package, and see in clean environments that it and each extra give what they promise.
 
-    python scripts/check_extras.py [core] [local] [api] [ray] [train] [vote] [heic] [quant]
+    python scripts/check_extras.py [core] [local] [api] [ray] [train] [vote] [postgres] [heic]
+        [quant]
 
 Every name (all of them by default) gets an environment of its own with the wheel and that extra
 alone, and runs one small thing. The wheel has to be smaller than 30 MB and pass twine's check.
@@ -28,7 +29,8 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (f"{FILTER} {LIGHT}", "report"),
         ("train {out} --model {model} --steps 1 --batch 2 --device cpu --out {out}-t", "{out}-t"),
     ],
-    "vote": [("import fifa.evaluation.vote.app as app; print(app.__name__)", "vote.app")],
+    "vote": [("import fifa.evaluation.vote.app as app, segno; print(app.__name__)", "vote.app")],
+    "postgres": [("import psycopg; print(psycopg.pq.__impl__)", "binary")],
     "heic": [("import pillow_heif; print(pillow_heif.__version__)", ".")],
     "quant": [("import bitsandbytes; print(bitsandbytes.__version__)", ".")],
 }

@@ -627,36 +627,40 @@ class _Serve(KnobCommand):
 
 
 @vote_group.command("serve", cls=_Serve, knobs="Vote")
-@run_argument
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", callback=check_runs)
 @click.option("--new-invitation", is_flag=True, help="Make earlier invitation links invalid.")
-def vote_serve(run: str, new_invitation: bool, **options: Any) -> None:
+def vote_serve(runs: tuple[str, ...], new_invitation: bool, **options: Any) -> None:
     """Serve the page where people vote.
 
-    `fifa vote RUN` does the same.
+    `fifa vote RUN` does the same. Several runs get a page each, and one that lists them.
     """
     from fifa.config import Vote
     from fifa.evaluation.vote.serve import serve_votes
 
     vote = chosen(Vote(), options)
-    serve_votes(run, vote, new_invitation=new_invitation, show_link=click.echo)
+    serve_votes(runs, vote, new_invitation=new_invitation, show_link=click.echo)
 
 
 everybody_option = click.option(
     "--everybody", is_flag=True, help="Also count voters who failed their attention checks."
+)
+database_option = click.option(
+    "--database", metavar="URL", help="Where the votes are, if they are in PostgreSQL."
 )
 
 
 @vote_group.command("results")
 @run_argument
 @everybody_option
-def vote_results(run: str, everybody: bool) -> Answer:
+@database_option
+def vote_results(run: str, everybody: bool, database: str | None) -> Answer:
     """Show win rates and agreement so far.
 
     Win rates have intervals; agreement is that among the voters.
     """
     from fifa.evaluation.vote.results import results_text, vote_results
 
-    found = vote_results(run, everybody=everybody)
+    found = vote_results(run, everybody=everybody, database=database)
     return Answer(results_text(found), found.plain(), steps=False)
 
 
@@ -664,7 +668,8 @@ def vote_results(run: str, everybody: bool) -> Answer:
 @run_argument
 @out_option("The .parquet file to write.")
 @everybody_option
-def vote_export(run: str, out: Path, everybody: bool) -> Answer:
+@database_option
+def vote_export(run: str, out: Path, everybody: bool, database: str | None) -> Answer:
     """Write the votes as a data set.
 
     It is a preference data set that `fifa filter` reads.
@@ -672,6 +677,6 @@ def vote_export(run: str, out: Path, everybody: bool) -> Answer:
     from fifa.console import echo
     from fifa.evaluation.vote.export import export_votes
 
-    done = export_votes(run, out, everybody=everybody)
+    done = export_votes(run, out, everybody=everybody, database=database)
     echo(f"{done.pairs:,} pairs from {done.votes:,} votes; {done.left_out:,} votes left out")
     return answer(done.path, **asdict(done))

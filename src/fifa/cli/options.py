@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -254,7 +255,7 @@ def _type(hint: Any, bounds: dict[str, Any], default: Any, commas: bool) -> Any:
         return _Named() if get_origin(hint) is dict else _Commas()
     if get_origin(hint) is tuple and ... not in get_args(hint):
         return _Window(default)
-    return {bool: click.BOOL, str: click.STRING}.get(hint) or (
+    return {bool: click.BOOL, str: click.STRING, datetime: click.STRING}.get(hint) or (
         click.STRING if get_origin(hint) in (tuple, dict) else _Keep()
     )
 

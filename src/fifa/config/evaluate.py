@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -244,7 +245,15 @@ class Vote(Knobs):
     models
         Compare only these models; if not given, all of them.
     limit
-        Comparisons per voter; if not given, all of them.
+        Comparisons per voter, the same for all; if not given, all of them.
+    votes_per_voter
+        Votes that one voter is asked for, repeats and checks included, each from a draw of their
+        own; if not given, the whole order.
+    votes_per_pair
+        Votes that a comparison gets before it is shown to nobody else; if not given, any number.
+    until
+        When voting ends: 2026-12-24T18:00 in this machine's time, or with an offset, as in
+        2026-12-24T18:00+01:00.
     repeats
         Share of the comparisons that are shown again with sides swapped, to see whether voters are
         consistent.
@@ -262,11 +271,18 @@ class Vote(Knobs):
     port
         The port to listen on; 0: any free one.
     allow_hosts
-        Another name of this server, for example behind a proxy.
+        Another name of this server, for example behind a proxy; with https:// before it, links
+        begin with it.
+    database
+        Keep votes in this PostgreSQL database, postgresql://USER@HOST:PORT/NAME, instead of the
+        run's folder. Give the password as PGPASSWORD or in ~/.pgpass.
     """
 
     models: Annotated[tuple[str, ...], Option(commas=True)] = ()
     limit: Count | None = None
+    votes_per_voter: Count | None = None
+    votes_per_pair: Count | None = None
+    until: datetime | None = None
     repeats: Share = 0.0
     checks: Share = 0.0
     question: str = "Which image is better for this prompt?"
@@ -274,3 +290,4 @@ class Vote(Knobs):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8750
     allow_hosts: Annotated[tuple[str, ...], Option("--allow-host")] = ()
+    database: str | None = None

@@ -297,7 +297,7 @@ def test_a_voter_cookie_is_no_key_to_others(client: TestClient, ballot: Ballot) 
     begin(client)
     value = next(iter(client.cookies.jar)).value
     assert value
-    assert value.encode() not in ballot.store.path.read_bytes()
+    assert value.encode() not in ballot.store.database.path.read_bytes()
 
 
 def test_what_is_too_long_is_refused(client: TestClient, ballot: Ballot) -> None:

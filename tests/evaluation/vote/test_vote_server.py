@@ -119,11 +119,11 @@ def test_what_many_voters_heard_is_kept_whatever_kills_the_server(tmp_path: Path
 
 def test_ctrl_c_ends_well_and_tells_how_to_go_on(tmp_path: Path) -> None:
     run = make_run(tmp_path, prompts=1, seeds=1, size=8)
-    with served(run, "--port", 0) as (process, page, results):
+    with served(run, "--port", 0) as (process, page, _):
         with httpx2.Client(base_url=page, follow_redirects=True, timeout=60) as client:
             fields = begin(client, page)
             client.post("/vote", data={**fields, "answer": "tie"})
-            assert "50.0 %" in client.get(results).text
+            assert "50.0 %" in client.get("/results").text
         os.kill(process.pid, signal.SIGINT)
         process.join(120)
         told = run.with_name("said.txt").read_text()
@@ -136,7 +136,7 @@ def test_beyond_loopback_an_invitation_is_needed_and_stays_valid(tmp_path: Path)
     run = make_run(tmp_path, prompts=1, seeds=1, size=8)
     links = []
     for more in ((), (), ("--new-invitation",)):
-        with served(run, "--host", "0.0.0.0", "--port", 0, *more) as (_, page, results):
+        with served(run, "--host", "0.0.0.0", "--port", 0, *more) as (_, page, admin):
             port = httpx2.URL(page).port
             assert socket.gethostname() in page
             base = f"http://127.0.0.1:{port}"
@@ -147,7 +147,8 @@ def test_beyond_loopback_an_invitation_is_needed_and_stays_valid(tmp_path: Path)
                 assert client.get(f"/?{query}").status_code == 200
                 assert client.get("/").status_code == 200
                 assert client.get("/results").status_code == 403
-                assert client.get(f"/results?{results.partition('?')[2]}").status_code == 200
+                assert client.get(f"/results?{admin.partition('?')[2]}").status_code == 200
+                assert client.get("/admin").status_code == 200
             links.append(query)
     assert links[0] == links[1] != links[2]
 

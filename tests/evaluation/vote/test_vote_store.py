@@ -32,7 +32,7 @@ def test_a_voter_goes_on_where_they_were(store: VoteStore) -> None:
     store.register("x", "Ada", lambda number: trials_of(3))
     store.register("x", "again", lambda number: trials_of(9))
     assert store.vote("x", 0, "left")
-    again = VoteStore(store.path).place("x")
+    again = VoteStore(store.database.path).place("x")
     assert again is not None
     assert (again.position, again.total) == (1, 3)
     assert again.trials == tuple(trials_of(3)[1:])
@@ -61,7 +61,7 @@ def test_undo_takes_the_last_vote_back_once(store: VoteStore) -> None:
     assert not store.undo("x", 2)  # pressed twice
     assert store.vote("x", 1, "right")
     assert [vote.answer for vote in store.read().votes] == ["left", "right"]
-    with sqlite3.connect(store.path) as db:  # what was taken back is still told
+    with sqlite3.connect(store.database.path) as db:  # what was taken back is still told
         kept = db.execute("select answer, undone from vote order by id").fetchall()
     db.close()
     assert kept == [("left", 0), ("left", 1), ("right", 0)]
@@ -83,7 +83,7 @@ def test_other_answers_are_refused_by_the_file_itself(store: VoteStore) -> None:
 
 def test_many_voters_and_double_clicks_at_once(store: VoteStore) -> None:
     def person(number: int) -> int:
-        mine = VoteStore(store.path)
+        mine = VoteStore(store.database.path)
         mine.register(f"v{number}", None, lambda _: trials_of(10))
         return sum(mine.vote(f"v{number}", i, "left") for i in range(10))
 
@@ -102,13 +102,13 @@ def test_many_voters_and_double_clicks_at_once(store: VoteStore) -> None:
 
 
 def test_only_the_owner_reads_the_file(store: VoteStore) -> None:
-    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(store.database.path.stat().st_mode) == 0o600
 
 
 def test_secrets_stay_until_they_are_renewed(store: VoteStore) -> None:
     first = store.secret("invitation")
     assert len(first) >= 20
-    assert VoteStore(store.path).secret("invitation") == first
+    assert VoteStore(store.database.path).secret("invitation") == first
     assert store.secret("owner") != first
     assert store.secret("invitation", renew=True) != first
 

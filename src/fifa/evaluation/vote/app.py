@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import IO, Any
 from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
@@ -26,11 +30,14 @@ from starlette.routing import Route
 from fifa.console import echo
 from fifa.errors import FifaError
 from fifa.evaluation.vote.ballot import Ballot
-from fifa.evaluation.vote.guard import MAX_BODY, Guard, read_cookies, set_cookie
+from fifa.evaluation.vote.export import export_votes
+from fifa.evaluation.vote.guard import INVITATION, MAX_BODY, Guard, read_cookies, set_cookie
 from fifa.evaluation.vote.pictures import Picture
 from fifa.evaluation.vote.results import count_votes, voter_name
 from fifa.evaluation.vote.store import ANSWERS
 from fifa.formatting import page_templates
+from fifa.models.optional import require
+from fifa.shards.files import PREFIX
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -55,73 +62,109 @@ class Visitor:
 
 
 def create_app(
-    ballot: Ballot, *, tokens: dict[str, str] | None = None, hosts: tuple[str, ...] = ()
+    ballot: Ballot,
+    *,
+    tokens: dict[str, str] | None = None,
+    hosts: tuple[str, ...] = (),
+    base: str = "",
+    link: str = "",
 ) -> Guard:
-    """The ASGI app.
+    """The ASGI app of one run.
 
     Parameters
     ----------
     ballot
         What is voted on.
     tokens, hosts
-        As for `Guard`; without tokens everybody may vote and see the results.
+        As for `Guard`; without tokens everybody may vote and see the results, and there is no
+        admin page.
+    base, link
+        What its addresses begin with, and the whole link for voters, for the admin page.
     """
     suffix = ballot.sign("cookies")[:8]
-    pages = _Pages(ballot, f"fifa_voter_{suffix}", public=tokens is not None)
+    public = tokens is not None and INVITATION in tokens
+    pages = _Pages(ballot, f"fifa_voter_{suffix}", base=base, link=link, public=public)
     routes = [
-        Route("/", pages.vote_page),
-        Route("/start", pages.start, methods=["POST"]),
-        Route("/vote", pages.vote, methods=["POST"]),
-        Route("/undo", pages.undo, methods=["POST"]),
-        Route("/leave", pages.leave, methods=["POST"]),
-        Route("/image/{image}.png", pages.image),
-        Route("/results", pages.results),
-        *(Route(f"/{name}", _static(name, media)) for name, media in STATIC.items()),
+        Route(f"{base}/", pages.vote_page),
+        Route(f"{base}/start", pages.start, methods=["POST"]),
+        Route(f"{base}/vote", pages.vote, methods=["POST"]),
+        Route(f"{base}/undo", pages.undo, methods=["POST"]),
+        Route(f"{base}/leave", pages.leave, methods=["POST"]),
+        Route(f"{base}/image/{{image}}.png", pages.image),
+        Route(f"{base}/results", pages.results),
+        *static_routes(base),
     ]
-    handlers: dict[Any, Any] = {HTTPException: _http_error, FifaError: _error}
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    return Guard(app, hosts=hosts, tokens=tokens, suffix=suffix)
+    if tokens:
+        routes.append(Route(f"{base}/admin", pages.admin))
+        routes.append(Route(f"{base}/votes.parquet", pages.export))
+    app = Starlette(routes=routes, exception_handlers=HANDLERS)
+    return Guard(app, hosts=hosts, tokens=tokens, suffix=suffix, base=base)
+
+
+def summary(ballot: Ballot) -> dict[str, Any]:
+    """What the admin's pages say of a run."""
+    voters, votes = ballot.progress()
+    most, per_voter = ballot.options.votes_per_pair, ballot.options.votes_per_voter
+    return {
+        "voters": voters,
+        "votes": sum(voter.votes for voter in voters),
+        "finished": sum(0 < voter.total <= voter.votes for voter in voters),
+        "per_voter": per_voter,
+        "pairs": len(votes),
+        "fewest": min(votes),
+        "median": median(votes),
+        "most": max(votes),
+        "per_pair": most,
+        "full": sum(most is not None and count >= most for count in votes),
+        "until": ballot.until,
+        "ended": ballot.ended,
+    }
 
 
 class _Pages:
-    def __init__(self, ballot: Ballot, cookie: str, *, public: bool) -> None:
+    def __init__(self, ballot: Ballot, cookie: str, *, base: str, link: str, public: bool) -> None:
         self.ballot, self.cookie, self.public = ballot, cookie, public
-        self.templates = page_templates(HERE / "templates")
-        self.templates.filters["voter"] = voter_name
-        self.makers = asyncio.Semaphore(MAKERS)
+        self.base, self.link = base, link
+        self.makers, self.exporting = asyncio.Semaphore(MAKERS), asyncio.Lock()
 
     async def vote_page(self, request: Request) -> Response:
         """The next pair, the welcome before the first or the thanks after the last."""
         visitor = self._visitor(request)
         showing = await run_in_threadpool(self.ballot.showing, visitor.who)
         name = "welcome" if showing is None else "thanks" if showing.done else "vote"
+        if self.ballot.ended:
+            name = "ended"
         options = self.ballot.options
+        pairs = round(len(self.ballot.asked) * (1 + options.repeats + options.checks))
         response = self._page(
             name,
             token=visitor.token,
             showing=showing,
             question=options.question,
-            pairs=round(len(self.ballot.asked) * (1 + options.repeats + options.checks)),
+            pairs=min(pairs, options.votes_per_voter or pairs),
             about=options.repeats + options.checks > 0,
+            up_to=options.votes_per_pair is not None,
+            until=self.ballot.until,
             public=self.public,
         )
         if not visitor.known:
-            set_cookie(response, self.cookie, visitor.cookie)
+            set_cookie(response, self.cookie, visitor.cookie, self.base)
         return response
 
     async def start(self, request: Request) -> Response:
         """Draw the trials of this visitor."""
         visitor, fields = await self._form(request)
-        name = " ".join(fields.get("name", "").split())[:MAX_NAME] or None
-        await run_in_threadpool(self.ballot.register, visitor.who, name)
-        return RedirectResponse("/", 303)
+        name = " ".join(fields.get("name", "").replace("\0", "").split())[:MAX_NAME] or None
+        if not self.ballot.ended:
+            await run_in_threadpool(self.ballot.register, visitor.who, name)
+        return self._back()
 
     async def vote(self, request: Request) -> Response:
         """Commit a vote; then, and only then, say what comes next."""
         visitor, fields = await self._form(request)
         if fields.get("answer") not in ANSWERS:
             raise HTTPException(400, "no such answer")
-        taken = await run_in_threadpool(
+        taken = not self.ballot.ended and await run_in_threadpool(
             self.ballot.store.vote, visitor.who, _position(fields), fields["answer"]
         )
         return await self._next(request, visitor, taken)
@@ -129,14 +172,16 @@ class _Pages:
     async def undo(self, request: Request) -> Response:
         """Take the last vote back."""
         visitor, fields = await self._form(request)
-        taken = await run_in_threadpool(self.ballot.store.undo, visitor.who, _position(fields))
+        taken = not self.ballot.ended and await run_in_threadpool(
+            self.ballot.store.undo, visitor.who, _position(fields)
+        )
         return await self._next(request, visitor, taken)
 
     async def leave(self, request: Request) -> Response:
         """Forget this visitor, so that somebody else can vote here."""
         await self._form(request)
-        response = RedirectResponse("/", 303)
-        response.delete_cookie(self.cookie, httponly=True, samesite="lax")
+        response = self._back()
+        response.delete_cookie(self.cookie, self.base or "/", httponly=True, samesite="lax")
         return response
 
     async def image(self, request: Request) -> Response:
@@ -159,6 +204,51 @@ class _Pages:
         """What the votes say so far."""
         found = await run_in_threadpool(lambda: count_votes(self.ballot.store.read()))
         return self._page("results", results=found, question=self.ballot.options.question)
+
+    async def admin(self, request: Request) -> Response:
+        """How far voters are, and what whoever runs the vote needs."""
+        said = await run_in_threadpool(summary, self.ballot)
+        results = await run_in_threadpool(lambda: count_votes(self.ballot.store.read()))
+        code = require("segno", "vote").make(self.link, error="m", micro=False)
+        return self._page(
+            "admin",
+            **said,
+            name=self.ballot.run.resolve().name,
+            question=self.ballot.options.question,
+            results=results,
+            results_of={voter.number: voter for voter in results.voters},
+            link=self.link,
+            invited=self.public,
+            code=code.svg_inline(border=3, light="#ffffff", omitsize=True, svgclass="qr"),
+        )
+
+    async def export(self, request: Request) -> Response:
+        """The votes so far as `fifa vote export` writes them, of one moment."""
+        async with self.exporting:
+            try:
+                file = await run_in_threadpool(self._exported)
+            except FifaError as error:
+                return PlainTextResponse(f"{error}\n", 409)
+        size = file.seek(0, 2)
+        headers = {
+            "Content-Disposition": 'attachment; filename="votes.parquet"',
+            "Content-Length": str(size),
+        }
+        media = "application/vnd.apache.parquet"
+        return StreamingResponse(_file_pieces(file), media_type=media, headers=headers)
+
+    def _exported(self) -> IO[bytes]:
+        ballot = self.ballot
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=ballot.folder) as folder:
+            path = Path(folder) / "votes.parquet"
+            export_votes(ballot.run, path, database=ballot.options.database)
+            file = tempfile.TemporaryFile(dir=ballot.folder)  # noqa: SIM115
+            with path.open("rb") as made:
+                shutil.copyfileobj(made, file)
+        return file
+
+    def _back(self) -> Response:
+        return RedirectResponse(f"{self.base}/", 303)
 
     def _visitor(self, request: Request) -> Visitor:
         cookie = read_cookies(request.headers).get(self.cookie, "")
@@ -185,15 +275,36 @@ class _Pages:
     async def _next(self, request: Request, visitor: Visitor, taken: bool) -> Response:
         """What is shown now: as JSON for the script, as the page itself without one."""
         if request.headers.get("accept") != "application/json":
-            return RedirectResponse("/", 303)
+            return self._back()
         showing = await run_in_threadpool(self.ballot.showing, visitor.who)
         if showing is None:
             raise HTTPException(403, "nobody votes here yet: load the page again")
         return JSONResponse({**asdict(showing), "done": showing.done}, 200 if taken else 409)
 
-    def _page(self, name: str, **values: Any) -> Response:
-        text = self.templates.get_template(f"{name}.html.j2").render(values)
-        return Response(text, media_type="text/html")
+    def _page(self, template: str, /, **values: Any) -> Response:
+        return render(template, base=self.base, **values)
+
+
+def render(template: str, /, **values: Any) -> Response:
+    """A page from one of the templates."""
+    templates = page_templates(HERE / "templates")
+    templates.filters |= {"voter": voter_name, "day": _day}
+    text = templates.get_template(f"{template}.html.j2").render(values)
+    return Response(text, media_type="text/html")
+
+
+def _day(moment: datetime | str) -> str:
+    """``24 December 2026, 18:00 CET``, in this machine's time."""
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment).astimezone()
+    return f"{moment.day} {moment:%B %Y, %H:%M %Z}"
+
+
+async def _file_pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
+    with file:
+        file.seek(0)
+        while piece := await run_in_threadpool(file.read, PIECE):
+            yield piece
 
 
 async def _pieces(picture: Picture) -> AsyncIterator[bytes]:
@@ -222,6 +333,11 @@ def _position(fields: dict[str, str]) -> int:
     return int(text)
 
 
+def static_routes(base: str = "") -> Sequence[Route]:
+    """What all pages load."""
+    return [Route(f"{base}/{name}", _static(name, media)) for name, media in STATIC.items()]
+
+
 def _static(name: str, media: str) -> Any:
     data = (HERE / "static" / name).read_bytes()
 
@@ -240,3 +356,6 @@ async def _error(request: Request, error: Exception) -> Response:
     """A mistake of this machine's: its owner reads the details, voters do not."""
     echo(f"error: {error}")
     return PlainTextResponse("The vote could not be kept or shown; tell who invited you.\n", 503)
+
+
+HANDLERS: dict[Any, Any] = {HTTPException: _http_error, FifaError: _error}

@@ -10,6 +10,7 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from fifa.evaluation.vote.comparisons import (
     read_file,
 )
 from fifa.evaluation.vote.pictures import Picture, Pictures, canonical_png, scrambled_png
-from fifa.evaluation.vote.store import FILE, VoteStore
+from fifa.evaluation.vote.store import FILE, Progress, Quotas, open_store
 from fifa.formatting import shorten
 
 LONGEST = 2000  # characters of a prompt
@@ -44,7 +45,9 @@ class Showing:
 
     Parameters
     ----------
-    position, total
+    position
+        What a vote on it is sent with.
+    votes, total
         Votes that stand, and how many there will be.
     prompt
         Of the two images; "" at the end.
@@ -55,6 +58,7 @@ class Showing:
     """
 
     position: int
+    votes: int
     total: int
     prompt: str
     images: tuple[str, ...]
@@ -63,7 +67,7 @@ class Showing:
     @property
     def done(self) -> bool:
         """True if there is nothing left to vote on."""
-        return self.position >= self.total
+        return not self.images
 
 
 class Ballot:
@@ -72,8 +76,8 @@ class Ballot:
     Parameters
     ----------
     run
-        A run with generated images. Votes go to ``RUN/evaluate/votes.sqlite``; those that are
-        there go on, each voter with the trials drawn at first.
+        A run with generated images. Votes go where `open_store` says; those that are there go
+        on, each voter with the trials drawn at first.
     options
         What is asked of voters who are new.
 
@@ -85,19 +89,32 @@ class Ballot:
 
     def __init__(self, run: str | Path, options: Vote | None = None) -> None:
         self.options = options or Vote()
-        self.folder = Path(run) / FOLDER
+        self.run = Path(run)
+        self.folder = self.run / FOLDER
+        self.until = self.options.until and self.options.until.astimezone()
         every = load_comparisons(run)
         models = self.options.models
         asked = load_comparisons(run, models) if models else every
         if self.options.limit is not None:
             asked = draw_comparisons(asked, self.options.limit, self.options.seed)
-        self.store = VoteStore(self.folder / FILE, create=True)
+        quotas = Quotas(self.options.votes_per_voter, self.options.votes_per_pair)
+        self.store = open_store(run, self.options.database, create=True, quotas=quotas)
         self._check_same(every)
         self.store.add_comparisons(asked)
         self.asked = [one.key for one in asked]
         self.comparisons = self.store.read().comparisons
         self._key = self.store.secret("key").encode()
         self._pictures = Pictures(self.folder)
+
+    @property
+    def ended(self) -> bool:
+        """True once the time to vote is over."""
+        return self.until is not None and datetime.now(UTC) >= self.until
+
+    def progress(self) -> tuple[list[Progress], list[int]]:
+        """Every voter who began, and the votes that stand on each comparison asked now."""
+        voters, votes = self.store.progress()
+        return voters, [votes.get(key, 0) for key in self.asked]
 
     def sign(self, *parts: str) -> str:
         """32 hex characters that only this file of votes can make of ``parts``."""
@@ -117,21 +134,26 @@ class Ballot:
                 np.random.default_rng(int(self.sign("deck", stream, str(voter)), 16))
                 for stream in ("order", "sides")
             )
-            return draw_trials(
+            trials = draw_trials(
                 self.asked, order, sides, repeats=options.repeats, checks=options.checks
             )
+            if options.votes_per_pair is not None:  # any of them may have its votes by then
+                return trials
+            return trials[: options.votes_per_voter]
 
         self.store.register(who, name, draw)
 
     def showing(self, who: str) -> Showing | None:
-        """What the voter called ``who`` sees; None if there is none."""
+        """What the voter called ``who`` sees, no pair after the end; None if there is nobody."""
         place = self.store.place(who)
         if place is None:
             return None
-        prompt = self.comparisons[place.trials[0].comparison].prompt if place.trials else ""
-        ids = [self._ids(who, place.position + i) for i in range(len(place.trials))]
+        trials = () if self.ended else place.trials
+        prompt = self.comparisons[trials[0].comparison].prompt if trials else ""
+        ids = [self._ids(who, at) for at in place.positions[: len(trials)]]
         now, upcoming = [*ids, (), ()][:2]
-        return Showing(place.position, place.total, shorten(prompt, LONGEST), now, upcoming)
+        text = shorten(prompt, LONGEST)
+        return Showing(place.position, place.votes, place.total, text, now, upcoming)
 
     def image(self, who: str, image: str) -> Picture:
         """The picture that goes by this id for the voter called ``who``; KeyError if none does."""
@@ -173,7 +195,7 @@ class Ballot:
             raise FifaError(
                 f"{len(gone):,} comparisons that people were asked for are not in the index "
                 "any more",
-                where=str(self.store.path),
+                where=self.store.database.where,
                 do=f"evaluate into another folder, or move {FILE} away to start again",
             )
         changed_images(said.digests, self.folder)

@@ -18,7 +18,7 @@ from fifa.evaluation.pairs import row_groups
 from fifa.evaluation.vote.ballot import changed_images
 from fifa.evaluation.vote.comparisons import Comparison, read_file
 from fifa.evaluation.vote.results import count_votes, counted_votes, outcome
-from fifa.evaluation.vote.store import FILE, VoteStore
+from fifa.evaluation.vote.store import open_store
 from fifa.shards.files import atomic_path
 from fifa.shards.lock import only_writer
 
@@ -50,7 +50,9 @@ class ExportedVotes:
     left_out: int
 
 
-def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) -> ExportedVotes:
+def export_votes(
+    run: str | Path, path: str | Path, *, everybody: bool = False, database: str | None = None
+) -> ExportedVotes:
     """Write every comparison with a vote as a preference pair with a soft label.
 
     Images are on sides by the digest of their bytes, so the side says nothing of the model. The
@@ -64,6 +66,8 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
         The Parquet file to write.
     everybody
         Count voters who failed their attention checks as well.
+    database
+        As for `open_store`.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
         Where nobody has voted, or an image is gone or another one than was voted on.
     """
     folder, path = Path(run) / FOLDER, Path(path)
-    store = VoteStore(folder / FILE)
+    store = open_store(run, database)
     said = store.read()  # one moment of it, where people go on voting
     changed_images(said.digests, folder)
     results = count_votes(said, everybody=everybody)
@@ -80,7 +84,7 @@ def export_votes(run: str | Path, path: str | Path, *, everybody: bool = False) 
     for vote in counted:
         outcomes[vote.trial.comparison].append(outcome(vote))
     if not outcomes:
-        raise FifaError("no vote counts yet", where=str(store.path), do="run `fifa vote RUN`")
+        raise FifaError("no vote counts yet", where=store.database.where, do="run `fifa vote RUN`")
     rows = _rows(folder, said.comparisons, outcomes)
     with (
         only_writer(path, beside=True),

@@ -20,7 +20,9 @@ MAX_BODY = 4096  # bytes of a request; a vote has about 200
 MAX_QUERY = 8  # fields of an address; a link has one
 YEAR = 365 * 24 * 3600
 INVITATION = "invitation"  # of the address that voters are given
-OWNER = "owner"  # of the address of the results
+OWNER = "owner"  # of the address of whoever runs the vote
+# What voters may ask for beside pictures; everything else is the owner's
+FOR_VOTERS = {"/", "/start", "/vote", "/undo", "/leave", "/vote.css", "/vote.js", "/icon.svg"}
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
@@ -44,7 +46,7 @@ class Guard:
       rebinding).
     - A POST comes from a page of this server (Origin, Sec-Fetch-Site) and is a small form.
     - With ``tokens``, a visitor needs a cookie that an address with ``?invitation=TOKEN`` sets
-      once; results need ``?owner=TOKEN``, which lets in everywhere.
+      once, and may ask for what is ``for_voters`` and pictures; all else needs ``?owner=TOKEN``.
 
     Parameters
     ----------
@@ -53,9 +55,14 @@ class Guard:
     hosts
         Further names that the server goes by.
     tokens
-        `INVITATION` and `OWNER`; None lets everybody in, for loopback.
+        `OWNER`, and `INVITATION` unless everybody may vote and see the results, as on loopback;
+        None lets everybody in everywhere.
     suffix
         Of the cookies' names: ports share cookies, servers must not.
+    base
+        What the pages' addresses begin with, where several runs are on one server.
+    for_voters
+        Addresses that are not the owner's alone.
     """
 
     def __init__(
@@ -65,11 +72,13 @@ class Guard:
         hosts: Collection[str] = (),
         tokens: dict[str, str] | None = None,
         suffix: str = "",
+        base: str = "",
+        for_voters: Collection[str] = FOR_VOTERS,
     ) -> None:
         self.app = app
         self.hosts = {"localhost", socket.gethostname().lower(), *map(str.lower, hosts)}
         self.tokens = tokens
-        self.suffix = suffix
+        self.suffix, self.base, self.for_voters = suffix, base, for_voters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -124,20 +133,24 @@ class Guard:
                     rest = urlencode(query, doseq=True)
                     path = "/" + scope["path"].lstrip("/")  # "//name" would be another host
                     to = RedirectResponse(path + ("?" + rest if rest else ""), 303)
-                    set_cookie(to, f"fifa_{name}_{self.suffix}", token)
+                    set_cookie(to, f"fifa_{name}_{self.suffix}", token, self.base)
                     return to
         cookies = read_cookies(headers)
         may = {
             name: self._matches(name, cookies.get(f"fifa_{name}_{self.suffix}", ""))
             for name in (OWNER, INVITATION)
         }
-        if may[OWNER] or (may[INVITATION] and scope["path"] != "/results"):
+        path = scope["path"].removeprefix(self.base) or "/"
+        known = path in self.for_voters or path.startswith("/image/")
+        if INVITATION not in self.tokens:
+            may[INVITATION], known = True, known or path == "/results"
+        if may[OWNER] or (may[INVITATION] and known):
             return None
         return _refuse(403, "This page is for people who were invited: ask for the whole link.")
 
     def _matches(self, name: str, token: str) -> bool:
-        assert self.tokens is not None
-        return hmac.compare_digest(self.tokens[name].encode(), token.encode())
+        own = (self.tokens or {}).get(name)
+        return own is not None and hmac.compare_digest(own.encode(), token.encode())
 
 
 def is_address(name: str) -> bool:
@@ -162,9 +175,9 @@ def read_cookies(headers: Headers) -> dict[str, str]:
         return {}
 
 
-def set_cookie(response: Response, name: str, value: str) -> None:
-    """A cookie that scripts do not see and that other sites' requests do not carry."""
-    response.set_cookie(name, value, max_age=YEAR, httponly=True, samesite="lax")
+def set_cookie(response: Response, name: str, value: str, base: str = "") -> None:
+    """A cookie below ``base`` that scripts do not see and other sites' requests do not carry."""
+    response.set_cookie(name, value, max_age=YEAR, path=base or "/", httponly=True, samesite="lax")
 
 
 def _bad_post(headers: Headers) -> Response | None:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from fifa.evaluation.generate import FOLDER
 from fifa.evaluation.stats import WinRate, alpha, by_category, win_rate
 from fifa.evaluation.vote.comparisons import CHECK, COMPARE, REPEAT, Comparison
-from fifa.evaluation.vote.store import FILE, Snapshot, Vote, VoteStore
+from fifa.evaluation.vote.store import Snapshot, Vote, open_store
 from fifa.formatting import number, percent, shorten
 from fifa.scoring.rewards.metrics import wilson
 
@@ -130,7 +129,9 @@ class Results:
         return plain
 
 
-def vote_results(run: str | Path, *, everybody: bool = False) -> Results:
+def vote_results(
+    run: str | Path, *, everybody: bool = False, database: str | None = None
+) -> Results:
     """What the votes of a run say so far.
 
     Parameters
@@ -139,13 +140,15 @@ def vote_results(run: str | Path, *, everybody: bool = False) -> Results:
         A run folder that people voted on.
     everybody
         Count voters who failed their attention checks as well.
+    database
+        As for `open_store`.
 
     Raises
     ------
     FifaError
         Where nobody has voted yet.
     """
-    return count_votes(VoteStore(Path(run) / FOLDER / FILE).read(), everybody=everybody)
+    return count_votes(open_store(run, database).read(), everybody=everybody)
 
 
 def count_votes(said: Snapshot, *, everybody: bool = False) -> Results:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fifa.config import Vote
 from fifa.console import echo
@@ -19,61 +20,87 @@ from fifa.shards.lock import only_writer
 
 
 def serve_votes(
-    run: str | Path,
+    runs: Sequence[str | Path],
     options: Vote | None = None,
     *,
     new_invitation: bool = False,
     show_link: Callable[[str], None] = print,
 ) -> None:
-    """Serve the voting page of a run until it is stopped.
+    """Serve the voting page of one run, or of several, until it is stopped.
 
     Parameters
     ----------
-    run, options
+    runs, options
         As for `Ballot`. Beyond loopback, and behind a proxy, visitors need the invitation in the
-        link that is shown, and results another one.
+        link that is shown; the admin page always needs its own.
     new_invitation
-        Make a new token: the links given out so far end.
+        Make new tokens: the links given out so far end.
     show_link
-        Gets the links, one at a time.
+        Gets the links, one at a time: of one run, the voters' and the admin's; of several, the
+        start page's and the voters' of each.
 
     Raises
     ------
     FifaError
-        As `Ballot` does, and where the address cannot be listened on.
+        As `Ballot` does, where a run is given twice, and where the address cannot be listened on.
     """
-    for module in ("starlette", "uvicorn"):
+    for module in ("starlette", "uvicorn", "segno"):
         require(module, "vote")
     options = options or Vote()
-    folder = Path(run) / FOLDER
-    with only_writer(folder) if folder.is_dir() else nullcontext():
-        _serve(run, options, new_invitation, show_link)
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise FifaError("a run is given twice", do="name every run once")
+    with ExitStack() as stack:
+        for run in runs:
+            folder = Path(run) / FOLDER
+            if folder.is_dir() and options.database is None:
+                stack.enter_context(only_writer(folder))
+        _serve([Ballot(run, options) for run in runs], options, new_invitation, show_link)
 
 
 def _serve(
-    run: str | Path, options: Vote, new_invitation: bool, show_link: Callable[[str], None]
+    ballots: Sequence[Ballot],
+    options: Vote,
+    new_invitation: bool,
+    show_link: Callable[[str], None],
 ) -> None:
     from fifa.evaluation.vote.app import create_app
     from fifa.evaluation.vote.guard import INVITATION, OWNER, is_loopback
+    from fifa.evaluation.vote.site import Site, run_name, voters_link
 
-    host, names = options.host, options.allow_hosts
-    ballot = Ballot(run, options)
-    tokens = None
-    if names or not is_loopback(host):
-        tokens = {
-            name: ballot.store.secret(name, renew=new_invitation) for name in (INVITATION, OWNER)
-        }
-    app = create_app(ballot, tokens=tokens, hosts=(*names, host))
+    host, given = options.host, options.allow_hosts
+    names = tuple(urlsplit(name).hostname or name for name in given)
+    needed = (INVITATION, OWNER) if names or not is_loopback(host) else (OWNER,)
+    tokens = [
+        {name: ballot.store.secret(name, renew=new_invitation) for name in needed}
+        for ballot in ballots
+    ]
     listening = _listen(host, options.port)
-    port = listening.getsockname()[1]
-    base = f"http://{_address(host, names)}:{port}"
-    show_link(f"{base}/" + (f"?{INVITATION}={tokens[INVITATION]}" if tokens else ""))
-    show_link(f"{base}/results" + (f"?{OWNER}={tokens[OWNER]}" if tokens else ""))
-    echo(f"{len(ballot.asked):,} comparisons to vote on; stop with Ctrl-C, votes are kept")
+    origin = _origin(host, given, listening.getsockname()[1])
+    app: Any
+    if len(ballots) == 1:
+        link = voters_link(origin, tokens[0])
+        app = create_app(ballots[0], tokens=tokens[0], hosts=(*names, host), link=link)
+        links, owner = [link, f"{origin}/admin?{OWNER}={tokens[0][OWNER]}"], []
+    else:
+        by_name = {run_name(ballot): ballot for ballot in ballots}
+        secrets = dict(zip(by_name, tokens, strict=True))
+        app = Site(by_name, secrets, hosts=(*names, host), origin=origin)
+        links, owner = list(map(app.link, by_name)), [f"{origin}/?{OWNER}={app.owner}"]
+    for one in owner + links:
+        show_link(one)
+    asked = " + ".join(f"{len(ballot.asked):,}" for ballot in ballots)
+    until, ended = ballots[0].until, ballots[0].ended
+    end = f" {'until' if not ended else 'ended'} {until:%Y-%m-%d %H:%M %Z}" if until else ""
+    echo(f"{asked} comparisons to vote on{end}; stop with Ctrl-C, votes are kept")
     with listening, suppress(KeyboardInterrupt):  # which is how it is meant to end
         server_of(app).run(sockets=[listening])
-    found = count_votes(ballot.store.read())
-    echo(f"{found.votes:,} votes of {found.counted:,} voters; fifa vote results {run}")
+    more = " --database ..." if options.database else ""
+    for ballot in ballots:
+        found = count_votes(ballot.store.read())
+        echo(
+            f"{found.votes:,} votes of {found.counted:,} voters; "
+            f"fifa vote results {ballot.run}{more}"
+        )
 
 
 def server_of(app: Any, most: int | None = None, **limits: float) -> Any:
@@ -116,9 +143,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _address(host: str, names: tuple[str, ...]) -> str:
+def _origin(host: str, names: tuple[str, ...], port: int) -> str:
+    """What the links begin with."""
+    if names and "://" in names[0]:
+        return names[0].rstrip("/")
     if names:
-        return names[0]
-    if host in ("0.0.0.0", "::"):
-        return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
+        host = names[0]
+    elif host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

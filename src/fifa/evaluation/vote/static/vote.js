@@ -16,7 +16,7 @@
       const image = new Image();
       image.alt = "";
       image.draggable = false;
-      image.src = `/image/${id}.png`;
+      image.src = `${vote.dataset.images}${id}.png`;
       loaded.set(id, image.decode().then(() => image, (error) => {
         loaded.delete(id);
         throw error;
@@ -48,11 +48,13 @@
     prompt.textContent = state.prompt;
     prompt.scrollTop = 0;
     for (const form of [vote, undo]) form.elements.position.value = state.position;
-    undo.querySelector("button").disabled = state.position === 0;
-    document.getElementById("progress").value = state.position;
+    undo.querySelector("button").disabled = state.votes === 0;
+    const progress = document.getElementById("progress");
+    progress.max = state.total; // fewer, where others fill pairs meanwhile
+    progress.value = state.votes;
     document.getElementById("count").lastChild.textContent =
-      `${state.position + 1} of ${state.total}`;
-    status.textContent = `Pair ${state.position + 1} of ${state.total}: ${state.prompt}`;
+      `${state.votes + 1} of ${state.total}`;
+    status.textContent = `Pair ${state.votes + 1} of ${state.total}: ${state.prompt}`;
     for (const id of loaded.keys()) {
       if (![...state.images, ...state.upcoming].includes(id)) loaded.delete(id);
     }
