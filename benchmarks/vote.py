@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import json
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ import pyarrow as pa
 from PIL import Image
 
 from common import report
-from fifa.evaluation.vote.store import open_store
+from fifa.evaluation.vote.store import Snapshot, open_store
 from fifa.run.folder import begin
 from fifa.shards.files import write_table
 
@@ -57,29 +58,39 @@ def main() -> None:
             finally:
                 server.kill()
         said = open_store(run, asked.database).read()
-    stored = defaultdict[str, int](int)
-    for vote in said.votes:
-        stored[str(said.voters[vote.voter])] += 1
-    lost = sum(max(0, count - stored[name]) for name, count in load.accepted.items())
+    rows, facts = table(load, said, used)
+    name = "vote-postgresql" if asked.database else "vote-sqlite"
+    report(name, rows, voters=asked.voters, look_s=asked.look, **facts)
+    if facts["lost"] or facts["accepted"] != facts["stored"]:
+        raise SystemExit("votes were lost")
+
+
+def table(load: Load, said: Snapshot, used: float) -> tuple[list[list[str]], dict[str, float]]:
+    """The rows that are printed, and the same as numbers; ``used`` is the server's CPU seconds."""
+    stored = Counter(str(said.voters[vote.voter]) for vote in said.votes)
     accepted = sum(load.accepted.values())
+    facts = {
+        "accepted": accepted,
+        "stored": len(said.votes),
+        "lost": sum(max(0, count - stored[name]) for name, count in load.accepted.items()),
+        "votes_a_second": accepted / load.wall,
+        "server_cores": used / load.wall,
+        "p50_ms": 1000 * float(np.percentile(load.seconds["a vote"], 50)),
+        "p95_ms": 1000 * float(np.percentile(load.seconds["a vote"], 95)),
+    }
     rows = [["", "requests", "p50", "p95", "p99", "most"]]
     for what, seconds in load.seconds.items():
         cuts = [1000 * float(np.percentile(seconds, part)) for part in (50, 95, 99, 100)]
         rows.append([what, f"{len(seconds):,}", *(f"{cut:.1f} ms" for cut in cuts)])
-    rows.append(["votes accepted", f"{accepted:,}"] + [""] * 4)
-    rows.append(["votes in the database", f"{len(said.votes):,}"] + [""] * 4)
-    rows.append(["votes lost", f"{lost:,}"] + [""] * 4)
-    rows.append(["votes a second", f"{accepted / load.wall:.0f}"] + [""] * 4)
-    rows.append(["server's cores", f"{used / load.wall:.2f}"] + [""] * 4)
-    report(
-        "vote-postgresql" if asked.database else "vote-sqlite", rows,
-        voters=asked.voters, look_s=asked.look, accepted=accepted, stored=len(said.votes),
-        lost=lost, votes_a_second=accepted / load.wall,
-        p50_ms=1000 * float(np.percentile(load.seconds["a vote"], 50)),
-        p95_ms=1000 * float(np.percentile(load.seconds["a vote"], 95)),
-    )  # fmt: skip
-    if lost or len(said.votes) != accepted:
-        raise SystemExit("votes were lost")
+    for what, name, form in (
+        ("votes accepted", "accepted", ",d"),
+        ("votes in the database", "stored", ",d"),
+        ("votes lost", "lost", ",d"),
+        ("votes a second", "votes_a_second", ".0f"),
+        ("server's cores", "server_cores", ".2f"),
+    ):
+        rows.append([what, format(facts[name], form), *[""] * 4])
+    return rows, facts
 
 
 def make_run(run: Path, prompts: int, size: int) -> Path:
@@ -181,8 +192,6 @@ class Line:
         return answer
 
     async def _send(self, request: bytes):
-        import json
-
         if self.open is None:
             self.open = await asyncio.open_connection(self.host, self.port)
         reader, writer = self.open

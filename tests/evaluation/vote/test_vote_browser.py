@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow.parquet as pq
 import pytest
 from test_vote_server import served
 from vote_worlds import make_run
 
-from fifa.evaluation.vote.store import FILE, VoteStore
+from fifa.evaluation.vote.store import FILE, VoteStore, open_store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
@@ -327,3 +328,31 @@ def test_text_can_be_read_and_all_be_reached_by_keyboard(
     assert len(found) > 30
     assert [(ratio, text) for ratio, text in found if ratio < 4.5] == []
     assert votes(run) == ["tie", "left", "left", "left"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_admin_page_fits_and_can_be_read_wide_and_on_a_phone(
+    browser: Any, page_for_many: tuple[Path, str], scheme: str
+) -> None:
+    run, link = page_for_many
+    with voter(browser, link) as page:
+        start(page, "a name of one long word " + "x" * 36)
+        page.keyboard.press("ArrowLeft")
+        at(page, 2)
+    token = open_store(run).secret("owner")
+    with voter(browser, f"{link}admin?owner={token}", color_scheme=scheme) as page:
+        for size in (WIDE, PHONE):
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
+            found = page.evaluate(CONTRAST)
+            assert len(found) > 20
+            assert [(ratio, text) for ratio, text in found if ratio < 4.5] == []
+        expect(page.get_by_label("The link for voters", exact=True)).to_have_value(link)
+        expect(page.get_by_role("img", name="QR code of the link for voters")).to_be_visible()
+        expect(page.get_by_role("progressbar").first).to_be_visible()
+        expect(page.get_by_role("region", name="Voters")).to_have_attribute("tabindex", "0")
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download the votes so far").click()
+        assert pq.read_metadata(download.value.path()).num_rows >= 1
+        page.get_by_role("link", name="Results").click()
+        expect(page.get_by_role("heading", name="Voters")).to_be_visible()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from vote_worlds import make_run
 from attack.voters import Load, Person, free_port
 from commands import fifa
 from fifa.cli import main
-from fifa.evaluation.vote.store import FILE, VoteStore
+from fifa.evaluation.vote.store import FILE, VoteStore, open_store
 from forked import start
 
 JSON = {"accept": "application/json"}
@@ -53,7 +54,7 @@ def served(run: Path, *options: object) -> Iterator[tuple[Any, str, str]]:
 def begin(client: httpx2.Client, page: str) -> dict[str, str]:
     """Start to vote, or go on; gives the fields of the next vote but the answer."""
     text = client.get(page).text
-    if 'action="/start"' in text:
+    if '/start"' in text:
         own = re.search(r'name="token" value="(\w+)"', text)
         assert own
         text = client.post("/start", data={"token": own[1]}).text
@@ -115,6 +116,77 @@ def test_what_many_voters_heard_is_kept_whatever_kills_the_server(tmp_path: Path
     assert len(into.stored - into.accepted) <= into.unheard
     assert (into.taken, into.redealt) == (0, 0)
     assert into.refused == into.posts - into.unheard - len(into.accepted) - into.lost
+
+
+def test_two_servers_share_one_postgres_and_a_kill_loses_nothing(
+    tmp_path: Path, postgres: str
+) -> None:
+    runs = [make_run(tmp_path / name / "run", prompts=9, seeds=1, size=8) for name in "ab"]
+    options = ("--port", 0, "--database", postgres, "--votes-per-pair", 3)
+    with served(runs[0], *options) as (process, first, _):
+        shutil.copy(runs[0] / "evaluate" / "votes.schema", runs[1] / "evaluate")
+        with served(runs[1], *options) as (_, second, admin):
+            jar = httpx2.Cookies()
+            for i in range(4):
+                page = (first, second)[i % 2]
+                if i == 3:
+                    os.kill(process.pid, signal.SIGKILL)
+                with httpx2.Client(
+                    base_url=page, cookies=jar, follow_redirects=True, timeout=60
+                ) as client:
+                    fields = begin(client, page)
+                    done = client.post("/vote", data={**fields, "answer": "left"}, headers=JSON)
+                    assert done.json()["votes"] == i + 1
+                    jar = client.cookies
+            with httpx2.Client(base_url=second, follow_redirects=True, timeout=60) as client:
+                assert "<b>4</b> votes of <b>1</b> voter" in client.get(admin).text
+                assert client.get("/votes.parquet").status_code == 200
+    for run in runs:
+        said = run.with_name("said.txt").read_text()
+        assert "hidden-word" not in said
+        assert len(open_store(run, postgres).read().votes) == 4
+        assert not (run / "evaluate" / FILE).exists()
+    done = fifa("vote", "export", runs[0], "--out", tmp_path / "x.parquet", "--database", postgres)
+    assert "4 pairs from 4 votes" in done.stderr
+    for command in (("results", runs[0]), ("export", runs[0], "--out", tmp_path / "y.parquet")):
+        done = fifa("vote", *command)
+        assert "--database URL" in done.stderr
+
+
+def test_a_database_that_cannot_be_reached_is_told_without_its_password(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg", reason="pip install 'fifa-align[postgres]' to test it")
+    run = make_run(tmp_path / "run", prompts=1, seeds=1, size=8)
+    for url, message in (
+        ("postgresql://me:hidden-word@127.0.0.1:9/votes", "127.0.0.1:9/votes"),
+        ("mysql://me:hidden-word@127.0.0.1/votes", "no URL of a PostgreSQL database"),
+        ("hidden-word", "no URL of a PostgreSQL database"),
+        ("postgresql://me:hidden-word@[::1/votes", "no URL of a PostgreSQL database"),
+        ("postgresql://me@127.0.0.1/votes?no=hidden-word", "no URL of a PostgreSQL database"),
+    ):
+        done = fifa("vote", run, "--database", url)
+        assert done.returncode == 1
+        assert message in done.stderr, done.stderr
+        assert "hidden-word" not in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
+
+
+def test_a_second_server_of_a_folder_is_refused_and_votes_are_exported_meanwhile(
+    tmp_path: Path,
+) -> None:
+    runs = [make_run(tmp_path / name / "run", prompts=2, seeds=1, size=8) for name in "ab"]
+    with (
+        served(runs[0], runs[1], "--port", 0) as (_, start_page, page, *_),
+        httpx2.Client(base_url=page, follow_redirects=True, timeout=60) as client,
+    ):
+        assert "owner=" in start_page
+        said = fifa("vote", runs[1], "--port", 0)
+        assert said.returncode == 1
+        assert "is writing here" in said.stderr
+        fields = begin(client, page)
+        assert client.post("/vote", data={**fields, "answer": "tie"}).status_code == 200
+        done = fifa("vote", "export", runs[0], "--out", tmp_path / "votes.parquet")
+        assert "1 pairs from 1 votes" in done.stderr
+        assert "no vote counts yet" in fifa("vote", "export", runs[1], "--out", "x.parquet").stderr
 
 
 def test_ctrl_c_ends_well_and_tells_how_to_go_on(tmp_path: Path) -> None:

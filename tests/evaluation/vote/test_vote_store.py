@@ -139,3 +139,17 @@ def test_a_file_that_was_begun_and_no_more_is_made_whole(tmp_path: Path) -> None
     store.add_comparisons([ONE])
     store.register("x", None, lambda number: trials_of(1))
     assert store.vote("x", 0, "tie")
+
+
+def test_votes_of_an_earlier_version_go_on(store: VoteStore) -> None:
+    store.register("x", None, lambda number: trials_of(3))
+    store.vote("x", 0, "left")
+    with sqlite3.connect(store.database.path) as db:  # as it was before there were quotas
+        db.execute("drop table tally")
+    db.close()
+    assert len(VoteStore(store.database.path).read().votes) == 1
+    again = VoteStore(store.database.path, create=True)
+    again.add_comparisons([ONE])
+    assert again.progress()[1] == {"k": 1}
+    assert again.vote("x", 1, "tie")
+    assert again.progress()[1] == {"k": 2}
