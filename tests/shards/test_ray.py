@@ -79,6 +79,42 @@ def test_images_scored_on_a_cluster_give_the_bytes_of_the_local_pool(
     assert list((tmp_path / "shared").iterdir()) == []
 
 
+def test_every_step_of_scoring_gives_the_same_bytes_on_a_cluster(cluster, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REWARDS)
+    monkeypatch.syspath_prepend(str(Path(REWARDS).parent))
+    from feedback import write_feedback
+    from tiny_lm import byte_tokenizer, tiny_llama
+    from tiny_models import write_clip
+    from transformers import PreTrainedTokenizerFast
+
+    from fifa.config import Compute
+    from fifa.console import collect_facts
+    from fifa.scoring import diversity, encoders, quality, score
+    from fifa.scoring.rewards import features
+
+    for module, name in ((encoders, "SHARD"), (quality, "SHARD"), (diversity, "QUERIES")):
+        monkeypatch.setattr(module, name, 3)
+    monkeypatch.setattr(features, "SHARD", 16)
+    model, clip = tmp_path / "lm", f"clip:{tmp_path / 'clip'}"
+    tiny_llama().save_pretrained(model)
+    PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(model)
+    write_clip(tmp_path / "clip", image_size=64)
+    pairs = write_feedback(tmp_path / "pairs")
+    asked = {"margin": f"proxy@{clip}", "quality": f"local:{model}", "diversity": clip, "k": 3}
+
+    def scored(name, compute):
+        with collect_facts() as facts:
+            score(pairs, **asked, folder=tmp_path / name, compute=compute)
+        return facts, {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+
+    here, files = scored("here", Compute())
+    cluster = Compute(executor="ray", actors=2, num_cpus=0.5, store=str(tmp_path / "shared"))
+    assert scored("there", cluster) == (here, files)
+    assert here["prompts_rated"] == pairs.prompts.num_rows > 6
+    assert len(files) >= 5
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
 def test_an_error_of_the_step_reaches_the_person(cluster, tmp_path):
     ledger = Ledger(str(tmp_path / "parts"))
     with pytest.raises(FifaError, match="cannot be squared"):

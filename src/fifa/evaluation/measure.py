@@ -33,6 +33,7 @@ from fifa.scoring.rewards import load_reward
 from fifa.scoring.rewards.features import image_features
 from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.specs import REWARDS
+from fifa.shards.executors import executor_of
 from fifa.shards.files import read_table, write_table
 
 MEASURES = "measures.parquet"
@@ -257,8 +258,10 @@ def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Com
     if asked.rater != "none":
         texts = dict(zip(ids, images["prompt"].to_pylist(), strict=True))
         prompts = pa.table([list(texts), list(texts.values())], schema=PROMPTS)
-        limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
-        rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
+        limits: dict[str, Any] = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
+        with executor_of(compute) as executor:
+            limits["executor"] = executor
+            rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
         for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
             if flags is not None:
                 harm = any(flag in UNSAFE_FLAGS for flag in flags.split(","))

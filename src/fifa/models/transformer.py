@@ -59,6 +59,10 @@ class ModelEncoder:
     device: str = "auto"
     dtype: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it loads its model anew, in the precision that names its vectors."""
+        return ModelEncoder, (self.name, self.folder, self.tower, self.device, self.precision)
+
     @cached_property
     def precision(self) -> str:
         """The dtype that it computes in."""

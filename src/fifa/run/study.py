@@ -41,7 +41,7 @@ from fifa.run.folder import SCORES_INDEX, Run, begin, check_run, start_run
 from fifa.run.steps import export_step, read_step, select_step, train
 from fifa.scoring import check_score, score
 from fifa.scoring.table import Scores, score_files
-from fifa.shards.executors import make_executor
+from fifa.shards.executors import executor_of
 from fifa.shards.files import (
     atomic_path,
     check_free,
@@ -108,14 +108,14 @@ def study(
                 with atomic_path(run.scores / path.name) as temporary:
                     shutil.copyfile(path, temporary)
         ledger, cells = Ledger(str(out / ROWS)), cells_of(asked)
-        given = asked.compute
-        executor = make_executor(given.executor, given.actors, given.num_cpus, given.num_gpus)
         make = Make(asked, out.resolve(), judges, _devices())
         page = write_study(out)
-        try:
+        with executor_of(asked.compute) as executor:
             for name, group in _groups(cells, ledger.keys()):
                 feeds = {_feed(cell): cell for cell in group if cell.arm != BASE}
-                seconds = {name: _scored(run, pairs, cell, given) for name, cell in feeds.items()}
+                seconds = {
+                    name: _scored(run, pairs, cell, asked.compute) for name, cell in feeds.items()
+                }
                 group = [
                     replace(cell, scoring=seconds[_feed(cell)]) if _reads(cell) else cell
                     for cell in group
@@ -124,8 +124,6 @@ def study(
                 for _ in run_shards(f"cells of {name}", make, shards, ledger, executor):
                     pass
                 page = write_study(out)
-        finally:
-            executor.close()
         shutil.rmtree(out / WORK, ignore_errors=True)
     return page
 

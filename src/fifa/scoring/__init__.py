@@ -72,38 +72,50 @@ def score(
         For a spec that names nothing, a missing column, an endpoint that is down.
     """
     from fifa.scoring.diversity import diversity_scores
-    from fifa.scoring.margin import margin_scores
     from fifa.scoring.quality import quality_scores
-    from fifa.scoring.specs import REWARDS
     from fifa.scoring.table import Scores
+    from fifa.shards.executors import executor_of
 
     compute, folder = compute or Compute(), Path(folder) if folder is not None else None
     specs = (margin,) if isinstance(margin, str) else tuple(margin)
     knobs = Score(specs, quality, diversity, k, budget)
     check_score(knobs)
-    options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
-    made: dict[str, pa.Table] = {}
     diverse, rated = None, None
-    with step("margin"):
-        # Columns first: a mistyped name is refused before a model is loaded. Judges last: what
-        # the others are unsure of is what they are asked.
-        parsed = {spec: REWARDS.parse(spec) for spec in specs}
-        cheaper = [spec for spec in specs if not parsed[spec].is_judge]
-        for spec in sorted(
-            specs, key=lambda spec: (parsed[spec].is_judge, not parsed[spec].is_column)
-        ):
-            if parsed[spec].is_judge:
-                options |= {"budget": budget, "cheaper": [made[other] for other in cheaper]}
-            made[spec] = margin_scores(pairs, spec, folder, **options)
-    with step("diversity"):
-        if diversity != "none":
-            diverse = diversity_scores(pairs, diversity, k=k, folder=folder, device=compute.device)
-    with step("quality"):
-        if quality != "none":
-            limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
-            rated = quality_scores(pairs, quality, folder=folder, **limits)
+    with executor_of(compute) as executor:
+        shared: dict[str, Any] = {"folder": folder, "executor": executor}
+        with step("margin"):
+            options = {**shared, "compute": compute, "allow_download": allow_download}
+            made = _margins(pairs, specs, budget, options)
+        with step("diversity"):
+            if diversity != "none":
+                options = {**shared, "k": k, "device": compute.device}
+                diverse = diversity_scores(pairs, diversity, **options)
+        with step("quality"):
+            if quality != "none":
+                limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
+                options = {**shared, **limits}
+                rated = quality_scores(pairs, quality, **options)
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
+
+
+def _margins(
+    pairs: Pairs, specs: Sequence[str], budget: int | float, options: dict[str, Any]
+) -> dict[str, pa.Table]:
+    """The margins by their specs."""
+    from fifa.scoring.margin import margin_scores
+    from fifa.scoring.specs import REWARDS
+
+    # Columns first: a mistyped name is refused before a model is loaded. Judges last: what the
+    # others are unsure of is what they are asked.
+    parsed = {spec: REWARDS.parse(spec) for spec in specs}
+    cheaper = [spec for spec in specs if not parsed[spec].is_judge]
+    made: dict[str, pa.Table] = {}
+    for spec in sorted(specs, key=lambda spec: (parsed[spec].is_judge, not parsed[spec].is_column)):
+        if parsed[spec].is_judge:
+            options = {**options, "budget": budget, "cheaper": [made[one] for one in cheaper]}
+        made[spec] = margin_scores(pairs, spec, **options)
+    return made
 
 
 def check_specs(knobs: Score) -> None:

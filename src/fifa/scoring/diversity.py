@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,14 @@ from fifa.config import Score
 from fifa.console import echo, note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
+from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
 from fifa.models.transformer import Vectors
 from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
 from fifa.scoring.neighbours import (
     Rows,
     Search,
+    approximate_index,
     approximate_search,
     device_search,
     exact_search,
@@ -30,7 +33,7 @@ from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import DIVERSITY, score_path, scored_once
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Shard, map_shards
+from fifa.shards.pool import Executor, Shard, map_shards, store_of
 
 FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
 EXACT_UP_TO = 200_000  # prompts without CUDA; docs/diversity.md has the times it comes from
@@ -47,6 +50,7 @@ def diversity_scores(
     folder: Path | None = None,
     knn: Literal["auto", "exact", "approx"] = "auto",
     device: str | None = None,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """How much every unique prompt adds to the diversity of all of them.
 
@@ -73,6 +77,9 @@ def diversity_scores(
         Where a built-in encoder computes, and where 50,000 prompts or more are searched exactly
         if it is CUDA (fewer are searched on the CPU); None: the fastest device. Distances are
         the same up to rounding, so the score file is too.
+    executor
+        Who embeds and searches; by default this process. Workers elsewhere get all vectors, and an
+        approximate index that was built here; they search on what they have.
 
     Returns
     -------
@@ -107,8 +114,8 @@ def diversity_scores(
     path = folder and score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make(ledger: Ledger) -> pa.Table:
-        found = prompt_embeddings(pairs, encoder, folder) if given is None else given
-        distance, facts = _distances(found, nearest, method, place, ledger)
+        found = prompt_embeddings(pairs, encoder, folder, executor) if given is None else given
+        distance, facts = _distances(found, nearest, method, place, ledger, executor)
         # h_c = log ||z_c - z_c^(k)||, bounded below
         entropy = np.log(np.maximum(distance, np.float32(FLOOR)))
         if n == 1:
@@ -121,7 +128,8 @@ def diversity_scores(
         metadata = {"fifa.score": json.dumps(facts)}
         return pa.table([*columns, pa.array(entropy)], schema=DIVERSITY.with_metadata(metadata))
 
-    return scored_once(path, make, {"encoder": identity, "k": k, "floor": FLOOR})
+    facts = {"encoder": identity, "k": k, "floor": FLOOR}
+    return scored_once(path, make, facts, store_of(executor))
 
 
 def entropy_estimate(log_distances: Vectors, k: int, dimensions: int) -> float:
@@ -189,33 +197,77 @@ def _search_device(n: int, device: str | None) -> str:
     return found if found.startswith("cuda") else "cpu"
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """Finds the distances of a block of prompts to their k-th neighbours.
+
+    Parameters
+    ----------
+    vectors
+        All prompts, float32 [n, d].
+    k
+        The neighbour.
+    device
+        Where to search exactly, with a torch device or (``cpu``) faiss; None: with the index.
+    index
+        As `fifa.scoring.neighbours.approximate_index` gave it.
+    """
+
+    vectors: Vectors
+    k: int
+    device: str | None
+    index: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another worker has another device."""
+        plain = None if self.index is None else require("faiss").serialize_index(self.index)
+        return _nearest, (self.vectors, self.k, self.device is None, plain)
+
+    def __call__(self, part: slice) -> pa.Table:
+        """``distance`` of a part of the prompts, float32."""
+        rows = np.arange(part.start, part.stop)
+        found = self.search(self.vectors[part], self.k + 1)
+        return pa.table({"distance": kth_distances(self.vectors, rows, found)})
+
+    @cached_property
+    def search(self) -> Search:
+        """The search, made once."""
+        if self.device is None:
+            return approximate_search(self.vectors, self.index)
+        if self.device == "cpu":
+            return exact_search(self.vectors)
+        return device_search(self.vectors, self.device)
+
+
+def _nearest(vectors: Vectors, k: int, approximate: bool, plain: Any) -> Nearest:
+    """`Nearest` in a worker."""
+    device = None if approximate else _search_device(len(vectors), None)
+    index = None if plain is None else require("faiss").deserialize_index(plain)
+    return Nearest(vectors, k, device, index)
+
+
 def _distances(
-    vectors: Vectors, k: int, method: str, device: str, ledger: Ledger
+    vectors: Vectors,
+    k: int,
+    method: str,
+    device: str,
+    ledger: Ledger,
+    executor: Executor | None,
 ) -> tuple[Vectors, dict[str, Any]]:
     """The distance to the k-th neighbour of every prompt, and how it was found."""
     n = len(vectors)
     if k < 1:  # one prompt, or none
         return np.full(n, np.nan, np.float32), {"prompts": n, "knn": "none"}
-    if method == "approx":
-        device = "cpu"
-
-    @cache
-    def build() -> Search:
-        if method == "approx":
-            return approximate_search(vectors)
-        return exact_search(vectors) if device == "cpu" else device_search(vectors, device)
-
-    def measure(start: int) -> pa.Table:
-        rows = np.arange(start, min(start + QUERIES, n))
-        found = build()(vectors[start : start + QUERIES], k + 1)
-        return pa.table({"distance": kth_distances(vectors, rows, found)})
-
-    starts = range(0, n, QUERIES)
-    shards = [Shard(f"from-{i}", min(QUERIES, n - i), i) for i in starts]
+    approximate = method == "approx"
+    index = approximate_index(vectors) if approximate else None
+    nearest = Nearest(vectors, k, None if approximate else device, index)
+    parts = [slice(i, min(i + QUERIES, n)) for i in range(0, n, QUERIES)]
+    shards = [Shard(f"from-{part.start}", part.stop - part.start, part) for part in parts]
     kept = ledger if len(shards) > 1 else Ledger()
-    table = map_shards(f"{k} nearest neighbours ({method})", measure, shards, kept)
-    facts: dict[str, Any] = {"prompts": n, "knn": method, "device": device, "neighbour": k}
-    if method == "approx":
-        facts["recall"] = sampled_recall(vectors, build(), k)
+    table = map_shards(f"{k} nearest neighbours ({method})", nearest, shards, kept, executor)
+    facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
+    facts["device"] = "cpu" if approximate else device
+    if approximate:
+        facts["recall"] = sampled_recall(vectors, nearest.search, k)
         echo(f"diversity: approximate neighbours, recall@{k} {facts['recall']:.3f} on a sample")
     return table["distance"].to_numpy(), facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from fifa.scoring.table import (
 )
 from fifa.shards.files import column_digest
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Shard, map_shards
+from fifa.shards.pool import Executor, Shard, map_shards, store_of
 
 SHARD = 4096  # prompts embedded between two points where a run can be resumed
 
@@ -91,7 +92,12 @@ def make_transformer(spec: Spec, device: str, dtype: str | None) -> ModelEncoder
     return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)
 
 
-def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = None) -> Vectors:
+def prompt_embeddings(
+    pairs: Pairs,
+    spec: str | Encoder,
+    folder: Path | None = None,
+    executor: Executor | None = None,
+) -> Vectors:
     """The vectors of ``pairs.prompts``, float32 [prompts, d], L2-normalised.
 
     They pass through float16, in which they are kept in ``folder`` as
@@ -107,33 +113,44 @@ def prompt_embeddings(pairs: Pairs, spec: str | Encoder, folder: Path | None = N
         prompt's first row counts. Or an encoder of your own.
     folder
         Where scores are kept; None keeps nothing.
+    executor
+        Who embeds; by default this process. An encoder of your own travels to its workers.
     """
     if isinstance(spec, str) and (parsed := ENCODERS.parse(spec)).is_column:
         return column_embeddings(pairs, parsed.model)
     encoder = make_encoder(spec) if isinstance(spec, str) else spec
-    return embed_prompts(pairs.prompts, encoder, folder)
+    return embed_prompts(pairs.prompts, encoder, folder, executor)
 
 
-def embed_prompts(prompts: pa.Table, encoder: Encoder, folder: Path | None = None) -> Vectors:
+def embed_prompts(
+    prompts: pa.Table,
+    encoder: Encoder,
+    folder: Path | None = None,
+    executor: Executor | None = None,
+) -> Vectors:
     """`prompt_embeddings` of a table of `fifa.data.table.PROMPTS`."""
     n = prompts.num_rows
     if n == 0:
         return np.empty((0, 1), np.float32)
 
-    def embed(start: int) -> pa.Table:
-        vectors = encoder.embed(prompts["prompt"].slice(start, SHARD).to_pylist())
-        return features_table(vectors.astype(np.float16))
+    def texts(start: int) -> list[str]:
+        part: list[str] = prompts["prompt"].slice(start, SHARD).to_pylist()
+        return part
 
     def make(ledger: Ledger) -> Iterator[np.ndarray]:
         # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
         shards = [Shard(f"from-{i}", min(SHARD, n - i), i) for i in range(0, n, SHARD)]
-        yield table_features(
-            map_shards(f"embedding prompts ({encoder.name})", embed, shards, ledger)
-        )
+        what, embed = f"embedding prompts ({encoder.name})", partial(_embedded, encoder)
+        yield table_features(map_shards(what, embed, shards, ledger, executor, texts))
         note(prompts_embedded=n)
 
-    half = array_once(embeddings_path(prompts, encoder, folder), make, n)
+    path = embeddings_path(prompts, encoder, folder)
+    half = array_once(path, make, n, store_of(executor))
     return normalised(half.astype(np.float32))
+
+
+def _embedded(encoder: Encoder, prompts: list[str]) -> pa.Table:
+    return features_table(encoder.embed(prompts).astype(np.float16))
 
 
 def keep_embeddings(pairs: Pairs, encoder: Encoder, vectors: Vectors, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,9 @@ from fifa.scoring.table import (
     scored_once,
     source_columns,
 )
-from fifa.shards.executors import make_executor
+from fifa.shards.executors import executor_of
 from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Executor
 
 Numbers = npt.NDArray[np.float32]
 
@@ -76,6 +76,7 @@ def margin_scores(
     *,
     compute: Compute | None = None,
     allow_download: bool = False,
+    executor: Executor | None = None,
     budget: int | float = Score.budget,
     cheaper: Sequence[pa.Table] = (),
 ) -> pa.Table:
@@ -103,6 +104,8 @@ def margin_scores(
         Where scores are kept; None keeps nothing.
     compute, allow_download
         How to look at images, and whether to fetch those that are only known by URL.
+    executor
+        Who runs models; by default whom ``compute`` names.
     budget, cheaper
         Of a vision-language judge: about which part of the pairs it is asked
         (`fifa.config.Score`), and the tables of cheaper scorers that say which.
@@ -132,6 +135,11 @@ def margin_scores(
             do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
         )
     compute = compute or Compute()
+    if executor is None:
+        with executor_of(compute) as own:
+            options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
+            options |= {"budget": budget, "cheaper": cheaper}
+            return margin_scores(pairs, spec, folder, executor=own, **options)
     if parsed.is_judge:
         rewards = [(t["reward_0"].to_numpy(), t["reward_1"].to_numpy()) for t in cheaper]
         # against a label of 1 the signed margin is d itself
@@ -143,14 +151,14 @@ def margin_scores(
         if image := parsed.at:
             text = image if image.startswith("clip:") else train.text
             train = replace(train, image=image, text=text)
-        return crossfit_rewards(pairs, folder=folder, options=train)
-    with _engine(spec, folder, compute, allow_download) as engine:
-        table = engine.score_pairs(pairs)
-        encoder = getattr(engine.model, "encoder", None)
-        if folder is not None and encoder is not None:  # the diversity step finds them there
-            vectors = engine.prompt_features(pairs.prompts["prompt"])
-            keep_embeddings(pairs, encoder, vectors, folder)
-        return table
+        return crossfit_rewards(pairs, folder=folder, options=train, executor=executor)
+    engine = _engine(spec, folder, compute, executor, allow_download)
+    table = engine.score_pairs(pairs)
+    encoder = getattr(engine.model, "encoder", None)
+    if folder is not None and encoder is not None:  # the diversity step finds them there
+        vectors = engine.prompt_features(pairs.prompts["prompt"])
+        keep_embeddings(pairs, encoder, vectors, folder)
+    return table
 
 
 def image_rewards(
@@ -166,7 +174,8 @@ def image_rewards(
         asked = ((images, prompts.to_pylist()) for images, prompts in sets)
         return [judge_images(*one, parsed, folder, compute) for one in asked]
     rewards = []
-    with _engine(spec, folder, compute) as engine:
+    with executor_of(compute) as executor:
+        engine = _engine(spec, folder, compute, executor)
         for images, prompts in sets:
             coded = prompts.dictionary_encode()
             different = pa.chunked_array([coded.dictionary])
@@ -175,11 +184,14 @@ def image_rewards(
     return rewards
 
 
-@contextmanager
 def _engine(
-    spec: str, folder: Path | None, compute: Compute, allow_download: bool = False
-) -> Iterator[Engine]:
-    """The engine of a reward model, run as ``compute`` says: here, by N processes or on Ray."""
+    spec: str,
+    folder: Path | None,
+    compute: Compute,
+    executor: Executor,
+    allow_download: bool = False,
+) -> Engine:
+    """The engine of a reward model, fed as ``compute`` says."""
     load = partial(
         load_reward,
         spec,
@@ -191,11 +203,7 @@ def _engine(
     model = load()
     # workers elsewhere may have other devices; the precision that names the scores is this one
     load = partial(load, dtype=runtime_of(model).dtype)
-    executor = make_executor(compute.executor, compute.actors, compute.num_cpus, compute.num_gpus)
-    try:
-        yield Engine(model, folder, compute, executor, load, allow_download=allow_download)
-    finally:
-        executor.close()
+    return Engine(model, folder, compute, executor, load, allow_download=allow_download)
 
 
 def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:

@@ -45,25 +45,36 @@ def exact_search(vectors: Vectors) -> Search:
     return search
 
 
-def approximate_search(vectors: Vectors) -> Search:
-    """An inverted file with 4-bit product codes over ``vectors`` [n, d]; candidates re-ranked.
+def approximate_index(vectors: Vectors) -> Any | None:
+    """An inverted file with 4-bit product codes over ``vectors`` [n, d]; None for few of them.
 
-    About 2 sqrt(n) cells, of which `PROBES` are read; codes of 1 bit a number, and `REFINE`
-    candidates a neighbour compared exactly. The same vectors give the same index. A prompt for
-    which it finds too few is searched exactly, and so is a set of fewer than `FEWEST`.
+    About 2 sqrt(n) cells, and codes of 1 bit a number. The same vectors give the same index.
     """
     faiss = require("faiss")
     n, d = vectors.shape
     if n < FEWEST:
-        return exact_search(vectors)
+        return None
     cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(n))), n // 39))
     width = next(w for w in (4, 3, 2, 1) if d % w == 0)
     index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,RFlat", faiss.METRIC_L2)
     index.train(vectors[:: max(1, n // (64 * cells))])
     index.add(vectors)
-    index.k_factor = REFINE
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(PROBES, cells))
+    return index
+
+
+def approximate_search(vectors: Vectors, index: Any | None) -> Search:
+    """The search of ``vectors`` [n, d] with their `approximate_index`; exact where that is None.
+
+    `PROBES` cells are read, and `REFINE` candidates a neighbour compared exactly. A prompt for
+    which it finds too few is searched exactly.
+    """
     exact = exact_search(vectors)
+    if index is None:
+        return exact
+    faiss = require("faiss")
+    index.k_factor = REFINE
+    probes = min(PROBES, faiss.extract_index_ivf(index).nlist)
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", probes)
 
     def search(queries: Vectors, k: int) -> Rows:
         found: Rows = index.search(queries, k)[1]

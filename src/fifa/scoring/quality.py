@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from fifa.scoring.specs import RATERS
 from fifa.scoring.table import NUMERIC, QUALITY, score_path, scored_once, source_columns
 from fifa.shards.files import digest, read_table
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Shard, map_shards
+from fifa.shards.pool import Executor, Shard, map_shards, store_of
 from fifa.shards.sealed import DamagedError
 
 SHARD = 1024  # prompts rated here between two points where a run can be resumed
@@ -80,6 +81,7 @@ def quality_scores(
     folder: Path | None = None,
     in_flight: int = Compute.in_flight,
     max_tokens: int = Compute.max_tokens,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """Rate every unique prompt of ``pairs``.
 
@@ -96,6 +98,8 @@ def quality_scores(
         Requests to an endpoint under way at once.
     max_tokens
         Tokens that an endpoint's answer may have, with the thinking before it.
+    executor
+        Who runs a rater's own model; by default this process.
 
     Returns
     -------
@@ -117,8 +121,8 @@ def quality_scores(
         content = (digest(numbers), *prompts_identity(pairs.prompts))
         path = folder and score_path(folder, "quality", f"column-{name}", *content)
         return scored_once(path, lambda ledger: ratings, {"rater": name})
-    options = {"in_flight": in_flight, "max_tokens": max_tokens}
-    return prompt_quality(pairs.prompts, spec, folder=folder, **options)
+    limits = {"in_flight": in_flight, "max_tokens": max_tokens}
+    return prompt_quality(pairs.prompts, spec, folder=folder, executor=executor, **limits)
 
 
 def column_ratings(pairs: Pairs, name: str) -> pa.Table:
@@ -151,7 +155,13 @@ def column_ratings(pairs: Pairs, name: str) -> pa.Table:
 
 
 def prompt_quality(
-    prompts: pa.Table, spec: str, *, folder: Path | None, in_flight: int, max_tokens: int
+    prompts: pa.Table,
+    spec: str,
+    *,
+    folder: Path | None,
+    in_flight: int,
+    max_tokens: int,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """`quality_scores` of a table of `fifa.data.table.PROMPTS`; ``spec`` is no column."""
     rater = make_rater(spec, folder, in_flight=in_flight, max_tokens=max_tokens)
@@ -164,21 +174,22 @@ def prompt_quality(
         if unrated:  # the others' answers are kept, so only these are asked for
             echo(f"asking again for {unrated:,} prompts that could not be rated before")
             path.unlink()
-    facts = {"rater": rater.identity}
-    return scored_once(path, lambda ledger: _rated(prompts, rater, folder, ledger), facts)
+    facts, store = {"rater": rater.identity}, store_of(executor)
+    options = (folder, executor)
+    return scored_once(path, lambda ledger: _rated(prompts, rater, ledger, *options), facts, store)
 
 
-def _rated(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -> pa.Table:
+def _rated(
+    table: pa.Table, rater: Rater, ledger: Ledger, folder: Path | None, executor: Executor | None
+) -> pa.Table:
     prompts: list[str] = table["prompt"].to_pylist()
     vectors: Vectors | None = None
     if prompts and isinstance(rater, DefaultRater):
         # Of the same encoder as the diversity step's default: embedded once for both.
-        vectors = embed_prompts(table, make_encoder("minilm"), folder)
+        vectors = embed_prompts(table, make_encoder("minilm"), folder, executor)
 
-    def rate(part: slice) -> pa.Table:
-        if isinstance(rater, DefaultRater) and vectors is not None:
-            return rater.rate(prompts[part], vectors[part])
-        return rater.rate(prompts[part])
+    def given(part: slice) -> tuple[Any, ...]:
+        return (prompts[part],) if vectors is None else (prompts[part], vectors[part])
 
     if not prompts:
         ratings = RATINGS.empty_table()
@@ -190,6 +201,11 @@ def _rated(table: pa.Table, rater: Rater, folder: Path | None, ledger: Ledger) -
             Shard(digest(rater.identity, prompts[part]), part.stop - part.start, part)
             for part in parts
         ]
-        ratings = map_shards(f"rating prompts ({rater.name})", rate, shards, ledger)
+        what, rate = f"rating prompts ({rater.name})", partial(_rate, rater)
+        ratings = map_shards(what, rate, shards, ledger, executor, given)
     ids = table["prompt_id"].combine_chunks()
     return pa.table([ids, *ratings.columns], schema=pa.schema([QUALITY.field(0), *RATINGS]))
+
+
+def _rate(rater: Rater, given: tuple[Any, ...]) -> pa.Table:
+    return rater.rate(*given)

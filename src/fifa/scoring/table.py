@@ -82,7 +82,8 @@ def scored_once(
 ) -> pa.Table:
     """The table in ``path``, or ``make(ledger)`` written there; ``path`` None keeps nothing.
 
-    The ledger keeps finished shards of the table until it is written, beside it or in ``store``.
+    The ledger keeps finished shards of the table until it is written, beside it or in ``store``
+    (`fifa.shards.pool.Executor.store`).
 
     The table's metadata (`score_facts`) says what made it: ``facts``, any facts that ``make``
     put there itself, and ``file``, the file's name.

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
 from fifa.shards.pool import Executor, LocalPool
 
 
-def make_executor(name: str, actors: int, num_cpus: float, num_gpus: float) -> Executor:
-    """``local``, ``local:N``, ``ray`` or ``ray://HEAD:10001``; the rest is for Ray's actors."""
-    kind, _, processes = name.partition(":")
-    if kind == "local":
-        return LocalPool(int(processes or 0))
-    from fifa.shards.ray import RayPool
+class Named(Protocol):
+    """What names an executor: `fifa.config.Compute`."""
 
-    return RayPool(actors, num_cpus, num_gpus, name if processes else None)
+    @property
+    def executor(self) -> str:
+        """``local``, ``local:N``, ``ray`` or ``ray://HEAD:10001``."""
+
+    @property
+    def actors(self) -> int:
+        """On Ray: how many workers."""
+
+    @property
+    def num_cpus(self) -> float:
+        """On Ray: of each."""
+
+    @property
+    def num_gpus(self) -> float:
+        """On Ray: of each."""
+
+    @property
+    def store(self) -> str | None:
+        """See `Executor.store`."""
+
+
+@contextmanager
+def executor_of(compute: Named) -> Iterator[Executor]:
+    """The executor, whose workers go when the block ends."""
+    kind, _, processes = compute.executor.partition(":")
+    executor: Executor
+    if kind == "local":
+        executor = LocalPool(int(processes or 0), compute.store)
+    else:
+        from fifa.shards.ray import RayPool
+
+        address = compute.executor if processes else None
+        resources = (compute.actors, compute.num_cpus, compute.num_gpus)
+        executor = RayPool(*resources, address, store=compute.store)
+    try:
+        yield executor
+    finally:
+        executor.close()

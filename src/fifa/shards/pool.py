@@ -6,6 +6,7 @@ the ledger finds it. A worker that dies takes nothing with it but the shard unde
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -20,16 +21,18 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from fifa.console import echo, progress
+from fifa.console import collect_facts, echo, note, progress
 from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
 from fifa.shards.sealed import DamagedError
 
+NOTES = b"fifa.notes"  # in the metadata of a shard's table
 DEATHS = 3  # deaths of worker processes in a row, without a finished shard between them
 
 Keyed = tuple[str, Any]  # the key of a shard, and what the step is given
@@ -73,6 +76,14 @@ Make = Callable[[], Step]
 
 class Executor(Protocol):
     """Anything that can run a step over shards: the seam between the local pool and Ray."""
+
+    @property
+    def store(self) -> str | None:
+        """A folder or URL where every worker can write shards; None: beside what they become."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process does the work, so that nothing has to travel."""
 
     def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         """Run a step over shards and keep every table in ``ledger``.
@@ -121,18 +132,25 @@ class LocalPool:
         0 runs everything in this process, the next shard's images decoded while this one's are
         scored and the one before is written: right for one device. N starts N processes, each with
         a step and a share of the cores; they stay until the step is another or `close`.
+    store
+        As in `Executor`.
     """
 
-    def __init__(self, processes: int = 0) -> None:
-        self.processes = processes
+    def __init__(self, processes: int = 0, store: str | None = None) -> None:
+        self.processes, self.store = processes, store
         self._make: Make | None = None
         self._pool: ProcessPoolExecutor | None = None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether there are no processes of its own."""
+        return not self.processes
+
     def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         """Run a step over shards; see `Executor.map`."""
-        if self.processes:
-            return self._in_processes(make, shards, ledger)
-        return self._here(make, shards, ledger)
+        if self.is_here:
+            return self._here(make, shards, ledger)
+        return self._in_processes(make, shards, ledger)
 
     def close(self) -> None:
         """End the processes."""
@@ -251,12 +269,25 @@ def map_shards(
     function: Callable[[Any], pa.Table],
     shards: Sequence[Shard],
     ledger: Ledger,
+    executor: Executor | None = None,
+    prepare: Callable[[Any], Any] = lambda value: value,
 ) -> pa.Table:
-    """The joined tables that ``function`` makes of every shard's ``value``, in this process.
+    """The joined tables that ``function`` makes of every shard's ``value``.
 
-    As `run_shards`, for a step of one function that needs nothing read ahead.
+    As `run_shards`, for a step of one function that needs nothing read ahead. ``function`` travels
+    to the executor's workers, once to each. Where ``ledger`` is in memory, they could not reach
+    it: then this process does the work.
     """
-    return pa.concat_tables(run_shards(what, lambda: _Function(function), shards, ledger))
+    if ledger.place is None:
+        executor = None
+    make = partial(_Function, function)
+    tables = run_shards(what, make, shards, ledger, executor, prepare)
+    return pa.concat_tables(map(_noted, tables))
+
+
+def store_of(executor: Executor | None) -> str | None:
+    """Where its workers can write shards; None: beside what they become."""
+    return None if executor is None else executor.store
 
 
 def cores() -> int:
@@ -275,10 +306,23 @@ def _keep(key: str, finished: pa.Table | Callable[[], pa.Table], ledger: Ledger)
 class _Function:
     """A step that is a function of the whole shard."""
 
-    finish: Callable[[Any], pa.Table]
+    function: Callable[[Any], pa.Table]
 
     def begin(self, shard: Any) -> Any:
         return shard
+
+    def finish(self, shard: Any) -> pa.Table:
+        """What the function notes goes with the table: it may run on another machine."""
+        with collect_facts() as facts:
+            table = self.function(shard)
+        told = {**(table.schema.metadata or {}), NOTES: json.dumps(facts)}
+        return table.replace_schema_metadata(told)
+
+
+def _noted(table: pa.Table) -> pa.Table:
+    told = dict(table.schema.metadata)
+    note(**json.loads(told.pop(NOTES)))
+    return table.replace_schema_metadata(told)
 
 
 _worker: Worker | None = None

@@ -6,9 +6,12 @@ used: on a small cluster its actor pool can take every processor and starve its 
 
 from __future__ import annotations
 
+import gc
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
@@ -16,6 +19,34 @@ from fifa.shards.pool import Keyed, Make, Worker
 
 IN_FLIGHT = 2  # shards an actor: one is read and decoded while the other is scored
 RETRIES = 5  # of one shard, each time after the actor that had it was lost
+
+
+class Actor:
+    """A process of the cluster, which does one step after the other."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._step: Any = None
+        self._worker: Worker | None = None
+
+    def run(self, step: list[Any], keyed: Keyed, ledger: Ledger) -> str:
+        """As `Worker.run`; the reference to what makes the step comes in a list, unopened."""
+        import ray
+
+        with self._turn:
+            if self._worker is None or self._step != step[0]:
+                self._worker = None
+                _forget()
+                self._worker, self._step = Worker(ray.get(step[0])), step[0]
+            worker = self._worker
+        return worker.run(keyed, ledger)
+
+
+def _forget() -> None:
+    """Give back the memory of the models of the step before."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -35,6 +66,8 @@ class RayPool:
         How often an actor whose process or machine was lost is made again; -1 is always.
     init
         Further arguments of `ray.init`, such as ``runtime_env``.
+    store
+        As in `fifa.shards.pool.Executor`.
     """
 
     workers: int = 1
@@ -43,15 +76,18 @@ class RayPool:
     address: str | None = None
     restarts: int = -1
     init: dict[str, Any] = field(default_factory=dict)
+    store: str | None = None
+    is_here: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._make: Make | None = None
+        self._there: Any = None  # `_make` in the cluster's object store
         self._actors: list[Any] = []
 
     def map(self, make: Make, shards: Iterable[Keyed], ledger: Ledger) -> Iterator[str]:
         """Run a step over shards; see `fifa.shards.pool.Executor.map`.
 
-        The actors stay, with the model they have loaded, until the step is another or `close`.
+        The actors stay until `close`, with what they have loaded until the step is another.
 
         Raises `FifaError` where Ray is missing or cannot be reached, where the actors ask for
         more than the cluster has, and where a shard fails.
@@ -60,7 +96,7 @@ class RayPool:
         from ray.util import ActorPool
 
         def run(actor: Any, keyed: Keyed) -> Any:
-            return actor.run.remote(keyed, ledger)
+            return actor.run.remote([self._there], keyed, ledger)
 
         pool: Any = None
         try:
@@ -92,21 +128,22 @@ class RayPool:
 
             for actor in self._actors:
                 ray.kill(actor)
-        self._actors = []
+        self._actors, self._there = [], None
 
     def _workers(self, ray: Any, make: Make) -> list[Any]:
-        if self._make is not make or not self._actors:
-            self.close()
+        if not self._actors:
             self._check_resources(ray)
-            kind = ray.remote(Worker).options(
+            kind = ray.remote(Actor).options(
                 num_cpus=self.num_cpus,
                 num_gpus=self.num_gpus,
                 max_concurrency=IN_FLIGHT,
                 max_restarts=self.restarts,
                 max_task_retries=RETRIES,
             )
-            self._make = make
-            self._actors = [kind.remote(make) for _ in range(self.workers)]
+            self._actors = [kind.remote() for _ in range(self.workers)]
+        if self._make is not make or self._there is None:
+            # once to every machine: what a step brings along may be large
+            self._make, self._there = make, ray.put(make)
         return self._actors
 
     def _connected(self) -> Any:

@@ -47,19 +47,26 @@ class LogitRater:
     model
         A folder or hub id with safetensors weights, or a GGUF file of a Llama; by default that of
         SmolLM2-135M-Instruct.
+    dtype
+        ``float32``, ``bfloat16`` or ``float16``; None: what is fastest here.
     """
 
-    def __init__(self, model: str = "") -> None:
-        self.model = model
+    def __init__(self, model: str = "", dtype: str | None = None) -> None:
+        self.model, self._dtype = model, dtype
         self.name = f"local-{Path(model).name}" if model else "local"
 
     @cached_property
     def _path(self) -> Path:
         return find_model(self.model) if self.model else smollm_path()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it loads its model anew, in the precision that names its ratings."""
+        return type(self), (self.model, self._precision[1])
+
     @cached_property
     def _precision(self) -> tuple[str, str]:
-        return precision()
+        device, dtype = precision()
+        return device, self._dtype or dtype
 
     @cached_property
     def _reader(self) -> LogitReader:

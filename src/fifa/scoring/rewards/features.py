@@ -6,17 +6,18 @@ fold of a cross-fitting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fifa.config import Reward
+from fifa.config import Compute, Reward
 from fifa.console import note
 from fifa.data.decoders import Decoders, choose_decoders
 from fifa.data.images import Images, Integers, read, unique_images
@@ -33,7 +34,7 @@ from fifa.scoring.rewards.worker import runtime_of
 from fifa.scoring.table import score_path, scored_once
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Shard, map_shards
+from fifa.shards.pool import Executor, Shard, map_shards, store_of
 
 SHARD = 512  # images embedded between two points where a run can be resumed
 # Images of 224 x 224 a forward pass: on a processor more only fills its caches.
@@ -65,7 +66,10 @@ class Features:
 
 
 def frozen_features(
-    pairs: Pairs, options: Reward, folder: Path | None = None
+    pairs: Pairs,
+    options: Reward,
+    folder: Path | None = None,
+    executor: Executor | None = None,
 ) -> tuple[Features, ImageEncoder]:
     """The features of every unique image (by content) and every prompt, and the image encoder.
 
@@ -78,20 +82,27 @@ def frozen_features(
         fetched.
     folder
         Where they are kept; an interrupted run goes on where it was. None keeps nothing.
+    executor
+        Who makes them; by default this process.
     """
     images, of_slot = unique_images(pairs)
     if not len(images):
         raise FifaError("there are no pairs to take images from")
     # float32 on every device: a head is fitted to these numbers, and applied to the same later
-    runtime = make_runtime(options.device, "float32")
-    encoder = make_image_encoder(options.image, runtime)
+    load = partial(_load, options.image, options.device)
+    encoder = load()
+    how: dict[str, Any] = {"folder": folder, "executor": executor}
     download = options.read.allow_download
-    vectors, of_image = image_features(images, encoder, folder=folder, allow_download=download)
+    vectors, of_image = image_features(images, encoder, load=load, allow_download=download, **how)
     prompts = np.empty((pairs.prompts.num_rows, 0), np.float32)
     if options.text != "none":
-        texts = make_encoder(options.text, device=runtime.device, dtype="float32")
-        prompts = prompt_embeddings(pairs, texts, folder)
+        texts = make_encoder(options.text, device=options.device or "auto", dtype="float32")
+        prompts = prompt_embeddings(pairs, texts, **how)
     return Features(vectors, prompts, of_image[of_slot].reshape(-1, 2)), encoder
+
+
+def _load(spec: str, device: str | None) -> ImageEncoder:
+    return make_image_encoder(spec, make_runtime(device, "float32"))
 
 
 def image_features(
@@ -100,49 +111,41 @@ def image_features(
     *,
     folder: Path | None = None,
     allow_download: bool = False,
+    executor: Executor | None = None,
+    load: Callable[[], ImageEncoder] | None = None,
 ) -> tuple[Floats, Integers]:
     """The features of different images, float32 [distinct, d], and which each of ``images`` is.
 
     ``folder`` is where they are kept; an interrupted run goes on where it was, and None keeps
-    nothing. NaN where an image could not be read; raises `FifaError` where none could.
+    nothing. ``executor`` makes them if its workers can ``load`` the encoder; by default this
+    process. NaN where an image could not be read; raises `FifaError` where none could.
     """
-    distinct = Engine(None, folder, allow_download=allow_download).distinct(images)
+    executor = executor if load else None
+    store = store_of(executor)
+    engine = Engine(None, folder, Compute(store=store), executor, allow_download=allow_download)
+    distinct = engine.distinct(images)
     n = len(distinct)
     path = folder and score_path(
         folder, "features", encoder.name, encoder.identity, distinct.identity
     )
     parts = [(i, distinct.contents[i : i + SHARD].to_pylist()) for i in range(0, n, SHARD)]
-    sizes = Parts("image")
-    batch = CUDA_BATCH if runtime_of(encoder).device.startswith("cuda") else BATCH
     shards = [Shard(digest(encoder.identity, part), len(part), i) for i, part in parts]
+    if load is None or executor is None or executor.is_here:
+        load = partial(_same, encoder)
+    embed = Embed(load, allow_download)
 
-    def embed(start: int) -> pa.Table:
-        torch = require("torch")
-        bad: dict[int, str] = {}
-        own = images.take(distinct.first[start : start + SHARD])
-        reader = image_batches(own, decoders, bad, allow_download=allow_download, batch=batch)
-        rows: list[Floats | None] = [None] * len(own)
-        for numbers, pixels in reader:
-            whole = torch.from_numpy(pixels)
-
-            def some(part: slice, whole: Tensor = whole) -> Tensor:
-                return encoder.embed(whole[part]).cpu()
-
-            vectors = torch.cat(list(sizes.run(some, len(whole), MOST))).numpy()
-            for number, vector in zip(numbers, vectors, strict=True):
-                rows[number] = vector
-        cells = pa.array(rows, pa.large_list(pa.float32()))
-        reasons = pa.array([bad.get(i) for i in range(len(own))], pa.string())
-        return pa.table({"features": cells, "reason": reasons})
+    def own(start: int) -> Images:
+        return images.take(distinct.first[start : start + SHARD])
 
     def make(ledger: Ledger) -> pa.Table:
-        table = map_shards(f"images through {encoder.name}", embed, shards, ledger)
+        what = f"images through {encoder.name}"
+        table = map_shards(what, embed, shards, ledger, executor, own)
         lost = len(table) - table["reason"].null_count
         note(images_embedded=len(table), images_unreadable=lost)
         return table
 
-    with closing(choose_decoders(partial(prepared, encoder.preprocess))) as decoders:
-        table = scored_once(path, make)
+    with closing(embed):
+        table = scored_once(path, make, store=store)
     there = table["features"].is_valid().to_numpy()
     if not there.any():
         raise FifaError(
@@ -154,6 +157,66 @@ def image_features(
     features = np.full((len(table), len(known) // there.sum()), np.nan, np.float32)
     features[there] = known.reshape(-1, features.shape[1])
     return features, distinct.of_image
+
+
+class Embed:
+    """Makes the features of a shard's images, and the reason of each that could not be read.
+
+    Parameters
+    ----------
+    load
+        Loads the encoder, where the first shard is.
+    allow_download
+        Fetch images that the source only names by URL.
+    """
+
+    def __init__(self, load: Callable[[], ImageEncoder], allow_download: bool) -> None:
+        self._load, self._allow_download = load, allow_download
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Embed, (self._load, self._allow_download)
+
+    def __call__(self, images: Images) -> pa.Table:
+        """``features`` (a list of float32) and ``reason``, row by row with ``images``."""
+        torch = require("torch")
+        encoder = self._encoder
+        batch = CUDA_BATCH if runtime_of(encoder).device.startswith("cuda") else BATCH
+        bad: dict[int, str] = {}
+        options: dict[str, Any] = {"allow_download": self._allow_download, "batch": batch}
+        rows: list[Floats | None] = [None] * len(images)
+        for numbers, pixels in image_batches(images, self._decoders, bad, **options):
+            whole = torch.from_numpy(pixels)
+
+            def some(part: slice, whole: Tensor = whole) -> Tensor:
+                return encoder.embed(whole[part]).cpu()
+
+            vectors = torch.cat(list(self._sizes.run(some, len(whole), MOST))).numpy()
+            for number, vector in zip(numbers, vectors, strict=True):
+                rows[number] = vector
+        cells = pa.array(rows, pa.large_list(pa.float32()))
+        reasons = pa.array([bad.get(i) for i in range(len(images))], pa.string())
+        return pa.table({"features": cells, "reason": reasons})
+
+    def close(self) -> None:
+        """Let the decoders go, if any were made."""
+        if "_decoders" in self.__dict__:
+            self._decoders.close()
+
+    @cached_property
+    def _encoder(self) -> ImageEncoder:
+        return self._load()
+
+    @cached_property
+    def _decoders(self) -> Decoders[np.ndarray]:
+        return choose_decoders(partial(prepared, self._encoder.preprocess))
+
+    @cached_property
+    def _sizes(self) -> Parts:
+        return Parts("image")
+
+
+def _same(encoder: ImageEncoder) -> ImageEncoder:
+    return encoder
 
 
 def image_batches(

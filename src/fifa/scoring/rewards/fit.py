@@ -35,7 +35,7 @@ from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.files import atomic_folder, check_free, column_digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.lock import only_writer
-from fifa.shards.pool import Shard, map_shards
+from fifa.shards.pool import Executor, Shard, map_shards
 
 PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
 PATIENCE = 2  # penalties that may pass without gain on held-out prompts
@@ -263,6 +263,7 @@ def crossfit_rewards(
     seed: int = 0,
     folder: Path | None = None,
     options: Reward | None = None,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """What a proxy gives both images of every pair, trained on the other prompts' pairs.
 
@@ -280,6 +281,8 @@ def crossfit_rewards(
         nothing.
     options
         How each model is trained.
+    executor
+        Who makes the features that heads are trained on; by default this process.
 
     Returns
     -------
@@ -298,9 +301,8 @@ def crossfit_rewards(
     facts = {"scorer": "proxy", "folds": folds, "seed": seed, "options": options.settings()}
 
     def make(ledger: Ledger) -> pa.Table:
-        table = crossfit_folds(
-            pairs, folds=folds, seed=seed, folder=folder, options=options, ledger=ledger
-        )
+        how: dict[str, Any] = {"folds": folds, "seed": seed, "options": options}
+        table = crossfit_folds(pairs, folder=folder, ledger=ledger, executor=executor, **how)
         rewards = (table[f"reward_{side}"].combine_chunks() for side in (0, 1))
         return pa.table([pairs.table["pair_id"].combine_chunks(), *rewards], schema=MARGIN)
 
@@ -315,6 +317,7 @@ def crossfit_folds(
     folder: Path | None = None,
     options: Reward | None = None,
     ledger: Ledger | None = None,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """As `crossfit_rewards`, with the fold and its temperature beside every pair: `FOLD`.
 
@@ -322,7 +325,7 @@ def crossfit_folds(
     """
     options = options or Reward()
     prepare = _heads if options.base == "features" else _clips
-    images, score = prepare(pairs, options, folder)
+    images, score = prepare(pairs, options, folder, executor)
     prompt = pairs.table["prompt_index"].to_numpy().astype(np.int64)
     ids = pairs.prompts["prompt_id"]
     fold = prompt_folds(ids, prompt, images, folds=folds, seed=seed)[prompt]
@@ -341,9 +344,11 @@ def crossfit_folds(
     return table.sort_by("row")
 
 
-def _heads(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers, Fold]:
+def _heads(
+    pairs: Pairs, options: Reward, folder: Path | None, executor: Executor | None
+) -> tuple[Integers, Fold]:
     """A head a fold; the features, which know no labels, once for all."""
-    features, _ = frozen_features(pairs, options, folder)
+    features, _ = frozen_features(pairs, options, folder, executor)
     data, readable = comparisons(pairs, features)
 
     def score(training: npt.NDArray[np.bool_], rows: Integers) -> tuple[list[Any], float]:
@@ -355,7 +360,9 @@ def _heads(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers
     return data.image, score
 
 
-def _clips(pairs: Pairs, options: Reward, folder: Path | None) -> tuple[Integers, Fold]:
+def _clips(
+    pairs: Pairs, options: Reward, folder: Path | None, executor: Executor | None
+) -> tuple[Integers, Fold]:
     """A fine-tuned CLIP a fold."""
     engine = Engine(None, folder, allow_download=options.read.allow_download)
 
