@@ -9,7 +9,7 @@ from report_runs import make_run
 
 from fifa.data.decode import BadImage
 from fifa.data.table import load_pairs
-from fifa.reporting.examples import choose_rows, load_examples, thumbnail
+from fifa.reporting.examples import LARGEST, SIDES, choose_rows, load_examples, thumbnail
 from fifa.reporting.numbers import columns_of
 from fifa.selection.table import load_selection
 
@@ -92,10 +92,17 @@ def test_a_thumbnail_keeps_nothing_of_the_file_but_its_pixels():
     exif[0x010E] = "where I live"
     data = encoded(Image.new("RGB", (900, 300), "red"), "JPEG", exif=exif, comment=b"secret")
     shown = opened(thumbnail(data))
-    assert shown.size == (224, 75)
+    assert shown.size == (448, 149)
     raw = base64.b64decode(thumbnail(data).partition(",")[2])
     assert b"where I live" not in raw
     assert b"secret" not in raw
+
+
+def test_a_picture_takes_no_more_bytes_than_it_may():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
+    uri = thumbnail(encoded(Image.fromarray(noise)))
+    assert len(base64.b64decode(uri.partition(",")[2])) <= LARGEST
+    assert opened(uri).size in {(side, side) for side in SIDES[1:]}
 
 
 def test_what_is_transparent_is_white():

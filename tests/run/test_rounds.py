@@ -127,6 +127,11 @@ def test_a_pipeline_draws_what_the_lora_on_its_base_draws(looped, recipe):
 def test_the_page_shows_every_round_and_marks_the_judge(looped):
     page = (looped / "loop.html").read_text("utf-8")
     assert page.count("<svg") == 3
+    for name in ("loop.html", "report.html"):
+        (looped / name).unlink()
+    told = CliRunner().invoke(cli, ["report", str(looped)], catch_exceptions=False)
+    assert told.stdout == f"{looped / 'loop.html'}\n"
+    assert (looped / "report.html").is_file() and (looped / "loop.html").read_text() == page
     assert "pickscore (moji-clip) *" in page
     assert "clipscore (moji-clip) *" not in page
     for name in ("round-1", "round-2"):

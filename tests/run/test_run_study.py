@@ -120,8 +120,14 @@ def test_a_row_a_cell_and_the_same_after_a_kill(recipe, done, tmp_path, monkeypa
 
 def test_the_page_and_the_table(done):
     page, text = (done / "study.html").read_text(), (done.parent / "page.md").read_text()
-    assert all(f"<h2>{title}</h2>" in page for title in ("main", "rest", "Cost", "Stability"))
+    assert all(
+        f"<h2>{title}</h2>" in page for title in ("Part: main", "Part: rest", "Cost", "Stability")
+    )
     assert "none, 20 %, 50% turned: 1 refused" in page
+    assert page.count("Win rate: the share of images") == 1  # a note once, and the main part open
+    assert page.count("<details>") == page.count("<section") - 2 - page.count('id="figures"')
+    assert CliRunner().invoke(cli, ["report", str(done)]).stdout == f"{done / 'study.html'}\n"
+    assert (done / "study.html").read_text() == page
     assert text.startswith("before\n<!--") and text.endswith("\nafter") and "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 4
     with pytest.raises(FifaError, match="no place for the table"):

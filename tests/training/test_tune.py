@@ -13,7 +13,7 @@ from trainings import quick
 from fifa.cli import cli
 from fifa.config import Generate, Train, Tune
 from fifa.errors import FifaError
-from fifa.reporting.tune import tune_text, write_tune
+from fifa.reporting.tune import PAGE, tune_text
 from fifa.run import tune as module
 from fifa.run.tune import tune
 from fifa.shards.files import write_table
@@ -155,7 +155,9 @@ def test_images_decide_among_the_last_and_what_diverges_is_last(world, tmp_path)
         known = [row | {"heldout_loss": loss} if row["place"] == 1 else row for row in rows]
         write_table(best.parent / "trials.parquet", pa.Table.from_pylist(known))
         assert ("is no lower than" in tune_text(best.parent)) == told
-        assert ("is no lower than" in write_tune(best.parent).read_text("utf-8")) == told
+        again = CliRunner().invoke(cli, ["report", str(best.parent)], catch_exceptions=False)
+        assert again.stdout == f"{best.parent / PAGE}\n"
+        assert ("is no lower than" in (best.parent / PAGE).read_text("utf-8")) == told
 
 
 def test_what_cannot_be_compared_is_told_before_anything_is_trained(world, tmp_path):

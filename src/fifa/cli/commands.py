@@ -208,14 +208,26 @@ def rebuild_command(
 def report_command(run: str) -> Answer:
     """Write the report of a run again.
 
-    This is RUN/report.html, made from the files in RUN. RUN may also be the folder of a training.
+    This is RUN/report.html, made from the files in RUN. RUN may also be the folder of a training,
+    a loop (loop.html), a search (tune.html) or a study (study.html).
     """
+    from fifa.config.tune import TUNE_FILE
     from fifa.evaluation.results import is_evaluated
+    from fifa.evaluation.study import STUDY_FILE
+    from fifa.reporting.loop import write_loop
     from fifa.reporting.page import is_training, write_report
+    from fifa.reporting.study import write_study
+    from fifa.reporting.tune import write_tune
     from fifa.run.folder import open_run
+    from fifa.run.loop import LOOP_FILE
 
+    pages = {STUDY_FILE: write_study, TUNE_FILE: write_tune, LOOP_FILE: write_loop}
+    own = next((write for mark, write in pages.items() if Path(run, mark).is_file()), None)
     ready = is_evaluated(run) or is_training(run)
-    report = write_report(run if ready else open_run(run).folder)
+    if ready or own is None:
+        report = write_report(run if ready else open_run(run).folder)
+    if own is not None:  # a loop has both
+        report = own(run)
     return answer(report, report=report)
 
 

@@ -31,8 +31,9 @@ EACH = 4  # prompts in a group
 MODELS = 6  # shown side by side at most, the base among them
 EXACT = 128  # an image of at most so many pixels a side is shown as it is: JPEG would blur it
 OfPrompt = dict[tuple[str, int], dict[str, Any]]  # of one prompt, by model and seed
-SIDE = 224  # pixels of the longer side: sharp enough at the 150 or so that a phone gives it
-QUALITY = 70  # JPEG; about 8 kB a picture
+SIDES = (448, 320, 224)  # pixels of the longer side: the first one that takes no more than
+LARGEST = 48_000  # bytes; 26 kB are usual, and 224 pixels of pure noise take 30 kB
+QUALITY = 70  # JPEG
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Example:
         `NUMBERS` of the selection, where there are any.
     contradicts
         Whether the scorers prefer the image that people did not.
+    makers
+        The generators of both images; None where the source does not say.
     flags
         What the rater flagged of `fifa.config.UNSAFE_FLAGS`; None if no rater judged the prompt.
     images
@@ -65,6 +68,7 @@ class Example:
     label: float
     numbers: dict[str, float]
     contradicts: bool
+    makers: tuple[str | None, str | None]
     flags: tuple[str, ...] | None
     images: tuple[str, str] | None
 
@@ -151,6 +155,7 @@ def load_examples(
                 and (value or name != "rank")
             },
             contradicts=bool(columns.signed_margin[row] < 0),
+            makers=(entry.get("model_0"), entry.get("model_1")),
             flags=found,
             images=images.get(row),
         )
@@ -295,7 +300,7 @@ def thumbnails(images: Images, *, exact: int = 0) -> list[str]:
 
 
 def thumbnail(data: bytes, *, exact: int = 0) -> str:
-    """A data URI of an image, at most `SIDE` pixels long, white where it is transparent.
+    """A data URI of an image, at most ``SIDES[0]`` pixels long, white where it is transparent.
 
     An image of at most ``exact`` pixels a side keeps every pixel, as a PNG; others are JPEGs.
     Raises `fifa.data.decode.BadImage`.
@@ -307,8 +312,12 @@ def thumbnail(data: bytes, *, exact: int = 0) -> str:
         white = Image.new("RGBA", pixels.size, "white")
         pixels = Image.alpha_composite(white, pixels).convert("RGB")
     pixels.info = {}  # Pillow would write comments and profiles out again
-    encoded, format = io.BytesIO(), "PNG" if max(pixels.size) <= exact else "JPEG"
-    if format == "JPEG":
-        pixels.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    pixels.save(encoded, format, quality=QUALITY, optimize=True)
+    format = "PNG" if max(pixels.size) <= exact else "JPEG"
+    for side in SIDES:
+        encoded = io.BytesIO()
+        if format == "JPEG":
+            pixels.thumbnail((side, side), Image.Resampling.LANCZOS)
+        pixels.save(encoded, format, quality=QUALITY, optimize=True)
+        if encoded.tell() <= LARGEST:
+            break
     return f"data:image/{format.lower()};base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -191,7 +191,7 @@ def draw_map(prompts: PromptMap) -> Markup:
     size = float(np.clip(20_000 / max(len(prompts.before), 1), 5, 28))
     # A bitmap cannot follow the style sheet: these two are seen on a light and on a dark page
     for points, colour, alpha in (
-        (prompts.before, "#8d97a5", 0.5),
+        (prompts.before, "#818b98", 0.7),
         (prompts.after, "#3b82f6", 0.8),
     ):
         x, y = points.T

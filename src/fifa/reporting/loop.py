@@ -13,7 +13,7 @@ from fifa.evaluation.results import Results, load_results
 from fifa.evaluation.win_rates import Comparison, Level
 from fifa.formatting import interval, number, percent, shorten, text_table
 from fifa.reporting.figures import Share, draw_rounds, role
-from fifa.reporting.page import render
+from fifa.reporting.page import again, render
 from fifa.shards.files import read_json, write_text
 
 ROUND_FILE = "round.json"  # in a round's folder, when the round is finished
@@ -28,7 +28,7 @@ def write_loop(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     path = folder / PAGE
-    write_text(path, render("loop.html.j2", loop_context(folder)))
+    write_text(path, render("loop.html.j2", loop_context(folder), again(folder)))
     return path
 
 

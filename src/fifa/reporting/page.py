@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from fifa.shards.files import read_json_lines, write_text
 from fifa.shards.lock import only_writer
 
 HERE = Path(__file__).parent
+PARTS = {"style": "style.css", "script": "script.js"}
 STEPS_SHOWN = 30
 SUMMED = ("seconds", "tokens_in", "tokens_out", "requests", "unrated")
 
@@ -51,8 +53,8 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` into a run folder.
 
-    The same run gives the same bytes. The page needs no network and no script, and holds
-    thumbnails only of prompts that no rater flagged as unsafe.
+    The same run gives the same bytes. The page needs no network, can be read without its script,
+    and holds pictures only of prompts that no rater flagged as unsafe.
 
     Parameters
     ----------
@@ -90,7 +92,7 @@ def _write_training(folder: Path) -> Path:
     context: dict[str, Any] = {"title": name, "steps": (), "evaluation": None, "filtered": False}
     context |= {"history": history, "trainings": trainings([history], {name: "kept"})}
     path = folder / "report.html"
-    write_text(path, render("page.html.j2", context))
+    write_text(path, render("page.html.j2", context, again(folder)))
     return path
 
 
@@ -113,17 +115,28 @@ def _write_report(
     if evaluated and (not selected or (folder / FOLDER / RESULTS).is_file()):
         context["evaluation"] = evaluation_context(folder)
     path = folder / "report.html"
-    write_text(path, render("page.html.j2", context | _log(folder / LOG_FILE)))
+    write_text(path, render("page.html.j2", context | _log(folder / LOG_FILE), again(folder)))
     return path
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """A page from one of our templates, with the style sheet that they share."""
-    style = (HERE / "style.css").read_text("utf-8")
-    # The policy names the one style sheet by its hash: nothing that a prompt could smuggle in runs
-    seal = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+def again(folder: Path) -> str:
+    """The command that writes a folder's page again, from where the folder is."""
+    return f"fifa report {shlex.quote(shorten(folder.resolve().name))}"
+
+
+def render(template: str, context: dict[str, Any], command: str) -> str:
+    """A page from one of our templates, with the style sheet and the script that they share.
+
+    ``command`` makes the page again.
+    """
+    parts = {name: (HERE / file).read_text("utf-8") for name, file in PARTS.items()}
+    # The policy names both by their hashes: nothing that a prompt could smuggle in runs
+    seals = {
+        name: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        for name, part in parts.items()
+    }
     page = page_templates(HERE / "templates").get_template(template)
-    return page.render(**context, style=style, style_hash=seal, version=__version__)
+    return page.render(**context, **parts, seals=seals, command=command, version=__version__)
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -191,7 +204,9 @@ def write_comparison(compared: Compared, path: str | Path) -> Path:
         "figures": draw_learning(curves, compared.scales[0].name),
     }
     path = Path(path)
-    write_text(path, render("compare.html.j2", context))
+    runs = dict.fromkeys(shlex.quote(shorten(entry.run)) for entry in entries)
+    command = f"fifa compare {' '.join(runs)} --out {shlex.quote(shorten(path.name))}"
+    write_text(path, render("compare.html.j2", context, command))
     return path
 
 

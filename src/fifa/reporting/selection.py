@@ -141,6 +141,7 @@ def selection_context(
         "distributions": _distributions(columns),
         "named": _named(pairs, columns),
         "groups": groups,
+        "makers": sorted({name for g in groups for e in g.examples for name in e.makers if name}),
         "noise": noise,
         "noisy_ids": pairs.table["pair_id"].take(noise.rows[:LISTED]).to_pylist() if noise else [],
         "headings": HEADINGS,

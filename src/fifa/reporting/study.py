@@ -15,7 +15,7 @@ from fifa.evaluation.models import BASE
 from fifa.evaluation.study import TABLE, Findings, Group, budget_text, summary
 from fifa.formatting import number, percent, shorten, signed, text_table
 from fifa.reporting.figures import draw_lines, role
-from fifa.reporting.page import render
+from fifa.reporting.page import again, render
 from fifa.shards.files import write_table, write_text
 
 PAGE = "study.html"
@@ -29,7 +29,8 @@ def write_study(folder: str | Path) -> Path:
     folder = Path(folder)
     findings = Findings(folder)
     write_table(folder / TABLE, summary(findings))
-    write_text(folder / PAGE, render("study.html.j2", context_of(findings, folder)))
+    context = context_of(findings, folder)
+    write_text(folder / PAGE, render("study.html.j2", context, again(folder)))
     return folder / PAGE
 
 
@@ -73,7 +74,8 @@ def context_of(findings: Findings, folder: Path) -> dict[str, Any]:
     sections: list[dict[str, Any]] = []
     for part in findings.asked.parts:
         heads, rows = main_table(findings, part)
-        sections.append({"title": part.name, "heads": heads, "rows": rows, "note": MAIN_NOTE})
+        note = "" if sections else MAIN_NOTE  # which is that of all parts
+        sections.append({"title": f"Part: {part.name}", "heads": heads, "rows": rows, "note": note})
     others = (
         ("Cost", _costs(findings, groups), COST_NOTE),
         ("Stability", _stability(findings, groups), STABLE_NOTE),

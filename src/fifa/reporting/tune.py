@@ -8,7 +8,7 @@ from typing import Any
 
 from fifa.formatting import number, percent, shorten, signed, text_table
 from fifa.reporting.figures import draw_trials
-from fifa.reporting.page import render
+from fifa.reporting.page import again, render
 from fifa.shards.files import read_table, write_text
 
 TRIALS = "trials.parquet"
@@ -31,7 +31,7 @@ def write_tune(folder: str | Path) -> Path:
         "warning": _warning(trials[0]),
         "figure": draw_trials([_curve(folder, row["trial"]) for row in trials]),
     }
-    write_text(folder / PAGE, render("tune.html.j2", context))
+    write_text(folder / PAGE, render("tune.html.j2", context, again(folder)))
     return folder / PAGE
 
 
