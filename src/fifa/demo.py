@@ -141,11 +141,12 @@ def images_of(knobs: Demo) -> dict[str, Any]:
 
 
 def draw_base(path: Path, prompts: Path, out: Path, knobs: Demo) -> None:
-    """Write the sheet with the base model alone; the evaluation finds its images later."""
+    """Write the sheet with the base alone, of a few prompts; the evaluation finds its images."""
     wanted = changed(Evaluate(), base=str(SD), prompts=str(prompts), **images_of(knobs))
     models = find_models(wanted.base, {}, wanted.generate)
     settings, folder = settings_for(wanted.generate, models[0].base), start(out, wanted)
-    images = generate(wanted, models, read_prompts(wanted.prompts), settings, folder)
+    # most: one batch, so that it is there soon
+    images = generate(wanted, models, read_prompts(wanted.prompts), settings, folder, most=1)
     write_sheet(path, images, folder)
 
 
@@ -224,7 +225,7 @@ def train_arm(out: Path, subset: Path, knobs: Demo) -> Path:
         seed=knobs.seed,
         device="cpu",
         cache_dtype="float32",
-        checkpoint_every=max(1, knobs.steps // 3),
+        checkpoint_every=max(1, knobs.steps // 2),
         tracker="none",
     )
 
