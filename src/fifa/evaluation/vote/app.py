@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from fifa.console import echo
 from fifa.errors import FifaError
-from fifa.evaluation.vote.ballot import Ballot
+from fifa.evaluation.vote.ballot import Ballot, Showing
 from fifa.evaluation.vote.export import export_votes
 from fifa.evaluation.vote.guard import INVITATION, MAX_BODY, Guard, read_cookies, set_cookie
 from fifa.evaluation.vote.pictures import Picture
@@ -164,18 +164,18 @@ class _Pages:
         visitor, fields = await self._form(request)
         if fields.get("answer") not in ANSWERS:
             raise HTTPException(400, "no such answer")
-        taken = not self.ballot.ended and await run_in_threadpool(
-            self.ballot.store.vote, visitor.who, _position(fields), fields["answer"]
+        position, answer = _position(fields), fields["answer"]
+        return await self._next(
+            request, visitor, lambda: self.ballot.store.vote(visitor.who, position, answer)
         )
-        return await self._next(request, visitor, taken)
 
     async def undo(self, request: Request) -> Response:
         """Take the last vote back."""
         visitor, fields = await self._form(request)
-        taken = not self.ballot.ended and await run_in_threadpool(
-            self.ballot.store.undo, visitor.who, _position(fields)
+        position = _position(fields)
+        return await self._next(
+            request, visitor, lambda: self.ballot.store.undo(visitor.who, position)
         )
-        return await self._next(request, visitor, taken)
 
     async def leave(self, request: Request) -> Response:
         """Forget this visitor, so that somebody else can vote here."""
@@ -272,11 +272,19 @@ class _Pages:
             raise HTTPException(403, "this form is out of date: load the page again")
         return visitor, fields
 
-    async def _next(self, request: Request, visitor: Visitor, taken: bool) -> Response:
-        """What is shown now: as JSON for the script, as the page itself without one."""
-        if request.headers.get("accept") != "application/json":
+    async def _next(
+        self, request: Request, visitor: Visitor, change: Callable[[], bool]
+    ) -> Response:
+        """What is shown after a change: as JSON for the script, as the page itself without one."""
+        json = request.headers.get("accept") == "application/json"
+
+        def work() -> tuple[bool, Showing | None]:
+            taken = not self.ballot.ended and change()
+            return taken, self.ballot.showing(visitor.who) if json else None
+
+        taken, showing = await run_in_threadpool(work)
+        if not json:
             return self._back()
-        showing = await run_in_threadpool(self.ballot.showing, visitor.who)
         if showing is None:
             raise HTTPException(403, "nobody votes here yet: load the page again")
         return JSONResponse({**asdict(showing), "done": showing.done}, 200 if taken else 409)
