@@ -19,19 +19,40 @@ MOST = 30e6  # bytes of the wheel
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 FILTER = "filter {feedback} --margin column:clipscore_0,clipscore_1 --keep 20 --out {out}"
 LIGHT = "--quality none --diversity none"
+RAY = """from fifa.shards.ray import RayPool; from fifa.shards.ledger import Ledger
+import tempfile, pyarrow
+class Squares:
+    def begin(self, shard): return shard
+    def finish(self, begun): return pyarrow.table({'square': [x * x for x in begun]})
+done = Ledger(tempfile.mkdtemp())
+list(RayPool(num_cpus=0.5).map(Squares, [('a', [7])], done))
+print(done.read('a')['square'].to_pylist())"""
+HEIC = (
+    "import io, pillow_heif; from PIL import Image; pillow_heif.register_heif_opener(); "
+    "made = io.BytesIO(); Image.new('RGB', (64, 64), 'red').save(made, 'HEIF'); "
+    "from fifa.data.decode import open_image; print(open_image(made.getvalue()).size)"
+)
 # What an extra makes possible: arguments of fifa, or code; and what has to be in what is printed
 PROMISES: dict[str, list[tuple[str, str]]] = {
-    "core": [(f"{FILTER} {LIGHT} --json", '"selected": 20'), ("doctor {out}", "nothing to mend")],
+    "core": [
+        (f"{FILTER} {LIGHT} --json", '"selected": 20'),
+        ("doctor {out}", "nothing to mend"),
+        # without an extra, what is asked for names it
+        (f"{FILTER} --quality local --diversity none", "fifa-align[local]"),
+        (f"{FILTER} --quality none --diversity minilm", "fifa-align[local]"),
+        (f"{FILTER} --quality openai:m@http://127.0.0.1:9/v1 --diversity none", "fifa-align[api]"),
+        ("train {out} --model {model} --steps 1 --device cpu --out {out}-t", "fifa-align[train]"),
+    ],
     "local": [(f"{FILTER} --quality local --diversity minilm --json", '"selected": 20')],
     "api": [(f"{FILTER} --quality openai:m@http://127.0.0.1:9/v1 --diversity none", "127.0.0.1:9")],
-    "ray": [("from fifa.shards.ray import RayPool; import ray; print(ray.__version__)", "2.")],
+    "ray": [(RAY, "[49]")],
     "train": [
         (f"{FILTER} {LIGHT}", "report"),
         ("train {out} --model {model} --steps 1 --batch 2 --device cpu --out {out}-t", "{out}-t"),
     ],
     "vote": [("import fifa.evaluation.vote.app as app, segno; print(app.__name__)", "vote.app")],
     "postgres": [("import psycopg; print(psycopg.pq.__impl__)", "binary")],
-    "heic": [("import pillow_heif; print(pillow_heif.__version__)", ".")],
+    "heic": [(HEIC, "(64, 64)")],
     "quant": [("import bitsandbytes; print(bitsandbytes.__version__)", ".")],
 }
 CODE = ("import ", "from ")
@@ -73,8 +94,9 @@ def check(name: str, wheel: Path, folder: Path) -> bool:
         command = [python, "-c", words] if code else [python, "-m", "fifa"]
         command += [] if code else words.format(**known).split()
         done = run(command, fail=False)
-        if wanted.format(**known) not in done.stdout + done.stderr:
-            print(f"{name}: {' '.join(command[1:])}\n{done.stdout}{done.stderr}", flush=True)
+        said = done.stdout + done.stderr
+        if wanted.format(**known) not in said or "Traceback" in said:
+            print(f"{name}: {' '.join(command[1:])}\n{said}", flush=True)
             return False
     print(f"{name}: as promised", flush=True)
     return True

