@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from fifa.config import Evaluate, Generate
 from fifa.errors import FifaError
+from fifa.evaluation import generate as generation
 from fifa.evaluation.generate import _is_png, generate, plan, png, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
 from fifa.evaluation.prompts import read_prompts
 from fifa.evaluation.sampling import settings_for
+from fifa.shards.pool import LocalPool
 
 
 def prompts_of(folder, count=3):
@@ -22,12 +25,12 @@ def prompts_of(folder, count=3):
     return read_prompts(folder / "prompts.txt")
 
 
-def make(base, tuned, folder, *, count=3, seeds=2, batch=4, **settings):
+def make(base, tuned, folder, *, count=3, seeds=2, batch=4, executor=None, **settings):
     folder.mkdir(exist_ok=True)
     asked = Evaluate(seeds=seeds, generate=Generate(**{**SMALL, **settings}, batch=batch))
     models = find_models(str(base), {name: str(path) for name, path in tuned.items()})
     how = settings_for(asked.generate, base)
-    return generate(asked, models, prompts_of(folder, count), how, folder)
+    return generate(asked, models, prompts_of(folder, count), how, folder, executor=executor)
 
 
 def pixels(folder, table, model):
@@ -66,6 +69,38 @@ def test_the_images_are_those_of_the_stock_pipeline(base, lora, unet, tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path, table, "full"), images())
     assert (pixels(tmp_path, table, "lora") != pixels(tmp_path, table, "base")).any()
     assert (pixels(tmp_path, table, "full") != pixels(tmp_path, table, "base")).any()
+
+
+class Elsewhere(LocalPool):
+    """What an executor's workers get is what travels to them."""
+
+    is_here = False
+
+    def map(self, make, shards, ledger):
+        make, shards = pickle.loads(pickle.dumps((make, list(shards))))
+        return self._here(make, shards, ledger)
+
+
+def test_workers_elsewhere_make_the_same_files(base, lora, unet, tmp_path, monkeypatch):
+    tuned = {"lora": lora, "full": unet}
+    table = make(base, tuned, tmp_path / "here", batch=2)
+    elsewhere = Elsewhere(store=str(tmp_path / "store"))
+    assert make(base, tuned, tmp_path / "there", batch=2, executor=elsewhere) == table
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+    assert list((tmp_path / "store").iterdir()) == []
+
+    # memory that does not suffice there halves the groups of all models here
+    real, most = generation.make_images, 2
+
+    def full(pipe, settings, prompts, seeds):
+        if len(seeds) > most:
+            raise torch.OutOfMemoryError
+        return real(pipe, settings, prompts, seeds)
+
+    monkeypatch.setattr(generation, "make_images", full)
+    again = make(base, tuned, tmp_path / "short", batch=4, executor=elsewhere)
+    assert again == table
+    assert files(tmp_path / "short") == files(tmp_path / "here")
 
 
 def test_every_kind_of_checkpoint_is_recognised(base, lora, unet, tmp_path):

@@ -274,7 +274,7 @@ def _shown(default: Any, written: str) -> str:
 
 
 def _texts(cls: type[Any]) -> dict[str, str]:
-    """The entries of a class's docstring by name, without its markup.
+    """The entries of a class's docstring by name, without its markup; those it inherits too.
 
     A reference to names, such as `fifa.scoring.specs.RATERS.forms`, becomes these names.
     """
@@ -285,7 +285,8 @@ def _texts(cls: type[Any]) -> dict[str, str]:
         found = resolve_name(reference[1])
         return found if isinstance(found, str) else ", ".join(found)
 
-    entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", getdoc(cls) or "", re.MULTILINE)
+    docs = "\n".join(getdoc(one) or "" for one in cls.__mro__[:-1])
+    entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", docs, re.MULTILINE)
     return {
         name: re.sub(r"`(fifa\.[\w.]+)`", names, " ".join(text.split())).replace("`", "")
         for name, text in entries

@@ -5,6 +5,7 @@ entry in the docstring of its class; `fifa.cli.options` makes the command line f
 replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them as files.
 """
 
+from fifa.config.cluster import Cluster
 from fifa.config.evaluate import (
     GENERATE_FILE,
     SAMPLERS,
@@ -42,6 +43,7 @@ __all__ = [
     "STRATEGIES",
     "UNSAFE_FLAGS",
     "Arm",
+    "Cluster",
     "Compute",
     "Convert",
     "Demo",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fifa.config.cluster import Cluster
 from fifa.config.knobs import (
     Count,
     CountOrZero,
@@ -162,6 +163,7 @@ class GeneratePairs(Knobs):
     min_margin: NotNegative = 0.0
     first_seed: CountOrZero = 0
     images: Generate = Generate()
+    cluster: Cluster = Cluster()
 
 
 @knobs
@@ -234,6 +236,7 @@ class Evaluate(Knobs):
     curve: CountOrZero = 0
     generate: Generate = Generate()
     measure: Measure = Measure()
+    cluster: Cluster = Cluster()
 
 
 @knobs

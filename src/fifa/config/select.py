@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fifa.config.cluster import Cluster
 from fifa.config.knobs import (
     Count,
     CountOrZero,
@@ -207,8 +208,8 @@ class Select(Knobs):
 
 
 @knobs
-class Compute(Knobs):
-    """Where and how models run.
+class Compute(Cluster):
+    """Where and how models run; and who runs them, as in `Cluster`.
 
     Only ``dtype``, ``fast_decode`` and what a judge is sent change a reward by more than rounding.
 
@@ -232,17 +233,6 @@ class Compute(Knobs):
     fast_decode
         Decode JPEGs that are far larger than the model's input at a half, a quarter or an eighth
         of their size. Scores differ a little (docs/scale.md).
-    executor
-        Where shards run: ``local``, ``local:N`` (N processes), ``ray`` or ``ray://HEAD:10001``.
-    actors
-        On Ray: the number of actors.
-    num_cpus
-        On Ray: CPUs per actor.
-    num_gpus
-        On Ray: GPUs per actor; with a fraction, several actors share a GPU.
-    store
-        Where unfinished shards are kept: a folder or URL that all workers can read and write; if
-        not given, beside the scores.
     cache_gb
         How many GB of a remote source's images are kept on this machine's disk (in the folder
         ``$FIFA_CACHE``, else ``~/.cache/fifa``); 0 keeps none. The oldest make room.
@@ -265,11 +255,6 @@ class Compute(Knobs):
     batch: Count | None = None
     workers: CountOrZero = 0
     fast_decode: bool = False
-    executor: Annotated[str, Field(pattern=r"^(local(:\d+)?|ray(://.+)?)$")] = "local"
-    actors: Count = 1
-    num_cpus: Annotated[float, Field(ge=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
-    store: str | None = None
     cache_gb: NotNegative = 10.0
     in_flight: Count = 16
     max_tokens: Count = 8192

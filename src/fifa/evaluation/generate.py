@@ -12,6 +12,7 @@ import io
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from fifa.evaluation.prompts import Prompts, draw_seeds
 from fifa.evaluation.sampling import PipelineLoader, Settings, make_images
 from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import digest, read_table, sweep, write_bytes, write_table
-from fifa.shards.pool import cores
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Executor, Shard, cores, each_shard, map_shards, store_of
 
 FOLDER = "evaluate"  # in the run folder
 INDEX = "images.parquet"
@@ -80,6 +82,7 @@ def generate(
     index: str = INDEX,
     most: int | None = None,
     loader: PipelineLoader | None = None,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """Make the images of some models that are not there yet, and write their index.
 
@@ -102,6 +105,9 @@ def generate(
         of an evaluation on all prompts.
     loader
         One that has loaded the base model before.
+    executor
+        Who makes them; by default this process. Workers elsewhere read the models' folders by
+        the same paths, and need not reach ``folder``.
 
     Returns
     -------
@@ -115,16 +121,22 @@ def generate(
         what was made until then is kept.
     """
     sweep(folder)  # a write of the index that was killed
-    loader = loader or PipelineLoader(models[0].base, settings, asked.generate.device)
+    draw = Draw(models[0].base, settings, asked.generate.device, loader)
+    there = executor if executor and not executor.is_here else None
     key = digest(models[0].weights, settings.identity, asked.generate.batch)
     batches = kept_batches(folder, key)
     if batches is None:
-        batches = ((0, _first_batch(asked, models[0], prompts, settings, folder, key, loader)),)
+        batches = ((0, _first_batch(asked, models[0], prompts, folder, key, draw, there)),)
     while True:
         plans = [plan(model, prompts, settings, asked, batches) for model in models]
         if most is not None:
             plans = [_spread(groups, most * asked.seeds) for groups in plans]
-        short = _make_all(models, plans, folder, settings, loader)
+        if there:
+            short = _make_elsewhere(
+                models, plans, folder, Ledger.beside(folder / index, there.store), draw, there
+            )
+        else:
+            short = _make_all(models, plans, folder, draw)
         if short is None:
             break
         # All models' images are made in the same groups, those of finished models too.
@@ -231,17 +243,20 @@ def _first_batch(
     asked: Evaluate,
     base: Model,
     prompts: Prompts,
-    settings: Settings,
     folder: Path,
     key: str,
-    loader: PipelineLoader,
+    draw: Draw,
+    executor: Executor | None,
 ) -> int:
     """How many images are made together at first; kept where it was found by trying."""
-    given = asked.generate.batch
+    given, settings = asked.generate.batch, draw.settings
     if given is not None or settings.device != "cuda" or len(prompts) * asked.seeds <= USUAL:
         return given or USUAL
-    with loader.use(base) as pipe:
-        found = find_batch(pipe, settings, prompts.table["prompt"][0].as_py())
+    trial = Shard("batch", 1, (base, prompts.table["prompt"][0].as_py()))
+    ledger = Ledger.beside(folder / "batch.parquet", store_of(executor))
+    tried = map_shards("trying how many images fit", draw, [trial], ledger, executor)
+    found = int(tried["batch"][0].as_py())
+    ledger.forget()
     keep_batches(folder, key, ((0, found),))
     precision = settings.identity["dtype"]
     echo(f"{found} images are made together, in {precision} on {settings.device}")
@@ -252,12 +267,11 @@ def _make_all(
     models: Sequence[Model],
     plans: Sequence[Sequence[Sequence[Planned]]],
     folder: Path,
-    settings: Settings,
-    loader: PipelineLoader,
+    draw: Draw,
 ) -> Sequence[Planned] | None:
     """Make what is missing; stops at a group that memory does not suffice for, and returns it."""
     for model, groups in zip(models, plans, strict=True):
-        short = _make(model, groups, folder, settings, loader)
+        short = _make(model, groups, folder, draw)
         if short is not None:
             return short
     return None
@@ -267,8 +281,7 @@ def _make(
     model: Model,
     groups: Sequence[Sequence[Planned]],
     folder: Path,
-    settings: Settings,
-    loader: PipelineLoader,
+    draw: Draw,
 ) -> Sequence[Planned] | None:
     """Make the groups of which an image is missing; as `_make_all` for one model."""
     there = _there(folder, groups)
@@ -278,7 +291,7 @@ def _make(
         return None
     short = None
     with (
-        loader.use(model) as pipe,
+        draw.loader.use(model) as pipe,
         progress(f"images of {model.name}", sum(map(len, groups)), done) as advance,
         ThreadPoolExecutor(min(WRITERS, cores())) as writers,
     ):
@@ -291,7 +304,7 @@ def _make(
 
         writing: list[Future[None]] = []
         for group in missing:
-            pixels = _together(pipe, settings, group)
+            pixels = _together(pipe, draw.settings, group)
             if pixels is None:
                 short = group
                 break
@@ -300,6 +313,85 @@ def _make(
             writing = [writers.submit(_write, folder / image.file, p) for image, p in pictures]
         finish(writing)
     return short
+
+
+def _make_elsewhere(
+    models: Sequence[Model],
+    plans: Sequence[Sequence[Sequence[Planned]]],
+    folder: Path,
+    ledger: Ledger,
+    draw: Draw,
+    executor: Executor,
+) -> Sequence[Planned] | None:
+    """As `_make_all`, by workers that keep the files' bytes in ``ledger`` until all are made."""
+    missing = []
+    for model, groups in zip(models, plans, strict=True):
+        there = _there(folder, groups)
+        missing += [(model, g) for g in groups if any(image.file not in there for image in g)]
+    shards = [Shard(digest([i.file for i in g]), len(g), (model, g)) for model, g in missing]
+    short = None
+    for (_, group), table in zip(
+        missing, each_shard("images", draw, shards, ledger, executor), strict=True
+    ):
+        if table.num_rows == 0 and (short is None or group[0].row < short[0].row):
+            short = group
+        for image, data in zip(group, table["png"].to_pylist(), strict=False):
+            write_bytes(folder / image.file, data)
+        note(images_made=table.num_rows)
+    ledger.forget()
+    return short
+
+
+class Draw:
+    """Makes a group of images in a worker, or tries how many it can make together.
+
+    Parameters
+    ----------
+    base, settings, device
+        As in `PipelineLoader`.
+    loader
+        One that has loaded the base model before; it does not travel.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        settings: Settings,
+        device: str | None,
+        loader: PipelineLoader | None = None,
+    ) -> None:
+        self.base, self.settings, self.device = base, settings, device
+        self._loader, self._held, self._name = loader, ExitStack(), ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draw, (self.base, self.settings, self.device)
+
+    @property
+    def loader(self) -> PipelineLoader:
+        """Made when it is first wanted."""
+        self._loader = self._loader or PipelineLoader(self.base, self.settings, self.device)
+        return self._loader
+
+    def __call__(self, given: tuple[Model, Any]) -> pa.Table:
+        """``png`` of a model and a group, without rows where memory ran out.
+
+        Or ``batch``, of a model and a prompt: how many images of that size fit.
+        """
+        model, asked = given
+        if isinstance(asked, str):
+            with self.loader.use(model) as pipe:
+                return pa.table({"batch": [find_batch(pipe, self.settings, asked)]})
+        pixels = _together(self._pipe(model), self.settings, asked)
+        files = [] if pixels is None else list(map(png, pixels))
+        return pa.table({"png": pa.array(files, pa.large_binary())})
+
+    def _pipe(self, model: Model) -> Any:
+        """The pipeline, with the weights of the last group left in where they are the same."""
+        if self._name != model.weights:
+            self._held.close()
+            self._pipeline = self._held.enter_context(self.loader.use(model))
+            self._name = model.weights
+        return self._pipeline
 
 
 def _together(

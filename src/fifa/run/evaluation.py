@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from fifa.reporting.page import write_report
 from fifa.run.folder import begin, log_step
 from fifa.scoring.quality import make_rater
 from fifa.scoring.rewards.image_encoders import make_image_encoder
+from fifa.shards.executors import executor_of
 from fifa.shards.files import make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
+from fifa.shards.pool import Executor
 
 KNOBS = "evaluation.yaml"
 
@@ -149,10 +151,11 @@ def _run(
 ) -> Evaluated:
     if asked.measure.scorers == ("none",):
         asked = changed(asked, scorers=())
-    compute = compute or Compute(device=asked.generate.device)
+    compute = compute or Compute(device=asked.generate.device, **asdict(asked.cluster))
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     models = find_models(asked.base, asked.tuned, asked.generate)
-    settings = settings_for(asked.generate, models[0].base)
+    elsewhere = not compute.executor.startswith("local")
+    settings = settings_for(asked.generate, models[0].base, elsewhere=elsewhere)
     named = as_judges(judges)
     check_evaluation(asked, compute)
     trainings = {model.name: read_training(model) for model in models[1:]}
@@ -164,8 +167,8 @@ def _run(
         ]
     )
     folder = start(out, asked)
-    with log_step(out, "generate"):
-        images, on_the_way = _generate(asked, models, prompts, folder, settings)
+    with log_step(out, "generate"), executor_of(compute) as executor:
+        images, on_the_way = _generate(asked, models, prompts, folder, settings, executor)
     release_memory()  # of the pipeline, before scorers look for theirs
     options: dict[str, Any] = {"judges": named, "picked": tuple(picked), "compute": compute}
     with log_step(out, "measure"):
@@ -227,11 +230,18 @@ def check_evaluation(asked: Evaluate, compute: Compute) -> None:
 
 
 def _generate(
-    asked: Evaluate, models: list[Model], prompts: Prompts, folder: Path, settings: Settings
+    asked: Evaluate,
+    models: list[Model],
+    prompts: Prompts,
+    folder: Path,
+    settings: Settings,
+    executor: Executor,
 ) -> tuple[pa.Table, pa.Table | None]:
     """The images of all models, and those of the checkpoints on their way if asked for."""
-    loader = PipelineLoader(models[0].base, settings, asked.generate.device)
-    images = generate(asked, models, prompts, settings, folder, loader=loader)
+    how: dict[str, Any] = {"executor": executor}
+    if executor.is_here:
+        how["loader"] = PipelineLoader(models[0].base, settings, asked.generate.device)
+    images = generate(asked, models, prompts, settings, folder, **how)
     steps = [step for model in models[1:] for step in steps_of(model)] if asked.curve else []
     if asked.curve and not steps:
         echo("no checkpoint has any checkpoints/step-*: there is no curve to draw")
@@ -240,5 +250,6 @@ def _generate(
     if not steps:
         return images, None
     some = [models[0], *steps]
-    options: dict[str, Any] = {"index": CURVE, "most": asked.curve, "loader": loader}
-    return images, generate(asked, some, prompts, settings, folder, **options)
+    return images, generate(
+        asked, some, prompts, settings, folder, index=CURVE, most=asked.curve, **how
+    )

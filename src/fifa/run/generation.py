@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fifa.evaluation.sampling import Settings, settings_for
 from fifa.models.runtime import release_memory
 from fifa.run.folder import log_step
 from fifa.scoring.rewards import load_reward
+from fifa.shards.executors import executor_of
 from fifa.shards.files import check_free, check_same, digest, make_folder, sweep, write_yaml
 from fifa.shards.lock import only_writer
 from fifa.shards.sealed import DamagedError
@@ -90,7 +91,8 @@ def run_generation(
     """Generate, judge and pair in the folder ``out``; see `generate_pairs`."""
     out = Path(out)
     with only_writer(out):
-        return _run(asked, out, compute or Compute(device=asked.images.device))
+        compute = compute or Compute(device=asked.images.device, **asdict(asked.cluster))
+        return _run(asked, out, compute)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def plan_generation(asked: GeneratePairs, compute: Compute) -> Plan:
     judges = check_judges(asked.margin, compute)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     model = find_generator(asked)
-    settings = settings_for(asked.images, model.base)
+    elsewhere = not compute.executor.startswith("local")
+    settings = settings_for(asked.images, model.base, elsewhere=elsewhere)
     made_of = {
         "knobs": {name: getattr(asked, name) for name in CHOICE},
         "weights": {model.name: model.weights},
@@ -167,9 +170,10 @@ def _run(asked: GeneratePairs, out: Path, compute: Compute) -> Generated:
     for folder in (out, made, made / SCORES):
         sweep(folder)
     write_yaml(out / GENERATE_FILE, asked.to_yaml())
-    with log_step(made, "generate"):
+    with log_step(made, "generate"), executor_of(compute) as executor:
         plan = Evaluate(seeds=asked.per_prompt, first_seed=asked.first_seed, generate=asked.images)
-        images = generate(plan, [planned.model], planned.prompts, planned.settings, made)
+        sets = [planned.model], planned.prompts, planned.settings
+        images = generate(plan, *sets, made, executor=executor)
     release_memory()  # of the pipeline, before judges look for theirs
     with log_step(made, "judge"):
         judged = judge_images(images, made, asked.margin, compute)

@@ -264,15 +264,15 @@ def run_shards(
     return map(read, shards)
 
 
-def map_shards(
+def each_shard(
     what: str,
     function: Callable[[Any], pa.Table],
     shards: Sequence[Shard],
     ledger: Ledger,
     executor: Executor | None = None,
     prepare: Callable[[Any], Any] = lambda value: value,
-) -> pa.Table:
-    """The joined tables that ``function`` makes of every shard's ``value``.
+) -> Iterator[pa.Table]:
+    """The tables that ``function`` makes of every shard's ``value``, in order.
 
     As `run_shards`, for a step of one function that needs nothing read ahead. ``function`` travels
     to the executor's workers, once to each. Where ``ledger`` is in memory, they could not reach
@@ -281,8 +281,12 @@ def map_shards(
     if ledger.place is None:
         executor = None
     make = partial(_Function, function)
-    tables = run_shards(what, make, shards, ledger, executor, prepare)
-    return pa.concat_tables(map(_noted, tables))
+    return map(_noted, run_shards(what, make, shards, ledger, executor, prepare))
+
+
+def map_shards(what: str, function: Callable[[Any], pa.Table], *options: Any) -> pa.Table:
+    """The tables of `each_shard`, joined."""
+    return pa.concat_tables(each_shard(what, function, *options))
 
 
 def store_of(executor: Executor | None) -> str | None:
