@@ -78,11 +78,12 @@ class Elsewhere(LocalPool):
 
     def map(self, make, shards, ledger):
         make, shards = pickle.loads(pickle.dumps((make, list(shards))))
+        assert len(dict(shards)) == len(shards)
         return self._here(make, shards, ledger)
 
 
 def test_workers_elsewhere_make_the_same_files(base, lora, unet, tmp_path, monkeypatch):
-    tuned = {"lora": lora, "full": unet}
+    tuned = {"lora": lora, "full": unet, "same": base}
     table = make(base, tuned, tmp_path / "here", batch=2)
     elsewhere = Elsewhere(store=str(tmp_path / "store"))
     assert make(base, tuned, tmp_path / "there", batch=2, executor=elsewhere) == table

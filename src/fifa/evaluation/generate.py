@@ -324,15 +324,16 @@ def _make_elsewhere(
     executor: Executor,
 ) -> Sequence[Planned] | None:
     """As `_make_all`, by workers that keep the files' bytes in ``ledger`` until all are made."""
-    missing = []
+    missing: dict[str, tuple[Model, Sequence[Planned]]] = {}  # equal weights share their images
     for model, groups in zip(models, plans, strict=True):
         there = _there(folder, groups)
-        missing += [(model, g) for g in groups if any(image.file not in there for image in g)]
-    shards = [Shard(digest([i.file for i in g]), len(g), (model, g)) for model, g in missing]
+        for group in groups:
+            if any(image.file not in there for image in group):
+                missing[digest([image.file for image in group])] = model, group
+    shards = [Shard(key, len(given[1]), given) for key, given in missing.items()]
+    made = each_shard("images", draw, shards, ledger, executor)
     short = None
-    for (_, group), table in zip(
-        missing, each_shard("images", draw, shards, ledger, executor), strict=True
-    ):
+    for (_, group), table in zip(missing.values(), made, strict=True):
         if table.num_rows == 0 and (short is None or group[0].row < short[0].row):
             short = group
         for image, data in zip(group, table["png"].to_pylist(), strict=False):
