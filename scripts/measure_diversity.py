@@ -22,7 +22,12 @@ from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.models.transformer import normalised
 from fifa.scoring.diversity import FLOOR, kth_distances
 from fifa.scoring.encoders import make_encoder, prompt_embeddings
-from fifa.scoring.neighbours import approximate_search, exact_search, sampled_recall
+from fifa.scoring.neighbours import (
+    approximate_index,
+    approximate_search,
+    exact_search,
+    sampled_recall,
+)
 
 KS = (1, 2, 3, 5, 10, 20, 50)
 
@@ -138,7 +143,7 @@ def measure_search(vectors: np.ndarray, sizes: list[int], k: int) -> None:
         truth = exact_search(mixed)(mixed[rows], k + 1)
         exact = (time.perf_counter() - start) * n / len(rows)  # n queries cost n / len(rows) of it
         start = time.perf_counter()
-        search = approximate_search(mixed)
+        search = approximate_search(mixed, approximate_index(mixed))
         search(mixed, k + 1)
         approximate = time.perf_counter() - start
         terms = [np.log(kth_distances(mixed, rows, f)) for f in (truth, search(mixed[rows], k + 1))]

@@ -12,6 +12,7 @@ from fifa.errors import FifaError
 from fifa.models.transformer import normalised
 from fifa.scoring import neighbours
 from fifa.scoring.neighbours import (
+    approximate_index,
     approximate_search,
     device_search,
     exact_search,
@@ -188,5 +189,5 @@ def test_recall_is_counted_as_a_loop_counts_it() -> None:
 
 def test_a_query_with_too_few_candidates_is_searched_exactly() -> None:
     vectors = clustered(1200, 8)
-    found = approximate_search(vectors)(vectors[:50], 1200)
+    found = approximate_search(vectors, approximate_index(vectors))(vectors[:50], 1200)
     assert (np.sort(found, axis=1) == np.arange(1200)).all()
