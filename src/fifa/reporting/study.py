@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite
+from functools import partial
+from itertools import compress
+from math import floor, inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from fifa.errors import FifaError
 from fifa.evaluation.crossed import Crossed
 from fifa.evaluation.models import BASE
 from fifa.evaluation.study import TABLE, Findings, Group, budget_text, summary
-from fifa.formatting import number, percent, shorten, signed, text_table
+from fifa.formatting import MINUS, number, percent, shorten, signed, text_table
 from fifa.reporting.figures import draw_lines, role
 from fifa.reporting.page import again, render
 from fifa.shards.files import write_table, write_text
@@ -45,6 +47,8 @@ def study_text(folder: str | Path) -> str:
 def put_table(folder: str | Path, page: str | Path) -> None:
     """Write the main table, in Markdown, between the two markers of a page.
 
+    Without the gains by category, which a page in Markdown has no room for.
+
     Raises `FifaError` for a page without them.
     """
     path, findings = Path(page), Findings(Path(folder))
@@ -61,7 +65,8 @@ def put_table(folder: str | Path, page: str | Path) -> None:
             do=f"add two lines to it: {BEGIN.strip()} and {END}",
         )
     heads, rows = main_table(findings, findings.asked.parts[0])
-    lines = [heads, ["---"] * len(heads), *rows]
+    kept = [not head.startswith("gain, ") for head in heads]
+    lines = [list(compress(line, kept)) for line in (heads, ["---"] * len(heads), *rows)]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_text(path, f"{before}{BEGIN}{table}{END}{after}")
     echo(f"{len(rows)} arms written into {path}")
@@ -271,7 +276,16 @@ def _cell(found: Crossed, write: Write) -> str:
         return ""
     if not found.known and found.high != inf:
         return f"{write(found.mean)} ({found.seeds} seed{'s' if found.seeds > 1 else ''})"
+    if write is signed and found.high > found.low:
+        # as many decimals as tell two digits of the interval's half width
+        decimals = max(0, 1 - floor(log10((found.high - found.low) / 2)))
+        if decimals < 7:
+            write = partial(_decimals, decimals=decimals)
     return f"{write(found.mean)} ({write(found.low)} to {write(found.high)})"
+
+
+def _decimals(value: float, decimals: int) -> str:
+    return f"{value:+.{decimals}f}".replace("-", MINUS)
 
 
 def _ratio(value: float) -> str:
