@@ -38,9 +38,12 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (f"{FILTER} {LIGHT} --json", '"selected": 20'),
         ("doctor {out}", "nothing to mend"),
         # without an extra, what is asked for names it
-        (f"{FILTER} --quality local --diversity none", "fifa-align[local]"),
-        (f"{FILTER} --quality none --diversity minilm", "fifa-align[local]"),
-        (f"{FILTER} --quality openai:m@http://127.0.0.1:9/v1 --diversity none", "fifa-align[api]"),
+        (f"{FILTER}-l --quality local --diversity none", "fifa-align[local]"),
+        (f"{FILTER}-m --quality none --diversity minilm", "fifa-align[local]"),
+        (
+            f"{FILTER}-o --quality openai:m@http://127.0.0.1:9/v1 --diversity none",
+            "fifa-align[api]",
+        ),
         ("train {out} --model {model} --steps 1 --device cpu --out {out}-t", "fifa-align[train]"),
     ],
     "local": [(f"{FILTER} --quality local --diversity minilm --json", '"selected": 20')],
