@@ -19,6 +19,7 @@ MOST = 30e6  # bytes of the wheel
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 FILTER = "filter {feedback} --margin column:clipscore_0,clipscore_1 --keep 20 --out {out}"
 LIGHT = "--quality none --diversity none"
+ENDPOINT = "--quality openai:m@http://127.0.0.1:9/v1 --diversity none"
 RAY = """from fifa.shards.ray import RayPool; from fifa.shards.ledger import Ledger
 import tempfile, pyarrow
 class Squares:
@@ -47,7 +48,7 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         ("train {out} --model {model} --steps 1 --device cpu --out {out}-t", "fifa-align[train]"),
     ],
     "local": [(f"{FILTER} --quality local --diversity minilm --json", '"selected": 20')],
-    "api": [(f"{FILTER} --quality openai:m@http://127.0.0.1:9/v1 --diversity none", "127.0.0.1:9")],
+    "api": [(f"{FILTER} {ENDPOINT}", "127.0.0.1:9")],
     "ray": [(RAY, "[49]")],
     "train": [
         (f"{FILTER} {LIGHT}", "report"),
