@@ -25,7 +25,8 @@ demo: setup
 # A process a core, up to four (each holds models of its own in memory), and one thread in each:
 # threads that share a core wait for one another. The slow files begin first (tests/conftest.py).
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	# one process more than there are cores, as tests also wait for servers and processes of theirs
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .
