@@ -75,15 +75,13 @@ class Settings:
         return {**asdict(self), "dtype": Runtime(self.device, self.dtype).precision}
 
 
-def settings_for(asked: Generate, base: Path, *, elsewhere: bool = False) -> Settings:
+def settings_for(asked: Generate, base: Path) -> Settings:
     """The settings for a base model: what was asked for, and its family's defaults for the rest.
 
-    Raises `FifaError` for a device that this machine does not have, unless images are made
-    ``elsewhere``.
+    Raises `FifaError` for a device that this machine does not have.
     """
     family = PIPELINES.get(class_name(base))
-    device = asked.device if elsewhere and asked.device else make_runtime(asked.device).device
-    device = device.partition(":")[0]
+    device = make_runtime(asked.device).device.partition(":")[0]
     steps, guidance, half = None, None, "bfloat16"
     if family is not None:
         steps, guidance = family.sampling(base)

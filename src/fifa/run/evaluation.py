@@ -154,8 +154,7 @@ def _run(
     compute = compute or Compute(device=asked.generate.device, **asdict(asked.cluster))
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     models = find_models(asked.base, asked.tuned, asked.generate)
-    elsewhere = not compute.executor.startswith("local")
-    settings = settings_for(asked.generate, models[0].base, elsewhere=elsewhere)
+    settings = settings_for(asked.generate, models[0].base)
     named = as_judges(judges)
     check_evaluation(asked, compute)
     trainings = {model.name: read_training(model) for model in models[1:]}

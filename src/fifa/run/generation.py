@@ -122,8 +122,7 @@ def plan_generation(asked: GeneratePairs, compute: Compute) -> Plan:
     judges = check_judges(asked.margin, compute)
     prompts = read_prompts(asked.prompts, limit=asked.limit)
     model = find_generator(asked)
-    elsewhere = not compute.executor.startswith("local")
-    settings = settings_for(asked.images, model.base, elsewhere=elsewhere)
+    settings = settings_for(asked.images, model.base)
     made_of = {
         "knobs": {name: getattr(asked, name) for name in CHOICE},
         "weights": {model.name: model.weights},

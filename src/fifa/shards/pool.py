@@ -324,8 +324,8 @@ class _Function:
 
 
 def _noted(table: pa.Table) -> pa.Table:
-    told = dict(table.schema.metadata)
-    note(**json.loads(told.pop(NOTES)))
+    told = dict(table.schema.metadata or {})
+    note(**json.loads(told.pop(NOTES, b"{}")))  # shards of an earlier version have none
     return table.replace_schema_metadata(told)
 
 
