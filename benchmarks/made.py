@@ -164,7 +164,7 @@ def write_diffusion(folder: Path, made: dict[str, Any] = SD, device: str = "cpu"
         Where the weights are drawn.
     """
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if (folder / "model_index.json").exists():
@@ -175,7 +175,7 @@ def write_diffusion(folder: Path, made: dict[str, Any] = SD, device: str = "cpu"
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", "PNDMScheduler"],
     }
     parts: dict[str, Any] = {
         "unet": lambda: UNet2DConditionModel(**made["unet"]),
@@ -194,7 +194,9 @@ def write_diffusion(folder: Path, made: dict[str, Any] = SD, device: str = "cpu"
             part = make()
         part.half().save_pretrained(folder / name)
         del part
-    DDPMScheduler(**BETAS, steps_offset=1, clip_sample=False).save_pretrained(folder / "scheduler")
+    # SD1.5's own
+    scheduler = PNDMScheduler(**BETAS, steps_offset=1, skip_prk_steps=True)
+    scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from checkpoints import SMALL, write_model
+from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -242,7 +243,7 @@ def test_a_batch_is_tried_at_the_real_size_in_few_steps(base, monkeypatch):
         return np.zeros((len(prompts), 1024, 1024, 3), np.uint8)
 
     def doubling(attempt, sizes, device):
-        for size in (1, 2, 4, 8):
+        for size in (1, 2, 4, 8, 16):
             attempt(min(size, sizes[-1]))
         return sizes[-1]
 
@@ -250,10 +251,10 @@ def test_a_batch_is_tried_at_the_real_size_in_few_steps(base, monkeypatch):
     monkeypatch.setattr(batches, "largest_batch", doubling)
     settings = replace(settings_of(base), steps=50)
     with loader_of(base).use(find_models(str(base), {})[0]) as pipe:
-        assert find_batch(pipe, settings, "a cat") == 8  # as many pixels as 32 of 512 x 512
-        assert find_batch(pipe, replace(settings, steps=1), "a cat") == 8
-    assert tried[:5] == [(size, 2, 7.5) for size in (1, 1, 2, 4, 8)]
-    assert tried[5] == (1, 1, 7.5)
+        assert find_batch(pipe, settings, "a cat") == 16  # as many pixels as 64 of 512 x 512
+        assert find_batch(pipe, replace(settings, steps=1), "a cat") == 16
+    assert tried[:6] == [(size, 2, 7.5) for size in (1, 1, 2, 4, 8, 16)]
+    assert tried[6] == (1, 1, 7.5)
 
 
 def test_small_images_are_not_made_by_the_thousand(base, monkeypatch):
@@ -262,14 +263,25 @@ def test_small_images_are_not_made_by_the_thousand(base, monkeypatch):
         assert find_batch(pipe, settings_of(base), "a cat") == 64
 
 
-def test_on_a_card_latents_are_decoded_one_by_one(base):
+def test_on_a_card_latents_are_decoded_a_few_at_a_time(base, monkeypatch):
+    monkeypatch.setattr(sampling, "DECODED", 2 * 32 * 32)
     prompts, seeds = ["a cat", "a dog", "an owl"], [1, 2, 3]
-    found = []
+    decode, together, found = AutoencoderKL._decode, [], []
+
+    def counted(self, latents, *arguments, **options):
+        together.append(len(latents))
+        return decode(self, latents, *arguments, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", counted)
     for device in ("cpu", "cuda"):
         with loader_of(base, device).use(find_models(str(base), {})[0]) as pipe:
-            assert pipe.vae.use_slicing == (device == "cuda")
             found.append(make_images(pipe, settings_of(base), prompts, seeds).astype(int))
+    assert together == [3, 2, 1]
     assert np.abs(found[0] - found[1]).max() <= 1
+    monkeypatch.setattr(sampling, "DECODED", 1)  # an image is larger
+    with loader_of(base, "cuda").use(find_models(str(base), {})[0]) as pipe:
+        make_images(pipe, settings_of(base), prompts, seeds)
+    assert together[3:] == [1, 1, 1]
 
 
 def test_a_vae_that_memory_left_in_float32_is_in_its_own_precision_again(tmp_path):

@@ -18,7 +18,7 @@ from fifa.shards.files import read_json, write_json
 
 FILE = "batches.json"
 USUAL = 4  # images made together where CUDA's memory is not asked
-USEFUL = 32 * 512 * 512  # pixels made together, of at most
+USEFUL = 64 * 512 * 512  # pixels made together, of at most
 MOST = 64  # images: more make no device faster, and a group that is broken off is made again
 STEPS = 2  # of the sampler, when a batch is tried: memory does not grow with them
 

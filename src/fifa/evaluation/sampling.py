@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ SCHEDULE = (
     "base_image_seq_len",
     "max_image_seq_len",
 )
+
+# Pixels of the images that a CUDA device decodes together. Four of 512 x 512 take 4.5 GB on an H100
+# and 17 ms each, one alone 2.9 GB and 22 ms, 32 together 19.5 GB and 14 ms.
+DECODED = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -159,10 +164,8 @@ class PipelineLoader:
             raise cannot_load("the pipeline", folder, error) from error
         self._set_sampler(pipe, diffusers)
         pipe.set_progress_bar_config(disable=True)
-        vae: Any = getattr(pipe, "vae", None)
-        if self._settings.device == "cuda" and hasattr(vae, "enable_slicing"):
-            # Latents are decoded one image at a time, always: in other parts, other bits.
-            vae.enable_slicing()
+        if self._settings.device == "cuda":
+            _decode_in_parts(pipe)
         return pipe
 
     def _set_sampler(self, pipe: Any, diffusers: Any) -> None:
@@ -232,6 +235,22 @@ def make_images(
         (found.float() * 255).round().to(torch.uint8).contiguous().cpu().numpy()
     )
     return pixels
+
+
+def _decode_in_parts(pipe: Any) -> None:
+    """Latents are decoded `DECODED` pixels at a time, always: in other parts, other bits."""
+    vae: Any = getattr(pipe, "vae", None)
+    if vae is None:
+        return
+    torch, whole, scale = require("torch"), vae.decode, getattr(pipe, "vae_scale_factor", 8)
+
+    def decode(latents: Any, return_dict: bool = True, **options: Any) -> Any:
+        pixels = latents.shape[-2] * latents.shape[-1] * scale**2
+        parts = latents.split(max(1, DECODED // pixels))
+        images = torch.cat([whole(part, return_dict=False, **options)[0] for part in parts])
+        return SimpleNamespace(sample=images) if return_dict else (images,)
+
+    vae.decode = decode
 
 
 @contextmanager
