@@ -88,20 +88,15 @@ class Bench:
         draws = self.side("train_fifa", draws=2)
         policy = self.side("train_policy", pairs=int(ours.get("micro_batch", 0)))
         if self.script:
-            peer = self.side("train_script", script=self.script, checkpointing=True)
-            fast = self.side("train_script", script=self.script, checkpointing=False)
-            peers = [
-                ("diffusers' script, its README's settings", peer),
-                ("  without --gradient_checkpointing", fast),
-            ]
+            title = "diffusers' script, its README's settings"
+            peer = self.side("train_script", script=self.script)
         else:
-            peer = fast = self.side("train_step")
-            peers = [("a step that does what the script does", peer)]
+            title, peer = "a step that does what the script does", self.side("train_step")
         rows: list[Sequence[object]] = [
             ("", "pairs/s", "mean", "of the peer", "first step s", "GB", "GB reserved")
         ]
         for label, found in (
-            *peers,
+            (title, peer),
             (f"fifa train (micro-batch {ours.get('micro_batch', 0)})", ours),
             (f"fifa train --draws 2 ({draws.get('micro_batch', 0)})", draws),
             ("the policy alone", policy),
@@ -115,8 +110,6 @@ class Bench:
             rows,
             speedup=of(ours, "pairs_s") / of(peer, "pairs_s"),
             speedup_draws=of(draws, "pairs_s") / of(peer, "pairs_s"),
-            speedup_no_checkpointing=of(ours, "pairs_s") / of(fast, "pairs_s"),
-            speedup_draws_no_checkpointing=of(draws, "pairs_s") / of(fast, "pairs_s"),
             of_limit=of(ours, "pairs_s") / of(policy, "pairs_s"),
             of_limit_draws=of(draws, "pairs_s") / of(policy, "pairs_s"),
             first_step=of(ours, "first_step"),
@@ -128,7 +121,6 @@ class Bench:
         self.side("make_world", part="score")
         ours, tower = self.side("score_engine"), self.side("score_tower")
         decoder, loop = self.side("score_decoder"), self.side("score_loop")
-        whole = self.side("score_command")
         rows: list[Sequence[object]] = [("", "images/s", "fifa / it", "GB")]
         for label, found in (
             ("fifa score, defaults", ours),
@@ -139,7 +131,6 @@ class Bench:
             times = of(ours, "images_s") / of(found, "images_s")
             peak = f"{of(found, 'allocated'):.1f}"
             rows.append((label, f"{of(found, 'images_s'):,.1f}", f"{times:.2f}", peak))
-        rows.append(("(the command whole, s)", f"{of(whole, 'seconds'):.1f}", "", ""))
         lesser = min(of(tower, "images_s"), of(decoder, "images_s"))
         report(
             "gpu-score",

@@ -74,13 +74,13 @@ CUDA = Sizes(
     few_images=512,
     loop_pairs=40,
     towers=(32, 64, 128, 256),
-    pictures=192,
+    pictures=128,
     side=None,
-    pipelines=(4, 8, 16, 32, 64),
+    pipelines=(8, 32, 64),
     sampler_steps=20,
     prompts=4096,
     vectors=2_000_000,
-    few_vectors=100_000,
+    few_vectors=30_000,
 )
 TINY = Sizes(
     device="cpu",
@@ -189,7 +189,7 @@ def memory_of(phases: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def train_script(folder: Path, script: str, checkpointing: bool) -> dict[str, float]:
+def train_script(folder: Path, script: str) -> dict[str, float]:
     """Diffusers' real script, at its README's settings (without the 8-bit AdamW)."""
     size = sizes()
     with tempfile.TemporaryDirectory() as out:
@@ -213,7 +213,7 @@ def train_script(folder: Path, script: str, checkpointing: bool) -> dict[str, fl
             "seed": 0,
         }
         told = [f"--{name}={value}" for name, value in options.items()]
-        told += ["--gradient_checkpointing"] if checkpointing else []
+        told.append("--gradient_checkpointing")
         command = [sys.executable, HERE / "peer_script.py", record, script, *told]
         begun = time.perf_counter()
         run_apart(command)
@@ -302,24 +302,6 @@ def score_engine(folder: Path) -> dict[str, float]:
         "loading": loading,
         **peaks(),
     }
-
-
-def score_command(folder: Path) -> dict[str, float]:
-    """The command whole, imports and loading included."""
-    with tempfile.TemporaryDirectory() as out:
-        run = Path(out) / "run"
-        told = [
-            "score",
-            folder / "images",
-            "--out",
-            run,
-            "--margin",
-            f"pickscore:{folder / 'clip'}",
-        ]
-        command = [sys.executable, "-m", "fifa", *told, "--quality", "none", "--diversity", "none"]
-        begun = time.perf_counter()
-        run_apart(command)
-        return {"seconds": time.perf_counter() - begun}
 
 
 def score_tower(folder: Path) -> dict[str, float]:
@@ -445,7 +427,7 @@ def generate_stock(folder: Path) -> dict[str, float]:
     frame = {"width": size.side, "height": size.side}
     for batch in size.pipelines:
         pipe(texts[:batch], num_inference_steps=2, **frame)
-        rounds = max(1, size.pictures // 6 // batch)
+        rounds = max(1, size.pictures // 4 // batch)
         synchronize()
         begun = time.perf_counter()
         for number in range(rounds):
@@ -614,7 +596,7 @@ SIDES: dict[str, Callable[..., dict[str, Any]]] = {
     side.__name__: side
     for side in (
         *(make_world, train_fifa, train_script, train_step, train_policy),
-        *(score_engine, score_command, score_tower, score_decoder, score_loop),
+        *(score_engine, score_tower, score_decoder, score_loop),
         *(generate_fifa, generate_stock, rate_prompts, knn_search, memory),
     )
 }

@@ -48,7 +48,6 @@ PARTS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("part", PARTS)
 def test_without_cuda_a_part_says_so_and_runs_tiny(part, world, capsys, monkeypatch):
-    monkeypatch.setitem(SIDES, "score_command", lambda folder: {"seconds": 1.0})
     main([part, "--here", "--folder", str(world)])
     told = capsys.readouterr().out
     assert "no CUDA device" in told
