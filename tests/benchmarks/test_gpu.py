@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import made
 from gpu import Bench, main
-from gpu_sides import SIDES, speeds
+from gpu_sides import speeds
 from peer_script import run_script
 from phases import Phases
 
