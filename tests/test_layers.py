@@ -24,7 +24,8 @@ ORDER = (
     ("training",),
     ("evaluation",),
     ("reporting",),
-    ("run", "moji"),
+    ("moji",),
+    ("run",),
     ("demo",),
     ("cli",),
 )

@@ -420,18 +420,38 @@ def info_command(folder: Path) -> Answer:
     return Answer(info_text(found), found.plain(), steps=False)
 
 
+@cli.command("plan", cls=KnobCommand, knobs="Plan")
+def plan_command(**options: Any) -> Answer:
+    """Tell what a run will take, before it is spent.
+
+    Hours, money, disk and network of every step of `fifa filter` and, with --train or --model, of
+    `fifa train` on what it keeps, each with what the number rests on. SOURCE is a data set, or a
+    recipe (a .yaml file). The steps are timed on a sample of SOURCE; nothing is written but the
+    rates, and nothing is asked of an endpoint.
+    """
+    from fifa.config import Plan
+    from fifa.run.cost import cost_text, plan_cost
+
+    if (options["source"] or "").endswith((".yaml", ".yml")) and not options["recipe"]:
+        options |= {"source": None, "recipe": Path(options["source"])}
+    cost = plan_cost(chosen(Plan(), options))
+    return Answer(cost_text(cost), cost.plain(), steps=False)
+
+
 @cli.command("doctor")
 @click.argument("folder", type=PATH, required=False)
-def doctor_command(folder: Path | None) -> Answer:
+@click.option("--bench", is_flag=True, help="Measure what this machine does, in about a minute.")
+def doctor_command(folder: Path | None, bench: bool) -> Answer:
     """Check this machine and what is installed.
 
     Versions, devices, models on disk, and what is known not to work together, with what to do about
     it. The disk of FOLDER is measured, the current one if none is given. The text is fit for a bug
     report. The exit status is 1 where something has to be mended.
     """
-    from fifa.run.doctor import doctor_facts, doctor_text, examine
+    from fifa.run.doctor import doctor_facts, doctor_text, examine, rates
 
     checks = examine(folder or Path())
+    checks += rates() if bench else []
     facts = doctor_facts(checks)
     return Answer(doctor_text(checks), facts, steps=False, code=int(facts["bad"] > 0))
 

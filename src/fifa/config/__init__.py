@@ -18,6 +18,7 @@ from fifa.config.evaluate import (
 )
 from fifa.config.knobs import Knobs, Option, build, changed, sections
 from fifa.config.loop import Demo, Loop
+from fifa.config.plan import Plan
 from fifa.config.reward import Reward, Rubric
 from fifa.config.select import (
     RECIPE_FILE,
@@ -56,6 +57,7 @@ __all__ = [
     "Measure",
     "Option",
     "Part",
+    "Plan",
     "Read",
     "Recipe",
     "Reward",

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -24,11 +23,11 @@ from fifa.console import progress
 from fifa.errors import FifaError
 from fifa.formatting import shorten
 from fifa.models.optional import wheel_path
+from fifa.run.bench import bench, write_rate
 from fifa.scoring.raters.logits import SMOLLM
 from fifa.shards.files import PREFIX, cache_folder, cannot_write, lock, make_folder
 from fifa.shards.pool import cores
 
-WRITTEN = 64 << 20  # bytes, to measure the disk
 SLOW = 50e6  # bytes a second, below which a disk is slow for caches
 LITTLE_DISK, LITTLE_MEMORY = 20e9, 4e9
 WAIT = 300  # seconds for all imports
@@ -202,14 +201,7 @@ def _disk(folder: Path) -> Iterator[Check]:
     try:
         with tempfile.NamedTemporaryFile(prefix=PREFIX, dir=folder) as file:
             has_locks = lock(file.fileno()) is not None
-            if free < 2 * WRITTEN:
-                raise OSError(28, "no space left on the device")
-            data = os.urandom(WRITTEN)
-            began = time.perf_counter()
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            rate = WRITTEN / (time.perf_counter() - began)
+        rate = write_rate(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
     found = f"{_short(folder)}: {_gb(free)} free, {rate / 1e6:,.0f} MB/s written"
@@ -332,6 +324,17 @@ def _models() -> Iterator[Check]:
         yield Check("default rater", "its language model is not installed", "note", do)
     size = sum(f.stat().st_size for f in cache_folder().rglob("*") if f.is_file())
     yield Check("cache", f"{_short(cache_folder())}, {_gb(size)}; may be deleted")
+
+
+def rates() -> list[Check]:
+    """What this machine does in a second, measured now: `fifa.run.bench`."""
+    checks = []
+    for name, rate in bench():
+        if isinstance(rate, FifaError):
+            checks.append(Check(f"rate {name}", rate.what, "note", rate.do or ""))
+        else:
+            checks.append(Check(f"rate {name}", str(rate)))
+    return checks
 
 
 @cache
