@@ -28,9 +28,12 @@ from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.formatting import seconds, text_table
 from fifa.run.bench import VECTORS, Rate, bench_rate, tower_flops
-from fifa.run.passes import Passes, is_here, runs
+from fifa.run.passes import Passes, is_here, runs, sample_of
 from fifa.scoring import check_specs
 from fifa.scoring.diversity import EXACT_UP_TO
+from fifa.scoring.encoders import column_embeddings
+from fifa.scoring.margin import margin_scores
+from fifa.scoring.quality import column_ratings
 from fifa.scoring.rubric import load_rubric
 from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
 from fifa.shards.files import read_yaml
@@ -214,6 +217,7 @@ def plan_cost(plan: Plan) -> Cost:
     began = time.perf_counter()
     facts = facts_of(plan)
     echo(str(facts))
+    check_columns(facts.sample, plan)
     recipe = Recipe(plan.read, plan.score, plan.select, plan.compute)
     passes = Passes(facts.sample, recipe, plan.seconds, plan.fresh)
     rates = passes.rates()
@@ -224,6 +228,18 @@ def plan_cost(plan: Plan) -> Cost:
         steps += _train_steps(facts, passes, train, plan, kept)
     echo(f"measured and reckoned in {seconds(time.perf_counter() - began)}")
     return Cost(facts, tuple(steps), prices)
+
+
+def check_columns(pairs: Pairs, plan: Plan) -> None:
+    """Raise `FifaError` for a score column that the source lacks, before anything is measured."""
+    few, score = sample_of(pairs, 1), plan.score
+    for one in score.margin:
+        if REWARDS.parse(one).is_column:
+            margin_scores(few, one)
+    if (spec := score.quality) != "none" and RATERS.parse(spec).is_column:
+        column_ratings(few, RATERS.parse(spec).model)
+    if (spec := score.diversity) != "none" and ENCODERS.parse(spec).is_column:
+        column_embeddings(few, ENCODERS.parse(spec).model)
 
 
 def read_prices(path: str | None) -> Prices:

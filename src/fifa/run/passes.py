@@ -13,6 +13,7 @@ What a step leaves on the disk is found alike.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -114,12 +115,12 @@ class Passes:
             cold, first = self.fewest(partial(self.once, full, None, Path(name) / "cold"))
             rates: dict[str, Rate] = {}
             for score, steps, share, keep in parts:
-                budget, folder = share * self.budget, Path(name) / steps[0]
-
-                work = partial(self.once, score, keep, folder)
-                passes = grown(work, steps, first, self.pairs.prompts.num_rows, budget)
-                for step in steps:
-                    rates[step] = rate_of(step, cold, [one[step] for one in passes])
+                if getattr(full, steps[0], "") == "none":
+                    continue
+                work = partial(self.once, score, keep, Path(name) / steps[0])
+                most, budget = self.pairs.prompts.num_rows, share * self.budget
+                passes = grown(work, steps, first, most, budget)
+                rates |= {step: rate_of(step, cold, [p[step] for p in passes]) for step in steps}
         return rates
 
     def training(self, train: Train) -> dict[str, Rate]:
@@ -220,16 +221,23 @@ def grown(
     every pass, so it is what comes on top that has to be long enough to be told from noise.
     """
     passes: list[dict[str, Taken]] = []
-    prompts, spent, each = first, 0.0, 0.0
+    prompts, spent = first, 0.0
+
+    def more(names: Sequence[str]) -> float:
+        """Seconds that some steps of the last pass took longer than in the first."""
+        return time_of(passes[-1], names) - time_of(passes[0], names)
+
     while True:
         passes.append(work(prompts))
-        last = time_of(passes[-1], steps)
-        more, spent = last - time_of(passes[0], steps), spent + last
-        if prompts >= most or more > budget / 3 or (len(passes) > 1 and spent > budget):
+        spent += time_of(passes[-1], list(passes[-1]))
+        told = more(steps) > budget / 3 or (len(passes) > 1 and spent > 2 * budget)
+        if prompts >= most or told:
             return passes
-        each = max(each, more / max(1, prompts - first), 1e-6)
-        wanted = first + int(budget / 2 / each)  # of what comes on top, half of the time
-        prompts = min(most, max(4 * prompts, min(16 * prompts, wanted)))
+        # half of the time on top, and not more than all of it with the steps that are not asked for
+        rates = ((more(steps), budget / 2), (more(list(passes[-1])), budget))
+        room = min(part * (prompts - first) / max(took, 1e-6) for took, part in rates)
+        wanted = first + int(room) if len(passes) > 1 else math.inf
+        prompts = min(most, int(max(4 * prompts, min(16 * prompts, wanted))))
 
 
 def without_prompts(score: Score) -> Score:
