@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from fifa.data.ids import fold_prompt, hex_strings, murmur3, pair_hashes, prompt
 from fifa.data.merge import _repeats
 from fifa.data.table import PAIRS, load_pairs, save_pairs
 from fifa.errors import FifaError
+from fifa.scoring.encoders import column_embeddings
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 KEY = st.sampled_from(["a", "b", "c/ä.png", "a longer key that is not short", ""])
@@ -182,3 +184,51 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert again.rejected.equals(pairs.rejected)
     assert pairs.table.schema.names[: len(PAIRS)] == PAIRS.names
     assert all(pairs.table.schema.field(f.name).type == f.type for f in PAIRS)
+
+
+@pytest.mark.parametrize("pieces", [0, 2_000])
+def test_pairs_on_the_disk_are_those_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    monkeypatch.setattr("fifa.data.merge.MAX_PIECES", pieces)
+    monkeypatch.setattr("fifa.data.merge.PART", 7)
+    rng = np.random.default_rng(0)
+    source, runs = tmp_path / "source", [tmp_path / "memory", tmp_path / "disk"]
+    source.mkdir()
+    for file in range(3):
+        number = rng.integers(0, 12, 40)
+        columns = {
+            "caption": [f"prompt {n}" for n in number],
+            "image_0_uid": [f"{n}-{rng.integers(3)}" for n in number],
+            "image_1_uid": [f"{n}-{rng.integers(3)}" for n in number],
+            "jpg_0": pa.nulls(40, pa.binary()),
+            "jpg_1": pa.nulls(40, pa.binary()),
+            "label_0": rng.choice([0.0, 0.5, 1.0], 40),
+            "score": rng.normal(size=40),
+            "vector": pa.array([[float(n), 1.0] for n in number], pa.list_(pa.float32())),
+        }
+        pq.write_table(pa.table(columns), source / f"{file}.parquet")
+    named = {"vector": "vector"}
+    memory = read_pairs(source, columns=named)
+    monkeypatch.setattr("fifa.shards.mapped.LEAST", 1)
+    disk = read_pairs(source, columns=named, spill=tmp_path)
+    assert disk.origin.merged > 10
+    assert disk.table.to_pylist() == memory.table.to_pylist()
+    for pairs, run in zip((memory, disk), runs, strict=True):
+        save_pairs(pairs, run)
+    written = [[path.read_bytes() for path in sorted(run.iterdir())] for run in runs]
+    assert written[0] == written[1]
+    assert load_pairs(runs[0]).table.to_pylist() == memory.table.to_pylist()
+
+
+def test_an_embedding_stays_in_the_first_row_of_its_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": p, "image_0": f"{i}a", "image_1": f"{i}b", "label": 1, "v": [float(i), 2.0]}
+        for i, p in enumerate(["Fox", "fox", "dog", "fox", "dog", "cat"])
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pairs = read_pairs(tmp_path / "a.json", columns={"vector": "v"})
+    kept = pairs.table["vector"].to_pylist()
+    # two spellings of one prompt are two until all files are there
+    assert kept == [[0.0, 2.0], [1.0, 2.0], [2.0, 2.0], None, None, [5.0, 2.0]]
+    assert column_embeddings(pairs, "vector").shape == (3, 2)

@@ -53,7 +53,7 @@ def test_distances_are_those_of_a_naive_loop(n: int, k: int, d: int, seed: int) 
     vectors[rng.integers(0, n, n // 2)] = vectors[0]  # duplicates, which push themselves down
     table = diversity_scores(pairs_of(vectors), "column:z", k=k)
     expected = naive_distances(vectors, min(k, n - 1))
-    np.testing.assert_allclose(table["distance"].to_numpy(), expected, atol=2e-4)
+    np.testing.assert_allclose(table["distance"].to_numpy(), expected, atol=1e-3)  # kept in float16
     floored = np.log(np.maximum(table["distance"].to_numpy(), FLOOR))
     np.testing.assert_allclose(table["entropy"].to_numpy(), floored, rtol=1e-6)
     assert table.schema.equals(DIVERSITY)
@@ -75,7 +75,7 @@ def test_only_duplicates_have_a_bounded_logarithm() -> None:
 def test_k_beyond_the_prompts_is_the_farthest_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     vectors = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
     table = diversity_scores(pairs_of(vectors), "column:z", k=10)
-    np.testing.assert_allclose(table["distance"], naive_distances(vectors, 3), atol=1e-5)
+    np.testing.assert_allclose(table["distance"], naive_distances(vectors, 3), atol=5e-4)
     assert "k is 3" in capsys.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_an_interrupted_search_goes_on_and_writes_the_same_bytes(
     monkeypatch.setattr(diversity, "QUERIES", 64)
     pairs = pairs_of(clustered(500, 8))
     diversity_scores(pairs, "column:z", folder=tmp_path / "unbroken")
-    (unbroken,) = (tmp_path / "unbroken").iterdir()
+    (unbroken,) = (tmp_path / "unbroken").glob("diversity-*")
 
     real, calls = diversity.kth_distances, []
 
@@ -196,7 +196,7 @@ def test_an_interrupted_search_goes_on_and_writes_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         diversity_scores(pairs, "column:z", folder=tmp_path / "broken")
     diversity_scores(pairs, "column:z", folder=tmp_path / "broken")
-    (broken,) = (tmp_path / "broken").iterdir()
+    (broken,) = (tmp_path / "broken").glob("diversity-*")
     assert (broken.name, broken.read_bytes()) == (unbroken.name, unbroken.read_bytes())
     assert len(calls) == 4 + 8 - 3  # three of eight shards were finished
     before = len(calls)

@@ -237,11 +237,15 @@ class ParquetColumns:
         return False
 
     def extra(self, name: str) -> pa.Array:
-        """A column of numbers (float64) or of lists of numbers (float32), null for the rest."""
+        """A column of numbers (float64) or of lists of numbers, null for the rest.
+
+        Lists are of float16 where the file has those, otherwise of float32.
+        """
         kind = self._type(name)
         if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
             return pa.array(self.number(name))
-        return _one_chunk(self._column(name).cast(pa.list_(pa.float32())))
+        of = pa.float16() if pa.types.is_float16(kind.value_type) else pa.float32()
+        return _one_chunk(self._column(name).cast(pa.list_(of)))
 
     def truths(self, name: str) -> bool:
         """True for a column of truth values."""

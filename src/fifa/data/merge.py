@@ -17,23 +17,27 @@ from fifa.data.names import NAMES, labels_by_aspect
 from fifa.data.pairs import FilePairs
 from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs
 from fifa.errors import FifaError
+from fifa.shards.mapped import Shelf, give_back
 
 MAX_PIECES = 2_000  # of a column
+PART = 1 << 20  # pairs of which rows are left out at a time
 LAST_BITS = 0xFFFF
 WORST = 10  # annotators that are named
 HALVES = (0, 1)  # of all hashes, by their first bit
 
 
-def merge(files: Iterable[FilePairs], *, weigh: bool = False) -> Pairs:
+def merge(files: Iterable[FilePairs], *, weigh: bool = False, shelf: Shelf | None = None) -> Pairs:
     """Join files' pairs into one table; of the origin it knows no more than what they hold.
 
     ``weigh``: labels are not the votes' shares, but annotators weighed by their reliability.
+    ``shelf``: where strings and lists lie meanwhile and later, if not in memory.
 
     A pair met again (the same prompt and images, on whichever sides) adds its votes to the first
     one's label and goes, its labels by aspect likewise and its annotators after the first one's;
     everything else is the first one's.
     """
     full: list[FilePairs] = []
+    shelf = shelf or Shelf(None)
     rejected: list[tuple[str, int | None, str]] = []
     cells: tuple[str, str] | None = None
     not_made: Counter[str] = Counter()
@@ -42,11 +46,12 @@ def merge(files: Iterable[FilePairs], *, weigh: bool = False) -> Pairs:
         rejected += [(own.file, row, reason) for row, reason in own.rejected]
         cells = cells or own.cells
         if len(own):
+            _shelve(own, shelf)
             full.append(own)
     known: dict[str, Any] = {}
     table, prompts = PAIRS.empty_table(), PROMPTS.empty_table()
     if full:
-        table, prompts = _tables(full, known if weigh else None)
+        table, prompts = _tables(full, known if weigh else None, shelf)
     beside = {*PAIRS.names, *NAMES, *labels_by_aspect(table)}
     scores = [name for name in table.column_names if name not in beside]
     pairs = sum(map(len, full))
@@ -63,7 +68,20 @@ def merge(files: Iterable[FilePairs], *, weigh: bool = False) -> Pairs:
     return Pairs(table, prompts, pa.table(by_column, schema=REJECTED), origin)
 
 
-def _tables(files: list[FilePairs], known: dict[str, Any] | None) -> tuple[pa.Table, pa.Table]:
+def _shelve(own: FilePairs, shelf: Shelf) -> None:
+    """Put a file's strings and lists on the shelf: nine tenths of its bytes."""
+    heavy = {name: column for name, column in own.columns.items() if _is_heavy(column.type)}
+    table = shelf.put(pa.table(heavy))
+    own.columns |= dict(zip(heavy, table.columns, strict=True))
+
+
+def _is_heavy(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_list(kind))
+
+
+def _tables(
+    files: list[FilePairs], known: dict[str, Any] | None, shelf: Shelf
+) -> tuple[pa.Table, pa.Table]:
     """The pairs, those met again merged, and the prompts.
 
     Annotators are weighed where ``known`` is given, which then has `Origin.reliability`.
@@ -89,7 +107,7 @@ def _tables(files: list[FilePairs], known: dict[str, Any] | None) -> tuple[pa.Ta
     others = [name for name in columns if name not in {*PAIRS.names, *beside}]
     schema = pa.schema([*PAIRS, *((name, columns[name].type) for name in [*beside, *others])])
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-    return _without(table, merged), prompts
+    return _without(table, merged, shelf), prompts
 
 
 def _joined(files: list[FilePairs]) -> dict[str, pa.ChunkedArray]:
@@ -316,11 +334,19 @@ def _annotators(column: pa.ChunkedArray, rows: np.ndarray, head: np.ndarray) -> 
     return pa.chunked_array([codes.from_arrays(pa.array(indices, mask=nobody), known)])
 
 
-def _without(table: pa.Table, gone: np.ndarray) -> pa.Table:
+def _without(table: pa.Table, gone: np.ndarray, shelf: Shelf) -> pa.Table:
     """The other rows: as slices of what is there, unless that makes too many pieces."""
-    if len(gone) > MAX_PIECES:
-        stays = np.ones(len(table), bool)
-        stays[gone] = False
-        return table.filter(pa.array(stays))
-    bounds = zip([0, *(gone + 1)], [*gone, len(table)], strict=True)
-    return pa.concat_tables([table.slice(start, stop - start) for start, stop in bounds])
+    if len(gone) <= MAX_PIECES:
+        bounds = zip([0, *(gone + 1)], [*gone, len(table)], strict=True)
+        return pa.concat_tables([table.slice(start, stop - start) for start, stop in bounds])
+    stays = np.ones(len(table), bool)
+    stays[gone] = False
+    heavy = [field.name for field in table.schema if _is_heavy(field.type)]
+    parts = []
+    for start in range(0, len(table), PART):
+        some = table.slice(start, PART).filter(pa.array(stays[start : start + PART]))
+        columns = dict(zip(some.column_names, some.columns, strict=True))
+        columns |= dict(zip(heavy, shelf.put(some.select(heavy)).columns, strict=True))
+        parts.append(pa.table(columns, schema=some.schema))
+        give_back()
+    return pa.concat_tables(parts)

@@ -119,6 +119,10 @@ def finish(own: FilePairs) -> FilePairs:
     columns, scores = own.columns, own.scores
     prompt = columns["prompt"]
     own.prompts = prompt_hashes(prompt.dictionary)
+    codes = prompt.indices.to_numpy()
+    for name, values in scores.items():
+        if pa.types.is_list(values.type):
+            scores[name] = _once(values, codes)
     hashes = [murmur3(columns[f"image_{side}"]) for side in (0, 1)]
     own.images = hashes[0] + hashes[1]
     own.pairs = pair_hashes(own.prompts, prompt.indices.to_numpy(), own.images)
@@ -200,6 +204,15 @@ def _prompt_faults(prompt: pa.DictionaryArray) -> dict[int, str]:
     for code in np.flatnonzero(np.asarray(texts.is_null())).tolist():
         reasons[code] = NO_TEXT
     return {row: reasons[codes[row]] for row in np.flatnonzero(faulty[codes]).tolist()}
+
+
+def _once(lists: Text, codes: np.ndarray) -> pa.Array:
+    """The lists, null in all rows of a prompt but its first: it is described by one of them."""
+    _, first = np.unique(codes, return_index=True)
+    one = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+    place, others = np.zeros(len(one), np.int64), np.ones(len(one), bool)
+    place[first], others[first] = np.arange(len(first)), False
+    return one.take(pa.array(first)).take(pa.array(place, mask=others))
 
 
 def _in_order(prompt: pa.DictionaryArray) -> pa.DictionaryArray:

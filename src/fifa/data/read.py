@@ -42,6 +42,7 @@ from fifa.data.table import Origin, Pairs
 from fifa.data.winners import PROMPTS, likely_columns
 from fifa.errors import FifaError
 from fifa.shards.files import digest
+from fifa.shards.mapped import Shelf
 
 FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 
@@ -61,6 +62,7 @@ def read_pairs(
     label_aspect: str | None = None,
     images_from: Sequence[str] = (),
     annotators: Literal["count", "weigh"] = Read.annotators,
+    spill: Path | None = None,
 ) -> Pairs:
     """Read preference pairs, whatever data set they come in, without reading pixels.
 
@@ -88,6 +90,9 @@ def read_pairs(
     images_from
         URLs (``s3://bucket/images``) below which the source may name images; they are opened with
         your rights there.
+    spill
+        A folder on a disk, where strings and lists lie instead of in memory, in a file without a
+        name that goes with the pairs.
 
     Returns
     -------
@@ -111,7 +116,8 @@ def read_pairs(
             check_subset(place)
     reader = _Reader(found.root, format, columns, Compare(pairs, min_gap), label_aspect)
     with progress("reading files", len(found.files)) as advance:
-        read = merge(_file_pairs(reader, found, advance), weigh=annotators == "weigh")
+        files = _file_pairs(reader, found, advance)
+        read = merge(files, weigh=annotators == "weigh", shelf=Shelf(spill))
     if not len(read):
         raise _nothing(found, read)
     note(pairs=len(read), merged=read.origin.merged, rejected=len(read.rejected))
@@ -138,7 +144,7 @@ def read_pairs(
     return replace(read, origin=origin)
 
 
-def read_source(read: Read, source: str | None = None) -> Pairs:
+def read_source(read: Read, source: str | None = None, spill: Path | None = None) -> Pairs:
     """`read_pairs` with the knobs of ``read``; ``source`` is where it is now, if not there."""
     return read_pairs(
         source or read.source,
@@ -149,6 +155,7 @@ def read_source(read: Read, source: str | None = None) -> Pairs:
         label_aspect=read.label_aspect,
         images_from=read.images_from,
         annotators=read.annotators,
+        spill=spill,
     )
 
 

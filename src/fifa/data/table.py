@@ -12,6 +12,7 @@ import pyarrow as pa
 from fifa.config import Read
 from fifa.errors import FifaError
 from fifa.shards.files import column_digest, read_table, write_table
+from fifa.shards.mapped import Shelf
 
 PAIRS = pa.schema(
     [
@@ -150,7 +151,9 @@ def _read(folder: Path, name: str, columns: list[str] | None = None) -> pa.Table
     path = folder / FILES[name]
     if name == "table" and not path.exists():
         raise FifaError("no pairs here", where=str(folder), do="run `fifa read SOURCE --out RUN`")
-    return read_table(path, columns, do=f"run `fifa score {folder}`: it reads the source again")
+    shelf = Shelf(folder) if name == "table" and columns != [] else None
+    do = f"run `fifa score {folder}`: it reads the source again"
+    return read_table(path, columns, do=do, shelf=shelf)
 
 
 def _origin(table: pa.Table, folder: Path) -> Origin:

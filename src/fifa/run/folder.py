@@ -26,6 +26,7 @@ from fifa.shards.files import (
     write_json,
     write_yaml,
 )
+from fifa.shards.mapped import give_back
 
 STAMP = "run.json"  # says that a folder is a run, and in which format
 FORMAT = 3  # 1 had no stamp, 2 no digests
@@ -166,6 +167,7 @@ def log_step(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     detail(f"{name} begins")
     with collect_facts() as facts:
         yield facts
+    give_back()
     seconds = round(time.perf_counter() - clock, 3)
     line = {"step": name, "started": started.isoformat(timespec="seconds"), "seconds": seconds}
     try:

@@ -134,7 +134,7 @@ def train(
 
 def plan(recipe: Recipe) -> str:
     """What `filter_pairs` would do, without doing it: the recipe, the pairs, the work ahead."""
-    pairs = _read(recipe)
+    pairs = read_source(recipe.read)
     echo_read(pairs)
     prompts, score, keep = pairs.prompts.num_rows, recipe.score, recipe.select.keep
     count = keep if isinstance(keep, int) else max(1, round(keep * len(pairs)))
@@ -155,13 +155,13 @@ def read_step(run: Run) -> Pairs:
     known = _known_pairs(run.folder)
     if known is None:
         with log_step(run.folder, "read") as facts:
-            pairs = _read(run.recipe)
+            pairs = read_source(run.recipe.read, spill=run.folder)
             save_pairs(pairs, run.folder)
             facts |= read_facts(pairs)
     elif source_is_same(known.origin):
         pairs = known
     else:
-        pairs = _read(run.recipe)
+        pairs = read_source(run.recipe.read, spill=run.folder)
         if (pairs.pairs_digest, pairs.table["label"]) != (known.pairs_digest, known.table["label"]):
             raise FifaError(
                 "the source has changed since this run read it",
@@ -181,10 +181,6 @@ def _known_pairs(folder: Path) -> Pairs | None:
     except DamagedError as error:
         echo(f"{error.where} is damaged: the source is read again")
         return None
-
-
-def _read(recipe: Recipe) -> Pairs:
-    return read_source(recipe.read)
 
 
 def source_is_same(origin: Origin) -> bool:

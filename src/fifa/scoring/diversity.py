@@ -19,8 +19,9 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
 from fifa.models.transformer import Vectors
-from fifa.scoring.encoders import Encoder, make_encoder, prompt_embeddings, prompts_identity
+from fifa.scoring.encoders import Encoder, Kept, kept_embeddings, make_encoder, prompts_identity
 from fifa.scoring.neighbours import (
+    AnyVectors,
     Rows,
     Search,
     approximate_index,
@@ -31,12 +32,12 @@ from fifa.scoring.neighbours import (
 )
 from fifa.scoring.specs import ENCODERS
 from fifa.scoring.table import DIVERSITY, score_path, scored_once
-from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
+from fifa.shards.mapped import give_back
 from fifa.shards.pool import Executor, Shard, map_shards, store_of
 
 FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
-EXACT_UP_TO = 200_000  # prompts without CUDA; docs/diversity.md has the times it comes from
+EXACT_UP_TO = 120_000  # prompts without CUDA; docs/diversity.md has the times it comes from
 ON_CUDA_FROM = 50_000  # prompts: fewer are searched here before CUDA has started
 BLOCK = 1024  # prompts whose vectors stay in the processor's cache
 QUERIES = 32_768  # prompts searched between two points where a run can be resumed
@@ -72,7 +73,7 @@ def diversity_scores(
     knn
         ``exact``; ``approx`` (an inverted file of product codes, candidates compared exactly;
         its recall on a sample is shown and kept beside the result); ``auto`` is exact on CUDA,
-        and elsewhere up to 200,000 prompts.
+        and elsewhere up to 120,000 prompts.
     device
         Where a built-in encoder computes, and where 50,000 prompts or more are searched exactly
         if it is CUDA (fewer are searched on the CPU); None: the fastest device. Distances are
@@ -102,11 +103,11 @@ def diversity_scores(
     if 0 < nearest < k:
         echo(f"diversity: {n:,} prompts have no {k}-th neighbours; k is {nearest}")
 
-    given: Vectors | None = None
+    given: Kept | None = None
     if isinstance(spec, str) and ENCODERS.parse(spec).is_column:
-        given = prompt_embeddings(pairs, spec)
+        given = kept_embeddings(pairs, spec, folder)
         name = spec
-        identity: dict[str, object] = {"encoder": spec, "content": digest(given.tobytes())}
+        identity: dict[str, object] = {"encoder": spec, "content": given.digest}
     else:
         encoder = make_encoder(spec, device=device or "auto") if isinstance(spec, str) else spec
         name, identity = encoder.name, encoder.identity
@@ -114,7 +115,7 @@ def diversity_scores(
     path = folder and score_path(folder, "diversity", f"{name}-k{k}", *content)
 
     def make(ledger: Ledger) -> pa.Table:
-        found = prompt_embeddings(pairs, encoder, folder, executor) if given is None else given
+        found = kept_embeddings(pairs, encoder, folder, executor) if given is None else given
         distance, facts = _distances(found, nearest, method, place, ledger, executor)
         # h_c = log ||z_c - z_c^(k)||, bounded below
         entropy = np.log(np.maximum(distance, np.float32(FLOOR)))
@@ -163,7 +164,7 @@ def entropy_estimate(log_distances: Vectors, k: int, dimensions: int) -> float:
     return digammas + log_ball + d * float(np.mean(log_distances, dtype=np.float64))
 
 
-def kth_distances(vectors: Vectors, rows: Rows, found: Rows) -> Vectors:
+def kth_distances(vectors: AnyVectors, rows: Rows, found: Rows) -> Vectors:
     """||z_c - z_c^(k)|| for the prompts ``rows``, float32 [q].
 
     The nearest of a prompt is itself, unless duplicates at distance 0 push it down or off the
@@ -204,7 +205,7 @@ class Nearest:
     Parameters
     ----------
     vectors
-        All prompts, float32 [n, d].
+        All prompts, [n, d].
     k
         The neighbour.
     device
@@ -213,7 +214,7 @@ class Nearest:
         As `fifa.scoring.neighbours.approximate_index` gave it.
     """
 
-    vectors: Vectors
+    vectors: AnyVectors
     k: int
     device: str | None
     index: Any = None
@@ -227,7 +228,9 @@ class Nearest:
         """``distance`` of a part of the prompts, float32."""
         rows = np.arange(part.start, part.stop)
         found = self.search(self.vectors[part], self.k + 1)
-        return pa.table({"distance": kth_distances(self.vectors, rows, found)})
+        table = pa.table({"distance": kth_distances(self.vectors, rows, found)})
+        give_back()
+        return table
 
     @cached_property
     def search(self) -> Search:
@@ -239,7 +242,7 @@ class Nearest:
         return device_search(self.vectors, self.device)
 
 
-def _nearest(vectors: Vectors, k: int, approximate: bool, plain: Any) -> Nearest:
+def _nearest(vectors: AnyVectors, k: int, approximate: bool, plain: Any) -> Nearest:
     """`Nearest` in a worker."""
     device = None if approximate else _search_device(len(vectors), None)
     index = None if plain is None else require("faiss").deserialize_index(plain)
@@ -247,7 +250,7 @@ def _nearest(vectors: Vectors, k: int, approximate: bool, plain: Any) -> Nearest
 
 
 def _distances(
-    vectors: Vectors,
+    vectors: AnyVectors,
     k: int,
     method: str,
     device: str,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from fifa.console import note
 from fifa.data.table import Pairs
@@ -28,7 +31,8 @@ from fifa.scoring.table import (
 )
 from fifa.shards.files import column_digest
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Executor, Shard, map_shards, store_of
+from fifa.shards.mapped import give_back
+from fifa.shards.pool import Executor, Shard, each_shard, store_of
 
 SHARD = 4096  # prompts embedded between two points where a run can be resumed
 
@@ -92,13 +96,61 @@ def make_transformer(spec: Spec, device: str, dtype: str | None) -> ModelEncoder
     return ModelEncoder(f"{spec.name}-{Path(spec.model).name}", folder, spec.name, device, dtype)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Vectors as they are kept; what is taken of them is float32 [.., d], L2-normalised.
+
+    Parameters
+    ----------
+    half
+        float16 [n, d], mapped from their file where there is one: two million prompts of 384
+        dimensions are 1.5 GB, twice that in float32.
+    """
+
+    half: npt.NDArray[np.float16]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another machine may not have the file."""
+        return Kept, (np.asarray(self.half),)
+
+    def __len__(self) -> int:
+        return len(self.half)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n and d."""
+        rows, width = self.half.shape
+        return rows, width
+
+    @property
+    def digest(self) -> str:
+        """32 hex characters that name their content."""
+        h = xxhash.xxh3_128()
+        for start in range(0, len(self), SHARD):
+            h.update(self.half[start : start + SHARD].tobytes())
+        return h.hexdigest()
+
+    def __getitem__(self, rows: slice | npt.NDArray[Any]) -> Vectors:
+        return normalised(self.half[rows].astype(np.float32))
+
+
 def prompt_embeddings(
     pairs: Pairs,
     spec: str | Encoder,
     folder: Path | None = None,
     executor: Executor | None = None,
 ) -> Vectors:
-    """The vectors of ``pairs.prompts``, float32 [prompts, d], L2-normalised.
+    """`kept_embeddings`, all of them: float32 [prompts, d], L2-normalised."""
+    return kept_embeddings(pairs, spec, folder, executor)[:]
+
+
+def kept_embeddings(
+    pairs: Pairs,
+    spec: str | Encoder,
+    folder: Path | None = None,
+    executor: Executor | None = None,
+) -> Kept:
+    """The vectors of ``pairs.prompts``.
 
     They pass through float16, in which they are kept in ``folder`` as
     ``embeddings-<encoder>-<fingerprint>.npy`` (2 bytes a number): embedded once, read by
@@ -117,7 +169,7 @@ def prompt_embeddings(
         Who embeds; by default this process. An encoder of your own travels to its workers.
     """
     if isinstance(spec, str) and (parsed := ENCODERS.parse(spec)).is_column:
-        return column_embeddings(pairs, parsed.model)
+        return column_embeddings(pairs, parsed.model, folder)
     encoder = make_encoder(spec) if isinstance(spec, str) else spec
     return embed_prompts(pairs.prompts, encoder, folder, executor)
 
@@ -127,11 +179,11 @@ def embed_prompts(
     encoder: Encoder,
     folder: Path | None = None,
     executor: Executor | None = None,
-) -> Vectors:
-    """`prompt_embeddings` of a table of `fifa.data.table.PROMPTS`."""
+) -> Kept:
+    """`kept_embeddings` of a table of `fifa.data.table.PROMPTS`."""
     n = prompts.num_rows
     if n == 0:
-        return np.empty((0, 1), np.float32)
+        return Kept(np.empty((0, 1), np.float16))
 
     def texts(start: int) -> list[str]:
         part: list[str] = prompts["prompt"].slice(start, SHARD).to_pylist()
@@ -141,12 +193,12 @@ def embed_prompts(
         # The ledger's name has the fingerprint of encoder and prompts, so a row names a shard.
         shards = [Shard(f"from-{i}", min(SHARD, n - i), i) for i in range(0, n, SHARD)]
         what, embed = f"embedding prompts ({encoder.name})", partial(_embedded, encoder)
-        yield table_features(map_shards(what, embed, shards, ledger, executor, texts))
+        for table in each_shard(what, embed, shards, ledger, executor, texts):
+            yield table_features(table)
         note(prompts_embedded=n)
 
     path = embeddings_path(prompts, encoder, folder)
-    half = array_once(path, make, n, store_of(executor))
-    return normalised(half.astype(np.float32))
+    return Kept(array_once(path, make, n, store_of(executor)))
 
 
 def _embedded(encoder: Encoder, prompts: list[str]) -> pa.Table:
@@ -182,8 +234,8 @@ def embeddings_path(prompts: pa.Table, encoder: Encoder, folder: Path | None) ->
     return path and path.with_suffix(".npy")
 
 
-def column_embeddings(pairs: Pairs, name: str) -> Vectors:
-    """The vectors in the list column ``name`` of the pairs, float32 [prompts, d], L2-normalised.
+def column_embeddings(pairs: Pairs, name: str, folder: Path | None = None) -> Kept:
+    """The vectors in the list column ``name`` of the pairs.
 
     Raises `FifaError` for a column that is missing, not of numbers, ragged or not finite.
     """
@@ -196,16 +248,42 @@ def column_embeddings(pairs: Pairs, name: str) -> Vectors:
         )
     # The first row of every prompt: prompts are numbered in order of first appearance.
     _, first = np.unique(pairs.table["prompt_index"].to_numpy(), return_index=True)
-    rows = pairs.table[name].take(pa.array(first)).combine_chunks()
-    widths = pc.unique(pc.list_value_length(rows)).to_pylist()
-    width = widths[0] if len(widths) == 1 else None
-    if len(rows) == 0:
-        return np.empty((0, 1), np.float32)
-    try:
-        flat = rows.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    except (ValueError, TypeError, pa.ArrowException) as error:
-        raise FifaError(f"no vectors in the column: {error}", where=f"column {name}") from error
-    if not width or not np.isfinite(flat).all():
-        raise FifaError("the vectors are not all finite and of one length", where=f"column {name}")
-    vectors: Vectors = flat.reshape(-1, width)
-    return normalised(vectors)
+    column, content = pairs.table[name], xxhash.xxh3_128()
+    for part in _column_parts(column, first, name):
+        content.update(part.tobytes())
+    path = folder and score_path(folder, "embeddings", f"column-{name}", content.hexdigest())
+    path = path and path.with_suffix(".npy")
+    return Kept(array_once(path, lambda ledger: _column_parts(column, first, name), len(first)))
+
+
+def _column_parts(
+    column: pa.ChunkedArray, rows: npt.NDArray[np.int64], name: str
+) -> Iterator[npt.NDArray[np.float16]]:
+    """The vectors in some rows of a list column, as they are kept, `SHARD` at a time."""
+    width = 0
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    for part in (rows[i : i + SHARD] for i in range(0, len(rows), SHARD)):
+        # chunk by chunk: Arrow would join them all to take rows of several
+        chunks = np.searchsorted(starts, part, side="right") - 1
+        taken = [
+            column.chunk(chunk).take(pa.array(part[chunks == chunk] - starts[chunk]))
+            for chunk in np.unique(chunks).tolist()
+        ]
+        found = pa.concat_arrays(taken)
+        if (part[1:] < part[:-1]).any():  # not so in what `fifa.read_pairs` gives
+            order = np.argsort(np.argsort(chunks, kind="stable"))
+            found = found.take(pa.array(order))
+        widths = pc.unique(pc.list_value_length(found)).to_pylist()
+        width = width or (widths[0] if len(widths) == 1 else 0) or 0
+        try:
+            flat = found.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            raise FifaError(f"no vectors in the column: {error}", where=f"column {name}") from error
+        if not width or widths != [width] or not np.isfinite(flat).all():
+            raise FifaError(
+                "the vectors are not all finite and of one length", where=f"column {name}"
+            )
+        yield normalised(flat.reshape(-1, width)).astype(np.float16)
+        give_back()
+    if not len(rows):
+        yield np.empty((0, 1), np.float16)

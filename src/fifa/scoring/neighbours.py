@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,30 @@ import numpy.typing as npt
 from fifa.models.optional import require
 from fifa.models.runtime import SHARE, Parts, Tensor, free_bytes
 from fifa.models.transformer import Vectors
+from fifa.shards.mapped import give_back
 
 Rows = npt.NDArray[np.int64]
+
+
+class AnyVectors(Protocol):
+    """Vectors in memory, or on the disk (`fifa.scoring.encoders.Kept`): float32 when taken."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """n and d."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
 Search = Callable[[Vectors, int], Rows]  # (queries [q, d], k) -> the rows of the k nearest [q, k]
 
 PROBES = 128  # cells of the approximate index that a query looks into
 REFINE = 20  # candidates a neighbour whose distance is then computed exactly
 FEWEST = 1000  # prompts that an approximate index can be trained on
+ADDED = 65_536  # vectors added to an approximate index at a time, and
+EXACT_BLOCK = 262_144  # searched exactly at a time: what is taken of them is in float32
 SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
 
 GROUP = 32  # vectors of which only the highest score is kept at first
@@ -34,21 +51,33 @@ SUM_ERROR = 2.0**-23  # for each of the d numbers
 SAME = 1e-6  # a squared distance that is rounding: nothing can be nearer
 
 
-def exact_search(vectors: Vectors) -> Search:
-    """Brute force over ``vectors`` [n, d] by faiss."""
+def exact_search(vectors: AnyVectors) -> Search:
+    """Brute force over ``vectors`` [n, d] by faiss, `EXACT_BLOCK` of them after the other."""
     faiss = require("faiss")
+    n = len(vectors)
+    whole = vectors[0:n] if n <= EXACT_BLOCK else None
 
     def search(queries: Vectors, k: int) -> Rows:
-        found: Rows = faiss.knn(queries, vectors, k, metric=faiss.METRIC_L2)[1]
-        return found
+        distances: Vectors = np.empty((len(queries), 0), np.float32)
+        rows: Rows = np.empty((len(queries), 0), np.int64)
+        for start in range(0, n, EXACT_BLOCK):
+            part = vectors[start : start + EXACT_BLOCK] if whole is None else whole
+            near, at = faiss.knn(queries, part, min(k, len(part)), metric=faiss.METRIC_L2)
+            distances = np.concatenate([distances, near], 1)
+            rows = np.concatenate([rows, at + start], 1)
+            order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+            distances = np.take_along_axis(distances, order, 1)
+            rows = np.take_along_axis(rows, order, 1)
+        return rows
 
     return search
 
 
-def approximate_index(vectors: Vectors) -> Any | None:
+def approximate_index(vectors: AnyVectors) -> Any | None:
     """An inverted file with 4-bit product codes over ``vectors`` [n, d]; None for few of them.
 
-    About 2 sqrt(n) cells, and codes of 1 bit a number. The same vectors give the same index.
+    About 2 sqrt(n) cells, and codes of 1 bit a number. It holds the vectors too, in float16. The
+    same vectors give the same index.
     """
     faiss = require("faiss")
     n, d = vectors.shape
@@ -56,17 +85,19 @@ def approximate_index(vectors: Vectors) -> Any | None:
         return None
     cells = max(1, min(2 ** round(math.log2(2 * math.sqrt(n))), n // 39))
     width = next(w for w in (4, 3, 2, 1) if d % w == 0)
-    index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,RFlat", faiss.METRIC_L2)
+    index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,Refine(SQfp16)", faiss.METRIC_L2)
     index.train(vectors[:: max(1, n // (64 * cells))])
-    index.add(vectors)
+    for start in range(0, n, ADDED):
+        index.add(vectors[start : start + ADDED])
+        give_back()
     return index
 
 
-def approximate_search(vectors: Vectors, index: Any | None) -> Search:
+def approximate_search(vectors: AnyVectors, index: Any | None) -> Search:
     """The search of ``vectors`` [n, d] with their `approximate_index`; exact where that is None.
 
-    `PROBES` cells are read, and `REFINE` candidates a neighbour compared exactly. A prompt for
-    which it finds too few is searched exactly.
+    `PROBES` cells are read, and `REFINE` candidates a neighbour compared by their float16 vectors.
+    A prompt for which it finds too few is searched exactly.
     """
     exact = exact_search(vectors)
     if index is None:
@@ -86,7 +117,7 @@ def approximate_search(vectors: Vectors, index: Any | None) -> Search:
     return search
 
 
-def sampled_recall(vectors: Vectors, search: Search, k: int) -> float:
+def sampled_recall(vectors: AnyVectors, search: Search, k: int) -> float:
     """The share of `SAMPLE` prompts' k nearest neighbours that ``search`` finds too."""
     rows = np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors))).astype(np.int64)
     truth, found = (s(vectors[rows], k + 1) for s in (exact_search(vectors), search))
@@ -94,7 +125,7 @@ def sampled_recall(vectors: Vectors, search: Search, k: int) -> float:
     return max(0, shared) / (len(rows) * k)
 
 
-def device_search(vectors: Vectors, device: str) -> Search:
+def device_search(vectors: AnyVectors, device: str) -> Search:
     """Brute force over ``vectors`` [n, d] on a torch device, for one with fast products of halves.
 
     A vector scores <q, v> - |v|^2 / 2 with a query, which is highest where ||q - v|| is smallest.
@@ -123,7 +154,7 @@ def device_search(vectors: Vectors, device: str) -> Search:
     most = n if free is None else int(SHARE * free / 2 / (6 * _width(vectors)))
     step = max(GROUP, min(n, most))
     starts = range(0, n, step)
-    whole = _load(vectors, place) if len(starts) == 1 else None
+    whole = _load(vectors[0:n], place) if len(starts) == 1 else None
     parts = Parts("prompt")
 
     def search(queries: Vectors, k: int) -> Rows:
@@ -191,7 +222,7 @@ def _blocks(vectors: Tensor, halves: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(split(vectors, VECTOR_BLOCK), split(halves, VECTOR_BLOCK), strict=True)
 
 
-def _width(vectors: Vectors | Tensor) -> int:
+def _width(vectors: AnyVectors | Tensor) -> int:
     return -(-(int(vectors.shape[1]) + 1) // 8) * 8
 
 

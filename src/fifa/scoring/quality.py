@@ -15,8 +15,7 @@ from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.models.transformer import Vectors
-from fifa.scoring.encoders import embed_prompts, make_encoder, prompts_identity
+from fifa.scoring.encoders import Kept, embed_prompts, make_encoder, prompts_identity
 from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
@@ -183,7 +182,7 @@ def _rated(
     table: pa.Table, rater: Rater, ledger: Ledger, folder: Path | None, executor: Executor | None
 ) -> pa.Table:
     prompts: list[str] = table["prompt"].to_pylist()
-    vectors: Vectors | None = None
+    vectors: Kept | None = None
     if prompts and isinstance(rater, DefaultRater):
         # Of the same encoder as the diversity step's default: embedded once for both.
         vectors = embed_prompts(table, make_encoder("minilm"), folder, executor)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fifa.console import echo
 from fifa.data.table import PAIRS, Pairs
 from fifa.shards.files import atomic_path, digest, read_table, write_table
 from fifa.shards.ledger import Ledger
+from fifa.shards.mapped import follow
 from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, seal
 
 NUMERIC = (pa.types.is_floating, pa.types.is_integer)
@@ -155,6 +157,9 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     """The array that `array_once` wrote, mapped; `DamagedError` where there is no such file."""
     check_whole(path, "score again with `fifa score`")
     mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    base: Any = mapped.base
+    if isinstance(base, mmap):  # an empty array is not mapped
+        follow(base)
     return mapped
 
 

@@ -24,11 +24,13 @@ import xxhash
 import yaml
 
 from fifa.errors import FifaError
+from fifa.shards.mapped import Shelf, give_back
 from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, has_seal, is_whole, seal
 
 PREFIX = ".fifa-tmp-"  # what an interrupted write leaves behind; `sweep` removes it
 LOCK = ".fifa-lock"  # of `fifa.shards.lock`
 ROW_GROUP = 131_072  # fixed, so that the same table gives the same bytes
+MAX_DICTIONARY = ROW_GROUP // 2  # values in a dictionary that row groups have whole
 SYNCS = 16  # files written through to the disk at a time
 MAX_JSON = 1 << 30  # bytes of a file that is read whole into memory
 MAX_YAML = 1 << 24  # recipes are a few hundred bytes, and YAML is slow to read
@@ -262,15 +264,26 @@ def table_bytes(table: pa.Table) -> bytes:
     return file.getvalue()
 
 
-def read_table(path: Path, columns: list[str] | None = None, *, do: str | None = None) -> pa.Table:
-    """The table that `write_table` wrote to ``path``, or some columns of it.
+def read_table(
+    path: Path,
+    columns: list[str] | None = None,
+    *,
+    do: str | None = None,
+    shelf: Shelf | None = None,
+) -> pa.Table:
+    """The table that `write_table` wrote to ``path``, or some columns of it; it lies on ``shelf``.
 
     Raises `DamagedError`, with ``do``, where the file is anything else, and `FifaError` where it
     cannot be read.
     """
     check_whole(path, do)
     try:
-        return _unsealed(pq.read_table(path, columns=columns))
+        with pq.ParquetFile(path) as file:
+            if shelf is None or file.num_row_groups == 0:
+                return _unsealed(file.read(columns))
+            groups = ([group] for group in range(file.num_row_groups))
+            parts = [shelf.put(file.read_row_groups(group, columns)) for group in groups]
+        return _unsealed(pa.concat_tables(parts))
     except (OSError, pa.ArrowException) as error:
         raise DamagedError(str(path), do) from error
 
@@ -284,12 +297,24 @@ def parse_table(data: bytes, where: str) -> pa.Table:
 
 def _write_table(file: BinaryIO, table: pa.Table, **options: Any) -> None:
     size = options.pop("row_group_size", ROW_GROUP)
-    table = _unsealed(table).combine_chunks()
-    table = table.cast(_as_read(table.schema))
-    with pq.ParquetWriter(file, table.schema, **{"compression": "zstd", **options}) as writer:
-        writer.write_table(table, row_group_size=size)
+    table = _unsealed(table).unify_dictionaries()
+    schema = _as_read(table.schema)
+    with pq.ParquetWriter(file, schema, **{"compression": "zstd", **options}) as writer:
+        for start in range(0, max(1, len(table)), size):  # one row group is copied at a time
+            part = _own_dictionaries(table.slice(start, size).combine_chunks())
+            writer.write_table(part.cast(schema), row_group_size=size)
+            give_back()
         writer.add_key_value_metadata({SEAL: BLANK})
     seal(file)
+
+
+def _own_dictionaries(part: pa.Table) -> pa.Table:
+    """Of large dictionaries what is used: otherwise every row group has that of the whole table."""
+    for i, column in enumerate(part.columns):
+        if pa.types.is_dictionary(column.type) and len(column.chunk(0).dictionary) > MAX_DICTIONARY:
+            used = pc.cast(column, column.type.value_type).dictionary_encode()
+            part = part.set_column(i, part.field(i), used.cast(column.type))
+    return part
 
 
 def _unsealed(table: pa.Table) -> pa.Table:

@@ -1,0 +1,68 @@
+"""Columns that lie on the disk instead of in memory: written once, mapped, and used as any other.
+
+Arrow reads a mapped file as it reads memory, so nobody who uses a column has to know. Pages that
+were looked at are the system's to take away, and `give_back` lets it have them at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import pyarrow as pa
+
+LEAST = 1 << 20  # bytes: smaller tables stay in memory
+
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+class Shelf:
+    """A file without a name that tables are put on; it goes with the last of them.
+
+    Parameters
+    ----------
+    folder
+        Where the file lies: on a disk, not in memory. None, and a folder that takes no file, keep
+        all tables in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+
+    def put(self, table: pa.Table) -> pa.Table:
+        """The same table, mapped from the disk; small ones as they are."""
+        if self._folder is None or table.nbytes < LEAST:
+            return table
+        if self._file is None:
+            try:
+                self._file = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+            except OSError:  # a run of somebody else's, to be read only
+                self._folder = None
+                return table
+            weakref.finalize(self, self._file.close)  # maps hold the file themselves
+        start = -(-self._file.seek(0, 2) // mmap.ALLOCATIONGRANULARITY)
+        start *= mmap.ALLOCATIONGRANULARITY
+        self._file.seek(start)
+        with pa.ipc.new_stream(self._file, table.schema) as stream:
+            stream.write_table(table)
+        size = self._file.tell() - start
+        mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ, offset=start)
+        follow(mapped)
+        with pa.ipc.open_stream(pa.py_buffer(mapped)) as stream:
+            return stream.read_all()
+
+
+def follow(mapped: mmap.mmap) -> None:
+    """Let `give_back` know of a map."""
+    _maps.add(mapped)
+
+
+def give_back() -> None:
+    """Give the memory of all mapped tables back: what is looked at again is read again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapped in list(_maps):
+            mapped.madvise(mmap.MADV_DONTNEED)
