@@ -297,24 +297,42 @@ def parse_table(data: bytes, where: str) -> pa.Table:
 
 def _write_table(file: BinaryIO, table: pa.Table, **options: Any) -> None:
     size = options.pop("row_group_size", ROW_GROUP)
-    table = _unsealed(table).unify_dictionaries()
+    table = _unified(_unsealed(table))
     schema = _as_read(table.schema)
     with pq.ParquetWriter(file, schema, **{"compression": "zstd", **options}) as writer:
         for start in range(0, max(1, len(table)), size):  # one row group is copied at a time
-            part = _own_dictionaries(table.slice(start, size).combine_chunks())
+            part = _own_dictionaries(table.slice(start, size)).combine_chunks()
             writer.write_table(part.cast(schema), row_group_size=size)
             give_back()
         writer.add_key_value_metadata({SEAL: BLANK})
     seal(file)
 
 
+def _unified(table: pa.Table) -> pa.Table:
+    """A dictionary a column; chunks that share one already, perhaps of millions, are left alone."""
+    for i, column in enumerate(table.columns):
+        if pa.types.is_dictionary(column.type):
+            buffers = (
+                [(b.address, b.size) for b in d.buffers() if b] for d in _dictionaries(column)
+            )
+            if len(set(map(str, buffers))) > 1:
+                table = table.set_column(i, table.field(i), column.unify_dictionaries())
+    return table
+
+
 def _own_dictionaries(part: pa.Table) -> pa.Table:
     """Of large dictionaries what is used: otherwise every row group has that of the whole table."""
     for i, column in enumerate(part.columns):
-        if pa.types.is_dictionary(column.type) and len(column.chunk(0).dictionary) > MAX_DICTIONARY:
-            used = pc.cast(column, column.type.value_type).dictionary_encode()
+        if pa.types.is_dictionary(column.type) and any(
+            len(dictionary) > MAX_DICTIONARY for dictionary in _dictionaries(column)
+        ):
+            used = column.cast(column.type.value_type).combine_chunks().dictionary_encode()
             part = part.set_column(i, part.field(i), used.cast(column.type))
     return part
+
+
+def _dictionaries(column: pa.ChunkedArray) -> list[pa.Array]:
+    return [chunk.dictionary for chunk in column.chunks]
 
 
 def _unsealed(table: pa.Table) -> pa.Table:
