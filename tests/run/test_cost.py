@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from commands import fifa
 from fifa.config import Compute, Plan, Read, Recipe, Score, Select
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
+from fifa.models.runtime import Runtime
 from fifa.moji.family import CLIP, SD
 from fifa.run import bench, cost, passes
 from fifa.run.bench import Rate
@@ -147,6 +149,40 @@ def test_every_step_by_hand(by_hand, shipped, tmp_path):
     assert "money is not told" not in text
     assert f"{prompts:,} prompts" in text
     assert all(f"\n{name} " in text for name in took)
+
+
+def test_what_is_fetched_of_a_remote_source(by_hand, shipped, tmp_path):
+    facts = replace(facts_of(Plan(read=Read(str(shipped)))), is_remote=True, images=1000)
+    prices = cost.Prices(network_gb=2.0)
+    for margin, step, fetched in (
+        (f"clipscore:{CLIP}", "margin", 1000 * 0.5e6),  # each image, of half a pair's bytes
+        (COLUMNS, "select", 20 * 2 * 0.5e6),  # only those of the kept pairs
+    ):
+        recipe = Recipe(Read(str(shipped)), Score((margin,), "none", "none"))
+        steps = tuple(cost._filter_steps(facts, recipe, prices, RATES, 20))
+        network = {one.name: one.network for one in steps if one.network}
+        assert network == {step: fetched}
+        found = cost.Cost(facts, steps, prices)
+        assert found.total == pytest.approx(fetched / 1e9 * 2)
+        assert found.plain()["together"]["network"] == fetched
+
+
+@pytest.mark.parametrize(
+    ("prompts", "device", "took"),
+    [
+        (100_000, "cpu", 1e-3 * 100_000**2),
+        (49_999, "cuda", 1e-3 * 49_999**2),
+        (400_000, "cuda", 1e-6 * 400_000**2),
+        (8192 * 100, "cpu", 2.0 * 8192 * 100 * 10),  # by an index: the square root of 100 more each
+    ],
+)
+def test_neighbours_by_their_number_and_place(by_hand, shipped, monkeypatch, prompts, device, took):
+    monkeypatch.setitem(BENCH, "neighbours on a GPU", Rate(0, 1e-6, "distances", "by hand"))
+    monkeypatch.setitem(BENCH, "approximate neighbours", Rate(0, 2.0, "neighbours", "by hand"))
+    monkeypatch.setattr(cost, "make_runtime", lambda asked: Runtime(device))
+    facts = replace(facts_of(Plan(read=Read(str(shipped)))), prompts=prompts)
+    step = cost._diversity(Rate(0, 0, "prompts", "by hand"), facts, Recipe())
+    assert step.seconds == pytest.approx(took)
 
 
 def test_held_out_pairs_take_a_twentieth_more(by_hand, shipped):

@@ -35,7 +35,12 @@ from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
 from fifa.moji.family import FEEDBACK, SD
 from fifa.scoring.encoders import make_encoder
-from fifa.scoring.neighbours import approximate_index, approximate_search, exact_search
+from fifa.scoring.neighbours import (
+    approximate_index,
+    approximate_search,
+    device_search,
+    exact_search,
+)
 from fifa.scoring.raters.local import DefaultRater
 from fifa.shards.files import PREFIX, cache_folder, digest, read_json, read_json_lines, write_json
 from fifa.shards.pool import cores
@@ -57,6 +62,7 @@ TIMED_LAYERS = 2
 IMAGES = 4  # through these layers at once
 SIDE = 512  # pixels of the JPEG that is decoded
 VECTORS, WIDE = 8192, 384  # random ones, of all-MiniLM-L6-v2's width
+MANY_VECTORS = 131_072  # the same for a GPU
 STEPS, PAIRS = 6, 8  # of the training in the small world
 
 
@@ -243,9 +249,9 @@ def _encoder() -> Rate:
     return Rate(0.0, each, "prompts", "minilm, on Moji's prompts")
 
 
-def _random() -> Any:
+def _random(n: int = VECTORS) -> Any:
     rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((VECTORS, WIDE), np.float32)
+    vectors = rng.standard_normal((n, WIDE), np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -253,6 +259,16 @@ def _neighbours() -> Rate:
     vectors = _random()
     each = warm(lambda: exact_search(vectors)(vectors, 11), VECTORS**2)
     of = f"{VECTORS:,} random vectors of {WIDE} numbers, exactly"
+    return Rate(0.0, each, "distances", of)
+
+
+def _neighbours_on_gpu() -> Rate:
+    device = make_runtime().device
+    if not device.startswith("cuda"):
+        raise FifaError("no CUDA device is here", do="nothing: processors search as well")
+    vectors = _random(MANY_VECTORS)
+    each = warm(lambda: device_search(vectors, device)(vectors, 11), MANY_VECTORS**2)
+    of = f"{MANY_VECTORS:,} random vectors of {WIDE} numbers, exactly, on {device}"
     return Rate(0.0, each, "distances", of)
 
 
@@ -307,6 +323,7 @@ BENCH: dict[str, Callable[[], Rate]] = {
     "rating": _rater,
     "embedding": _encoder,
     "neighbours": _neighbours,
+    "neighbours on a GPU": _neighbours_on_gpu,
     "approximate neighbours": _approximate,
     "training": _training,
     "writing": _disk,

@@ -27,10 +27,11 @@ from fifa.data.source import find_files
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.formatting import seconds, text_table
+from fifa.models.runtime import make_runtime
 from fifa.run.bench import VECTORS, Rate, bench_rate, tower_flops
 from fifa.run.passes import Passes, is_here, runs, sample_of
 from fifa.scoring import check_specs
-from fifa.scoring.diversity import EXACT_UP_TO
+from fifa.scoring.diversity import EXACT_UP_TO, ON_CUDA_FROM
 from fifa.scoring.encoders import column_embeddings
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.quality import column_ratings
@@ -434,8 +435,9 @@ def _diversity(rate: Rate, facts: Facts, recipe: Recipe) -> Step:
     if not runs(ENCODERS, spec):
         return Step("diversity", f"{n:,} prompts", None, _not_here(spec))
     step = _step("diversity", rate, n, 0.0, f"{spec}: ")
-    if n <= EXACT_UP_TO:
-        near = bench_rate("neighbours")
+    on_gpu = n >= ON_CUDA_FROM and make_runtime(recipe.compute.device).device.startswith("cuda")
+    if n <= EXACT_UP_TO or on_gpu:
+        near = bench_rate("neighbours on a GPU" if on_gpu else "neighbours")
         took, by = near.each * n**2, "by the square of the prompts"
     else:  # 64 sqrt(n) codes a query are looked at: `fifa.scoring.neighbours`
         near = bench_rate("approximate neighbours")
