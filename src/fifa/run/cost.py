@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from fifa.scoring.quality import column_ratings
 from fifa.scoring.rubric import load_rubric
 from fifa.scoring.specs import ENCODERS, RATERS, REWARDS
 from fifa.shards.files import read_yaml
-from fifa.training.holdout import COST, FROM, SHARE
+from fifa.training.holdout import DRAWS, FROM, SHARE, steps_between
 
 MANY = 1 << 30  # bytes of files, above which of more than `FEW_FILES` only these are read
 FEW_FILES = 4
 LETTERS = 4  # of a text in a token
 PATCH = 28  # pixels a side of an image's token, as Qwen's models cut it
+FORWARD = 0.25  # of a pair's step: reference, policy, and a backward pass like two of them
 QUESTION, ANSWER = 500, 60  # tokens of a judge's question without its images, and of an answer
 # Layers, width and tokens of image towers, for reward models that are not on this machine
 TOWERS = {
@@ -459,17 +461,20 @@ def _train_steps(
         yield Step("training", f"{kept:,} pairs", None, why)
         return
     rates = passes.training(train)
-    held = train.holdout if train.holdout is not None else SHARE * (kept >= FROM)
-    steps = train.steps_of(max(1, round(kept * (1 - held))))
-    shown = steps * train.batch
+    share = train.holdout if train.holdout is not None else SHARE * (kept >= FROM)
+    held = round(kept * share)
+    steps = train.steps_of(max(1, kept - held))
     cache, each, state = rates["cache"], rates["pair"], rates["state"]
+    # of all held-out pairs: the reference before the training, the policy several times in it
+    measured = held * len(DRAWS) * FORWARD * each.each
+    times = ceil(steps / steps_between(train, steps, held)) if held else 0
+    took = cache.seconds(kept) + measured
     why = f"{cache.start:.1f} s to begin, {_each(cache)}, {cache.of}"
-    yield Step("encode", f"{kept:,} pairs", cache.seconds(kept), why, cache.size * kept)
-    took = each.seconds(shown)
+    why += f"; {seconds(measured)} for the reference's errors on held-out pairs" if held else ""
+    yield Step("encode", f"{kept:,} pairs", took, why, cache.size * kept)
+    took = each.seconds(steps * train.batch) + times * measured
     why = f"{each.each * 1000:.3g} ms a pair, {each.of}"
-    if held:
-        took *= 1 + COST
-        why += f"; {COST:.0%} more for held-out pairs"
+    why += f"; {held:,} held-out pairs are measured {times:,} times" if held else ""
     writing = bench_rate("writing")
     writes = steps // train.save_every
     took += writes * state.size * writing.each

@@ -13,7 +13,6 @@ What a step leaves on the disk is found alike.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -190,20 +189,32 @@ class Taken:
     size: float
 
 
-UNITS = {"margin": "pairs", "read": "pairs", "diversity": "prompts", "quality": "prompts"}
+UNITS = {
+    "margin": "pairs",
+    "read": "pairs",
+    "cache": "pairs",
+    "diversity": "prompts",
+    "quality": "prompts",
+}
 
 
 def rate_of(step: str, cold: dict[str, Taken], passes: Sequence[Taken]) -> Rate:
-    """A step's rate, from its cold pass and its smallest and its largest warm one."""
+    """A step's rate, from its cold pass and its smallest and its largest warm one.
+
+    Where the largest took no longer than the smallest, all of its time counts for what it did: more
+    than it would be, and the rate says so.
+    """
     first, last = passes[0], passes[-1]
     more = last.count - first.count
-    each = max(0.0, (last.seconds - first.seconds) / more) if more else 0.0
-    size = max(0.0, (last.size - first.size) / more) if more else 0.0
+    whole = last.seconds / max(1, last.count)
+    each = (last.seconds - first.seconds) / more if more > 0 else whole
+    size = (last.size - first.size) / more if more > 0 else last.size / max(1, last.count)
     of = f"the step itself, on {first.count:,} and on {last.count:,} of them"
-    unit = UNITS.get(step, "kept pairs")
-    if not more:
-        each, size = last.seconds / max(1, last.count), last.size / max(1, last.count)
+    if more <= 0:
         of = f"the step itself, on {last.count:,} of them"
+    elif each <= 0:
+        each, of = whole, f"{of}: at most, as more took no longer; measure longer with --seconds"
+    size, unit = max(0.0, size), UNITS.get(step, "kept pairs")
     start = max(0.0, cold[step].seconds - each * cold[step].count)
     return Rate(start, each, unit, of, size)
 
@@ -233,11 +244,13 @@ def grown(
         told = more(steps) > budget / 3 or (len(passes) > 1 and spent > 2 * budget)
         if prompts >= most or told:
             return passes
-        # half of the time on top, and not more than all of it with the steps that are not asked for
-        rates = ((more(steps), budget / 2), (more(list(passes[-1])), budget))
-        room = min(part * (prompts - first) / max(took, 1e-6) for took, part in rates)
-        wanted = first + int(room) if len(passes) > 1 else math.inf
-        prompts = min(most, int(max(4 * prompts, min(16 * prompts, wanted))))
+        if len(passes) == 1:  # what each takes is not known yet
+            wanted = prompts * 16 * budget / max(spent, 1e-6)
+        else:  # half of the time on top, and not more than all of it with all other steps
+            rates = ((more(steps), budget / 2), (more(list(passes[-1])), budget))
+            room = min(part * (prompts - first) / max(took, 1e-6) for took, part in rates)
+            wanted = first + room
+        prompts = min(most, max(2 * prompts, int(min(16 * prompts, wanted))))
 
 
 def without_prompts(score: Score) -> Score:
@@ -317,36 +330,38 @@ def training_rates(passes: Passes, train: Train, budget: float, folder: Path) ->
         taken = passes.once(score, 1.0, folder / "run", prompts)
         return folder / "run" / str(prompts) / "subset", taken["export"].count
 
-    def trained(source: Path, steps: int, batch: int, name: str) -> tuple[float, float]:
-        """Seconds without those of the steps, and seconds of a step."""
-        out = folder / name
+    def trained(source: Path, steps: int, batch: int, out: Path) -> float:
+        """Seconds without those of the steps."""
         short = partial_training(changed(train, source=str(source)), steps, batch)
         began = time.perf_counter()
-        if name == "cold":
+        if out.name == "cold":
             in_process("train", short, out)
         else:
             with output(QUIET):
                 run_training(short, out)
         whole = time.perf_counter() - began
-        return whole - read_json_lines(out / STATS)[0][-1]["seconds"], step_seconds(out)
+        return whole - float(read_json_lines(out / STATS)[0][-1]["seconds"])
+
+    def before(prompts: int) -> dict[str, Taken]:
+        source, kept = subset(prompts)
+        out = folder / f"before-{prompts}"
+        return {"cache": Taken(trained(source, 3, least, out), kept, _size(out, ("cache/*",)))}
 
     (source, few), prompts = passes.fewest(subset)
-    batch = min(train.batch, few, 2)
-    cold, step = trained(source, 3, batch, "cold")
-    base, _ = trained(source, 3, batch, "base")
-    source, many = subset(min(most, 8 * prompts))
-    batch, step = max(1, min(train.batch, int(budget / 4 / step * batch))), step / batch
+    least = min(train.batch, few, 2)
+    cold = trained(source, 3, least, folder / "cold")
+    step = step_seconds(folder / "cold") / least
+    found = [one["cache"] for one in grown(before, ["cache"], prompts, most, budget / 2)]
+    batch = max(1, min(train.batch, int(budget / 4 / step)))
     steps = max(4, min(40, int(budget / 2 / (step * batch))))
-    larger, step = trained(source, steps, batch, "larger")
-    each = max(0.0, (larger - base) / (many - few)) if many > few else base / max(1, few)
-    out = folder / "larger"
-    cache, state = _size(out, ("cache/*",)), _size(out, ("state/**/*",))
+    out = folder / "steps"
+    trained(source, steps, batch, out)
+    state = _size(out, ("state/**/*",))
     weights = _size(out, ("*.safetensors", "unet/*.safetensors", "transformer/*.safetensors"))
-    of = f"the step itself, on {few:,} and on {many:,} pairs"
     how = f"{steps:,} steps of {batch:,} pairs"
     return {
-        "cache": Rate(max(0.0, cold - each * few), each, "pairs", of, cache / max(1, many)),
-        "pair": Rate(0.0, step / batch, "pairs", how),
+        "cache": rate_of("cache", {"cache": Taken(cold, few, 0)}, found),
+        "pair": Rate(0.0, step_seconds(out) / batch, "pairs", how),
         "state": Rate(0.0, 0.0, "states", how, state),
         "weights": Rate(0.0, 0.0, "weights", how, weights),
     }
