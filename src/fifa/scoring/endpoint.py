@@ -29,6 +29,7 @@ from fifa.config import Compute
 from fifa.console import echo, note, progress
 from fifa.errors import FifaError
 from fifa.models.optional import require
+from fifa.scoring.offline import RETRY_TEMPERATURE, answer_offline, weights_of
 from fifa.scoring.replies import (
     INSIDE,
     NO_REPLY,
@@ -47,11 +48,11 @@ from fifa.shards.files import digest
 
 ANSWERS = "ratings.sqlite"
 OPENAI = "https://api.openai.com/v1"
+VLLM = "vllm"  # in place of a URL: vLLM as a library, in this process
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 DEAD = 3  # failures in a row, before any answer, after which the endpoint counts as down
 HOPELESS = 20  # prompts without an answer, before any answer, after which the model is given up
 REFUSALS = {401: "refuses the key", 403: "refuses the key", 404: "does not know the model"}
-RETRY_TEMPERATURE = 0.7  # after an answer without grades, for some chance of a better one
 # What servers say when it is this prompt that they do not take, not every one.
 THIS_PROMPT = re.compile(
     r"content.?(filter|policy|management|moderation)|moderation|flagged|safety"
@@ -178,10 +179,11 @@ class Endpoint(ABC):
         """The answer in a completion (its JSON); raises `NoAnswerError` as `text_of` does."""
         return self.read(text_of(reply, self.secrets()))
 
-    def ask(self, questions: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, questions: dict[str, Any], before: int = 0) -> dict[str, Any]:
         """Answers of `answer_type` by the questions' keys, without those that were given up.
 
-        Every answer is kept under its key as it arrives.
+        Every answer is kept under its key as it arrives. ``before`` is how many other questions
+        were answered before: then it is no reason to stop that none of these is.
 
         Raises
         ------
@@ -198,12 +200,30 @@ class Endpoint(ABC):
             if known:
                 note(answers_from_cache=len(known))
             if missing:
-                talk = _Conversation(self, answers, known=len(known))
-                what = f"{' '.join(self.words[:2])} ({self.model})"
-                with progress(what, len(missing)) as advance:
-                    known |= _run(talk.ask_all(missing, advance))
+                talk = Conversation(self, answers, known=len(known) + before)
+                with progress(self.what, len(missing)) as advance:
+                    if self.is_offline:
+                        known |= answer_offline(talk, missing, advance)
+                    else:
+                        known |= _run(talk.ask_all(missing, advance))
                 talk.report(len(missing))
         return known
+
+    @property
+    def what(self) -> str:
+        """What is done, for progress bars."""
+        return f"{' '.join(self.words[:2])} ({self.model})"
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the model is loaded into this process."""
+        return self.url == VLLM
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What names the model: its name and URL, or the content of its files."""
+        model = weights_of(self.model) if self.is_offline else self.model
+        return {"model": model, "url": self.public_url}
 
     @property
     def public_url(self) -> str:
@@ -231,7 +251,7 @@ class Endpoint(ABC):
 
 
 @dataclass
-class _Conversation:
+class Conversation:
     """What an endpoint was asked, and how that went."""
 
     endpoint: Endpoint
@@ -259,9 +279,9 @@ class _Conversation:
                 else:
                     answer = await self._ask(client, request)
                     if isinstance(answer, str):
-                        self._give_up(answer)
+                        self.give_up(answer)
                     else:
-                        self.answers.put(key, endpoint.model, answer.model_dump_json())
+                        self.keep(key, answer)
                         found[key] = answer
                 advance(1)
 
@@ -282,6 +302,11 @@ class _Conversation:
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         return found
+
+    def keep(self, key: str, answer: BaseModel) -> None:
+        """Keep an answer."""
+        self.answered += 1
+        self.answers.put(key, self.endpoint.model, answer.model_dump_json())
 
     def report(self, asked: int) -> None:
         """Note what was spent; say what could not be rated, or raise if nothing ever could."""
@@ -305,7 +330,7 @@ class _Conversation:
             "the model's name, or choose a model that can answer with JSON",
         )
 
-    def _give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
         """Count a prompt without an answer; raise where no prompt seems to get one."""
         self.unanswered[reason] += 1
         count = sum(self.unanswered.values())
@@ -332,7 +357,6 @@ class _Conversation:
             except openai.APIConnectionError:
                 return self._failed("no connection")
             if not isinstance(answer, str):
-                self.answered += 1
                 self.failures = 0
                 return answer
         return self._failed(str(answer)) if unreadable else answer
@@ -454,10 +478,12 @@ def _most(reasons: Counter[str]) -> str:
 
 
 def endpoint_of(spec: Spec) -> tuple[str, str]:
-    """The model and the URL that ``openai:MODEL@URL`` or ``vlm:MODEL@URL`` names.
+    """The model and the URL that ``openai:MODEL@URL`` or ``vlm:MODEL@URL`` names, or `VLLM`.
 
     The URL is ``OPENAI_BASE_URL`` from the environment, or OpenAI's, where the spec has none.
     """
+    if spec.name == VLLM:
+        return spec.model, VLLM
     url = spec.at or os.environ.get("OPENAI_BASE_URL") or OPENAI
     try:
         parts = urlsplit(url)

@@ -145,7 +145,8 @@ def margin_scores(
         # against a label of 1 the signed margin is d itself
         d = committee(rewards, np.ones(len(pairs))).signed_margin if rewards else None
         how: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
-        return judge_pairs(pairs, parsed, folder, **how, budget=budget, cheaper=d)
+        how |= {"budget": budget, "cheaper": d}
+        return judge_pairs(pairs, parsed, folder, executor=executor, **how)
     if parsed.trained_here:
         train = Reward(read=Read(allow_download=allow_download), device=compute.device)
         if image := parsed.at:
@@ -170,11 +171,11 @@ def image_rewards(
     image, and an array of its own, kept in a file of its own. The rest as for `margin_scores`.
     """
     parsed = REWARDS.parse(spec)
-    if parsed.is_judge:
-        asked = ((images, prompts.to_pylist()) for images, prompts in sets)
-        return [judge_images(*one, parsed, folder, compute) for one in asked]
     rewards = []
     with executor_of(compute) as executor:
+        if parsed.is_judge:
+            asked = ((images, prompts.to_pylist()) for images, prompts in sets)
+            return [judge_images(*one, parsed, folder, compute, executor) for one in asked]
         engine = _engine(spec, folder, compute, executor)
         for images, prompts in sets:
             coded = prompts.dictionary_encode()

@@ -193,7 +193,7 @@ def _rated(
     if not prompts:
         ratings = RATINGS.empty_table()
     elif isinstance(rater, EndpointRater):
-        ratings = rater.rate(prompts)
+        ratings = rater.rate(prompts, ledger, executor)
     else:  # a shard's batches are its own, so resuming changes no byte
         parts = [slice(i, min(i + SHARD, len(prompts))) for i in range(0, len(prompts), SHARD)]
         shards = [

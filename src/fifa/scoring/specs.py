@@ -188,6 +188,8 @@ REWARDS = Registry(
     Entry("aesthetic", _AESTHETIC, "trl-lib/ddpo-aesthetic-predictor", _POINTS),
     # in the format of the model's family, or in one that is named
     Entry("vlm", _JUDGE, takes=_ASKED),
+    # the same judges in this process, by vLLM's engine
+    Entry("vllm", _JUDGE, takes="[-image]:MODEL", family="vlm"),
     Entry("unifiedreward", _JUDGE, takes=_ASKED, family="vlm"),
     Entry("rationalrewards", _JUDGE, takes=_ASKED, family="vlm"),
     Entry("rubric", "judges.questions:load_rubric_judge", takes=":FOLDER[@URL]"),
@@ -200,6 +202,7 @@ RATERS = Registry(
     "rater",
     Entry("local", "raters.local:make_local"),
     Entry("openai", "raters.endpoint:make_endpoint", takes=":MODEL[@URL]"),
+    Entry("vllm", "raters.endpoint:make_endpoint", takes=":MODEL"),
     Entry("column", takes=":NAME"),
 )
 ENCODERS = Registry(

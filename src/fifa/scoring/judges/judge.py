@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from fifa.config import Compute
 from fifa.console import echo_once
-from fifa.scoring.endpoint import Endpoint, endpoint_of
+from fifa.scoring.endpoint import VLLM, Endpoint, endpoint_of
 from fifa.scoring.judges.formats import Format, Judgement, format_of, load_format, tokens_of_reply
 from fifa.scoring.judges.pictures import QUALITY
 from fifa.scoring.replies import text_of, tokens_of
@@ -64,7 +64,8 @@ class VLMJudge(Endpoint):
     @property
     def name(self) -> str:
         """The model's name, for people and file names."""
-        return f"vlm{'' if self.shown == 2 else '-image'}-{self.model}"
+        kind = VLLM if self.is_offline else "vlm"
+        return f"{kind}{'' if self.shown == 2 else '-image'}-{self.model}"
 
     @property
     def scale(self) -> str:
@@ -86,8 +87,7 @@ class VLMJudge(Endpoint):
         """What an answer depends on: model, endpoint, temperature, format, how images are sent."""
         sent = [self.side, self.images, *([QUALITY] if self.images == "jpeg" else [])]
         return {
-            "model": self.model,
-            "url": self.public_url,
+            **self.source,
             "temperature": self.temperature,
             "format": self.format.identity,
             "images": sent,
@@ -132,7 +132,7 @@ def make_judge(
     """
     compute = compute or Compute()
     model, url = endpoint_of(spec)
-    family = format_of(model) if spec.name == "vlm" else spec.name
+    family = format_of(model) if spec.name in ("vlm", VLLM) else spec.name
     echo_once(f"judge {model}: asked in the format {family!r}")
     return VLMJudge(
         model,

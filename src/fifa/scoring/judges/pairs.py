@@ -26,6 +26,7 @@ from fifa.data.images import Images, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.batch import Imported, read_answers, write_requests
+from fifa.scoring.elsewhere import answered, ask_elsewhere, is_elsewhere
 from fifa.scoring.endpoint import Answers
 from fifa.scoring.judges.judge import Question, VLMJudge
 from fifa.scoring.judges.pictures import Pictures
@@ -35,12 +36,14 @@ from fifa.scoring.specs import Spec
 from fifa.scoring.table import score_facts, score_path, scored_once
 from fifa.shards.files import column_digest, digest, read_table, write_table
 from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Executor, store_of
 from fifa.shards.sealed import DamagedError
 
 Numbers = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Ask = tuple[str, tuple[int, ...]]  # a prompt, and the rows of the different images that it shows
 
+BAD = b"fifa.bad"  # in a table's metadata: why images could not be read, by their rows
 FIRST = 16  # pairs whose tokens are counted before a budget of tokens is shared out
 
 
@@ -53,6 +56,7 @@ def judge_pairs(
     allow_download: bool = False,
     budget: int | float = Score.budget,
     cheaper: Numbers | None = None,
+    executor: Executor | None = None,
 ) -> pa.Table:
     """What a judge gives both images of every pair.
 
@@ -83,6 +87,8 @@ def judge_pairs(
         log-odds of what people prefer.
     cheaper
         d of a cheaper judge, float32 [pairs]; NaN where it has none.
+    executor
+        Who reads images and asks; by default this process.
 
     Returns
     -------
@@ -107,7 +113,7 @@ def judge_pairs(
             do="add one: --margin pickscore, or --margin column:NAME_0,NAME_1",
         )
     images, of_slot = unique_images(pairs)
-    asking = Asking.of(judge, images, compute, folder, allow_download)
+    asking = Asking.of(judge, images, compute, folder, allow_download, executor)
     prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
     label = pairs.table["label"].to_numpy()
     identity: list[object] = [judge.identity, pairs.pairs_digest, asking.distinct.identity]
@@ -117,6 +123,7 @@ def judge_pairs(
     _forget_unanswered(path)
 
     def make(ledger: Ledger) -> pa.Table:
+        asking.ledger = ledger
         asks = asking.asks(pairs, of_slot)
         order, share = np.arange(len(pairs)), budget
         if cheaper is None or is_all(budget):
@@ -133,23 +140,29 @@ def judge_pairs(
         _say(judge, facts)
         return table.replace_schema_metadata({"fifa.score": json.dumps(facts)})
 
-    return scored_once(path, make, _facts(judge))
+    return scored_once(path, make, _facts(judge), store_of(executor))
 
 
 def judge_images(
-    images: Images, prompts: Sequence[str], spec: Spec, folder: Path | None, compute: Compute
+    images: Images,
+    prompts: Sequence[str],
+    spec: Spec,
+    folder: Path | None,
+    compute: Compute,
+    executor: Executor | None = None,
 ) -> Numbers:
     """The grade that a judge gives each image for its prompt, float32 [images].
 
     NaN where an image could not be read or there was no answer. The rest as for `judge_pairs`.
     """
     judge: VLMJudge = spec.make(folder, compute, shown=1)
-    asking = Asking.of(judge, images, compute, folder)
+    asking = Asking.of(judge, images, compute, folder, executor=executor)
     identity = (judge.identity, asking.distinct.identity, *prompts)
     path = folder and score_path(folder, "rewards", judge.name, *identity)
     _forget_unanswered(path)
 
     def make(ledger: Ledger) -> pa.Table:
+        asking.ledger = ledger
         rows = asking.distinct.of_image.tolist()
         asks = [(prompt, (row,)) for prompt, row in zip(prompts, rows, strict=True)]
         asking(asks)
@@ -159,7 +172,8 @@ def judge_images(
         table = pa.table({"reward": values})
         return table.replace_schema_metadata({"fifa.score": json.dumps(facts)})
 
-    rewards: Numbers = scored_once(path, make, _facts(judge))["reward"].to_numpy()
+    made = scored_once(path, make, _facts(judge), store_of(executor))
+    rewards: Numbers = made["reward"].to_numpy()
     return rewards
 
 
@@ -225,6 +239,8 @@ class Asking:
     how: dict[str, Any]
     said: dict[Ask, Any] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    executor: Executor | None = None
 
     @classmethod
     def of(
@@ -234,14 +250,15 @@ class Asking:
         compute: Compute,
         folder: Path | None,
         allow_download: bool = False,
+        executor: Executor | None = None,
     ) -> Asking:
         """The images told apart as reward models do."""
         # to tell images apart by their bytes would fetch all of a remote source once more
         trust = True if images.remote else None
-        engine = Engine(None, folder, compute, trust_keys=trust, allow_download=allow_download)
-        distinct = engine.distinct(images)
+        options: dict[str, Any] = {"trust_keys": trust, "allow_download": allow_download}
+        distinct = Engine(None, folder, compute, executor, **options).distinct(images)
         how = {"compute": compute, "folder": folder, "allow_download": allow_download}
-        return cls(judge, images.take(distinct.first), distinct, how)
+        return cls(judge, images.take(distinct.first), distinct, how, executor=executor)
 
     def asks(self, pairs: Pairs, of_slot: Integers) -> list[list[Ask]]:
         """The questions of every pair: both orders, or both images.
@@ -272,20 +289,35 @@ class Asking:
         """What the judge is given, as long as the block lasts; known answers read no image."""
         with closing(Answers(self.judge.folder)) as answers:
             known = answers.get(list(named))
-        rows = sorted({row for key, ask in named.items() if key not in known for row in ask[1]})
+        new = {key: ask for key, ask in named.items() if key not in known}
+        rows = sorted({row for _, shown in new.values() for row in shown})
         with closing(Pictures(self.images, rows, **self.how)) as pictures:
-            yield {
-                key: Question(prompt, partial(pictures.urls, rows))
-                for key, (prompt, rows) in named.items()
-            }
+            yield _questions(named, pictures)
             self.bad |= pictures.bad
 
     def __call__(self, asks: Iterable[Ask]) -> None:
         """Ask what was not asked before."""
         named = self.keys(ask for ask in asks if ask not in self.said)
+        if is_elsewhere(self.executor, self.ledger):
+            named = self._asked_elsewhere(named, self.executor)
         with self.questions(named) as questions:
             found = self.judge.ask(questions)
         self.said |= {named[key]: judgement for key, judgement in found.items()}
+
+    def _asked_elsewhere(self, named: dict[str, Ask], executor: Executor) -> dict[str, Ask]:
+        """Have workers ask; what has an answer now."""
+
+        def prepare(part: list[str]) -> tuple[dict[str, Ask], list[int], Images]:
+            asks = {key: named[key] for key in part}
+            rows = sorted({row for _, shown in asks.values() for row in shown})
+            return asks, rows, self.images.take(np.array(rows, np.int64))
+
+        ask = AskElsewhere(self.judge, {**self.how, "folder": None})
+        known, tables = ask_elsewhere(self.judge, list(named), ask, prepare, self.ledger, executor)
+        for table in tables:
+            told = (table.schema.metadata or {}).get(BAD, b"{}")
+            self.bad |= {int(row): why for row, why in json.loads(told).items()}
+        return {key: ask for key, ask in named.items() if key in known}
 
     def value(self, ask: Ask) -> float:
         """What was said; NaN for nothing."""
@@ -295,6 +327,30 @@ class Asking:
         """How many different questions have no answer though their images could be read."""
         left = {ask for ask in asks if ask not in self.said}
         return sum(not set(rows) & set(self.bad) for _, rows in left)
+
+
+@dataclass(frozen=True)
+class AskElsewhere:
+    """Asks a judge in a worker, which reads the images itself."""
+
+    judge: VLMJudge
+    how: dict[str, Any]
+
+    def __call__(self, known: int, given: tuple[dict[str, Ask], list[int], Images]) -> pa.Table:
+        """`fifa.scoring.elsewhere.ANSWERED`, with `BAD` in the table's metadata."""
+        asks, rows, images = given
+        place = {row: i for i, row in enumerate(rows)}
+        named = {key: (p, tuple(place[r] for r in shown)) for key, (p, shown) in asks.items()}
+        with closing(Pictures(images, range(len(rows)), **self.how)) as pictures:
+            table = answered(self.judge, known, _questions(named, pictures))
+            bad = {rows[row]: why for row, why in pictures.bad.items()}
+        return table.replace_schema_metadata({BAD: json.dumps(bad)})
+
+
+def _questions(named: dict[str, Ask], pictures: Pictures) -> dict[str, Question]:
+    return {
+        key: Question(prompt, partial(pictures.urls, rows)) for key, (prompt, rows) in named.items()
+    }
 
 
 def _ask_within(

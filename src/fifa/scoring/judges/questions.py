@@ -84,9 +84,9 @@ class RubricJudge(VLMJudge):
         """What is asked, and what the answers are worth."""
         return {**self.asks, "weights": self.weights}
 
-    def ask(self, questions: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, questions: dict[str, Any], before: int = 0) -> dict[str, Any]:
         """As `fifa.scoring.endpoint.Endpoint.ask`; a judgement's value is the weighted sum."""
-        found = super().ask(questions)
+        found = super().ask(questions, before)
         for one in found.values():
             answers = [one.aspects[name] for name in _names(self.questions)]
             # r = sum over q of w_q P(yes to q)

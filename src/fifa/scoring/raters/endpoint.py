@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fifa.config import Compute
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.batch import Imported, read_answers, write_requests
+from fifa.scoring.elsewhere import answered, ask_elsewhere, is_elsewhere
 from fifa.scoring.endpoint import Endpoint, endpoint_of
 from fifa.scoring.rubric import (
     PARSER,
@@ -28,6 +30,8 @@ from fifa.scoring.rubric import (
 )
 from fifa.scoring.specs import RATERS, Spec
 from fifa.shards.files import digest
+from fifa.shards.ledger import Ledger
+from fifa.shards.pool import Executor
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,13 @@ class EndpointRater(Endpoint):
     @property
     def name(self) -> str:
         """The model's name, for people and file names."""
-        return f"openai-{self.model}"
+        return f"vllm-{Path(self.model).name}" if self.is_offline else f"openai-{self.model}"
 
     @property
     def identity(self) -> dict[str, object]:
         """Model, endpoint, temperature, rubric and parser: what an answer depends on."""
         return {
-            "model": self.model,
-            "url": self.public_url,
+            **self.source,
             "temperature": self.temperature,
             "rubric": load_rubric().identity,
             "parser": PARSER,
@@ -71,14 +74,27 @@ class EndpointRater(Endpoint):
         """The grades in a model's answer, or why there are none."""
         return parse_answer(text)
 
-    def rate(self, prompts: Sequence[str]) -> pa.Table:
+    def rate(
+        self, prompts: Sequence[str], ledger: Ledger | None = None, executor: Executor | None = None
+    ) -> pa.Table:
         """`RATINGS` of ``prompts``; NaN and null flags for those given up on.
 
-        Identical prompts are asked once. Raises `FifaError` as `Endpoint.ask` does.
+        Identical prompts are asked once. A model of vLLM's is loaded by the executor's workers;
+        requests to a server are sent from here, as they take no time worth sharing out. Raises
+        `FifaError` as `Endpoint.ask` does.
         """
         keys = self.keys(prompts)
-        known = self.ask(dict(zip(keys, prompts, strict=True)))
-        return ratings_table([known.get(key) for key in keys])
+        questions = dict(zip(keys, prompts, strict=True))
+        if self.is_offline and ledger is not None and is_elsewhere(executor, ledger):
+
+            def prepare(part: list[str]) -> dict[str, str]:
+                return {key: questions[key] for key in part}
+
+            ask = partial(answered, self)
+            known, _ = ask_elsewhere(self, list(questions), ask, prepare, ledger, executor)
+            questions = prepare([key for key in questions if key in known])
+        found = self.ask(questions)
+        return ratings_table([found.get(key) for key in keys])
 
 
 def make_endpoint(
