@@ -1,9 +1,11 @@
 """Two processes (gloo) against one, at the same global batch."""
 
 import json
+import signal
 import socket
 import sys
 
+import nodes
 import pytest
 import sharded
 from accelerate.commands import launch as accelerate
@@ -95,4 +97,31 @@ def test_sharded_weights_train_resume_and_save_as_whole_ones_do(world, tmp_path)
     for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
         for name in ("loss", "gradient_norm", "kl"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-9)
+        same_held_out(mine, theirs)
+
+
+def test_a_node_that_dies_ends_the_training_and_those_left_go_on(world, tmp_path):
+    knobs = {"batch": 3, "micro_batch": 1, "lr": 1e-4, "draws": 2, "ema": 0.9, "steps": 6}
+    train = quick(world, save_every=2, **knobs, **HELD)
+    one, out = run_training(train, tmp_path / "one"), tmp_path / "two"
+    recipe, said = tmp_path / "train.yaml", tmp_path / "said"
+    recipe.write_text(train.to_yaml())
+    # two addresses of one machine stand for two nodes, each with a process
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    world |= {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    first = start(nodes.train, recipe, out, said=said, RANK="0", **world)
+    second = start(nodes.train, recipe, out, 3, said=said, RANK="1", **world)
+    second.join(280)
+    assert second.exitcode == -signal.SIGKILL, said.read_text()[-3000:]
+    first.join(60)  # it does not wait for ever
+    assert first.exitcode == 1, said.read_text()[-3000:]
+    assert "another process of this training is gone" in said.read_text()
+    states = out / "state"
+    assert [path.name for path in states.iterdir()] == ["step-000002"]
+    # on with the machine that is left: what is drawn does not depend on how many there are
+    run_training(train, out)
+    assert furthest(weights_of(one), weights_of(out)) < 1e-5
+    assert [line["step"] for line in lines_of(out)] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(lines_of(one), lines_of(out), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
         same_held_out(mine, theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,9 @@ FREE = frozenset(
     {"device", "compile", "offload", "channels_last", "gradient_checkpointing", "micro_batch"}
     | {"tracker", "log_every", "save_every", "cache_prompts"}
 )
+
+
+GONE = re.compile(r"(closed|reset) by peer|remote process exited|Timed out waiting|NCCL \w*error")
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,10 @@ def _run(train: Train, out: Path, accelerator: Any, why: str, trial: Trial | Non
 
 @contextmanager
 def on_device(device: Any) -> Iterator[None]:
-    """How a training computes while the block lasts; memory that runs out becomes a `FifaError`."""
+    """How a training computes while the block lasts.
+
+    Memory that runs out, and other processes of the training that die, become a `FifaError`.
+    """
     attention: Any = torch.backends.cuda
     before = attention.cudnn_sdp_enabled()
     # cuDNN's attention gives NaN gradients in bfloat16 (FLUX cannot be trained with it), and torch
@@ -185,6 +192,12 @@ def on_device(device: Any) -> Iterator[None]:
         with tf32(device):
             yield
     except (RuntimeError, MemoryError) as error:
+        if GONE.search(str(error)):  # what gloo and NCCL say
+            raise FifaError(
+                f"another process of this training is gone: {str(error).splitlines()[0][:200]}",
+                do="see what that one says, then give the same command again, on all machines or "
+                "on those that are left: it continues from the newest state",
+            ) from error
         if not out_of_memory(error):
             raise
         raise FifaError(
