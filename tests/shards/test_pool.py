@@ -1,14 +1,17 @@
+import time
 from functools import partial
 from itertools import count
 from threading import Event
 
 import fsspec
+import psutil
 import pytest
-from steps import EXPECTED, KEYS, SHARDS, Dying, Squares, squares_of
+from steps import EXPECTED, KEYS, SHARDS, Dying, Squares, Waiting, squares_of
 
 from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import LocalPool, Shard, Worker, run_shards
+from forked import start
 
 ALL = [Shard(key, len(shard), shard) for key, shard in zip(KEYS, SHARDS, strict=True)]
 
@@ -150,3 +153,18 @@ def test_a_worker_keeps_what_its_step_makes(tmp_path):
     ledger = Ledger(str(tmp_path))
     assert Worker(Squares).run(("key", [5]), ledger) == "key"
     assert ledger.read("key")["square"].to_pylist() == [25]
+
+
+def drive(folder):
+    """A driver whose worker is at a shard for minutes."""
+    list(LocalPool(1).map(partial(Waiting, folder / "pid"), [("a", [1])], Ledger(str(folder))))
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    driver, pid = start(drive, tmp_path), tmp_path / "pid"
+    while not pid.exists():
+        assert driver.is_alive()
+        time.sleep(0.1)
+    worker = psutil.Process(int(pid.read_text()))
+    driver.kill()
+    assert worker.wait(30) is None  # no child of this process, and gone

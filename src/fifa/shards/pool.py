@@ -338,7 +338,19 @@ def _start(threads: int, make: Make) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:  # it came along with ``make`` and has read the variable already
         sys.modules["torch"].set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(make)
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that started it is gone, however that went.
+
+    A shard may take minutes, whose result nobody waits for, while the next run does it again.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only pools start workers"
+    parent.join()
+    os._exit(1)
 
 
 def _run(keyed: Keyed, ledger: Ledger) -> str:
