@@ -1,7 +1,7 @@
 """Build the package, and see in clean environments that it and each extra give what they promise.
 
     python scripts/check_extras.py [core] [local] [api] [ray] [train] [vote] [postgres] [heic]
-        [quant]
+        [quant] [s3] [gcs]
 
 Every name (all of them by default) gets an environment of its own with the wheel and that extra
 alone, and runs one small thing. The wheel has to be smaller than 30 MB and pass twine's check.
@@ -57,6 +57,8 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
     "vote": [("import fifa.evaluation.vote.app as app, segno; print(app.__name__)", "vote.app")],
     "postgres": [("import psycopg; print(psycopg.pq.__impl__)", "binary")],
     "heic": [(HEIC, "(64, 64)")],
+    "s3": [("import s3fs; print(s3fs.S3FileSystem.protocol)", "s3")],
+    "gcs": [("import gcsfs; print(gcsfs.GCSFileSystem.protocol)", "gs")],
     "quant": [("import bitsandbytes; print(bitsandbytes.__version__)", ".")],
 }
 CODE = ("import ", "from ")

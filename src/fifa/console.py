@@ -16,6 +16,7 @@ OUTPUT = "FIFA_OUTPUT"  # in the environment, so that worker processes have it: 
 QUIET, VERBOSE = "quiet", "verbose"
 EVERY = 10.0  # seconds between two lines of progress in a log
 
+_names: dict[str, str] = {}  # of folders that are known to people by other ones
 _facts: ContextVar[dict[str, object] | None] = ContextVar("fifa_facts", default=None)
 _steps: ContextVar[list[dict[str, Any]] | None] = ContextVar("fifa_steps", default=None)
 
@@ -81,12 +82,24 @@ def output(how: str | None) -> Iterator[None]:
             os.environ[OUTPUT] = before
 
 
+def known_as(folder: str, name: str) -> None:
+    """Say that people know a folder by another name, such as a URL of which it is a copy."""
+    _names[folder] = name
+
+
+def named(text: str) -> str:
+    """A text with the names that people know."""
+    for folder, name in _names.items():
+        text = text.replace(folder, name)
+    return text
+
+
 def echo(text: str) -> None:
     """A line for the person at the terminal (standard error: results go to standard output)."""
     how = os.environ.get(OUTPUT)
     if how != QUIET:
         clock = time.strftime("%H:%M:%S ") if how == VERBOSE else ""
-        print(clock + text, file=sys.stderr, flush=True)
+        print(clock + named(text), file=sys.stderr, flush=True)
 
 
 def detail(text: str) -> None:

@@ -98,7 +98,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Ser
     Server.count, Server.sent = 0, []
     Server.folder.mkdir()
     monkeypatch.setenv("FIFA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    monkeypatch.setattr("fifa.shards.stores.PAUSE", 0.001)
     monkeypatch.setattr(remote, "PIECE", 100_000)
     monkeypatch.setattr("fifa.data.source.BLOCK", 50_000)
     monkeypatch.setattr("fifa.data.images.BLOCK", 50_000)

@@ -8,6 +8,7 @@ import sys
 import click
 
 from fifa.cli.commands import cli
+from fifa.console import named
 from fifa.errors import FifaError
 
 __all__ = ["cli", "main"]
@@ -23,7 +24,7 @@ def main() -> None:
         if code := cli(prog_name="fifa", standalone_mode=False):
             sys.exit(code)
     except FifaError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(named(f"error: {error}"), err=True)
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         from fifa.models.runtime import out_of_memory

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from fifa import __version__
-from fifa.cli.options import PATH, KnobCommand, check_runs, chosen, out_option, run_argument
-from fifa.cli.output import Answer, Command, Group, answer, open_option
+from fifa.cli.options import PATH, RUN, KnobCommand, check_runs, chosen, out_option, run_argument
+from fifa.cli.output import Answer, Command, Group, Place, answer, open_option
 from fifa.errors import FifaError
 
 
@@ -22,7 +22,8 @@ def cli() -> None:
     """Filter human feedback on generated images: keep the few pairs that are worth training on.
 
     A SOURCE is a file, a folder, a glob, an hf://datasets/... id or any fsspec URL. A RUN is the
-    folder that `filter` or `evaluate` writes.
+    folder that `filter` or `evaluate` writes. A RUN, and what --out names, may be in an object
+    store: s3://bucket/run, gs://bucket/run.
     """
 
 
@@ -76,7 +77,9 @@ def read_command(out: Path | None, explain: bool, **options: Any) -> Answer:
     return Answer(told, {"table": table, **explained_facts(pairs)})
 
 
-@cli.command("score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"))
+@cli.command(
+    "score", cls=KnobCommand, knobs="Recipe", sections=("read", "score", "compute"), of_run=True
+)
 @out_option("The run folder of a new run.", required=False)
 def score_command(out: Path | None, **options: Any) -> Answer:
     """Score every pair and every prompt.
@@ -117,8 +120,10 @@ def select_command(run: str, **options: Any) -> Answer:
     return answer(table, selection=table)
 
 
-@cli.command("trust", cls=KnobCommand, knobs="Trust")
-@click.option("--scores", type=PATH, help="A folder where scores are kept; RUN has its own.")
+@cli.command("trust", cls=KnobCommand, knobs="Trust", of_run=True)
+@click.option(
+    "--scores", type=Place(writes=True), help="A folder where scores are kept; RUN has its own."
+)
 def trust_command(scores: Path | None, **options: Any) -> Answer:
     """Tell whether a margin can be trusted on SOURCE.
 
@@ -347,7 +352,7 @@ judge_option = click.option(
 
 @batch_group.command("write")
 @run_argument
-@click.argument("file", type=PATH)
+@click.argument("file", type=Place(writes=True))
 @judge_option
 @click.option(
     "--reasoning",
@@ -388,7 +393,7 @@ def batch_read(run: str, file: Path, judge: bool) -> Answer:
 @cli.command("demo", cls=KnobCommand, knobs="Demo")
 @click.option(
     "--out",
-    type=PATH,
+    type=Place(writes=True),
     default=Path("demo-run"),
     show_default=True,
     help="The run folder.",
@@ -557,7 +562,7 @@ def loop_command(recipe: Path, rounds: int | None, out: Path) -> Answer:
 @click.option("--report", is_flag=True, help="Run no cell: only write the page again.")
 @click.option(
     "--table",
-    type=PATH,
+    type=Place(writes=True),
     help="A Markdown page that the main table is written into, between its two markers.",
 )
 def study_command(
@@ -611,10 +616,10 @@ def study_command(
 
 
 @cli.command("compare")
-@click.argument("runs", nargs=-1, required=True, callback=check_runs)
+@click.argument("runs", nargs=-1, type=Place(kind=str), required=True, callback=check_runs)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(writes=True, dir_okay=False),
     default=Path("compare.html"),
     show_default=True,
     help="The page to write.",
@@ -659,7 +664,7 @@ class _Serve(KnobCommand):
 
 
 @vote_group.command("serve", cls=_Serve, knobs="Vote")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", callback=check_runs)
+@click.argument("runs", nargs=-1, type=RUN, required=True, metavar="RUN...", callback=check_runs)
 @click.option("--new-invitation", is_flag=True, help="Make earlier invitation links invalid.")
 def vote_serve(runs: tuple[str, ...], new_invitation: bool, **options: Any) -> None:
     """Serve the page where people vote.

@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from fifa.cli.output import Command
+from fifa.cli.output import Command, Place
 from fifa.errors import FifaError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     K = TypeVar("K", bound=Knobs)
 
 
-PATH: Any = click.Path(path_type=Path)
+PATH: Any = Place()
 
 
 def check_runs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -35,16 +34,18 @@ def check_runs(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     from fifa.run.folder import check_run
 
     for folder in [value] if isinstance(value, str) else value:
-        check_run(folder)
+        if "://" not in folder:  # that of a store is checked once it is here
+            check_run(folder)
     return value
 
 
 def out_option(text: str = "The run folder.", required: bool = True) -> Callable[[FC], FC]:
     """The option ``--out``: where the command writes."""
-    return click.option("--out", required=required, type=PATH, help=text)
+    return click.option("--out", required=required, type=Place(writes=True), help=text)
 
 
-run_argument = click.argument("run", callback=check_runs)
+RUN: Any = Place(writes=True, kind=str)
+run_argument = click.argument("run", type=RUN, callback=check_runs)
 
 
 class KnobCommand(Command):
@@ -58,13 +59,31 @@ class KnobCommand(Command):
         The class's name in `fifa.config`.
     sections
         The class's sections that have options; all if empty.
+    of_run
+        SOURCE may be a run folder, and is written to then.
     """
 
     def __init__(
-        self, *args: Any, knobs: str, sections: tuple[str, ...] = (), **settings: Any
+        self,
+        *args: Any,
+        knobs: str,
+        sections: tuple[str, ...] = (),
+        of_run: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self._knobs, self._sections = knobs, sections
+        self._knobs, self._sections, self._of_run = knobs, sections, of_run
+
+    def stores(self, ctx: click.Context) -> Iterator[tuple[str, Place]]:
+        """As `Command.stores`, and SOURCE where it is a run in a store."""
+        yield from super().stores(ctx)
+        source = str(ctx.params.get("source") or "")
+        if self._of_run and "://" in source:
+            from fifa.run.folder import STAMP
+            from fifa.shards.mirror import has_object
+
+            if has_object(source, STAMP):
+                yield "source", RUN
 
     @property
     def made(self) -> list[click.Parameter]:

@@ -7,7 +7,7 @@ everything else goes to standard error.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fifa.console import QUIET, VERBOSE, collect_steps, echo, output
+from fifa.console import QUIET, VERBOSE, collect_steps, echo, named, output
 from fifa.errors import FifaError
 
 if TYPE_CHECKING:
@@ -88,6 +88,26 @@ def open_page(page: Path) -> None:
         echo(f"no browser was found here; open {page.absolute()}")
 
 
+class Place(click.Path):
+    """A path; the URL of an object store is left as it is, and `Command` makes it one.
+
+    Parameters
+    ----------
+    writes
+        Whether the command writes there.
+    kind
+        `pathlib.Path` or str: what the command gets.
+    """
+
+    def __init__(self, *, writes: bool = False, kind: type = Path, **settings: Any) -> None:
+        super().__init__(path_type=kind, **settings)
+        self.writes = writes
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The path, or the URL as text."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 class Command(click.Command):
     """A command whose callback returns an `Answer`; None where it has printed by itself."""
 
@@ -109,26 +129,55 @@ class Command(click.Command):
             common.insert(0, _flag("--json", JSON, JSON, "Print the result as JSON."))
         return [*own, *self.made, *common, help_option]
 
+    def stores(self, ctx: click.Context) -> Iterator[tuple[str, Place]]:
+        """The parameters whose URLs stand for folders or files: those that are written first."""
+        kinds = [(param.name, param.type) for param in self.get_params(ctx)]
+        found = [(name, kind) for name, kind in kinds if name and isinstance(kind, Place)]
+        yield from sorted(found, key=lambda one: not one[1].writes)
+
+    def _here(self, ctx: click.Context, stack: ExitStack) -> None:
+        """Put local copies in the place of folders and files in object stores."""
+        for name, kind in self.stores(ctx):
+            given = ctx.params.get(name)
+            every = given if isinstance(given, tuple) else (given,)
+            if not any("://" in str(one) for one in every):
+                continue
+            from fifa.run.folder import check_run
+            from fifa.shards.mirror import is_url, mirrored
+
+            found = []
+            for one in every:
+                if is_url(one):
+                    copy = stack.enter_context(mirrored(str(one), writes=kind.writes))
+                    check_run(copy)
+                    found.append(kind.convert(str(copy), None, ctx))
+                else:
+                    found.append(one)
+            ctx.params[name] = tuple(found) if isinstance(given, tuple) else found[0]
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and print its answer."""
         with ExitStack() as stack:
             stack.enter_context(output(ctx.meta.get(SAYS)))
             steps = stack.enter_context(collect_steps())
             try:
-                given = super().invoke(ctx)
+                with ExitStack() as copies:  # all is in the store before the answer is printed
+                    self._here(ctx, copies)
+                    given = super().invoke(ctx)
             except FifaError as error:
                 if ctx.meta.get(SAYS) == VERBOSE:
                     traceback.print_exc()
                 if JSON in ctx.meta:
                     told = {"what": error.what, "where": error.where, "do": error.do}
-                    click.echo(_json({"error": told}))
+                    click.echo(named(_json({"error": told})))
                 raise
         if given is None:
             return
         if JSON in ctx.meta:
-            click.echo(_json(given.facts | ({"steps": steps} if given.steps and steps else {})))
+            facts = given.facts | ({"steps": steps} if given.steps and steps else {})
+            click.echo(named(_json(facts)))
         elif given.text:
-            click.echo(given.text)
+            click.echo(named(given.text))
         if OPEN in ctx.meta and "report" in given.facts:  # a dry run has none
             open_page(given.facts["report"])
         if given.after:

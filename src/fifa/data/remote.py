@@ -21,10 +21,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from time import time
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,60 +31,18 @@ from fifa.config import Compute
 from fifa.console import echo_once
 from fifa.errors import FifaError
 from fifa.shards.files import PREFIX, cache_folder, digest
+from fifa.shards.stores import open_store, patiently, stamp_of, stamps_of, unreachable
 
 PIECE = 8 << 20  # bytes of one request, at most
 AHEAD = 8  # pieces that are fetched ahead, at the same time
-TRIES = 8  # for a piece
-PAUSE = 0.5  # seconds before it is asked for again, twice as many each time
-LONGEST = 600.0  # seconds that a server may ask us to wait
 SILENCE = 60.0  # seconds without one byte
 LOCKS = 256
 CHECK = 16  # bytes of XXH3-128 behind each piece that is kept
 
 Range = tuple[int, int]  # of bytes, the end not included
-_STAMPS = ("ETag", "etag", "blob_id", "md5", "mtime", "LastModified", "Last-Modified", "created")
 _COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
-_FINAL = (  # what comes again however often one asks
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    PermissionError,
-    TypeError,
-    ValueError,
-)
 _room = threading.Lock()
 _unseen: dict[Path, int] = {}  # bytes that this process kept in a folder since it looked at it
-
-
-def stamp_of(info: Mapping[str, Any]) -> str:
-    """What changes with a file's content, of what its store says about it; "" if it says none."""
-    return next(_stamps(info), "")
-
-
-def _stamps(info: Mapping[str, Any]) -> Iterator[str]:
-    for value in filter(None, map(info.get, _STAMPS)):
-        # a listing may have seconds where the file's own entry has a date
-        yield str(value.timestamp() if isinstance(value, datetime) else value).removeprefix("W/")
-
-
-def open_store(url: str) -> tuple[Any, str]:
-    """The file system of fsspec behind a URL, and the URL's path there."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
-        raise unreachable(url, error) from error
-    return system, str(path)
-
-
-def unreachable(url: str, error: Exception) -> FifaError:
-    """The message for a source that cannot be opened."""
-    do = "check the address and the network"
-    if isinstance(error, ImportError):
-        do = "install the library that the message names"
-    return FifaError(f"cannot open the source: {error or type(error).__name__}", where=url, do=do)
 
 
 def pinned(url: str) -> str:
@@ -468,7 +423,7 @@ class _Store:
             raise OSError(f"{answer.content_length} bytes ({told}) came, not {wanted}")
 
     def _check(self, info: Mapping[str, Any]) -> None:
-        now = list(_stamps(info))
+        now = list(stamps_of(info))
         if self.stamp and now and self.stamp not in now:
             raise self._changed(f"{self.stamp} is now {now[0]}")
 
@@ -478,54 +433,6 @@ class _Store:
             where=self.url,
             do="start again with another --out; a copy or a fixed revision does not change",
         )
-
-
-def patiently(ask: Callable[[], Any], url: str, stop: threading.Event | None = None) -> Any:
-    """What ``ask`` returns; it is asked again after what may pass, until ``stop``.
-
-    Raises `FileNotFoundError` where there is no such file, and `FifaError` where the store refuses
-    or does not answer.
-    """
-    stop = stop or threading.Event()
-    for attempt in range(TRIES):
-        try:
-            return ask()
-        except FifaError:
-            raise
-        except Exception as error:  # every store has a client with errors of its own
-            answer = getattr(error, "response", None)
-            status = getattr(error, "status", None) or getattr(answer, "status_code", None)
-            headers = getattr(error, "headers", None) or getattr(answer, "headers", None)
-            if isinstance(error, FileNotFoundError) or status in (404, 410, 412, 416):
-                raise FileNotFoundError(_brief(error)) from error
-            final = status is not None and status not in (408, 425, 429) and status < 500
-            if final or (status is None and isinstance(error, _FINAL)):
-                raise FifaError(
-                    f"the source refuses the file: {_brief(error)}",
-                    where=url,
-                    do="check your rights there; the hub wants a token (hf auth login, HF_TOKEN)",
-                ) from error
-            wait = max(PAUSE * 2**attempt, _retry_after(headers or {}))
-            if attempt + 1 == TRIES or wait > LONGEST:
-                why = f"it asks to wait for {wait:,.0f} s" if wait > LONGEST else f"{TRIES} times"
-                raise FifaError(
-                    f"the source does not answer ({why}): {_brief(error)}",
-                    where=url,
-                    do="run the same command later: it goes on from here",
-                ) from error
-        if stop.wait(wait):
-            raise FifaError("no more of it is wanted", where=url)
-    raise AssertionError
-
-
-def _retry_after(headers: Mapping[str, Any]) -> float:
-    """The seconds that a server asks for; it may name a time as well."""
-    value = str(headers.get("Retry-After") or "").strip()
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if value.replace(".", "", 1).isdigit():
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time()) if value else 0.0
-    return 0.0
 
 
 def _joined(ranges: Iterable[Range]) -> list[Range]:
@@ -548,7 +455,3 @@ def _cut(start: int, end: int) -> Iterator[tuple[float, Range]]:
 def _end(threads: ThreadPoolExecutor, stop: threading.Event) -> None:
     stop.set()
     threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

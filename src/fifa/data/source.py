@@ -15,9 +15,10 @@ from typing import IO, Any
 from fifa.data.archive import SCHEME, TABLE, has_member, listed, member_bytes
 from fifa.data.folders import SETTINGS, find_sides, sides_stamp
 from fifa.data.records import encodable
-from fifa.data.remote import Range, RemoteFile, open_store, patiently, pinned, stamp_of, unreachable
+from fifa.data.remote import Range, RemoteFile, pinned
 from fifa.data.subset import SUBSET_FILE, is_subset
 from fifa.errors import FifaError
+from fifa.shards.stores import open_store, patiently, stamp_of, unreachable
 
 KINDS = {
     ".parquet": "parquet",

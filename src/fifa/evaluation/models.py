@@ -34,6 +34,7 @@ from fifa.shards.files import (
     read_yaml,
 )
 from fifa.shards.manifest import check_manifest
+from fifa.shards.mirror import local
 
 Method = Literal["base", "lora", "part", "pipeline"]
 
@@ -230,7 +231,7 @@ def find_checkpoint(name: str, source: str, base: Model) -> Model:
             check_manifest(place, "" if below == "." else below)
         return Model(name, method, source, path, base.base, base.base_weights)
 
-    path = Path(source).expanduser()
+    path = local(source)
     if path.is_file():
         return found("lora", find_lora(source))
     folder = model_folder(source, CHECKPOINT_FILES)

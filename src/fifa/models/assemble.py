@@ -43,6 +43,7 @@ from fifa.shards.files import (
     read_json,
     write_json,
 )
+from fifa.shards.mirror import local
 
 INDEX = "model_index.json"
 PIECES = ("parts", "variant", "vae", "init_lora")  # what `assembled` reads beside the model
@@ -73,7 +74,7 @@ def assembled(model: str, asked: Train | Generate | Convert) -> Path:
         of another family than ``parts``, parts that neither has, a variant that no part has, a
         VAE that is none, a LoRA of another model.
     """
-    file = Path(model).expanduser()
+    file = local(model)
     if file.is_file():
         if asked.variant:
             raise FifaError("a single file has no variants", where=model, do="leave out --variant")

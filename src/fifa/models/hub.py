@@ -11,6 +11,7 @@ from fifa.errors import FifaError
 from fifa.models.families import FAMILIES
 from fifa.models.optional import require
 from fifa.shards.files import files_digest, read_json
+from fifa.shards.mirror import local
 
 MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configs, tokenizers
 CONFIG_AND_WEIGHTS = MODEL_FILES[:2]
@@ -41,7 +42,7 @@ def model_folder(model: str | Path, patterns: Sequence[str] | None = None) -> Pa
     ``patterns`` are the names (with ``*``) to fetch; default: `MODEL_FILES`. Raises `FifaError`
     where there is no such model.
     """
-    path = Path(model).expanduser()
+    path = local(model)
     if path.is_dir():
         check_files(path)
         return path
@@ -122,7 +123,7 @@ def fetch_variants(
             for file in sorted(folder.glob("*/config.json"))
             if file.parent.name in _PARTS and not any(file.parent.glob("*.safetensors"))
         ]
-        if not lacking or Path(model).expanduser().is_dir():
+        if not lacking or local(model).is_dir():
             break
         ends = (f"*.{variant}*",) if variant else ("", "-*-of-*")
         copies = [f"{p}/{n}{end}.safetensors" for p in lacking for n in _WEIGHTS for end in ends]

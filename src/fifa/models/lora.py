@@ -17,6 +17,7 @@ from fifa.models.networks import LIBRARIES, load_parts, named_keys
 from fifa.models.optional import require
 from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import atomic_path, read_json, write_json
+from fifa.shards.mirror import local
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' and our trainer write
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and targets
@@ -92,7 +93,7 @@ def find_lora(source: str) -> Path:
 
     Raises `FifaError` where there is none, and for a file of whole weights.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     if not path.is_file():
         folder = model_folder(source, ("*.json", "*.safetensors"))
         loose = sorted(folder.glob("*.safetensors"))

@@ -27,6 +27,7 @@ from fifa.shards.files import (
     write_yaml,
 )
 from fifa.shards.mapped import give_back
+from fifa.shards.mirror import local
 
 STAMP = "run.json"  # says that a folder is a run, and in which format
 FORMAT = 3  # 1 had no stamp, 2 no digests
@@ -57,7 +58,7 @@ def check_run(folder: str | Path) -> None:
     """Raise `FifaError` for a run folder of another version of fifa; any other folder passes."""
     from fifa.evaluation.results import is_evaluated
 
-    folder = Path(folder)
+    folder = local(folder)
     stamp = read_json(folder / STAMP, "the run's format", missing={"format": 1})
     ours = (folder / RECIPE_FILE).exists() or is_evaluated(folder) or (folder / STAMP).exists()
     if ours and stamp != {"format": FORMAT}:

@@ -7,6 +7,7 @@ finishes a shard: a step that was killed is run again and does only what is miss
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from fifa.errors import FifaError
 from fifa.shards.files import cannot_write, parse_table, sweep, table_bytes, write_table
+from fifa.shards.stores import patiently
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,10 @@ class Ledger:
         system, path = self._system()
         try:
             system.invalidate_cache()
-            files = [Path(name) for name in system.ls(path, detail=False)]
+            found = patiently(lambda: system.ls(path, detail=False), self.place)
         except FileNotFoundError:
             return frozenset()
-        except OSError as error:
-            raise FifaError(f"cannot list the shards: {error}", where=self.place) from error
+        files = [Path(name) for name in found]
         done = (file for file in files if file.suffix == ".parquet" and file.name[0] != ".")
         return frozenset(file.stem for file in done)
 
@@ -63,7 +64,10 @@ class Ledger:
         if self.place is None:
             return self._tables[key]
         system, path = self._system()
-        return parse_table(system.cat_file(f"{path}/{key}.parquet"), f"{self.place}/{key}.parquet")
+        where = f"{self.place}/{key}.parquet"
+        return parse_table(
+            patiently(lambda: system.cat_file(f"{path}/{key}.parquet"), where), where
+        )
 
     def write(self, key: str, table: pa.Table) -> None:
         """Keep a shard's table; raises `FifaError` where there is no room or no permission."""
@@ -73,10 +77,11 @@ class Ledger:
             write_table(Path(self.place, f"{key}.parquet"), table)
         else:
             system, path = self._system()
+            where, data = f"{self.place}/{key}.parquet", table_bytes(table)
             try:
-                system.pipe_file(f"{path}/{key}.parquet", table_bytes(table))
-            except OSError as error:
-                raise cannot_write(Path(f"{self.place}/{key}.parquet"), error) from error
+                patiently(lambda: system.pipe_file(f"{path}/{key}.parquet", data), where)
+            except FileNotFoundError as error:
+                raise cannot_write(Path(where), error) from error
 
     def sweep(self) -> None:
         """Remove what writes that were killed have left."""
@@ -92,8 +97,8 @@ class Ledger:
             shutil.rmtree(self.place, ignore_errors=True)
             return
         system, path = self._system()
-        if system.exists(path):
-            system.rm(path, recursive=True)
+        with suppress(FileNotFoundError):
+            patiently(lambda: system.rm(path, recursive=True), self.place)
 
     def _system(self) -> tuple[Any, str]:
         import fsspec

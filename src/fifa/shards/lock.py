@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from fifa.shards.files import LOCK, PREFIX, cannot_write, lock
 BEAT = 15.0  # seconds between two touches of a lock that is a file
 STALE = 300.0  # seconds without one, after which its holder is taken for dead
 
+_URL = re.compile(r"\w{2,}:/")  # `Path` leaves one slash of two
 _held: set[tuple[int, str]] = set()  # thread and the lock's path
 
 
@@ -42,6 +44,12 @@ def only_writer(folder: str | Path, *, beside: bool = False) -> Iterator[None]:
     where there is one, and where the folder cannot be written.
     """
     folder = Path(folder)
+    if _URL.match(str(folder)):
+        raise FifaError(
+            "this is the URL of a store, and not a folder",
+            where=str(folder),
+            do="work in a copy of it: with fifa.shards.mirror.mirrored(URL) as folder",
+        )
     place = folder.parent if beside else folder
     path = place / (f"{LOCK}-{folder.name}" if beside else LOCK)
     key = threading.get_ident(), os.path.realpath(path)
@@ -83,7 +91,7 @@ def _lock(path: Path, folder: Path) -> Callable[[], None]:
         os.close(handle)  # its holder removed it between the opening and the lock
     with suppress(OSError):  # on a full disk it locks all the same, and has no name
         os.ftruncate(handle, 0)
-        os.write(handle, _me())
+        os.write(handle, whoami())
 
     def release() -> None:
         try:
@@ -98,7 +106,7 @@ def _lock(path: Path, folder: Path) -> Callable[[], None]:
 def _lease(path: Path, folder: Path) -> Callable[[], None]:
     """As `_lock`, by a file that only one process can make."""
     mine = path.with_name(f"{path.name}-{os.getpid()}-{threading.get_ident()}")
-    mine.write_bytes(_me())
+    mine.write_bytes(whoami())
     try:
         while not _made(mine, path):
             seen = _see(path)
@@ -197,7 +205,8 @@ def _see(path: Path) -> _Seen:
         return _Seen()
 
 
-def _me() -> bytes:
+def whoami() -> bytes:
+    """This process, its machine and its command, as `named` reads them."""
     command = " ".join([Path(sys.argv[0]).name.removesuffix(".py"), *sys.argv[1:2]])[:100]
     since = datetime.now(UTC).isoformat(timespec="seconds")
     who = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
@@ -221,10 +230,11 @@ def holder(folder: str | Path) -> str | None:
     except OSError:
         return None
     free = locked or (locked is None and _is_dead(path, who))
-    return None if free else _named(who)
+    return None if free else named(who)
 
 
-def _named(holder: bytes) -> str:
+def named(holder: bytes) -> str:
+    """Who wrote `whoami`, for people."""
     try:
         who = json.loads(holder)
         return f"process {who['pid']} on {who['host']} ({who['command']}, since {who['since']})"
@@ -234,7 +244,7 @@ def _named(holder: bytes) -> str:
 
 def _taken(folder: Path, holder: bytes) -> FifaError:
     return FifaError(
-        f"{_named(holder)} is writing here",
+        f"{named(holder)} is writing here",
         where=str(folder),
         do="wait for its end, or choose another folder",
     )

@@ -35,6 +35,7 @@ from fifa.shards.files import (
 )
 from fifa.shards.lock import only_writer
 from fifa.shards.manifest import MANIFEST
+from fifa.shards.mirror import local
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import (
     Batch,
@@ -336,7 +337,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         init_lora=content_digest(find_lora(train.init_lora)) if train.init_lora else None,
         what=pairs.what,
     )
-    run = Path(train.source).expanduser()
+    run = local(train.source)
     cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
     return Job(train, accelerator, pairs, backbone, plan, taught, held, cache)
 

@@ -16,6 +16,7 @@ from fifa.formatting import percent
 from fifa.scoring.rewards.metrics import fit_temperature
 from fifa.selection.export import load_subset
 from fifa.selection.labels import LabelFacts
+from fifa.shards.mirror import local
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs, find_subset
 from fifa.training.ratings import balance
@@ -34,7 +35,7 @@ def choose_loss(train: Train) -> tuple[Train, str]:
     """
     if train.loss != "auto":
         return train, ""
-    a, why = _poly(train.poly, find_subset(Path(train.source).expanduser()))
+    a, why = _poly(train.poly, find_subset(local(train.source)))
     chosen = changed(train, loss="poly", poly=a) if a else changed(train, loss="sigmoid")
     named = f"poly with a = {a:g}" if a else "sigmoid"
     echo(f"loss: {named}, as {why}")

@@ -25,6 +25,7 @@ from fifa.data.subset import check_subset
 from fifa.errors import FifaError
 from fifa.selection.trainers import IMAGES
 from fifa.shards.files import digest
+from fifa.shards.mirror import local
 
 OTHER_SCALES = f"train on what `fifa filter` writes of it with --columns; {SCALES}"
 NEEDED = (*IMAGES, "label_0", "caption")
@@ -131,7 +132,7 @@ def read_training_pairs(source: str | Path) -> TrainingPairs:
         For a source without such files or columns, or without images, a label that is no
         probability, a negative weight, a pair id that comes twice, and where no pair remains.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     folder = find_subset(path)
     if folder is not None:
         check_subset(folder)

@@ -19,6 +19,7 @@ from fifa.data.images import cell_images, read
 from fifa.data.parquet import read_columns
 from fifa.errors import FifaError
 from fifa.shards.files import digest
+from fifa.shards.mirror import local
 from fifa.training.pairs import (
     TrainingPairs,
     find_files,
@@ -45,7 +46,7 @@ def read_training(train: Train) -> TrainingPairs:
     Raises `FifaError` as `fifa.training.pairs.read_training_pairs` and `read_ratings`, and for a
     training that cannot use what the source has.
     """
-    path = Path(train.source).expanduser()
+    path = local(train.source)
     if find_subset(path) is not None or not is_rated(files := find_files(path)):
         if train.good_from is not None or train.good_share != Train.good_share:
             raise FifaError(
