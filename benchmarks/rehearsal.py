@@ -26,8 +26,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,12 @@ class Watched:
             self.used = sum(process.cpu_times()[:2])
 
 
-def watch(command: list[str], run: Path, environment: dict[str, str] | None = None) -> Watched:
+def watch(
+    command: list[str],
+    run: Path,
+    environment: dict[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Watched:
     """Run a command and look at it; a line in the run's log ends a step."""
     found, log = Watched(), run / "log.jsonl"
     with tempfile.TemporaryFile("w+") as said:
@@ -163,6 +168,7 @@ def watch(command: list[str], run: Path, environment: dict[str, str] | None = No
         step = STEPS[0]
         while process.poll() is None:
             found.see(step, seen)
+            meanwhile()
             lines = log.read_text().splitlines() if log.exists() else []
             for line in lines[looked:]:
                 now = time.perf_counter()
@@ -248,26 +254,20 @@ class Nodes:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **plain})
         self.nodes = [self._start() for _ in range(NODES)]
         self.every, self.killed = every, 0
-        self._ended = threading.Event()
-        self._killer = threading.Thread(target=self._kill, daemon=True)
+        self._due = time.perf_counter() + every
 
     def _start(self) -> Any:
         return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
 
-    def _kill(self) -> None:
-        while not self._ended.wait(self.every):
+    def kill(self) -> None:
+        """Kill the oldest node if it is time."""
+        if time.perf_counter() >= self._due:
             self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
-            self.killed += 1
             self.nodes.append(self._start())
+            self.killed, self._due = self.killed + 1, time.perf_counter() + self.every
 
-    def __enter__(self) -> Nodes:
-        self.cluster.wait_for_nodes()
-        self._killer.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._killer.join()
+    def close(self) -> None:
+        """End the cluster."""
         self.cluster.shutdown()
 
 
@@ -282,10 +282,11 @@ def compare(folder: Path, pairs: int, keep: float, every: float) -> None:
     here = rehearse(folder, pairs, keep)
     source, run = folder / f"source-{pairs}", folder / f"ray-{pairs}"
     shutil.rmtree(run, ignore_errors=True)
-    with Nodes(every) as nodes:
+    nodes = Nodes(every)
+    with contextlib.closing(nodes):
         command = filter_command(source, run, keep)
         command += ["--executor", "ray", "--actors", str(NODES), "--num-cpus", "1"]
-        there = watch(command, run, {"RAY_ADDRESS": nodes.cluster.address})
+        there = watch(command, run, {"RAY_ADDRESS": nodes.cluster.address}, nodes.kill)
         killed = nodes.killed
     expected, found = digests(folder / f"run-{pairs}"), digests(run)
     same = sum(found.get(name) == digest for name, digest in expected.items())

@@ -191,6 +191,7 @@ def test_pairs_on_the_disk_are_those_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
 ) -> None:
     monkeypatch.setattr("fifa.data.merge.MAX_PIECES", pieces)
+    monkeypatch.setattr("fifa.data.merge.PIECE", 10_000)
     monkeypatch.setattr("fifa.data.merge.PART", 7)
     rng = np.random.default_rng(0)
     source, runs = tmp_path / "source", [tmp_path / "memory", tmp_path / "disk"]

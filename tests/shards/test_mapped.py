@@ -71,3 +71,11 @@ def test_small_tables_and_folders_that_take_no_file_stay_in_memory(tmp_path, mon
     assert Shelf(tmp_path / "not there").put(table) is table
     monkeypatch.setattr(mapped, "LEAST", table.nbytes + 1)
     assert Shelf(tmp_path).put(table) is table
+
+
+def test_rows_are_taken_as_arrow_takes_them(monkeypatch):
+    monkeypatch.setattr(mapped, "STEP", 7)
+    table = pa.concat_tables([example(30), example(99)])
+    for rows in ([5, 128, 3, 3, 40], list(range(129)), []):
+        expected = table.take(pa.array(rows, pa.int64())).to_pylist()
+        assert mapped.take(table, rows).to_pylist() == expected

@@ -19,8 +19,9 @@ from fifa.data.table import PAIRS, PROMPTS, REJECTED, Origin, Pairs
 from fifa.errors import FifaError
 from fifa.shards.mapped import Shelf, give_back
 
-MAX_PIECES = 2_000  # of a column
-PART = 1 << 20  # pairs of which rows are left out at a time
+MAX_PIECES = 2_000  # of a column, or
+PIECE = 1_000  # rows in a piece, on average
+PART = 1 << 17  # pairs of which rows are left out at a time: what Arrow's threads free stays theirs
 LAST_BITS = 0xFFFF
 WORST = 10  # annotators that are named
 HALVES = (0, 1)  # of all hashes, by their first bit
@@ -336,7 +337,7 @@ def _annotators(column: pa.ChunkedArray, rows: np.ndarray, head: np.ndarray) -> 
 
 def _without(table: pa.Table, gone: np.ndarray, shelf: Shelf) -> pa.Table:
     """The other rows: as slices of what is there, unless that makes too many pieces."""
-    if len(gone) <= MAX_PIECES:
+    if len(gone) <= max(MAX_PIECES, len(table) // PIECE):
         bounds = zip([0, *(gone + 1)], [*gone, len(table)], strict=True)
         return pa.concat_tables([table.slice(start, stop - start) for start, stop in bounds])
     stays = np.ones(len(table), bool)

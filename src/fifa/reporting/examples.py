@@ -25,6 +25,7 @@ from fifa.evaluation.models import BASE
 from fifa.evaluation.win_rates import UNSAFE, model_names
 from fifa.formatting import shorten
 from fifa.reporting.numbers import Columns, Ints, first_by
+from fifa.shards.mapped import take
 
 NUMBERS = ("rank", "importance", "margin", "quality", "diversity")
 EACH = 4  # prompts in a group
@@ -135,7 +136,7 @@ def load_examples(
     groups = [*choose_rows(columns, n, n_gated), ("mislabelled", "", list(contradicted[:n]))]
     rows = sorted({row for *_, group in groups for row in group})
     flags = _flags(quality, columns.prompt[rows])
-    shown = pairs.table.take(pa.array(rows, pa.int64()))
+    shown = take(pairs.table, rows)
     safe = [i for i, found in enumerate(flags) if not found]
     pictures: list[str] = []
     if "://" not in pairs.origin.root and has_pixels(pairs.table, pairs.origin):

@@ -38,6 +38,7 @@ from fifa.selection.table import load_selection, reason_counts, write_selection
 from fifa.selection.trusted import check_trust
 from fifa.shards.files import read_json, read_table, take_rows, write_json
 from fifa.shards.lock import only_writer
+from fifa.shards.mapped import take
 from fifa.shards.sealed import DamagedError, check_whole
 
 FETCHED = "fetched"  # a folder of the run
@@ -437,7 +438,7 @@ def _columns(
     path = run.folder / FILES["table"]
     if pairs is not None:
         table = pairs.table.select(names)
-        return table if rows is None else table.take(rows)
+        return table if rows is None else take(table, rows)
     return _read_columns(path, names, _again(run)) if rows is None else take_rows(path, rows, names)
 
 

@@ -87,6 +87,9 @@ def approximate_index(vectors: AnyVectors) -> Any | None:
     width = next(w for w in (4, 3, 2, 1) if d % w == 0)
     index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,Refine(SQfp16)", faiss.METRIC_L2)
     index.train(vectors[:: max(1, n // (64 * cells))])
+    kept = faiss.downcast_index(index.refine_index)
+    kept.codes.resize(n * kept.code_size)  # reserved: a vector that grows is there twice
+    kept.codes.clear()
     for start in range(0, n, ADDED):
         index.add(vectors[start : start + ADDED])
         give_back()

@@ -24,6 +24,7 @@ from fifa.selection.choose import gather_terms
 from fifa.selection.table import REASONS
 from fifa.selection.trainers import METADATA, Target
 from fifa.shards.files import read_yaml
+from fifa.shards.mapped import take
 
 CARD = """\
 ---
@@ -139,7 +140,7 @@ class About:
 
 def about(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Scores) -> About:
     """What a card says of some rows of the pairs."""
-    chosen = pairs.table.take(rows)
+    chosen = take(pairs.table, rows)
     label, votes = (chosen[name].to_numpy() for name in ("label", "votes"))
     several = votes > 1
     share = float(np.maximum(label, 1 - label)[several].mean()) if several.any() else None

@@ -44,6 +44,7 @@ from fifa.shards.files import (
     write_text,
 )
 from fifa.shards.lock import only_writer
+from fifa.shards.mapped import take
 from fifa.shards.sealed import check_whole
 
 Integers = npt.NDArray[np.int64]
@@ -72,7 +73,7 @@ def subset_rows(
     names
         Some of `NAMED`.
     """
-    chosen = pairs.table.take(rows)
+    chosen = take(pairs.table, rows)
     label = chosen["label"].to_numpy()
     first_wins = (label > 0.5).astype(np.float64)  # no ties here: one side is above a half
     yes = pa.array(np.ones(len(rows), bool))

@@ -12,8 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+STEP = 1 << 17  # rows of a table that are looked at together
 LEAST = 1 << 20  # bytes: smaller tables stay in memory
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -56,13 +59,30 @@ class Shelf:
             return stream.read_all()
 
 
+def take(table: pa.Table, rows: npt.ArrayLike) -> pa.Table:
+    """Rows of a table, in the order asked; Arrow itself would join all of its chunks first."""
+    wanted, order = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+    parts = [table.slice(0, 0)]
+    for start in np.unique(wanted // STEP).tolist():
+        first, last = np.searchsorted(wanted, [start * STEP, (start + 1) * STEP])
+        parts.append(
+            table.slice(start * STEP, STEP).take(pa.array(wanted[first:last] - start * STEP))
+        )
+        give_back()
+    return pa.concat_tables(parts).take(pa.array(order))
+
+
 def follow(mapped: mmap.mmap) -> None:
     """Let `give_back` know of a map."""
     _maps.add(mapped)
 
 
 def give_back() -> None:
-    """Give the memory of all mapped tables back: what is looked at again is read again."""
+    """Give the memory of all mapped tables back, which are read again where they are looked at.
+
+    And what Arrow has kept of tables that are no more.
+    """
+    pa.default_memory_pool().release_unused()
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapped in list(_maps):
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -18,7 +18,7 @@ from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Keyed, Make, Worker
 
 IN_FLIGHT = 2  # shards an actor: one is read and decoded while the other is scored
-RETRIES = 5  # of one shard, each time after the actor that had it was lost
+RETRIES = 20  # of one shard: each time that its actor is lost, or not back yet
 
 
 class Actor:
