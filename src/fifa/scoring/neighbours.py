@@ -87,6 +87,7 @@ def approximate_index(vectors: AnyVectors) -> Any | None:
     width = next(w for w in (4, 3, 2, 1) if d % w == 0)
     index = faiss.index_factory(d, f"IVF{cells},PQ{d // width}x4fs,Refine(SQfp16)", faiss.METRIC_L2)
     index.train(vectors[:: max(1, n // (64 * cells))])
+    give_back()
     kept = faiss.downcast_index(index.refine_index)
     kept.codes.resize(n * kept.code_size)  # reserved: a vector that grows is there twice
     kept.codes.clear()
