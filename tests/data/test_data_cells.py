@@ -39,7 +39,10 @@ def images_of(path: Path, columns: dict[str, str] | None = None) -> list[object]
 def write(path: Path, cells: list[pa.Array], group: int = N, **options: object) -> None:
     columns = {"prompt": [f"p{i}" for i in range(N)], "label": [1.0, 0.0] * 2}
     table = pa.table(columns | {f"image_{side}": cells[side] for side in (0, 1)})
-    pq.write_table(table, path, row_group_size=group, **options)
+    try:
+        pq.write_table(table, path, row_group_size=group, **options)
+    except pa.ArrowNotImplementedError as error:  # views, by pyarrow 18
+        pytest.skip(str(error))
 
 
 def struct(side: int, with_bytes: set[int], kind: pa.DataType = STRUCT) -> pa.Array:
@@ -193,7 +196,8 @@ def test_what_is_no_image_is_named_by_its_type(tmp_path: Path, cell: object) -> 
 
 
 def test_a_struct_of_other_fields_is_named(tmp_path: Path) -> None:
-    cells = pa.array([{"origin": "x", "height": 8, "data": b"rgb"}] * N)
+    fields = {"origin": pa.string(), "height": pa.int32(), "data": pa.binary()}
+    cells = pa.array([{"origin": "x", "height": 8, "data": b"rgb"}] * N, pa.struct(fields))
     write(tmp_path / "a.parquet", [cells, cells])
     with pytest.raises(FifaError, match="'image_0' is a struct of origin, height, data"):
         read_pairs(tmp_path)

@@ -6,6 +6,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+from fifa.errors import FifaError
 from fifa.formatting import number, percent, shorten, signed, text_table
 from fifa.reporting.figures import draw_trials
 from fifa.reporting.page import again, render
@@ -55,7 +56,14 @@ def _warning(best: dict[str, Any]) -> str:
 
 def _table(folder: Path) -> tuple[list[dict[str, Any]], list[str], list[list[str]]]:
     """The last row of every trial, the best first; and these as cells below their heads."""
-    found = read_table(folder / TRIALS).to_pylist()
+    table = read_table(folder / TRIALS)
+    if missing := [name for name in OWN if name not in table.column_names]:
+        raise FifaError(
+            f"an earlier version wrote these trials: they have no {', '.join(missing)}",
+            where=str(folder / TRIALS),
+            do="search again: the same `fifa tune` with another --out",
+        )
+    found = table.to_pylist()
     trials = sorted((row for row in found if row["place"]), key=lambda row: row["place"])
     knobs = [name for name in trials[0] if name not in OWN]
     judged = [row for row in trials if row["reward"] is not None]
