@@ -158,9 +158,11 @@ def test_images_decide_among_the_last_and_what_diverges_is_last(world, tmp_path)
         again = CliRunner().invoke(cli, ["report", str(best.parent)], catch_exceptions=False)
         assert again.stdout == f"{best.parent / PAGE}\n"
         assert ("is no lower than" in (best.parent / PAGE).read_text("utf-8")) == told
-    older = [{"loss" if name == "heldout_loss" else name: row[name] for name in row} for row in rows]
+    older = [
+        {"loss" if name == "heldout_loss" else name: row[name] for name in row} for row in rows
+    ]
     write_table(best.parent / "trials.parquet", pa.Table.from_pylist(older))
-    with pytest.raises(FifaError, match="earlier version .* no heldout_loss"):
+    with pytest.raises(FifaError, match=r"earlier version .* no heldout_loss"):
         CliRunner().invoke(cli, ["report", str(best.parent)], catch_exceptions=False)
 
 
