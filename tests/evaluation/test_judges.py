@@ -29,7 +29,7 @@ def write_detector(folder, labels=("normal", "nsfw", "gore"), problem=None):
         torch.manual_seed(0)
         model = ViTForImageClassification(config)
         with torch.no_grad():
-            model.classifier.weight.mul_(60)
+            model.classifier.weight.mul_(6)
     model.save_pretrained(folder)
     settings = {
         "image_processor_type": "ViTImageProcessor",
