@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -95,13 +96,30 @@ def bounded_client(base: Any, seconds: float, spent: Counter[str]) -> Any:
                 headers = {"x-should-retry": "false", NO_REPLY: "yes"}
                 return made(UNUSABLE, headers=headers, content=why.encode(), request=request)
             kept = {name: reply.headers.get(name, "") for name in KEPT}
-            headers = {name: value for name, value in kept.items() if value and value.isascii()}
+            headers = {name: value for name, value in kept.items() if _is_usable(name, value)}
             status, error = reply.status_code, None
             if status == 200 and (error := _error_inside(_json(body))) is not None:
                 status, headers[INSIDE] = _status(error), "yes"
             return made(status, headers=headers, content=body, request=request)
 
     return Bounded(follow_redirects=False, timeout=None)
+
+
+def _is_usable(name: str, value: str) -> bool:
+    """Whether a header says something; openai's client before 3 breaks off at a wait that is none.
+
+    A wait is seconds, or a date (RFC 9110, 10.2.3).
+    """
+    if not value.isascii() or name == "location":
+        return bool(value) and value.isascii()
+    try:
+        float(value)
+    except ValueError:
+        try:
+            parsedate_to_datetime(value)
+        except (ValueError, TypeError, OverflowError):
+            return False
+    return True
 
 
 def response_class(base: Any) -> Any:
