@@ -42,8 +42,8 @@ def ask_elsewhere(
         Of the questions.
     ask
         Asks in a worker: from how many answers there are already, and a shard, to a table that
-        begins with `ANSWERED`. Workers read the endpoint's key from
-        their own environment, and each has ``in_flight`` requests under way.
+        begins with `ANSWERED`. Workers read the endpoint's key from their own environment, and
+        each has ``in_flight`` requests under way.
     prepare
         From the keys of some questions to what ``ask`` is given.
 

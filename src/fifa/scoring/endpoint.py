@@ -81,13 +81,17 @@ class Answers:
             self.base = sqlite3.connect(
                 self.path or ":memory:", isolation_level=None, timeout=60, check_same_thread=False
             )
-            # WAL: a kill loses at most the answer being written, and readers never wait.
-            self.base.execute("PRAGMA journal_mode = WAL")
-            self.base.execute("PRAGMA synchronous = NORMAL")
-            self.base.execute(
-                "CREATE TABLE IF NOT EXISTS rated"
-                " (key TEXT PRIMARY KEY, model TEXT, answer TEXT, digest TEXT) WITHOUT ROWID"
-            )
+            try:
+                # WAL: a kill loses at most the answer being written, and readers never wait.
+                self.base.execute("PRAGMA journal_mode = WAL")
+                self.base.execute("PRAGMA synchronous = NORMAL")
+                self.base.execute(
+                    "CREATE TABLE IF NOT EXISTS rated"
+                    " (key TEXT PRIMARY KEY, model TEXT, answer TEXT, digest TEXT) WITHOUT ROWID"
+                )
+            except BaseException:
+                self.close()
+                raise
 
     def get(self, keys: Sequence[str]) -> dict[str, str]:
         """The answers known for ``keys``; one that was changed since is not known."""

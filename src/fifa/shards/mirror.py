@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 from typing import Any
@@ -537,10 +537,9 @@ def content_of(path: Path) -> Content:
 def _pin(path: Path, pin: Path) -> None:
     """Keep a file as it is: what replaces it has another inode, but logs grow where they are."""
     if path.suffix == ".sqlite":
-        with sqlite3.connect(path) as source, sqlite3.connect(pin) as target:
+        # closing: a connection's own block commits and leaves it open
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(pin)) as target:
             source.backup(target)
-        source.close()
-        target.close()
     elif path.suffix == ".jsonl" or path.is_symlink():
         shutil.copyfile(path, pin)
     else:
