@@ -15,6 +15,9 @@ Or build another world with the models that are shipped: more pairs, other share
 It needs no package, trains nothing and writes into FOLDER only: feedback.parquet, truth.parquet,
 scores/ (the default rater's ratings) and world.json, which says what was asked for and came out.
 With --parts feedback,scores,ratings the feedback gets score columns too, as the shipped one has.
+Or take such a world's own pairs, with other shares of its kinds of prompts; nothing is drawn then:
+
+    python scripts/build_moji.py --work FOLDER --of WORLD --pairs 5500 [--nonsense 0.3 ...]
 
 Killed at any moment, both go on where they were.
 """
@@ -44,6 +47,7 @@ from moji.art import draw_sheet
 from moji.base import train_base, train_decoder, train_vae
 from moji.clean import train_clip, train_judges
 from moji.feedback import SEED, crowd_of, score_pairs, write_feedback
+from moji.sample import sample_feedback
 from moji.ship import feedback_facts, measure, rate_prompts, ship
 from moji.sizes import SHIPPED, clip_model, save_clip, stable_diffusion, write_tokenizer
 
@@ -72,7 +76,9 @@ def main() -> None:
     world = parser.add_argument_group("another world")
     world.add_argument("--pairs", type=int, help="how many; the shipped feedback has 3,300")
     for kind in ("nonsense", "reworded", "unsafe"):
-        world.add_argument(f"--{kind}", type=float, help="its share of the prompts, 0 to 1")
+        what = "its share of the prompts (with --of: of the pairs), 0 to 1"
+        world.add_argument(f"--{kind}", type=float, help=what)
+    world.add_argument("--of", type=Path, help="take the pairs from this world")
     world.add_argument("--seed", type=int, default=SEED, help="of everything (%(default)s)")
     cores = os.cpu_count() or 1
     world.add_argument("--processes", type=int, default=cores, help="drawing (%(default)s)")
@@ -89,10 +95,16 @@ def main() -> None:
 
 def _build_world(options: argparse.Namespace, work: Path) -> None:
     shares = {kind: getattr(options, kind) for kind in ("nonsense", "reworded", "unsafe")}
-    crowd = crowd_of(options.pairs, **shares, seed=options.seed)
     feedback, truth = work / "feedback.parquet", work / "truth.parquet"
+    if options.of:
+        asked_for = {"of": str(options.of), "pairs": options.pairs, **shares, "seed": options.seed}
+        write = partial(sample_feedback, options.of, work, options.pairs, shares, options.seed)
+    else:
+        crowd = crowd_of(options.pairs, **shares, seed=options.seed)
+        asked_for = asdict(crowd)
+        write = partial(write_feedback, SD, work, feedback, truth, crowd, options.processes)
     builders = {
-        "feedback": partial(write_feedback, SD, work, feedback, truth, crowd, options.processes),
+        "feedback": write,
         "scores": partial(score_pairs, feedback, CLIP),
         "ratings": partial(rate_prompts, work, (precision()[1],)),
     }
@@ -101,7 +113,7 @@ def _build_world(options: argparse.Namespace, work: Path) -> None:
         raise SystemExit(f"no such part of a world: {', '.join(sorted(unknown))}")
     seconds = {part: _timed(part, builders[part]) for part in parts}
     facts = feedback_facts(feedback, truth)
-    write_json(work / "world.json", {"crowd": asdict(crowd), **facts, "seconds": seconds})
+    write_json(work / "world.json", {"crowd": asked_for, **facts, "seconds": seconds})
 
 
 def _timed(part: str, build: Any) -> int:

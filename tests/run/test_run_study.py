@@ -25,7 +25,8 @@ from fifa.moji.world import DATA, caption, scenes
 from fifa.reporting.study import BEGIN, END, put_table
 from fifa.run.info import info
 from fifa.run.study import Cells, study, turn_labels
-from fifa.shards.files import write_yaml
+from fifa.shards.files import write_json, write_yaml
+from moji.sample import sample_feedback
 from moji.sizes import write_tiny
 
 TABLE = ["part", "arm", "budget", "noise", "seed", "status", "kept", "turned", "steps", "images"]
@@ -203,3 +204,11 @@ def test_the_study_of_the_small_world_is_that_of_its_protocol():
     assert first[:2] == ["fifa", "random"] and len(set(first)) == 16
     assert {cell.budget for cell in cells if cell.arm == "fifa"} == set(BUDGETS)
     assert len(cells) == len({cell.key for cell in cells})
+
+
+def test_a_part_of_a_world_has_the_protocols_arms_for_other_shares(tmp_path):
+    sample_feedback(DATA, tmp_path, 330, {"nonsense": 0.2}, seed=1)
+    write_json(tmp_path / "world.json", {"crowd": {"of": str(DATA)}, "pairs": 330})
+    cells = cells_of(moji_study(tmp_path))[1:]
+    assert {(cell.part, cell.budget, cell.noise) for cell in cells} == {("shares", 0.5, 0.0)}
+    assert len(cells) == 6 * len(SEEDS)

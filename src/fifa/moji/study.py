@@ -22,6 +22,7 @@ from fifa.config import (
 from fifa.errors import FifaError
 from fifa.moji.family import CLIP, FEEDBACK, SD
 from fifa.moji.world import DATA
+from fifa.shards.files import read_json
 
 PROMPTS = DATA / "study.csv"  # 48 seen, 48 unseen and 16 unsafe scenes, at even distances
 SEEDS = (2711, 3948, 5067, 7193, 8426)
@@ -59,11 +60,14 @@ ARMS = {
     "poly": Arm(select=ALL, train={"loss": "poly"}),
     "full": Arm(select=ALL),
 }
+# what is compared where the kinds of prompts have other shares
+SHARED = ("fifa", "margin", "margin-quality", "margin-diversity", "fifa-no-gate", "random")
 LONGEST = {
     f"full-long-{lr:g}": Arm(select=ALL, train={"lr": lr, "steps": LONG, "checkpoint_every": 96})
     for lr in LONG_LR
 }
 GRID = (0.0, 0.5, 1.0, 2.0)
+KEPT = 165  # pairs of the main budget in a part of a world: as many as `MAIN` of the large one
 
 
 def moji_study(world: str | Path | None = None) -> Study:
@@ -72,7 +76,8 @@ def moji_study(world: str | Path | None = None) -> Study:
     Parameters
     ----------
     world
-        A folder that ``scripts/build_moji.py`` wrote; None: the world that is shipped.
+        A folder that ``scripts/build_moji.py`` wrote; None: the world that is shipped. For a part
+        of another world (``--of``) the recipe is that of docs/study.md for other shares.
 
     Raises
     ------
@@ -102,16 +107,19 @@ def moji_study(world: str | Path | None = None) -> Study:
     main, budgets, seeds = SHIPPED_MAIN, SHIPPED_BUDGETS, SHIPPED_SEEDS
     if folder is not None:
         main, budgets, seeds = MAIN, BUDGETS, SEEDS
+    parts = (
+        Part(name="arms", arms=(*ARMS, "consensus"), budgets=(main,)),
+        Part(name="everything", arms=tuple(LONGEST), budgets=(main,)),
+        Part(name="budgets", arms=three, budgets=budgets),
+        Part(name="noise", arms=(*three, "full", "poly"), budgets=(main,), noise=NOISE),
+        Part(name="harm", arms=("fifa-no-gate",), budgets=budgets),
+        Part(name="terms", arms=tuple(sweep), budgets=(main,)),
+    )
+    if pairs := _sampled(folder):
+        parts = (Part(name="shares", arms=SHARED, budgets=(KEPT / pairs,)),)
     return Study(
         arms={**ARMS, "consensus": consensus, **LONGEST, **sweep},
-        parts=(
-            Part(name="arms", arms=(*ARMS, "consensus"), budgets=(main,)),
-            Part(name="everything", arms=tuple(LONGEST), budgets=(main,)),
-            Part(name="budgets", arms=three, budgets=budgets),
-            Part(name="noise", arms=(*three, "full", "poly"), budgets=(main,), noise=NOISE),
-            Part(name="harm", arms=("fifa-no-gate",), budgets=budgets),
-            Part(name="terms", arms=tuple(sweep), budgets=(main,)),
-        ),
+        parts=parts,
         seeds=seeds,
         against="random",
         target=tuple(LONGEST),
@@ -142,3 +150,9 @@ def moji_study(world: str | Path | None = None) -> Study:
         ),
         compute=Compute(),
     )
+
+
+def _sampled(folder: Path | None) -> int:
+    """The pairs of a world that is a part of another one; 0 for one that is not."""
+    facts = read_json(folder / "world.json", "what the world is", missing={}) if folder else {}
+    return int(facts["pairs"]) if facts.get("crowd", {}).get("of") else 0
