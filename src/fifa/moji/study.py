@@ -107,7 +107,7 @@ def moji_study(world: str | Path | None = None) -> Study:
     main, budgets, seeds = SHIPPED_MAIN, SHIPPED_BUDGETS, SHIPPED_SEEDS
     if folder is not None:
         main, budgets, seeds = MAIN, BUDGETS, SEEDS
-    parts = (
+    parts: tuple[Part, ...] = (
         Part(name="arms", arms=(*ARMS, "consensus"), budgets=(main,)),
         Part(name="everything", arms=tuple(LONGEST), budgets=(main,)),
         Part(name="budgets", arms=three, budgets=budgets),
