@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from endpoint_server import VLM, server
@@ -20,9 +21,11 @@ from fifa.config import Compute
 from fifa.errors import FifaError
 from fifa.scoring import elsewhere, offline
 from fifa.scoring.endpoint import ANSWERS, endpoint_of
+from fifa.scoring.judges import pairs as judges
 from fifa.scoring.quality import make_rater, quality_scores
 from fifa.scoring.rubric import QUALITIES
 from fifa.scoring.specs import RATERS
+from fifa.shards import pool
 from fifa.shards.pool import LocalPool
 
 # What FiFA uses of vLLM, with a model that grades by a prompt's length. "again": the first answer
@@ -156,18 +159,18 @@ def test_workers_load_vllm_and_the_driver_does_not(
     pairs = fifa.read_pairs(path)
     here = quality_scores(pairs, f"vllm:{model}", folder=tmp_path / "here")
     (model / "asked").unlink()
-    pool = LocalPool(2)
+    workers = LocalPool(2)
     try:
-        there = quality_scores(pairs, f"vllm:{model}", folder=tmp_path / "there", executor=pool)
+        there = quality_scores(pairs, f"vllm:{model}", folder=tmp_path / "there", executor=workers)
         assert str(there.to_pydict()) == str(here.to_pydict())
         assert there["flags"].null_count == 3
         first = Counter(prompt for _, prompt in asked(model))
         assert str(os.getpid()) not in {process for process, _ in asked(model)}
         # a later run asks again for those without an answer only
         (model / "asked").unlink()
-        again = quality_scores(pairs, f"vllm:{model}", folder=tmp_path / "there", executor=pool)
+        again = quality_scores(pairs, f"vllm:{model}", folder=tmp_path / "there", executor=workers)
     finally:
-        pool.close()
+        workers.close()
     assert str(again.to_pydict()) == str(here.to_pydict())
     assert {prompt for _, prompt in asked(model)} == {p for p in first if "never" in p}
 
@@ -195,3 +198,38 @@ def test_a_judge_is_asked_by_workers_that_read_the_images(tmp_path: Path) -> Non
     here, there = (table.to_pydict() for table in tables)
     assert json.dumps(here) == json.dumps(there)
     assert questions[0] == questions[1] == Counter({1: 22})
+
+
+def test_workers_stay_over_the_rounds_of_a_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pq.read_table(source(tmp_path, some(24)))
+    for side in (0, 1):
+        table = table.append_column(f"cheap_{side}", pa.array([0.1 * i * side for i in range(24)]))
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    pairs = fifa.read_pairs(tmp_path / "pairs.parquet")
+    rounds, started = Counter[str](), Counter[str]()
+    ask, start = judges.ask_elsewhere, pool.ProcessPoolExecutor
+
+    def asking(*given: Any) -> Any:
+        rounds[executor] += 1
+        return ask(*given)
+
+    def starting(*given: Any, **options: Any) -> Any:
+        started[executor] += 1
+        return start(*given, **options)
+
+    monkeypatch.setattr(judges, "ask_elsewhere", asking)
+    monkeypatch.setattr(judges, "FIRST", 4)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", starting)
+    found = []
+    for executor in ("local", "local:1"):
+        folder = tmp_path / executor.replace(":", "-")
+        asked = {"budget": 20_000, "folder": folder}
+        compute = Compute(in_flight=2, executor=executor)
+        with server(VLM()) as url:
+            margin = ["column:raw:cheap_0,cheap_1", f"vlm:m@{url}"]
+            found.append(judged(pairs, margin, **asked, compute=compute).to_pydict())
+    assert json.dumps(found[0]) == json.dumps(found[1])
+    assert rounds["local:1"] >= 2
+    assert started == {"local:1": 2}  # to tell images apart, and to ask

@@ -198,7 +198,7 @@ def _search_device(n: int, device: str | None) -> str:
     return found if found.startswith("cuda") else "cpu"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # vectors are not compared
 class Nearest:
     """Finds the distances of a block of prompts to their k-th neighbours.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeGuard
 
 import pyarrow as pa
@@ -27,7 +26,7 @@ def is_elsewhere(executor: Executor | None, ledger: Ledger) -> TypeGuard[Executo
 def ask_elsewhere(
     endpoint: Endpoint,
     keys: Sequence[str],
-    ask: Callable[[int, Any], pa.Table],
+    ask: Callable[[tuple[int, Any]], pa.Table],
     prepare: Callable[[list[str]], Any],
     ledger: Ledger,
     executor: Executor,
@@ -43,7 +42,8 @@ def ask_elsewhere(
     ask
         Asks in a worker: from how many answers there are already, and a shard, to a table that
         begins with `ANSWERED`. Workers read the endpoint's key from their own environment, and
-        each has ``in_flight`` requests under way.
+        each has ``in_flight`` requests under way. Where the next call's is equal to it, they stay,
+        with the model that they have loaded.
     prepare
         From the keys of some questions to what ``ask`` is given.
 
@@ -58,8 +58,11 @@ def ask_elsewhere(
         parts = [left[start : start + SHARD] for start in range(0, len(left), SHARD)]
         shards = [Shard(digest(part), len(part), part) for part in parts]
         tables = []
-        of_shard = partial(ask, len(known))
-        for table in each_shard(endpoint.what, of_shard, shards, ledger, executor, prepare):
+
+        def given(part: list[str]) -> tuple[int, Any]:
+            return len(known), prepare(part)
+
+        for table in each_shard(endpoint.what, ask, shards, ledger, executor, given):
             for key, answer in zip(*table.columns[:2], strict=True):
                 answers.put(key.as_py(), endpoint.model, answer.as_py())
                 known.add(key.as_py())
@@ -67,8 +70,12 @@ def ask_elsewhere(
     return known, tables
 
 
-def answered(endpoint: Endpoint, known: int, questions: dict[str, Any]) -> pa.Table:
-    """`ANSWERED` of ``questions`` by their keys, asked here; answers are kept nowhere else."""
+def answered(endpoint: Endpoint, asked: tuple[int, dict[str, Any]]) -> pa.Table:
+    """`ANSWERED` of questions by their keys, asked here; answers are kept nowhere else.
+
+    ``asked`` is how many answers there are already, and the questions.
+    """
+    known, questions = asked
     found = replace(endpoint, folder=None).ask(questions, known)
     texts = [answer.model_dump_json() for answer in found.values()]
     return pa.table(

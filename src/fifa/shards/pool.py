@@ -21,7 +21,6 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
@@ -91,7 +90,8 @@ class Executor(Protocol):
         Parameters
         ----------
         make
-            Makes the step, once in every worker. It travels to other processes.
+            Makes the step, once in every worker. It travels to other processes. Workers that
+            have made it, or one that is equal to it, keep what they have loaded.
         shards
             What is left to do; taken a few at a time, so that an iterator keeps memory flat.
         ledger
@@ -206,7 +206,7 @@ class LocalPool:
         )
 
     def _processes(self, make: Make) -> ProcessPoolExecutor:
-        if self._pool is None or self._make is not make:
+        if self._pool is None or self._make != make:
             self.close()
             self._make = make
             self._pool = ProcessPoolExecutor(
@@ -275,12 +275,13 @@ def each_shard(
     """The tables that ``function`` makes of every shard's ``value``, in order.
 
     As `run_shards`, for a step of one function that needs nothing read ahead. ``function`` travels
-    to the executor's workers, once to each. Where ``ledger`` is in memory, they could not reach
-    it: then this process does the work.
+    to the executor's workers, once to each; those that have the same, or one that is equal to it,
+    keep it. Where ``ledger`` is in memory, they could not reach it: then this process does the
+    work.
     """
     if ledger.place is None:
         executor = None
-    make = partial(_Function, function)
+    make = _Function(function)
     return map(_noted, run_shards(what, make, shards, ledger, executor, prepare))
 
 
@@ -308,9 +309,12 @@ def _keep(key: str, finished: pa.Table | Callable[[], pa.Table], ledger: Ledger)
 
 @dataclass(frozen=True)
 class _Function:
-    """A step that is a function of the whole shard."""
+    """A step that is a function of the whole shard, and what makes it."""
 
     function: Callable[[Any], pa.Table]
+
+    def __call__(self) -> _Function:
+        return self
 
     def begin(self, shard: Any) -> Any:
         return shard

@@ -141,7 +141,7 @@ class RayPool:
                 max_task_retries=RETRIES,
             )
             self._actors = [kind.remote() for _ in range(self.workers)]
-        if self._make is not make or self._there is None:
+        if self._make != make or self._there is None:
             # once to every machine: what a step brings along may be large
             self._make, self._there = make, ray.put(make)
         return self._actors

@@ -336,13 +336,13 @@ class AskElsewhere:
     judge: VLMJudge
     how: dict[str, Any]
 
-    def __call__(self, known: int, given: tuple[dict[str, Ask], list[int], Images]) -> pa.Table:
+    def __call__(self, given: tuple[int, tuple[dict[str, Ask], list[int], Images]]) -> pa.Table:
         """`fifa.scoring.elsewhere.ANSWERED`, with `BAD` in the table's metadata."""
-        asks, rows, images = given
+        known, (asks, rows, images) = given
         place = {row: i for i, row in enumerate(rows)}
         named = {key: (p, tuple(place[r] for r in shown)) for key, (p, shown) in asks.items()}
         with closing(Pictures(images, range(len(rows)), **self.how)) as pictures:
-            table = answered(self.judge, known, _questions(named, pictures))
+            table = answered(self.judge, (known, _questions(named, pictures)))
             bad = {rows[row]: why for row, why in pictures.bad.items()}
         return table.replace_schema_metadata({BAD: json.dumps(bad)})
 
