@@ -1,12 +1,13 @@
 """Workers, nodes and drivers killed in every step that an executor runs; then the bytes compared.
 
-Each command runs once in one process, undisturbed. Then it runs on two processes of this machine
-and on two Ray nodes simulated here, and once the step has kept some shard, drawn by the seed, one
-is killed with SIGKILL: the worker process with the next shard, its node, or the driver, after which
-the same command is given again. Right is every byte of the first run, but for times and the recipe,
-which names the executor; and that the workers of a driver that was killed end.
+Each command runs once in one process, undisturbed. Then it runs on two processes of this machine,
+and on two Ray nodes that are simulated here. Whoever has a step's nth shard, drawn by the seed, is
+killed with SIGKILL, before or after its table is kept: a worker process, at a later shard a node
+(of Ray's), and at last the driver, after which the same command is given again. Right is every byte
+of the first run, but for times and the recipe, which names the executor; and that no worker
+outlives its driver.
 
-    python scripts/attack/executors.py --tries 1 --seed 2611 [--only neighbours]
+    python scripts/attack/executors.py --tries 1 --seed 2611 [--only neighbours] [--executor ray]
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,12 +28,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-if str(SCRIPTS) not in sys.path:
-    sys.path.append(str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "attack")]
+
+import executors  # noqa: E402 - by this name everything travels to workers
 
 from kill import TIMES, TRAINING_TIMES, contents  # noqa: E402
 
@@ -41,14 +44,22 @@ NEVER_SAME += ("cells/*", "scored.json")  # of a study: they tell seconds
 SECONDS = ("scoring", "selecting", "training", "imaging", "points")  # columns of a study's table
 PATIENCE = 300.0  # seconds that a command may take to reach a shard, and a worker to end
 NODES, STORE = 2, 80 << 20  # of the simulated cluster, and bytes of each one's object store
-# In a driver: shards of few things, then the command with something that waits for its end
-CHILD = "import executors, sys; executors.drive(*sys.argv[1:4], sys.argv[4:])"
 HERE, LOCAL, RAY = "local", "local:2", "ray"
-VICTIMS = ((LOCAL, "worker"), (LOCAL, "driver"), (RAY, "worker"), (RAY, "node"), (RAY, "driver"))
+VICTIMS = {LOCAL: ("worker", "driver"), RAY: ("worker", "node", "driver")}
+PRELOADED = ["fifa.run.evaluation", "fifa.training.job", "fifa.scoring.rewards.fit", "diffusers"]
+PRELOADED += ["peft", "ray", "fifa.run.study", "fifa.scoring.judges.pairs", "fifa.cli.commands"]
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def drive(place: str, step: str, moment: str, words: list[str]) -> None:
-    """Run a command in this process, whose workers stop at a shard of a step."""
+def drive(place: str, step: str, moments: list[int], words: list[str], address: str) -> None:
+    """Run a command in this process, whose workers stop at some shards of a step.
+
+    Without ``moments`` the shards are counted, whoever has them. What is said is in ``place``.
+    """
+    with Path(place, "said").open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["RAY_ADDRESS"] = address
     from fifa.cli import main
     from fifa.evaluation import generate
     from fifa.scoring import diversity, elsewhere, encoders, quality
@@ -62,11 +73,14 @@ def drive(place: str, step: str, moment: str, words: list[str]) -> None:
     diversity.QUERIES, generate.USUAL = 12, 4
     engine.PROMPT_SHARD, engine.DIGEST_SHARD = 12, 24
     engine.Engine.__post_init__ = lambda self: object.__setattr__(self, "shard", 12)
-    for kind in (LocalPool, RayPool) if step else ():
+    stopping = Stopping(place, step, tuple(moments))
+    if not moments:
+        stopping.begin()
+    for kind in (LocalPool, RayPool):
 
         def run(self: Any, make: Any, shards: Any, ledger: Any, plain: Any = kind.map) -> Any:
-            if re.search(step, str(ledger.place)) and not getattr(self, "is_here", False):
-                make = Stopping(make, place, step, int(moment))
+            if not self.is_here and re.search(step, str(ledger.place)):
+                make = Made(make, stopping)
             return plain(self, make, shards, ledger)
 
         kind.map = run
@@ -76,45 +90,56 @@ def drive(place: str, step: str, moment: str, words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Makes a step in a worker that stops at a shard, before or after its table is kept."""
+    """What lets a worker stop at some shards of a step, before or after their table is kept."""
 
-    make: Callable[[], Any]
     place: str
     step: str
-    moment: int
+    moments: tuple[int, ...]
 
-    def __call__(self) -> Any:
-        """The step itself: what keeps its tables stops."""
+    def begin(self) -> None:
+        """From now on in this process."""
         from fifa.shards import pool
 
-        if not hasattr(pool._keep, "stops"):
-            pool._keep = self.stopping(pool._keep)
-        return self.make()
-
-    def stopping(self, keep: Callable[..., str]) -> Callable[..., str]:
-        """``keep``, which waits for its end when it has the shard whose number it is."""
+        keep = pool._keep
+        if hasattr(keep, "stops"):
+            return
 
         def kept(key: str, finished: Any, ledger: Any) -> str:
-            number = _next(Path(self.place)) if re.search(self.step, str(ledger.place)) else 0
-            if number == self.moment and number % 2:
-                self.wait()
+            if not re.search(self.step, str(ledger.place)):
+                return keep(key, finished, ledger)
+            number = _next(Path(self.place))
+            if number in self.moments and number % 2:
+                self.wait(number)
             key = keep(key, finished, ledger)
-            if number == self.moment and number:
-                self.wait()
+            if number in self.moments:
+                self.wait(number)
             return key
 
         kept.stops = True  # type: ignore[attr-defined]
-        return kept
+        pool._keep = kept
 
-    def wait(self) -> None:
-        """Say where this is, and go on only if nobody ends it."""
+    def wait(self, number: int) -> None:
+        """Say where this is; it goes on only if nobody ends it."""
         known: dict[str, Any] = {"process": os.getpid()}
         if "ray" in sys.modules and (ray := sys.modules["ray"]).is_initialized():
             known["node"] = ray.get_runtime_context().get_node_id()
         part = Path(self.place, "part")
         part.write_text(json.dumps(known))
-        part.rename(Path(self.place, "reached"))
+        part.rename(Path(self.place, f"reached-{number}"))
         time.sleep(2 * PATIENCE)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Makes a step in a worker that stops."""
+
+    make: Callable[[], Any]
+    stopping: Stopping
+
+    def __call__(self) -> Any:
+        """The step itself: what keeps its tables stops."""
+        self.stopping.begin()
+        return self.make()
 
 
 def _next(place: Path) -> int:
@@ -174,8 +199,7 @@ class Endpoint(BaseHTTPRequestHandler):
             hashlib.sha256(json.dumps(json.loads(body)["messages"]).encode()).digest()[0] % 2
         ]
         said = json.dumps(
-            dict.fromkeys(("alignment", "coherence", "taste", "winner"), side)
-            | {"safety": "tie"}
+            dict.fromkeys(("alignment", "coherence", "taste", "winner"), side) | {"safety": "tie"}
         )
         choice = {
             "index": 0,
@@ -244,83 +268,73 @@ class World:
     names: dict[str, str]
     nodes: Nodes | None = None
     known: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    shards: dict[Step, int] = field(default_factory=dict)
 
     def start(
-        self, step: Step, executor: str, out: Path, stops: tuple[Path, int] | None = None
-    ) -> subprocess.Popen[bytes]:
-        """A command in a process of its own, which stops at a shard of the step."""
+        self, step: Step, executor: str, place: Path, moments: tuple[int, ...] = ()
+    ) -> BaseProcess:
+        """A command in a process of its own, which stops at some shards of the step."""
         study = self.names["study"].format(executor=executor)
-        words = [*step.command.format(**self.names | {"study": study}).split(), "--out", str(out)]
+        words = step.command.format(**self.names | {"study": study}).split()
+        words += ["--out", str(place / "out")]
         if step.command != STUDY:
             words += ["--executor", executor, "--actors", str(NODES)]
-        place, moment = stops or ("", 0)
-        given = [str(place), step.ledger if stops else "", str(moment)]
-        environment = dict(os.environ)
-        if self.nodes is not None:
-            environment["RAY_ADDRESS"] = self.nodes.cluster.address
-        return subprocess.Popen(
-            [sys.executable, "-c", CHILD, *given, *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        address = self.nodes.cluster.address if self.nodes else ""
+        given = (str(place), step.ledger, list(moments), words, address)
+        process = CONTEXT.Process(target=executors.drive, args=given)
+        process.start()
+        return process
 
-    def expected(self, step: Step) -> dict[str, bytes]:
-        """What the command leaves where this is all that runs."""
-        if step.command not in self.known:
-            out = self.folder / f"expected-{len(self.known)}"
-            finish(self.start(step, HERE, out))
-            self.known[step.command] = found(out)
-        return self.known[step.command]
+    def place(self, name: str = "") -> Path:
+        """A folder for a command."""
+        return Path(tempfile.mkdtemp(dir=self.folder, prefix=name))
 
-    def count(self, step: Step) -> int:
-        """How many shards the step has on two processes, and whether the bytes are the same."""
-        if step not in self.shards:
-            place = Path(tempfile.mkdtemp(dir=self.folder))
-            finish(self.start(step, LOCAL, place / "out", (place, 0)))
-            if differing := self.differing(step, place / "out"):
-                raise SystemExit(f"{step.name}, on two processes: {differing}")
-            self.shards[step] = sum(path.name.isdigit() for path in place.iterdir())
-        return self.shards[step]
+    def alone(self, step: Step) -> int:
+        """Run the command undisturbed; how many shards the step has."""
+        place = self.place("alone-")
+        process = self.start(step, HERE, place)
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{step.name}: ends with {process.exitcode}: {said(place)}")
+        self.known.setdefault(step.command, found(place / "out"))
+        if differing := self.differing(step, place / "out"):
+            raise SystemExit(f"{step.name}: never the same: {differing}")
+        return sum(path.name.isdigit() for path in place.iterdir())
 
     def differing(self, step: Step, out: Path) -> str:
         """The files that are not as they should be."""
-        here, expected = found(out), self.expected(step)
+        here, expected = found(out), self.known[step.command]
         names = sorted({*here, *expected})
         return ", ".join(name for name in names if here.get(name) != expected.get(name))
 
-    def attack(self, step: Step, executor: str, victim: str, moment: int) -> str:
-        """The verdict on one kill; right is ""."""
-        place = Path(tempfile.mkdtemp(dir=self.folder))
-        process, out = self.start(step, executor, place / "out", (place, moment)), place / "out"
-        try:
-            wait_for((place / "reached").exists, process)
-        except TimeoutError:
+    def attack(self, step: Step, executor: str, moments: dict[int, str]) -> str:
+        """The verdict on a command whose victims are killed one after the other; right is ""."""
+        place = self.place()
+        process = self.start(step, executor, place, tuple(moments))
+        for moment, victim in moments.items():
+            reached = place / f"reached-{moment}"
+            if not wait_for(reached.exists, process):
+                process.kill()
+                return f"wrong: never came to shard {moment}, for the {victim}: {said(place)}"
+            there = json.loads(reached.read_text())
+            if victim == "worker":
+                os.kill(there["process"], signal.SIGKILL)
+            elif victim == "node":
+                assert self.nodes is not None
+                self.nodes.kill(there["node"])
+            else:
+                process.kill()
+                process.join()
+            if not wait_for(lambda there=there: not lives(there["process"])):
+                return f"wrong: a worker goes on without its {victim}"
+        if not process.is_alive():
+            process = self.start(step, executor, place, (10**9,))
+        process.join(2 * PATIENCE)
+        if process.exitcode is None:
             process.kill()
-            return "wrong: never came to the shard: " + said(process)
-        reached = json.loads((place / "reached").read_text())
-        if victim == "worker":
-            os.kill(reached["process"], signal.SIGKILL)
-        elif victim == "node":
-            assert self.nodes is not None
-            self.nodes.kill(reached["node"])
-        else:
-            process.kill()
-            process.communicate()
-            try:
-                wait_for(lambda: not lives(reached["process"]))
-            except TimeoutError:
-                return "wrong: a worker goes on without its driver"
-            process = self.start(step, executor, out)
-        try:
-            data = process.communicate(timeout=2 * PATIENCE)[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return "wrong: hangs: " + said(process)
-        if process.returncode:
-            return f"wrong: ends with {process.returncode}: {data.decode()[-1500:]}"
-        differing = self.differing(step, out)
+            return f"wrong: hangs: {said(place)}"
+        if process.exitcode:
+            return f"wrong: ends with {process.exitcode}: {said(place)}"
+        differing = self.differing(step, place / "out")
         return f"wrong: other bytes: {differing}" if differing else ""
 
 
@@ -335,24 +349,19 @@ def found(out: Path) -> dict[str, bytes]:
     return files
 
 
-def said(process: subprocess.Popen[bytes]) -> str:
-    return process.communicate()[0].decode()[-1500:]
+def said(place: Path) -> str:
+    """The last of what a command has said."""
+    return (place / "said").read_text("utf-8")[-1500:]
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a command that nobody disturbs."""
-    text = said(process)
-    if process.returncode:
-        raise SystemExit(f"a command failed with {process.returncode}:\n{text}")
-
-
-def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Return once something is true; raises `TimeoutError` where it does not become so."""
+def wait_for(true: Callable[[], bool], process: BaseProcess | None = None) -> bool:
+    """Whether something becomes true, while a process lives."""
     end = time.monotonic() + PATIENCE
     while not true():
-        if time.monotonic() > end or (process and process.poll() is not None):
-            raise TimeoutError
+        if time.monotonic() > end or (process is not None and not process.is_alive()):
+            return False
         time.sleep(0.01)
+    return True
 
 
 def lives(process: int) -> bool:
@@ -417,26 +426,31 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    CONTEXT.set_forkserver_preload(PRELOADED)
     draw, wrong = random.Random(asked.seed), 0
-    victims = [one for one in VICTIMS if asked.executor in (None, one[0])]
+    attacked = [one for one in VICTIMS if asked.executor in (None, one)]
     with tempfile.TemporaryDirectory() as name, endpoint() as url:
         world = make_world(Path(name), url)
-        if any(executor == RAY for executor, _ in victims):
+        if RAY in attacked:
             world.nodes = Nodes()
         try:
-            print(" | ".join(["step", "shards", *map(": ".join, victims)]), flush=True)
-            for step in (step for step in STEPS if asked.only in step.name):
-                count, cells = world.count(step), []
-                for executor, victim in victims:
-                    moments = [draw.randint(1, count) for _ in range(asked.tries)]
-                    told = [world.attack(step, executor, victim, moment) for moment in moments]
-                    for moment, one in zip(moments, told, strict=True):
-                        if one:
-                            print(
-                                f"  {step.name}, {executor}, {victim}, {moment}: {one}", flush=True
-                            )
-                    wrong += sum(map(bool, told))
-                    cells.append(f"{told.count('')} of {len(told)}")
+            heads = [f"{executor}: {', '.join(VICTIMS[executor])}" for executor in attacked]
+            print(" | ".join(["step", "shards", *heads]), flush=True)
+            for step in (step for step in STEPS if re.search(asked.only, step.name)):
+                count, cells = world.alone(step), []
+                for executor in attacked:
+                    right = 0
+                    for _ in range(asked.tries):
+                        victims = VICTIMS[executor]
+                        moments = sorted(draw.sample(range(1, count + 1), len(victims)))
+                        told = world.attack(
+                            step, executor, dict(zip(moments, victims, strict=True))
+                        )
+                        right += not told
+                        if told:
+                            print(f"  {step.name}, {executor}, {moments}: {told}", flush=True)
+                    cells.append(f"{right} of {asked.tries}")
+                    wrong += asked.tries - right
                 print(" | ".join([step.name, str(count), *cells]), flush=True)
         finally:
             if world.nodes is not None:

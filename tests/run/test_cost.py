@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -379,6 +380,90 @@ def test_a_real_plan_on_a_sample(shipped, tmp_path, monkeypatch):
     assert again["steps"][1:] == plain["steps"][1:]
     done = fifa("plan", *words, "--keep", 24)
     assert json.loads(done.stdout)["steps"][3]["count"] == "24 kept pairs"
+
+
+# What FiFA uses of vLLM: it gives the first of all answers that a schema allows
+VLLM = """
+import json, os
+from types import SimpleNamespace
+
+
+def SamplingParams(structured_outputs, **how):
+    return structured_outputs
+
+
+def StructuredOutputsParams(json):
+    return json
+
+
+class LLM:
+    def __init__(self, model, **how):
+        with open(os.path.join(model, "loaded"), "a") as file:
+            file.write(f"{os.getpid()}\\n")
+
+    def chat(self, messages, schemas, use_tqdm):
+        return [self.answer(schema["properties"]) for schema in schemas]
+
+    def answer(self, kinds):
+        said = {name: kind["enum"][0] if "enum" in kind else [] for name, kind in kinds.items()}
+        out = SimpleNamespace(text=json.dumps(said), token_ids=[1], logprobs=None)
+        out.finish_reason = "stop"
+        return SimpleNamespace(outputs=[out], prompt_token_ids=[1])
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A model's folder, and a stand-in in place of vLLM."""
+    place = tmp_path / "site" / "vllm"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text(VLLM)
+    (place / "sampling_params.py").write_text("from vllm import *\n")
+    monkeypatch.syspath_prepend(place.parent)
+    monkeypatch.setenv("PYTHONPATH", str(place.parent), prepend=os.pathsep)
+    monkeypatch.setenv("FIFA_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return model
+
+
+def test_a_model_of_vllms_is_timed_and_never_loaded_here(shipped, vllm, tmp_path):
+    source = tmp_path / "feedback.parquet"
+    pq.write_table(pq.read_table(shipped).slice(0, 80), source)
+    score = Score((COLUMNS, f"vllm:{vllm}"), f"vllm:{vllm}", "none", budget=0.5)
+    found = plan_cost(Plan(read=Read(str(source)), score=score, seconds=0.1))
+    steps = {step.name: step for step in found.steps}
+    assert list(steps) == ["read", "margin", "quality", "select", "export", "report"]
+    assert "vllm" in steps["margin"].why
+    assert 0 < steps["margin"].seconds < 600 and 0 < steps["quality"].seconds < 600
+    assert steps["margin"].tokens is None  # it is behind no endpoint
+    loaded = (vllm / "loaded").read_text().split()
+    assert len(loaded) == 2  # for the cold pass, and once for all others
+    assert str(os.getpid()) not in loaded
+
+
+def test_without_vllm_nothing_is_told_of_its_model(by_hand, shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "find_spec", lambda name: None)
+    score = Score((f"vllm-image:{tmp_path}",), f"vllm:{tmp_path}", "none")
+    found = plan_cost(Plan(read=Read(str(shipped)), score=score))
+    assert [(s.name, s.seconds) for s in found.steps][1:3] == [("margin", None), ("quality", None)]
+    assert "its model or vLLM is not on this machine" in found.steps[1].why
+
+
+def test_the_share_of_a_budget_of_tokens(by_hand, shipped, vllm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Passes, "rates", lambda self: asked.append(self) or RATES)
+    score = Score(("pickscore", f"vllm:{vllm}"), "none", "none", budget=50_000)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(passes, "is_here", lambda model: model == str(vllm))
+    compute = Compute(judge_side=280)
+    found = plan_cost(Plan(read=Read(str(shipped)), score=score, compute=compute))
+    each = 500 + 2 * (280 / 28) ** 2 + 60  # tokens of a question with its answer, twice a pair
+    share = 50_000 / each / (2 * found.facts.pairs)
+    measured = asked[0]._measured
+    assert measured.budget == pytest.approx(share)
+    assert measured.margin == ("column:raw:plan_0,plan_1", f"vllm:{vllm}")
 
 
 def test_a_step_that_cannot_run_is_told_before_it_is_planned(shipped):

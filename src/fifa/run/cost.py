@@ -34,6 +34,7 @@ from fifa.run.passes import Passes, is_here, runs, sample_of
 from fifa.scoring import check_specs
 from fifa.scoring.diversity import EXACT_UP_TO, ON_CUDA_FROM
 from fifa.scoring.encoders import column_embeddings
+from fifa.scoring.endpoint import VLLM
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.quality import column_ratings
 from fifa.scoring.rubric import load_rubric
@@ -222,7 +223,8 @@ def plan_cost(plan: Plan) -> Cost:
     echo(str(facts))
     check_columns(facts.sample, plan)
     recipe = Recipe(plan.read, plan.score, plan.select, plan.compute)
-    passes = Passes(facts.sample, recipe, plan.seconds, plan.fresh)
+    shares = [_question(one, facts, recipe)[2] for one in plan.score.margin if _is_judge(one)]
+    passes = Passes(facts.sample, recipe, plan.seconds, plan.fresh, max(shares, default=1.0))
     rates = passes.rates()
     keep = 1.0 if plan.select.strategy == "weights" else plan.select.keep
     kept = min(facts.pairs, keep if isinstance(keep, int) else max(1, round(keep * facts.pairs)))
@@ -364,25 +366,24 @@ def _each(rate: Rate) -> str:
 
 
 def _not_here(spec: str) -> str:
-    return f"{spec} is not on this machine and no figure stands for it: fetch it first"
+    what = "its model or vLLM" if spec.startswith(VLLM) else spec
+    return f"{what} is not on this machine and no figure stands for it: fetch it first"
 
 
 def _margin_elsewhere(
     text: str, facts: Facts, recipe: Recipe, prices: Prices, network: float
 ) -> Step:
     """A scorer that cannot be timed on the sample: by an endpoint, or not fetched yet."""
-    spec, compute = REWARDS.parse(text), recipe.compute
-    if spec.is_judge:
-        name, budget = spec.model or "default", recipe.score.budget
-        each, images = (1, 1) if spec.alone else (2, 2)  # both orders of a pair
-        questions = facts.images if spec.alone else each * facts.pairs
-        side = (compute.judge_side / PATCH) ** 2
-        tokens = QUESTION + images * side
-        share = budget if isinstance(budget, float) else budget / (tokens + ANSWER) / questions
-        asked = round(min(1.0, share) * questions)
-        why = f"{images} image(s) of {compute.judge_side} pixels, {side:.0f} tokens each at most, "
+    spec = REWARDS.parse(text)
+    if _is_judge(text) and spec.name != VLLM:
+        questions, images, share = _question(text, facts, recipe)
+        asked, pixels = round(share * questions), recipe.compute.judge_side
+        side = (pixels / PATCH) ** 2
+        why = f"{images} image(s) of {pixels} pixels, {side:.0f} tokens each at most, "
         why += f"and {QUESTION} of text a question"
-        return _asked("margin", f"{asked:,} questions", asked, tokens, name, why, recipe, prices)
+        tokens = QUESTION + images * side
+        of, name = f"{asked:,} questions", spec.model or "default"
+        return _asked("margin", of, asked, tokens, name, why, recipe, prices)
     of = f"{facts.images:,} images"
     if spec.name not in TOWERS:
         return Step("margin", of, None, _not_here(text), network=network)
@@ -392,6 +393,21 @@ def _margin_elsewhere(
     why = f"{text} is not on this machine: {flops / 1e9:.0f} GFLOP an image of its tower, as quick "
     why += f"as {tower.of}; decoding meanwhile; its text, download and disk are not counted"
     return Step("margin", of, took, why, network=network)
+
+
+def _is_judge(text: str) -> bool:
+    return REWARDS.parse(text).is_judge
+
+
+def _question(text: str, facts: Facts, recipe: Recipe) -> tuple[int, int, float]:
+    """A judge's questions about all pairs, the images in each, and the share that is asked."""
+    alone, budget = REWARDS.parse(text).alone, recipe.score.budget
+    # both orders of a pair
+    questions, images = (facts.images, 1) if alone else (2 * facts.pairs, 2)
+    if isinstance(budget, float):
+        return questions, images, budget
+    tokens = QUESTION + images * (recipe.compute.judge_side / PATCH) ** 2
+    return questions, images, min(1.0, budget / (tokens + ANSWER) / questions)
 
 
 def _asked_quality(facts: Facts, recipe: Recipe, prices: Prices) -> Step:

@@ -13,14 +13,17 @@ What a step leaves on the disk is found alike.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +40,7 @@ from fifa.formatting import seconds, shorten
 from fifa.run.bench import Rate, kept_rates, partial_training, step_seconds
 from fifa.run.folder import start_run
 from fifa.run.steps import filter_pairs
+from fifa.scoring.endpoint import VLLM
 from fifa.scoring.specs import ENCODERS, IMAGE_ENCODERS, RATERS, REWARDS, Registry
 from fifa.shards.files import digest, read_json_lines
 from fifa.training.job import run_training
@@ -74,19 +78,24 @@ class Passes:
         Seconds that measuring may take, about.
     fresh
         Whether what is known is measured again.
+    share
+        Of the pairs, those that a judge is asked about.
     """
 
     pairs: Pairs
     recipe: Recipe
     budget: float
     fresh: bool
+    share: float = 1.0
 
     def rates(self) -> dict[str, Rate]:
         """The rate of every step that runs here, by its name."""
-        score, compute = asdict(self._measured), asdict(self.recipe.compute)
+        score, compute = self._measured, asdict(self.recipe.compute)
         origin = self.pairs.origin
-        name = digest("filter", origin.fingerprint, score, compute)
-        return kept_rates(f"filter {name}", self._rates, self.fresh)
+        name = digest("filter", origin.fingerprint, asdict(score), compute)
+        fills = any(one.startswith(VLLM) for one in (*score.margin, score.quality))
+        measure = partial(apart, self._rates) if fills else self._rates
+        return kept_rates(f"filter {name}", measure, self.fresh)
 
     @property
     def _measured(self) -> Score:
@@ -95,12 +104,16 @@ class Passes:
         margin = tuple(one for one in score.margin if runs(REWARDS, one))
         quality = score.quality if runs(RATERS, score.quality) else "none"
         diversity = score.diversity if runs(ENCODERS, score.diversity) else "none"
-        names = margin or (RANDOM_MARGIN,)
-        return replace(score, margin=names, quality=quality, diversity=diversity, budget=1.0)
+        judges = [one for one in margin if REWARDS.parse(one).is_judge]
+        share = self.share if judges else 1.0
+        names = margin
+        if not margin or (share < 1 and len(judges) == len(margin)):
+            names = (RANDOM_MARGIN, *margin)  # a budget takes a cheaper one beside the judge
+        return replace(score, margin=names, quality=quality, diversity=diversity, budget=share)
 
     def _rates(self) -> dict[str, Rate]:
         full = self._measured
-        light = replace(full, margin=(RANDOM_MARGIN,))
+        light = replace(full, margin=(RANDOM_MARGIN,), budget=1.0)
         # Each with the steps whose rates are taken from it, and its share of the time. Where the
         # export is not timed, nearly nothing is kept.
         parts = (
@@ -294,7 +307,9 @@ def runs(registry: Registry, text: str) -> bool:
     if text == "none":
         return False
     spec = registry.parse(text)
-    if spec.is_judge or spec.name == "openai":
+    if spec.name == VLLM and find_spec("vllm") is None:
+        return False
+    if spec.name == "openai" or (spec.is_judge and spec.name != VLLM):
         return False
     models = [spec.model or spec.entry.hub]
     if spec.name == "proxy" and spec.at:
@@ -365,6 +380,15 @@ def training_rates(passes: Passes, train: Train, budget: float, folder: Path) ->
         "state": Rate(0.0, 0.0, "states", how, state),
         "weights": Rate(0.0, 0.0, "weights", how, weights),
     }
+
+
+def apart(measure: Callable[[], T]) -> T:
+    """What ``measure`` gives in a process of its own.
+
+    vLLM fills the device's memory until its process ends, and trainings are timed later.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        return worker.submit(measure).result()
 
 
 def in_process(command: str, knobs: Knobs, out: Path) -> None:
