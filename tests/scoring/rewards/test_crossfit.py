@@ -1,14 +1,17 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from feedback import write_feedback
+from threadpoolctl import threadpool_limits
 from tiny_models import write_clip
 
 from fifa.config import Reward
 from fifa.data import read_pairs
 from fifa.models.optional import wheel_path
 from fifa.scoring.rewards import fit
+from fifa.scoring.rewards.features import Features
 from fifa.scoring.rewards.fit import crossfit_folds, crossfit_rewards
 from fifa.scoring.rewards.image_encoders import WEIGHTS
 from fifa.scoring.rewards.metrics import measure
@@ -73,6 +76,22 @@ def test_a_killed_run_goes_on_with_the_fold_it_was_at(feedback, tmp_path, monkey
     assert one.name == two.name
     assert one.read_bytes() == two.read_bytes()
     assert list((tmp_path / "killed").glob(".parts-*")) == []
+
+
+def test_any_number_of_cores_and_threads_gives_the_same_rewards(feedback, monkeypatch):
+    pairs, _ = feedback
+    pairs = replace(pairs, table=pa.concat_tables([pairs.table] * 100))
+    n = len(pairs)
+    images = np.random.default_rng(0).normal(size=(2 * n, 200)).astype(np.float32)
+    prompts = np.empty((pairs.prompts.num_rows, 0))
+    features = Features(images, prompts, np.arange(2 * n).reshape(n, 2))
+    monkeypatch.setattr(fit, "frozen_features", lambda *_: (features, None))
+    tables = []
+    for cores in (1, 5):
+        monkeypatch.setattr(fit, "cores", lambda cores=cores: cores)
+        with threadpool_limits(cores):
+            tables.append(crossfit_folds(pairs, folds=3, options=Reward(text="none", folds=3)))
+    assert tables[0].equals(tables[1])
 
 
 def test_other_labels_options_or_folds_have_files_of_their_own(feedback, tmp_path):

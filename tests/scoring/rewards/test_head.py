@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from fifa.scoring.rewards.head import Comparisons, Head, HeadPath, prompt_weights
@@ -50,7 +52,7 @@ def test_a_linear_head_is_scikit_learns_logistic_regression(images):
     theirs = LogisticRegression(C=1 / (0.01 * weight.sum()), fit_intercept=False, tol=1e-10)
     theirs.fit(difference, data.label, sample_weight=weight)
     expected = theirs.decision_function(difference)
-    assert head.logits(features, prompts, data) == pytest.approx(expected, abs=1e-3)
+    assert head.logits(features, prompts, data) == pytest.approx(expected, abs=1e-5)
 
 
 def test_one_path_ends_where_a_fresh_start_does():
@@ -60,7 +62,46 @@ def test_one_path_ends_where_a_fresh_start_does():
         head = walked.fit(penalty)
     fresh = HeadPath(images, prompts, data, reads_prompts=True).fit(0.01)
     expected = fresh.logits(images, prompts, data)
-    assert head.logits(images, prompts, data) == pytest.approx(expected, abs=1e-2)
+    assert head.logits(images, prompts, data) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1e-6])
+@pytest.mark.parametrize("images", [60, 9])  # more rows than pairs, and fewer
+def test_scipy_finds_no_better_coefficients(images, penalty):
+    features, prompts, data = drawn(images=images, d=40, pairs=400)
+    path = HeadPath(features, prompts, data, reads_prompts=True)
+    path.fit(penalty)
+    x = path._x[path._first] - path._x[path._second]
+    weight = prompt_weights(data.prompt) / prompt_weights(data.prompt).sum()
+
+    def loss(at):
+        z = x @ at
+        each = np.logaddexp(0, z) - data.label * z
+        return weight @ each + penalty / 2 * at @ at
+
+    def slope(at):
+        return x.T @ (weight * (expit(x @ at) - data.label)) + penalty * at
+
+    def hessian(at):
+        s = expit(x @ at)
+        return (x.T * (weight * s * (1 - s))) @ x + penalty * np.eye(len(at))
+
+    start = np.zeros(x.shape[1])
+    theirs = minimize(loss, start, jac=slope, hess=hessian, method="trust-exact", tol=1e-11)
+    assert x @ path._at == pytest.approx(x @ theirs.x, abs=1e-4)
+
+
+def test_two_pictures_in_every_second_pair_do_not_stop_it():
+    draw = np.random.default_rng(2)
+    images = np.zeros((2000, 64), np.float32)  # all features lie in a plane
+    images[:2] = draw.normal(size=(2, 64))
+    image = draw.integers(2, 2000, (2000, 2))
+    image[::2, 0] = draw.integers(0, 2, 1000)
+    label = draw.integers(0, 2, 2000).astype(float)
+    data = Comparisons(image, draw.integers(0, 50, 2000), label)
+    prompts = np.empty((50, 0), np.float32)
+    head = HeadPath(images, prompts, data, reads_prompts=False).fit(1e-6)
+    assert np.isfinite(head.logits(images, prompts, data)).all()
 
 
 def test_a_tie_pulls_towards_even_odds():

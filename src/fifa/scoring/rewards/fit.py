@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fifa.console import echo, note
 from fifa.data.read import read_pairs
 from fifa.data.table import Pairs
 from fifa.models.hub import CONFIG_AND_WEIGHTS, model_digest, model_folder
+from fifa.models.optional import require
 from fifa.models.runtime import Runtime, make_runtime
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards import RewardModel
@@ -35,9 +38,10 @@ from fifa.scoring.table import MARGIN, score_path, scored_once
 from fifa.shards.files import atomic_folder, check_free, column_digest
 from fifa.shards.ledger import Ledger
 from fifa.shards.lock import only_writer
-from fifa.shards.pool import Executor, Shard, map_shards
+from fifa.shards.pool import Executor, Shard, cores, map_shards
 
 PENALTIES = tuple(float(10 ** (-1 - step / 2)) for step in range(11))  # strongest first
+HEADS = 2  # another number, other rewards of the same pairs: goes into the file's name
 PATIENCE = 2  # penalties that may pass without gain on held-out prompts
 
 Array = npt.NDArray[np.float64]
@@ -212,21 +216,28 @@ def _walk(
     weight = prompt_weights(data.prompt)
     groups = [fold == k for k in np.unique(fold)]
     images, prompts = features.images, features.prompts
-    paths = [
-        HeadPath(images, prompts, data.part(~group), reads_prompts=reads_prompts, shared=shared)
-        for group in groups
-    ]
+
+    def start(group: npt.NDArray[np.bool_]) -> HeadPath:
+        part = data.part(~group)
+        return HeadPath(images, prompts, part, reads_prompts=reads_prompts, shared=shared)
+
+    def judged(penalty: float, group: npt.NDArray[np.bool_], path: HeadPath) -> Array:
+        return path.fit(penalty).logits(images, prompts, data.part(group))
+
     best, since = (np.inf, PENALTIES[0], np.zeros(len(fold))), 0
-    for penalty in PENALTIES:
-        logits = np.empty(len(fold))
-        for group, path in zip(groups, paths, strict=True):
-            logits[group] = path.fit(penalty).logits(images, prompts, data.part(group))
-        losses = np.logaddexp(0, logits) - data.label * logits
-        loss = float(weight @ losses / weight.sum())
-        if loss < best[0]:
-            best, since = (loss, penalty, logits), 0
-        elif (since := since + 1) >= PATIENCE:
-            break
+    with ThreadPoolExecutor(min(len(groups), cores())) as pool:
+        paths = list(pool.map(start, groups))
+        for penalty in PENALTIES:
+            logits = np.empty(len(fold))
+            found = pool.map(partial(judged, penalty), groups, paths)
+            for group, held_out in zip(groups, found, strict=True):
+                logits[group] = held_out
+            losses = np.logaddexp(0, logits) - data.label * logits
+            loss = float(weight @ losses / weight.sum())
+            if loss < best[0]:
+                best, since = (loss, penalty, logits), 0
+            elif (since := since + 1) >= PATIENCE:
+                break
     return best
 
 
@@ -234,7 +245,8 @@ def _train_head(pairs: Pairs, out: Path, options: Reward, cache: Path | None) ->
     features, encoder = frozen_features(pairs, options, cache)
     data, readable = comparisons(pairs, features)
     data = data.part(readable)
-    fitted = fit_head(pairs, features, data, options)
+    with _one_thread_each():
+        fitted = fit_head(pairs, features, data, options)
     logits, temperature, reads = fitted.held_out, fitted.temperature, fitted.head.reads_prompts
     text = make_encoder(options.text, dtype="float32").identity if reads else None
     what = f"A linear head on frozen {encoder.name} features"
@@ -352,12 +364,22 @@ def _heads(
     data, readable = comparisons(pairs, features)
 
     def score(training: npt.NDArray[np.bool_], rows: Integers) -> tuple[list[Any], float]:
-        fitted = fit_head(pairs, features, data.part(training & readable), options)
-        image, prompts = data.image[rows], features.prompts[data.prompt[rows]]
-        sides = (features.images[image[:, side]] for side in (0, 1))
-        return [fitted.head.rewards(seen, prompts) for seen in sides], fitted.temperature
+        with _one_thread_each():
+            fitted = fit_head(pairs, features, data.part(training & readable), options)
+            image, prompts = data.image[rows], features.prompts[data.prompt[rows]]
+            sides = (features.images[image[:, side]] for side in (0, 1))
+            return [fitted.head.rewards(seen, prompts) for seen in sides], fitted.temperature
 
     return data.image, score
+
+
+def _one_thread_each() -> Any:
+    """A context where numpy's products take one thread: the folds share the cores instead.
+
+    Memory is what such products wait for, and on busy cores their threads wait for each other.
+    And their sums do not depend on how many cores there are.
+    """
+    return require("threadpoolctl", what="training a head").threadpool_limits(1)
 
 
 def _clips(
@@ -386,7 +408,7 @@ def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]
         text = None
         if options.text != "none":
             text = make_encoder(options.text, dtype="float32").identity
-        models: Any = [make_image_encoder(options.image, runtime).identity, text]
+        models: Any = [make_image_encoder(options.image, runtime).identity, text, HEADS]
     else:
         models = [model_digest(model_folder(options.base), CONFIG_AND_WEIGHTS)]
     labels = pairs.table["label"].cast(pa.string())
