@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+from collections import Counter
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -64,6 +66,17 @@ def test_every_knob_has_a_help_text_and_an_option():
         assert list(made) == names
         options = [one for one in made.values() if isinstance(one, click.Option)]
         assert all(len(one.help) > 10 for one in options), cls
+
+
+def test_no_help_text_stands_twice():
+    found = re.findall(
+        r"^    (\w+)\n((?:        .+\n)+)",
+        "".join(path.read_text("utf-8") for path in (SOURCE / "config").glob("*.py")),
+        re.MULTILINE,
+    )
+    texts = Counter((name, " ".join(text.split())) for name, text in found)
+    assert len(texts) > 200
+    assert [text for text, times in texts.items() if times > 1] == []
 
 
 def test_every_class_of_knobs_has_a_command():

@@ -293,7 +293,8 @@ def _shown(default: Any, written: str) -> str:
 
 
 def _texts(cls: type[Any]) -> dict[str, str]:
-    """The entries of a class's docstring by name, without its markup; those it inherits too.
+    """The entries of a class's docstring by name, without its markup; those it inherits, too,
+    unless it has its own.
 
     A reference to names, such as `fifa.scoring.specs.RATERS.forms`, becomes these names.
     """
@@ -304,7 +305,7 @@ def _texts(cls: type[Any]) -> dict[str, str]:
         found = resolve_name(reference[1])
         return found if isinstance(found, str) else ", ".join(found)
 
-    docs = "\n".join(getdoc(one) or "" for one in cls.__mro__[:-1])
+    docs = "\n".join(getdoc(one) or "" for one in cls.__mro__[-2::-1])
     entries = re.findall(r"^(\w+)\n((?:    .+\n?)+)", docs, re.MULTILINE)
     return {
         name: re.sub(r"`(fifa\.[\w.]+)`", names, " ".join(text.split())).replace("`", "")

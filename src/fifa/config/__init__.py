@@ -1,8 +1,9 @@
 """Every knob of every command, once: its default, its bounds, and its help text.
 
 A command's knobs are a frozen dataclass, checked when it is made. The help text of a knob is its
-entry in the docstring of its class; `fifa.cli.options` makes the command line from both. `changed`
-replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them as files.
+entry in the docstring of its class, or of `fifa.config.knobs.Shared`; `fifa.cli.options` makes the
+command line from both. `changed` replaces knobs, ``from_yaml`` and ``to_yaml`` read and write them
+as files.
 """
 
 from fifa.config.cluster import Cluster

@@ -17,6 +17,7 @@ from fifa.config.knobs import (
     NotNegative,
     Option,
     Share,
+    Shared,
     knobs,
 )
 
@@ -37,7 +38,7 @@ SAMPLERS = {
 
 
 @knobs
-class Generate(Knobs):
+class Generate(Shared):
     """How images are made: the same for every model, so that only the weights differ.
 
     Parameters
@@ -58,21 +59,9 @@ class Generate(Knobs):
         Images that are made together; if not given, as many as fit and are of use on CUDA (found by
         trying, and kept in the run folder), 4 elsewhere. Another batch size makes new images,
         because it may change the last bit of a sum.
-    device
-        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
         Precision of the image models; if not given, float32 on a CPU and elsewhere the half
         precision of the model family.
-    parts
-        Where a model in a single file has its settings, tokenizers and the networks that the file
-        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
-    variant
-        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
-        are any; if not given, the full ones where there are any.
-    vae
-        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
-    init_lora
-        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
     """
 
     steps: Annotated[Count | None, Option(family="steps")] = None
@@ -91,7 +80,7 @@ class Generate(Knobs):
 
 
 @knobs
-class Convert(Knobs):
+class Convert(Shared):
     """What is written for other programs, or made a folder once for all.
 
     Parameters
@@ -101,16 +90,6 @@ class Convert(Knobs):
     layout
         What is written: ``diffusers``, a model's folder in diffusers' layout; ``kohya``, a LoRA's
         file as ComfyUI and the web UIs read it.
-    parts
-        Where a model in a single file has its settings, tokenizers and the networks that the file
-        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
-    variant
-        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
-        are any; if not given, the full ones where there are any.
-    vae
-        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
-    init_lora
-        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
     """
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
@@ -122,7 +101,7 @@ class Convert(Knobs):
 
 
 @knobs
-class GeneratePairs(Knobs):
+class GeneratePairs(Shared):
     """Preference pairs of a model's own images.
 
     Parameters
@@ -133,11 +112,6 @@ class GeneratePairs(Knobs):
     tuned
         Take the images of this checkpoint of the model, PATH or NAME=PATH: a LoRA (file or folder),
         a folder with ``unet/`` or ``transformer/``, or a whole pipeline.
-    prompts
-        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
-        of these.
-    limit
-        Use at most this many prompts, taken from each category in turn.
     margin
         A reward model that judges the images, one of `fifa.scoring.specs.REWARDS.made`. Several
         make a committee.
@@ -149,8 +123,6 @@ class GeneratePairs(Knobs):
     min_margin
         Make no pair whose rewards differ by less than this. A single judge has its own scale; with
         a committee the unit is the spread of each judge's differences.
-    first_seed
-        Number of the first seed; another number gives other images.
     """
 
     model: Annotated[str, Option(required=True)] = ""
@@ -202,7 +174,7 @@ class Measure(Knobs):
 
 
 @knobs
-class Evaluate(Knobs):
+class Evaluate(Shared):
     """An evaluation: models, prompts, how images are made and what is measured.
 
     Parameters
@@ -213,15 +185,8 @@ class Evaluate(Knobs):
     tuned
         A checkpoint, PATH or NAME=PATH: a LoRA (file or folder), a folder with ``unet/`` or
         ``transformer/``, or a whole pipeline.
-    prompts
-        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
-        of these.
-    limit
-        Use at most this many prompts, taken from each category in turn.
     seeds
         Images per prompt and model.
-    first_seed
-        Number of the first seed; another number gives other images.
     curve
         Also measure every ``checkpoints/step-*`` of a checkpoint, on about this many of the
         prompts; 0: do not.

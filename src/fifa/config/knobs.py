@@ -88,6 +88,39 @@ class Knobs:
         ]
 
 
+class Shared(Knobs):
+    """The help texts of knobs that several classes have; each declares those that are its own.
+
+    Parameters
+    ----------
+    parts
+        Where a model in a single file has its settings, tokenizers and the networks that the file
+        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
+    variant
+        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
+        are any; if not given, the full ones where there are any.
+    vae
+        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
+    init_lora
+        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
+    prompts
+        The prompts: a text file (one per line), CSV, TSV, Parquet, JSON or JSON lines, or a folder
+        of these.
+    limit
+        Use at most this many prompts, taken from each category in turn.
+    first_seed
+        Number of the first seed; another number gives other images.
+    per_prompt
+        Keep at most this many pairs of one prompt.
+    lr
+        Learning rate.
+    device
+        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
+    channels_last
+        Use the channels-last memory format for convolutions.
+    """
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def knobs(cls: type[T]) -> type[T]:
     """A frozen dataclass whose values are checked: what is wrong is a `FifaError`."""

@@ -14,6 +14,7 @@ from fifa.config.knobs import (
     NotNegative,
     Option,
     Positive,
+    Shared,
     knobs,
 )
 from fifa.config.select import Compute, Score, Select
@@ -44,7 +45,7 @@ class Loop(Knobs):
 
 
 @knobs
-class Demo(Knobs):
+class Demo(Shared):
     """What the demo compares, and how much of it.
 
     Parameters
@@ -60,14 +61,10 @@ class Demo(Knobs):
         minutes more.
     keep
         Pairs that an arm trains on (except the arm full).
-    per_prompt
-        Keep at most this many pairs of one prompt.
     steps
         Training steps (all weights of the UNet are trained).
     batch
         Pairs per step.
-    lr
-        Learning rate.
     beta
         How strongly the model is kept close to the base model.
     draws

@@ -14,6 +14,7 @@ from fifa.config.knobs import (
     NotNegative,
     Option,
     Positive,
+    Shared,
     knobs,
 )
 from fifa.config.select import Compute, Read
@@ -21,7 +22,7 @@ from fifa.errors import FifaError
 
 
 @knobs
-class Reward(Knobs):
+class Reward(Shared):
     """A training of a reward model.
 
     Parameters
@@ -60,8 +61,6 @@ class Reward(Knobs):
         CLIP: stop after this many evaluations without an improvement.
     seed
         Seed for the folds, the order of training and the bootstrap.
-    device
-        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     """
 
     read: Read = Read()

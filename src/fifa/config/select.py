@@ -17,6 +17,7 @@ from fifa.config.knobs import (
     NotNegative,
     Option,
     Share,
+    Shared,
     knobs,
 )
 from fifa.errors import FifaError
@@ -120,7 +121,7 @@ class Score(Knobs):
 
 
 @knobs
-class Select(Knobs):
+class Select(Shared):
     """What is kept.
 
     Parameters
@@ -162,8 +163,6 @@ class Select(Knobs):
         scale; with a committee the unit is the spread of each scorer's differences.
     margin_percentiles
         The same bounds as percentiles (0 to 100) of the margins of all eligible pairs.
-    per_prompt
-        Keep at most this many pairs of one prompt.
     drop_duplicates
         Drop a pair if an earlier pair has the same two images, or if both its images are the same.
     anyway
@@ -208,22 +207,18 @@ class Select(Knobs):
 
 
 @knobs
-class Compute(Cluster):
+class Compute(Cluster, Shared):
     """Where and how models run; and who runs them, as in `Cluster`.
 
     Only ``dtype``, ``fast_decode`` and what a judge is sent change a reward by more than rounding.
 
     Parameters
     ----------
-    device
-        A torch device (cuda, cuda:1, mps, cpu); if not given, the fastest one.
     dtype
         Precision of reward models: ``float32``, or ``bfloat16`` or ``float16`` under autocast; if
         not given, each model's default, which for most is ``bfloat16`` on GPUs that have it.
     compile
         Compile the image encoder with ``torch.compile``.
-    channels_last
-        Use the channels-last memory format for convolutions.
     batch
         Batch size, in images of 224 x 224 pixels; a batch of larger images has fewer of them. If
         not given, what is useful on the device; if memory runs out, half of it from then on.

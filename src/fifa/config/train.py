@@ -12,11 +12,11 @@ from fifa.config.knobs import (
     Count,
     CountOrZero,
     Dtype,
-    Knobs,
     NotNegative,
     Option,
     Positive,
     Share,
+    Shared,
     knobs,
 )
 from fifa.errors import FifaError
@@ -26,7 +26,7 @@ TRAIN_FILE, STATS, FACTS_FILE = "train.yaml", "stats.jsonl", "train.json"
 
 
 @knobs
-class Train(Knobs):
+class Train(Shared):
     """A training of a diffusion model.
 
     Parameters
@@ -37,16 +37,6 @@ class Train(Knobs):
     model
         The model to train: a folder in diffusers' layout, a hub id, or a single ``.safetensors``
         file in its authors' layout.
-    parts
-        Where a model in a single file has its settings, tokenizers and the networks that the file
-        lacks: a folder in diffusers' layout, or a hub id; if not given, the hub's usual one.
-    variant
-        Take the copies of the weights with this in their names (``fp16``, ``bf16``) where there
-        are any; if not given, the full ones where there are any.
-    vae
-        Another VAE, such as ``madebyollin/sdxl-vae-fp16-fix``: a folder, a file, or a hub id.
-    init_lora
-        A LoRA that is merged into the base model beforehand: a folder, a file, or a hub id.
     resolution
         Side of the training images in pixels (with buckets: of a square of the same area); if not
         given, the model's own resolution.
@@ -159,8 +149,6 @@ class Train(Knobs):
         Passes over all pairs, if no steps are given.
     optimizer
         The optimiser; ``adamw8bit`` needs bitsandbytes.
-    lr
-        Learning rate.
     schedule
         The learning rate after the warm-up: ``linear`` and ``cosine`` fall to 0.
     warmup
@@ -188,8 +176,6 @@ class Train(Knobs):
         it and ``float32`` elsewhere.
     compile
         Compile the blocks that the denoiser repeats (``torch.compile``).
-    channels_last
-        Use the channels-last memory format for convolutions.
     gradient_checkpointing
         Save memory: compute activations a second time in the backward pass; if not given, only
         where not even one pair fits otherwise.
