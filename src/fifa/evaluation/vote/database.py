@@ -173,8 +173,12 @@ class Sqlite:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
-        db.execute("pragma synchronous = full")  # a commit is on the disk
-        db.execute("pragma foreign_keys = on")
+        try:
+            db.execute("pragma synchronous = full")  # a commit is on the disk
+            db.execute("pragma foreign_keys = on")
+        except BaseException:
+            db.close()
+            raise
         return db
 
     @contextmanager
