@@ -123,25 +123,32 @@ def read_pairs(
     note(pairs=len(read), merged=read.origin.merged, rejected=len(read.rejected))
     if read.origin.not_made:
         note(not_made=sum(read.origin.not_made.values()))
-    scores = {name.removeprefix("source_") for name in read.origin.score_columns}
-    taken = {name.partition(".")[0] for name in reader.used} | scores | set(columns.values())
     origin = replace(
-        read.origin,
+        _origin(read, reader, found),
         source=str(source),
-        root=found.root.url,
-        format=reader.name,
         columns=columns,
         pairs=pairs,
         min_gap=min_gap,
         label_aspect=label_aspect,
         annotators=annotators,
-        used=reader.used,
-        ignored=tuple(sorted(reader.names - taken)),
         images_from=tuple(images_from),
-        remote={f.path: (f.size, f.stamp) for f in found.files} if found.root.is_remote else {},
     )
     origin = replace(origin, fingerprint=_fingerprint(found, origin))
     return replace(read, origin=origin)
+
+
+def _origin(read: Pairs, reader: _Reader, found: Source) -> Origin:
+    """What reading tells of where pairs come from."""
+    scores = {name.removeprefix("source_") for name in read.origin.score_columns}
+    taken = {name.partition(".")[0] for name in reader.used} | scores | reader.given
+    return replace(
+        read.origin,
+        root=found.root.url,
+        format=reader.name,
+        used=reader.used,
+        ignored=tuple(sorted(reader.names - taken)),
+        remote={f.path: (f.size, f.stamp) for f in found.files} if found.root.is_remote else {},
+    )
 
 
 def read_source(read: Read, source: str | None = None, spill: Path | None = None) -> Pairs:
@@ -192,11 +199,11 @@ class _Reader:
         self.name = format or ""
         self.used: dict[str, str] = {}  # of the first file with a format
         self.names: frozenset[str] = frozenset()
-        self._dots, self._given = frozenset[str](), set(columns.values())
+        self._dots, self.given = frozenset[str](), set(columns.values())
         if KEY in columns:
             if columns[KEY] != "dots":
                 raise FifaError(f"{KEY} is {columns[KEY]!r}", do=f"say {DOTTED}, or leave it out")
-            self._dots = formats.known_columns() | self._given
+            self._dots = formats.known_columns() | self.given
         named = {*NAMES, *OF_AN_IMAGE[0], *label_columns(columns)}
         self.named = {name: column for name, column in columns.items() if name in named}
         own: tuple[str, ...] = (*PAIR_COLUMNS, *COUNTS)
@@ -287,7 +294,7 @@ class _Reader:
         with self.root.open(file.path, file.size, file.stamp) as stream:
             records = read_records(stream, file.kind, self._dots)
         if file.path.rpartition("/")[2].partition(".")[0] == "metadata":
-            records.columns = _image_folder(records.columns, self._given)
+            records.columns = _image_folder(records.columns, self.given)
         return RecordColumns(records, file.kind, file.path), records.rejected
 
     def _form(self, columns: Columns) -> Layout | Ranked | None:

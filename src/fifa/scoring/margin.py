@@ -135,28 +135,37 @@ def margin_scores(
             do="--allow-download fetches them; score columns need none: --margin column:A_0,A_1",
         )
     compute = compute or Compute()
+    how: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
     if executor is None:
         with executor_of(compute) as own:
-            options: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
-            options |= {"budget": budget, "cheaper": cheaper}
-            return margin_scores(pairs, spec, folder, executor=own, **options)
+            how |= {"budget": budget, "cheaper": cheaper, "executor": own}
+            return margin_scores(pairs, spec, folder, **how)
     if parsed.is_judge:
         rewards = [(t["reward_0"].to_numpy(), t["reward_1"].to_numpy()) for t in cheaper]
         # against a label of 1 the signed margin is d itself
         d = committee(rewards, np.ones(len(pairs))).signed_margin if rewards else None
-        how: dict[str, Any] = {"compute": compute, "allow_download": allow_download}
-        how |= {"budget": budget, "cheaper": d}
-        return judge_pairs(pairs, parsed, folder, executor=executor, **how)
+        how |= {"budget": budget, "cheaper": d, "executor": executor}
+        return judge_pairs(pairs, parsed, folder, **how)
     if parsed.trained_here:
-        train = Reward(read=Read(allow_download=allow_download), device=compute.device)
-        if image := parsed.at:
-            text = image if image.startswith("clip:") else train.text
-            train = replace(train, image=image, text=text)
+        train = _training(parsed, compute, allow_download)
         return crossfit_rewards(pairs, folder=folder, options=train, executor=executor)
-    engine = _engine(spec, folder, compute, executor, allow_download)
+    return _model_rewards(pairs, _engine(spec, folder, compute, executor, allow_download), folder)
+
+
+def _training(proxy: Spec, compute: Compute, allow_download: bool) -> Reward:
+    """How a proxy is trained: with the encoder that its spec names, a CLIP's for prompts, too."""
+    train = Reward(read=Read(allow_download=allow_download), device=compute.device)
+    if image := proxy.at:
+        text = image if image.startswith("clip:") else train.text
+        train = replace(train, image=image, text=text)
+    return train
+
+
+def _model_rewards(pairs: Pairs, engine: Engine, folder: Path | None) -> pa.Table:
+    """What a reward model gives; its vectors of the prompts are kept for the diversity step."""
     table = engine.score_pairs(pairs)
     encoder = getattr(engine.model, "encoder", None)
-    if folder is not None and encoder is not None:  # the diversity step finds them there
+    if folder is not None and encoder is not None:
         vectors = engine.prompt_features(pairs.prompts["prompt"])
         keep_embeddings(pairs, encoder, vectors, folder)
     return table

@@ -468,28 +468,12 @@ def select(
     if len(rows) == 0:
         raise _nothing_eligible(codes)
     strategy = STRATEGIES[knobs.strategy]
-    margin, quality, diversity = (
-        None if term is None else term[rows]
-        for term in (terms.margin, terms.quality, terms.diversity)
-    )
-    value = importance(margin, quality, diversity, knobs, len(rows))
-    count = max(1, round(knobs.keep * n)) if isinstance(knobs.keep, float) else knobs.keep
-    prompts = pairs.table["prompt_index"].to_numpy()
-    order = strategy.order(
-        Candidates(
-            rows=rows,
-            ids=id_bytes(pairs.table["pair_id"]),
-            importance=value,
-            margin=margin,
-            prompt=prompts[rows],
-            count=count,
-            seed=knobs.seed,
-            embeddings=_embeddings(embeddings, pairs, knobs),
-        )
-    )
+    candidates = _candidates(pairs, terms, rows, knobs, embeddings)
+    count, order = candidates.count, strategy.order(candidates)
     rank = np.zeros(n, np.int32)
     rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
     if knobs.per_prompt is not None:
+        prompts = pairs.table["prompt_index"].to_numpy()
         below = occurrence(prompts[order]) < knobs.per_prompt
         codes[order[~below]] = PROMPT_CAP
         order = order[below]
@@ -498,7 +482,7 @@ def select(
         echo(f"keep asks for {count:,} of {n:,} pairs; only {len(kept):,} are eligible, all kept")
     codes[kept] = SELECTED
     every = np.full(n, np.nan, np.float32)
-    every[rows] = value
+    every[rows] = candidates.importance
     weight = np.zeros(n, np.float32)
     weight[kept] = soft_weights(every[kept]) if strategy.soft else 1.0
     columns = {
@@ -509,6 +493,31 @@ def select(
     }
     table = selection_table(pairs.table["pair_id"], codes, columns)
     return table.replace_schema_metadata({"fifa.select": json.dumps({"select": asdict(knobs)})})
+
+
+def _candidates(
+    pairs: Pairs,
+    terms: Terms,
+    rows: npt.NDArray[np.int32],
+    knobs: Select,
+    embeddings: Embeddings | None,
+) -> Candidates:
+    """The pairs in ``rows``, which passed every gate, with their importance."""
+    margin, quality, diversity = (
+        None if term is None else term[rows]
+        for term in (terms.margin, terms.quality, terms.diversity)
+    )
+    part = isinstance(knobs.keep, float)
+    return Candidates(
+        rows=rows,
+        ids=id_bytes(pairs.table["pair_id"]),
+        importance=importance(margin, quality, diversity, knobs, len(rows)),
+        margin=margin,
+        prompt=pairs.table["prompt_index"].to_numpy()[rows],
+        count=max(1, round(knobs.keep * len(pairs))) if part else int(knobs.keep),
+        seed=knobs.seed,
+        embeddings=_embeddings(embeddings, pairs, knobs),
+    )
 
 
 def _embeddings(embeddings: Embeddings | None, pairs: Pairs, knobs: Select) -> Callable[[], Floats]:

@@ -106,7 +106,9 @@ def judge_pairs(
     """
     compute = compute or Compute()
     judge: VLMJudge = spec.make(folder, compute)
-    if not is_all(budget) and cheaper is None:
+    if is_all(budget):
+        cheaper = None
+    elif cheaper is None:
         raise FifaError(
             "a budget needs a cheaper judge that scores all pairs",
             where=spec.text,
@@ -117,7 +119,7 @@ def judge_pairs(
     prompts = pairs.prompts["prompt"].take(pairs.table["prompt_index"].combine_chunks())
     label = pairs.table["label"].to_numpy()
     identity: list[object] = [judge.identity, pairs.pairs_digest, asking.distinct.identity]
-    if cheaper is not None and not is_all(budget):
+    if cheaper is not None:
         identity += [budget, digest(cheaper.tobytes(), label.tobytes())]
     path = folder and score_path(folder, "margin", judge.name, *identity, column_digest(prompts))
     _forget_unanswered(path)
@@ -125,14 +127,12 @@ def judge_pairs(
     def make(ledger: Ledger) -> pa.Table:
         asking.ledger = ledger
         asks = asking.asks(pairs, of_slot)
-        order, share = np.arange(len(pairs)), budget
-        if cheaper is None or is_all(budget):
-            share = 1.0
-        else:  # the least certain first, those without a margin before all
+        order = np.arange(len(pairs))
+        if cheaper is not None:  # the least certain first, those without a margin before all
             order = np.argsort(np.nan_to_num(np.abs(cheaper), nan=-1.0), kind="stable")
-        rows = _ask_within(share, asking, asks, order)
+        rows = _ask_within(budget, asking, asks, order)
         table, facts = _table(pairs, judge, asking, asks, rows)
-        if share != 1.0 and cheaper is not None:
+        if cheaper is not None:
             table, facts["cascade"] = _cascade(table, cheaper, label, rows)
         if path is not None:
             bad = unreadable(images, asking.distinct, asking.bad)
