@@ -134,7 +134,7 @@ def plan(kind: Kind, model: Path, card: float) -> Plan:
     backbone = load_backbone(
         model, device=device, dtype=COMPUTE if lora else "float32", compute=COMPUTE
     )
-    with patch("fifa.training.cache.free_bytes", lambda _: free):  # the card is not there
+    with patch("fifa.training.encoding.free_bytes", lambda _: free):  # the card is not there
         memory = memory_of(kind.train, backbone, kind.resolution, COMPUTE)
     return Plan(
         kind.train,

@@ -8,6 +8,8 @@ of the first run, but for times and the recipe, which names the executor; and th
 outlives its driver.
 
     python scripts/attack/executors.py --tries 1 --seed 2611 [--only neighbours] [--executor ray]
+
+With --s3 runs on executors are written to a bucket of moto's server (s3fs, moto[server]).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -39,7 +42,7 @@ import executors  # noqa: E402 - by this name everything travels to workers
 
 from kill import TIMES, TRAINING_TIMES, contents  # noqa: E402
 
-NEVER_SAME = (*TIMES, *TRAINING_TIMES, "recipe.yaml", "evaluate.yaml", "train.yaml", "study.*")
+NEVER_SAME = (*TIMES, *TRAINING_TIMES, "recipe.yaml", "evaluation.yaml", "train.yaml", "study.*")
 NEVER_SAME += ("cells/*", "scored.json")  # of a study: they tell seconds
 SECONDS = ("scoring", "selecting", "training", "imaging", "points")  # columns of a study's table
 PATIENCE = 300.0  # seconds that a command may take to reach a shard, and a worker to end
@@ -66,13 +69,13 @@ def drive(place: str, step: str, moments: list[int], words: list[str], address: 
     from fifa.scoring.rewards import engine, features
     from fifa.shards.pool import LocalPool
     from fifa.shards.ray import RayPool
-    from fifa.training import cache
+    from fifa.training import encoding
 
-    for module in (encoders, quality, features, elsewhere, cache):
+    for module in (encoders, quality, features, elsewhere, encoding):
         module.SHARD = 12
     diversity.QUERIES, generate.USUAL = 12, 4
     engine.PROMPT_SHARD, engine.DIGEST_SHARD = 12, 24
-    engine.Engine.__post_init__ = lambda self: object.__setattr__(self, "shard", 12)
+    engine.Engine.__post_init__ = lambda self: object.__setattr__(self, "shard", 5)
     stopping = Stopping(place, step, tuple(moments))
     if not moments:
         stopping.begin()
@@ -174,6 +177,8 @@ DIVERSE = f"{PROMPTS} --quality none --diversity clip:{{clip}}"
 EVALUATE = "evaluate --base {sd} --tuned again={sd} --prompts {prompts} --seeds 2 --steps 2"
 EVALUATE += " --device cpu --encoder none --score clipscore:{clip}"
 STUDY = "study {study}"
+TRAIN = "train {source} --model {sd} --steps 2 --batch 2 --micro-batch 2 --device cpu --lr 1e-3"
+TRAIN += " --sample-every 0 --tracker none"
 STEPS = (
     Step("which images are equal", "parts-images-bytes", IMAGES),
     Step("a reward model: prompts", "parts-prompts", IMAGES),
@@ -185,6 +190,7 @@ STEPS = (
     Step("neighbours", "parts-diversity", DIVERSE),
     Step("images of `evaluate`", "parts-images$", EVALUATE),
     Step("scores of `evaluate`", "parts-rewards", EVALUATE),
+    Step("latents and prompts of `train`", "parts-[0-9a-f]+$", TRAIN),
     Step("cells of a study", "/cells$", STUDY),
 )
 
@@ -267,6 +273,7 @@ class World:
     folder: Path
     names: dict[str, str]
     nodes: Nodes | None = None
+    bucket: str = ""  # a URL that ends with a slash; without one runs are local folders
     known: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def start(
@@ -275,7 +282,10 @@ class World:
         """A command in a process of its own, which stops at some shards of the step."""
         study = self.names["study"].format(executor=executor)
         words = step.command.format(**self.names | {"study": study}).split()
-        words += ["--out", str(place / "out")]
+        words += [
+            "--out",
+            f"{self.bucket}{place.name}" if self.is_stored(executor) else str(place / "out"),
+        ]
         if step.command != STUDY:
             words += ["--executor", executor, "--actors", str(NODES)]
         address = self.nodes.cluster.address if self.nodes else ""
@@ -284,19 +294,24 @@ class World:
         process.start()
         return process
 
+    def is_stored(self, executor: str) -> bool:
+        """Whether the runs of an executor are in the bucket."""
+        return bool(self.bucket) and executor != HERE
+
     def place(self, name: str = "") -> Path:
         """A folder for a command."""
         return Path(tempfile.mkdtemp(dir=self.folder, prefix=name))
 
-    def alone(self, step: Step) -> int:
-        """Run the command undisturbed; how many shards the step has."""
+    def alone(self, step: Step, executor: str = HERE) -> int:
+        """Run the command undisturbed; how many shards the step has on the executor."""
         place = self.place("alone-")
-        process = self.start(step, HERE, place)
+        process = self.start(step, executor, place, () if executor == HERE else (0,))
         process.join()
         if process.exitcode:
             raise SystemExit(f"{step.name}: ends with {process.exitcode}: {said(place)}")
-        self.known.setdefault(step.command, found(place / "out"))
-        if differing := self.differing(step, place / "out"):
+        out = self.out(executor, place)
+        self.known.setdefault(step.command, found(out))
+        if differing := self.differing(step, out):
             raise SystemExit(f"{step.name}: never the same: {differing}")
         return sum(path.name.isdigit() for path in place.iterdir())
 
@@ -305,6 +320,12 @@ class World:
         here, expected = found(out), self.known[step.command]
         names = sorted({*here, *expected})
         return ", ".join(name for name in names if here.get(name) != expected.get(name))
+
+    def out(self, executor: str, place: Path) -> Path:
+        """The folder that a command has left."""
+        if self.is_stored(executor):
+            return fetched(f"{self.bucket}{place.name}", place / "empty")
+        return place / "out"
 
     def attack(self, step: Step, executor: str, moments: dict[int, str]) -> str:
         """The verdict on a command whose victims are killed one after the other; right is ""."""
@@ -334,7 +355,7 @@ class World:
             return f"wrong: hangs: {said(place)}"
         if process.exitcode:
             return f"wrong: ends with {process.exitcode}: {said(place)}"
-        differing = self.differing(step, place / "out")
+        differing = self.differing(step, self.out(executor, place))
         return f"wrong: other bytes: {differing}" if differing else ""
 
 
@@ -347,6 +368,18 @@ def found(out: Path) -> dict[str, bytes]:
         rows = pq.read_table(table).drop_columns(SECONDS).to_pylist()
         files["study.parquet"] = repr(rows).encode()
     return files
+
+
+def fetched(url: str, cache: Path) -> Path:
+    """What fifa finds in the store from an empty cache."""
+    from fifa.shards.mirror import local
+
+    before = os.environ["FIFA_CACHE"]
+    os.environ["FIFA_CACHE"] = str(cache)
+    try:
+        return local(url)
+    finally:
+        os.environ["FIFA_CACHE"] = before
 
 
 def said(place: Path) -> str:
@@ -421,23 +454,44 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shards")
     parser.add_argument("--only", default="", help="steps with this in their name")
     parser.add_argument("--executor", choices=(LOCAL, RAY), help="this one only")
+    parser.add_argument("--s3", action="store_true", help="write into a bucket")
     asked = parser.parse_args()
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     CONTEXT.set_forkserver_preload(PRELOADED)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster ends too
+    bucket, server = "", None
+    if asked.s3:
+        from moto.server import ThreadedMotoServer
+        from stores import BUCKET, KEYS
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server = ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        os.environ |= {
+            **KEYS,
+            "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        }
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir(BUCKET)
+        bucket = f"s3://{BUCKET}/"
     draw, wrong = random.Random(asked.seed), 0
     attacked = [one for one in VICTIMS if asked.executor in (None, one)]
     with tempfile.TemporaryDirectory() as name, endpoint() as url:
         world = make_world(Path(name), url)
+        world.bucket, os.environ["FIFA_CACHE"] = bucket, str(Path(name, "cache"))
         if RAY in attacked:
             world.nodes = Nodes()
         try:
             heads = [f"{executor}: {', '.join(VICTIMS[executor])}" for executor in attacked]
             print(" | ".join(["step", "shards", *heads]), flush=True)
             for step in (step for step in STEPS if re.search(asked.only, step.name)):
-                count, cells = world.alone(step), []
+                # judges are asked and trainings encode without these shards where no others work
+                count, cells = world.alone(step) or world.alone(step, LOCAL), []
                 for executor in attacked:
                     right = 0
                     for _ in range(asked.tries):
@@ -455,6 +509,8 @@ def main() -> None:
         finally:
             if world.nodes is not None:
                 world.nodes.cluster.shutdown()
+            if server is not None:
+                server.stop()
     sys.exit(bool(wrong))
 
 

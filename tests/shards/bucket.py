@@ -47,6 +47,9 @@ class Bucket(LocalFileSystem):
         _place(target, Path(source).read_bytes())
         self.faults("answer", target)
 
+    def pipe_file(self, path, value, **more):
+        _place(self._strip_protocol(path), value)
+
     def cp_file(self, source, target, **more):
         self.faults("copy", target)
         _place(target, Path(source).read_bytes())

@@ -7,15 +7,20 @@ import sqlite3
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bucket
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
 from fifa.cli import cli, main
+from fifa.config import Compute
 from fifa.errors import FifaError
 from fifa.shards import claim, lock, mirror, stores
+from fifa.shards.executors import executor_of
+from fifa.shards.ledger import Ledger
 from fifa.shards.mirror import INDEX, local, mirrored
 from forked import finish, start
 from kill import contents
@@ -85,6 +90,25 @@ def test_a_folder_within_one_is_that_ones_and_a_file_is_fetched_alone(here):
     assert local(f"{URL}/b/d").read_text() == "3"
     Path(os.environ["BUCKET"], "recipe.yaml").write_text("x")
     assert local("bucket://recipe.yaml").read_text() == "x"
+
+
+def test_actors_keep_their_shards_in_the_store_and_nobody_takes_these_for_files(here):
+    cluster, table = Compute(executor="ray"), pa.table({"a": [1]})
+    with mirrored(URL), executor_of(cluster) as executor:
+        ledger = Ledger.beside(Path("table.parquet"), executor.store)
+        ledger.write("one", table)
+        there = [path for path in bucket.objects("runs/one") if path.endswith(".parquet")]
+        assert there == [".fifa-shards/.parts-table/one.parquet"]
+        with executor_of(Compute()) as local_pool:
+            assert local_pool.store is None
+        with executor_of(replace(cluster, store="shared")) as other:
+            assert other.store == "shared"
+    Path(os.environ["BUCKET"], "runs/one", INDEX).unlink()  # as if somebody had copied it there
+    here("elsewhere")
+    assert texts(local(URL)) == {}
+    assert ledger.read("one") == table
+    with executor_of(cluster) as executor:
+        assert executor.store is None
 
 
 def test_a_folder_that_somebody_copied_there_is_taken_as_it_is(here):

@@ -34,3 +34,9 @@ class Models(dict):
 def models(tmp_path_factory):
     """`Models` for all tests, which none of them changes."""
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Workers have one thread, as this process has: another number changes float32's last bits."""
+    monkeypatch.setattr("fifa.shards.pool.cores", lambda: 1)

@@ -1,6 +1,7 @@
 """The cache: every image and prompt once, what is read is what was encoded, memory stays flat."""
 
 import resource
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,12 @@ from tiny_diffusion import images_of, picture, write_model, write_pairs
 
 from fifa.data.decode import open_image
 from fifa.errors import FifaError
-from fifa.training import cache as encoding
+from fifa.shards.pool import LocalPool
+from fifa.training import encoding
 from fifa.training.backbones import load_backbone
 from fifa.training.backbones.parts import ModelFolder
-from fifa.training.cache import cache_bytes, encode, images_at_once, prompts_at_once
+from fifa.training.cache import cache_bytes, encode
+from fifa.training.encoding import images_at_once, prompts_at_once
 from fifa.training.pairs import read_training_pairs
 from fifa.training.resize import Resize, cut
 
@@ -267,6 +270,47 @@ def test_processes_that_share_the_work_make_the_same_files(tmp_path, backbone, m
     files = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "both").iterdir()} == files
     assert 0 < half < len(files) - 1 and both.digest == whole.digest
+
+
+def test_workers_elsewhere_make_the_same_files(tmp_path, model, monkeypatch, capfd, one_thread):
+    monkeypatch.setattr(encoding, "SHARD", 3)
+    monkeypatch.setattr(encoding, "TOGETHER", 2)
+    captions = [f"{'the cat ' * 100}{i % 5}" for i in range(12)]
+    path = write_pairs(tmp_path / "a.parquet", SIZES * 3, caption=captions)
+    pairs, asked = read_training_pairs(path), {"resolution": 64, "buckets": True, "flips": True}
+    here = encode(pairs, load_backbone(model), tmp_path / "here", **asked)
+    backbone, pool = load_backbone(model), LocalPool(2)
+
+    def never(*more):
+        raise AssertionError("the driver loads a network")
+
+    monkeypatch.setattr(ModelFolder, "model", never)
+    try:
+        asked["executor"] = pool
+        capfd.readouterr()
+        second = encode(pairs, backbone, tmp_path / "there", share=(0, 2), **asked)
+        assert "5 captions are longer than the text encoder reads" in capfd.readouterr().err
+        files = {p.name: p.read_bytes() for p in (tmp_path / "here").iterdir()}
+        assert {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()} == files
+        assert (second.digest, second.bytes) == (here.digest, here.bytes)
+        with pytest.raises(FifaError, match="cannot be read"):  # of what another process makes
+            encode(pairs, backbone, tmp_path / "none", share=(1, 2), **asked)
+
+        cells = pq.read_table(path)["jpg_0"].to_pylist()
+        cells[10] = cells[10][: len(cells[10]) // 2]  # a good header
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(0, "jpg_0", pa.array(cells)), path)
+        broken = read_training_pairs(path)
+        with pytest.raises(FifaError, match=f"pair {broken.pair_id[10]}, "):
+            encode(broken, backbone, tmp_path / "broken", **asked)
+
+        other = partial(load_backbone, write_model(tmp_path / "other", seed=1))
+        monkeypatch.setattr(encoding, "again", lambda backbone: other)
+        with pytest.raises(FifaError, match="a worker has another model"):
+            encode(pairs, backbone, tmp_path / "mixed", **asked)
+        assert not list((tmp_path / "mixed").glob("*.safetensors"))
+    finally:
+        pool.close()
 
 
 def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tiny_diffusion import write_model, write_pairs
 
-from fifa.training import cache as encoding
+from fifa.training import encoding
 from fifa.training.backbones import load_backbone
 from fifa.training.cache import encode
 from fifa.training.pairs import read_training_pairs

@@ -71,6 +71,20 @@ def test_a_finished_training_is_left_alone(world, tmp_path, capsys):
     }
 
 
+def test_who_encodes_changes_no_weight_and_is_no_other_training(
+    world, tmp_path, capsys, one_thread
+):
+    here = run_training(quick(world), tmp_path / "here")
+    out = tmp_path / "there"
+    there = run_training(quick(world, cluster={"executor": "local:1"}), out)
+    for name in (LORA, *(f"cache/{path.name}" for path in (here / "cache").iterdir())):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+    assert len(list((there / "cache").iterdir())) == len(list((here / "cache").iterdir()))
+    capsys.readouterr()
+    run_training(quick(world, cluster={"executor": "ray", "actors": 2}), out)
+    assert "finished" in capsys.readouterr().err
+
+
 def test_another_training_is_not_taken_up(world, tmp_path):
     out = run_training(quick(world), tmp_path / "out")
     with pytest.raises(FifaError, match=r"another training.*beta: 500.0 / 1.0"):

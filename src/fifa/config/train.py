@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fifa.config.cluster import Cluster
 from fifa.config.knobs import (
     Count,
     CountOrZero,
@@ -193,6 +194,8 @@ class Train(Shared):
         A prompt for the sample images; if not given, the first four prompts of the pairs.
     sample_steps
         Denoising steps of a sample image.
+    cluster
+        Who encodes images and prompts before the first step.
     """
 
     source: Annotated[str, Option(argument=True, required=True)] = ""
@@ -270,6 +273,7 @@ class Train(Shared):
     sample_every: CountOrZero = 0
     sample_prompts: Annotated[tuple[str, ...], Option("--sample-prompt")] = ()
     sample_steps: Count = 25
+    cluster: Cluster = Cluster()
 
     def __post_init__(self) -> None:
         if (self.quantize or self.offload) and (self.method == "full" or self.sample_every):

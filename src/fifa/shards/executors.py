@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from fifa.shards.mirror import shards_place
 from fifa.shards.pool import Executor, LocalPool
 
 
@@ -35,7 +36,10 @@ class Named(Protocol):
 
 @contextmanager
 def executor_of(compute: Named) -> Iterator[Executor]:
-    """The executor, whose workers go when the block ends."""
+    """The executor, whose workers go when the block ends.
+
+    Where this process writes into an object store and none is named, actors keep shards there.
+    """
     kind, _, processes = compute.executor.partition(":")
     executor: Executor
     if kind == "local":
@@ -45,7 +49,7 @@ def executor_of(compute: Named) -> Iterator[Executor]:
 
         address = compute.executor if processes else None
         resources = (compute.actors, compute.num_cpus, compute.num_gpus)
-        executor = RayPool(*resources, address, store=compute.store)
+        executor = RayPool(*resources, address, store=compute.store or shards_place())
     try:
         yield executor
     finally:

@@ -50,6 +50,7 @@ from fifa.shards.sealed import SEAL
 from fifa.shards.stores import open_store, patiently, read_object, stamp_of, write_object
 
 INDEX = ".fifa-index"  # the object that names the files of a folder
+SHARDS = ".fifa-shards"  # where workers on other machines keep theirs
 COMING = ".fifa-coming"  # where new content of files waits until the index names it
 EVERY = 10.0  # seconds between two uploads
 AT_ONCE = 16  # files that are transferred at the same time
@@ -110,6 +111,11 @@ def local(place: str | Path) -> Path:
         return Path(place).expanduser()
     with mirrored(str(place), writes=False) as folder:
         return folder
+
+
+def shards_place() -> str | None:
+    """Where every machine can keep shards, while this process writes into a store; else None."""
+    return next((f"{url}/{SHARDS}" for url in _open), None)
 
 
 def has_object(url: str, name: str) -> bool:
@@ -317,7 +323,7 @@ class Mirror:
             path: (int(facts["size"]), f"{_STAMP}{stamp_of(facts)}")
             for path, facts in found.items()
             if not PurePosixPath(path).name.startswith((LOCK, INDEX, PREFIX))
-            and COMING not in path.split("/")
+            and not {COMING, SHARDS} & set(path.split("/"))
             and not any(path.startswith(f"{folder}/") for folder in own)
         }
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fifa.config import Train
+from fifa.config import Cluster, Train
 from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.console import echo
 from fifa.errors import FifaError
@@ -24,7 +24,8 @@ from fifa.models.assemble import assembled
 from fifa.models.frozen import OFFLOAD, check_quantizer, quantized_parts
 from fifa.models.lora import find_lora
 from fifa.models.optional import require
-from fifa.models.runtime import best_dtype, free_bytes, out_of_memory, tf32
+from fifa.models.runtime import best_dtype, free_bytes, out_of_memory
+from fifa.shards.executors import executor_of
 from fifa.shards.files import (
     check_free,
     check_same,
@@ -48,6 +49,7 @@ from fifa.training.batches import (
 )
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
+from fifa.training.encoding import arithmetic
 from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
 from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
@@ -67,6 +69,7 @@ MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was mad
 FREE = frozenset(
     {"device", "compile", "offload", "channels_last", "gradient_checkpointing", "micro_batch"}
     | {"tracker", "log_every", "save_every", "cache_prompts"}
+    | {f"cluster.{field.name}" for field in fields(Cluster)}
 )
 
 
@@ -183,14 +186,8 @@ def on_device(device: Any) -> Iterator[None]:
 
     Memory that runs out, and other processes of the training that die, become a `FifaError`.
     """
-    attention: Any = torch.backends.cuda
-    before = attention.cudnn_sdp_enabled()
-    # cuDNN's attention gives NaN gradients in bfloat16 (FLUX cannot be trained with it), and torch
-    # 2.11 prefers it on Hopper: pytorch/pytorch#196678, NVIDIA/cudnn-frontend#160, and for DPO
-    # huggingface/trl#7181. Flash and memory-efficient attention take its place.
-    attention.enable_cudnn_sdp(False)
     try:
-        with tf32(device):
+        with arithmetic(device):
             yield
     except (RuntimeError, MemoryError) as error:
         if GONE.search(str(error)):  # what gloo and NCCL say
@@ -207,8 +204,6 @@ def on_device(device: Any) -> Iterator[None]:
             do="a smaller --micro-batch, --gradient-checkpointing, --dtype bfloat16 or --method "
             "lora; the same command continues from the newest state",
         ) from error
-    finally:
-        attention.enable_cudnn_sdp(before)
 
 
 def plan_training(train: Train, out: str | Path) -> Plan:
@@ -402,18 +397,20 @@ def make_source(job: Job) -> Source:
     if train.quantize or quantized_parts(job.backbone.folder):
         check_quantizer(accelerator.device)
     check_disk(job.cache, job.plan.latents, job.plan.prompts)
-    encoded = encode(
-        job.pairs,
-        job.backbone,
-        job.cache,
-        resolution=job.plan.resolution,
-        buckets=job.plan.buckets,
-        flips=train.flips,
-        dtype=train.cache_dtype,
-        prompts=train.cache_prompts,
-        share=(accelerator.process_index, accelerator.num_processes),
-        wait=accelerator.wait_for_everyone,
-    )
+    with executor_of(train.cluster) as executor:
+        encoded = encode(
+            job.pairs,
+            job.backbone,
+            job.cache,
+            resolution=job.plan.resolution,
+            buckets=job.plan.buckets,
+            flips=train.flips,
+            dtype=train.cache_dtype,
+            prompts=train.cache_prompts,
+            share=(accelerator.process_index, accelerator.num_processes),
+            wait=accelerator.wait_for_everyone,
+            executor=executor,
+        )
     job.backbone.drop_encoders(text=train.cache_prompts)
     device = accelerator.device
     source = Source(train, job.backbone, job.pairs, encoded, device, job.taught, job.held)

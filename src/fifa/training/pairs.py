@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -99,6 +99,20 @@ class TrainingPairs:
     def what(self) -> Literal["pairs", "images"]:
         """What they are, for people."""
         return "pairs" if self.sides == 2 else "images"
+
+    def take(self, numbers: list[int]) -> TrainingPairs:
+        """Some of them, in this order, with their images: small enough to travel."""
+        rows = [self.sides * i + side for i in numbers for side in range(self.sides)]
+        columns = {
+            name: getattr(self, name)[numbers] for name in ("label", "weight", "margin", "votes")
+        }
+        return replace(
+            self,
+            pair_id=[self.pair_id[i] for i in numbers],
+            caption=[self.caption[i] for i in numbers],
+            image_table=self.image_table.take(np.array(rows, np.int64)),
+            **columns,
+        )
 
     def unreadable(self, row: int, reason: str, count: int = 1) -> FifaError:
         """The error for a row of ``image_table`` that cannot be trained on, the first of some."""

@@ -13,7 +13,7 @@ from fifa.models.frozen import kept_bytes
 from fifa.models.runtime import SHARE, even_batch
 from fifa.training.backbones import Backbone
 from fifa.training.backbones.parts import shapes_in
-from fifa.training.cache import image_bytes, images_at_once, prompts_at_once
+from fifa.training.encoding import image_bytes, images_at_once, prompts_at_once
 from fifa.training.losses import LOSSES
 
 # Bytes a trained number takes beside its weight and its gradient: AdamW keeps two float32, the
