@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from fifa.cli import cli
-from fifa.config import Part, Study
+from fifa.config import Cluster, Part, Study, changed
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
 from fifa.evaluation.study import CELL, cells_of
@@ -23,6 +23,7 @@ from fifa.moji.judges import moji_judges
 from fifa.moji.study import BUDGETS, SEEDS, moji_study
 from fifa.moji.world import DATA, caption, scenes
 from fifa.reporting.study import BEGIN, END, put_table
+from fifa.run import study as module
 from fifa.run.info import info
 from fifa.run.study import Cells, study, turn_labels
 from fifa.shards.files import write_json, write_yaml
@@ -81,6 +82,26 @@ def done(recipe, tmp_path_factory):
     assert ended.stdout == f"{out / 'study.html'}\n"
     assert "6 of 6 cells have run" in ended.stderr
     return out
+
+
+def test_a_worker_has_no_workers_of_its_own(recipe, tmp_path, monkeypatch):
+    """An actor that waited for others would hold the processors that these wait for."""
+    asked = Study.from_yaml(recipe)
+    for executor in ("local", "ray"):
+        many = {"executor": executor, "actors": 2, "store": "shared"}
+        both = {"compute": {**asdict(asked.compute), **many}, "train": {"cluster": many}}
+        given = changed(asked, **both)
+        seen, cell = [], cells_of(given)[1]
+        monkeypatch.setattr(module, "train", lambda *more, seen=seen: seen.append(more[3].cluster))
+        cells = Cells(given, tmp_path, [])
+        monkeypatch.setattr(cells, "_selected", lambda *more: ("source", {}))
+        monkeypatch.setattr(module, "read_stats", lambda out: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cells._trained(cell, tmp_path)
+        here = executor == "local"
+        assert cells._asked.compute.executor == "local"
+        assert cells._asked.compute.store == ("shared" if here else None)
+        assert seen == [given.train.cluster if here else Cluster()]
 
 
 def test_a_row_a_cell_and_the_same_after_a_kill(recipe, done, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fifa.config import RECIPE_FILE, Compute, Evaluate, Recipe, Study, changed
+from fifa.config import RECIPE_FILE, Cluster, Compute, Evaluate, Recipe, Study, changed
 from fifa.console import echo
 from fifa.data.table import Pairs, load_pairs
 from fifa.errors import FifaError
@@ -264,7 +264,11 @@ class Cells:
     """A `fifa.shards.pool.Step` whose shards are cells."""
 
     def __init__(self, asked: Study, out: Path, judges: list[Judge]) -> None:
-        self._asked, self._out, self._judges = asked, out, judges
+        self._out, self._judges = out, judges
+        self._is_worker = asked.compute.executor != "local"
+        if self._is_worker:  # one that waited for actors of its own would hold what they wait for
+            asked = replace(asked, compute=replace(asked.compute, executor="local", store=None))
+        self._asked = asked
         self._evaluation = _evaluation(asked)
         self._feeds: dict[str, tuple[Pairs, np.ndarray, Scores]] = {}
         self._loader: PipelineLoader | None = None
@@ -301,7 +305,8 @@ class Cells:
             return {"status": "refused", "reason": error.what[:500]}
         selecting = time.perf_counter() - began
         try:
-            checkpoint = train(source, cell.train.model, place / "checkpoint", cell.train)
+            knobs = replace(cell.train, cluster=Cluster()) if self._is_worker else cell.train
+            checkpoint = train(source, knobs.model, place / "checkpoint", knobs)
         except DivergedError as error:
             echo(f"{cell.name}: {error.what}")
             return {**facts, "selecting": selecting, "status": "diverged", "reason": error.what}
