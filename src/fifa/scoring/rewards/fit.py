@@ -7,8 +7,9 @@ the pair's label.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,6 +170,18 @@ def comparisons(pairs: Pairs, features: Features) -> tuple[Comparisons, npt.NDAr
     return Comparisons.of(pairs, features.of_pair, np.isnan(features.images[:, 0]))
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Here numpy's products take one thread: the folds share the cores instead.
+
+    Memory is what such products wait for, and on busy cores their threads wait for each other.
+    And their sums do not depend on how many cores there are.
+    """
+    with require("threadpoolctl", what="training a head").threadpool_limits(1):
+        yield
+
+
+@_one_thread_each()
 def fit_head(pairs: Pairs, features: Features, data: Comparisons, options: Reward) -> FittedHead:
     """The head that held-out prompts like best.
 
@@ -245,8 +258,7 @@ def _train_head(pairs: Pairs, out: Path, options: Reward, cache: Path | None) ->
     features, encoder = frozen_features(pairs, options, cache)
     data, readable = comparisons(pairs, features)
     data = data.part(readable)
-    with _one_thread_each():
-        fitted = fit_head(pairs, features, data, options)
+    fitted = fit_head(pairs, features, data, options)
     logits, temperature, reads = fitted.held_out, fitted.temperature, fitted.head.reads_prompts
     text = make_encoder(options.text, dtype="float32").identity if reads else None
     what = f"A linear head on frozen {encoder.name} features"
@@ -363,23 +375,14 @@ def _heads(
     features, _ = frozen_features(pairs, options, folder, executor)
     data, readable = comparisons(pairs, features)
 
+    @_one_thread_each()
     def score(training: npt.NDArray[np.bool_], rows: Integers) -> tuple[list[Any], float]:
-        with _one_thread_each():
-            fitted = fit_head(pairs, features, data.part(training & readable), options)
-            image, prompts = data.image[rows], features.prompts[data.prompt[rows]]
-            sides = (features.images[image[:, side]] for side in (0, 1))
-            return [fitted.head.rewards(seen, prompts) for seen in sides], fitted.temperature
+        fitted = fit_head(pairs, features, data.part(training & readable), options)
+        image, prompts = data.image[rows], features.prompts[data.prompt[rows]]
+        sides = (features.images[image[:, side]] for side in (0, 1))
+        return [fitted.head.rewards(seen, prompts) for seen in sides], fitted.temperature
 
     return data.image, score
-
-
-def _one_thread_each() -> Any:
-    """A context where numpy's products take one thread: the folds share the cores instead.
-
-    Memory is what such products wait for, and on busy cores their threads wait for each other.
-    And their sums do not depend on how many cores there are.
-    """
-    return require("threadpoolctl", what="training a head").threadpool_limits(1)
 
 
 def _clips(
