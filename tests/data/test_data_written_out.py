@@ -18,7 +18,8 @@ from PIL import Image
 
 from fifa.data import read_pairs
 from fifa.data.decode import BadImage
-from fifa.data.images import _from_text, pair_images, read
+from fifa.data.images import pair_images, read
+from fifa.data.refs import text_bytes
 from fifa.data.table import Pairs
 
 COLUMNS = ("prompt", "image_0", "image_1", "label")
@@ -120,9 +121,9 @@ def test_a_text_in_utf_16_has_no_place_and_is_told(tmp_path: Path) -> None:
 @given(st.binary(max_size=60), st.text("AZaz09+/=_- \n\\,;", max_size=20))
 def test_what_comes_of_text_is_its_bytes_or_a_reason(data: bytes, noise: str) -> None:
     for form in FORMS.values():
-        assert _from_text(form(data).encode()) == data
-    assert isinstance(_from_text(noise.encode()), bytes | BadImage)
-    assert isinstance(_from_text(b"data:image/png;base64," + noise.encode()), bytes | BadImage)
+        assert text_bytes(form(data).encode()) == data
+    assert isinstance(text_bytes(noise.encode()), bytes | BadImage)
+    assert isinstance(text_bytes(b"data:image/png;base64," + noise.encode()), bytes | BadImage)
 
 
 @pytest.mark.parametrize("ref", ["file://{}/a%20b.png", "file://localhost{}/a b.png"])

@@ -15,7 +15,7 @@ from PIL import Image
 import fifa
 from fifa.config import Read, Recipe, Score, Select
 from fifa.data import read_pairs
-from fifa.data.images import _url_bytes
+from fifa.data.refs import url_bytes
 from fifa.errors import FifaError
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
@@ -256,7 +256,7 @@ def test_an_image_is_fetched_once_to_be_looked_at_and_exported(tmp_path, monkeyp
         asked[url] += 1
         return encoded(zlib.crc32(url.encode()), "PNG")
 
-    monkeypatch.setattr("fifa.data.images.fetch", fetch)
+    monkeypatch.setattr("fifa.data.refs.fetch", fetch)
     recipe = Recipe(
         read=Read(source=str(tmp_path / "source.parquet"), allow_download=True),
         score=Score(margin=(SPEC,), quality="none", diversity="none"),
@@ -279,15 +279,15 @@ def test_a_damaged_image_that_was_fetched_is_fetched_again(tmp_path, monkeypatch
         asked.append(url)
         return encoded(1, "PNG")
 
-    monkeypatch.setattr("fifa.data.images.fetch", fetch)
+    monkeypatch.setattr("fifa.data.refs.fetch", fetch)
     address = "https://example.org/1"
-    assert _url_bytes(tmp_path, address) == _url_bytes(tmp_path, address) == encoded(1, "PNG")
+    assert url_bytes(tmp_path, address) == url_bytes(tmp_path, address) == encoded(1, "PNG")
     assert len(asked) == 1
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:-1], b"", whole[:50] + b"?" + whole[51:]):
         file.write_bytes(damaged)
-        assert _url_bytes(tmp_path, address) == encoded(1, "PNG")
+        assert url_bytes(tmp_path, address) == encoded(1, "PNG")
         assert file.read_bytes() == whole
     assert len(asked) == 4
 

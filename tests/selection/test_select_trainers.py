@@ -359,7 +359,7 @@ def test_the_command_fetches_images_where_that_is_allowed(world, tmp_path, monke
     run = str(fifa.filter_pairs(recipe, tmp_path / "run").folder)
     files = (world / "0-0.png", world / "0-1.jpg")
     images = {url: file.read_bytes() for url, file in zip(urls, files, strict=True)}
-    monkeypatch.setattr("fifa.data.images.fetch", lambda url, max_bytes: images[url])
+    monkeypatch.setattr("fifa.data.refs.fetch", lambda url, max_bytes: images[url])
     done = CliRunner().invoke(cli, ["export", run, "--to", "simpletuner"])
     assert "simpletuner needs the images" in str(done.exception)
     done = CliRunner().invoke(cli, ["export", run, "--to", "simpletuner", "--allow-download"])

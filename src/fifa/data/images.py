@@ -6,11 +6,8 @@ Whatever has images (pairs, the cells of Parquet files, files in a folder) becom
 
 from __future__ import annotations
 
-import binascii
 import io
 import os
-import re
-import stat
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,16 +26,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from fifa.data.archive import member_bytes, split
+from fifa.data.archive import split
 from fifa.data.columns import bytes_leaves, inner, only
 from fifa.data.decode import MAX_BYTES, BadImage, image_size, turn_of
-from fifa.data.fetch import FetchError, fetch
 from fifa.data.parquet import BATCH, rows_at_once
 from fifa.data.records import WRITTEN_OUT, Place, out_of_file, outside, tar_ref
-from fifa.data.remote import Range, RemoteFile, below, fetch_file
-from fifa.data.source import BLOCK, Root, has_file, inside
+from fifa.data.refs import file_bytes, named_bytes, remote_bytes, tar_bytes, text_bytes, url_bytes
+from fifa.data.remote import Range, RemoteFile, below
+from fifa.data.source import BLOCK, Root, has_file
 from fifa.data.table import Origin, Pairs
-from fifa.shards.files import column_digest, digest, write_bytes
+from fifa.shards.files import column_digest, digest
 
 Integers = npt.NDArray[np.int64]
 Rows = Sequence[int] | range | Integers
@@ -481,7 +478,7 @@ def _cell_bytes(batch: pa.RecordBatch, column: str, row: int) -> bytes | BadImag
     value = value.get("bytes") if isinstance(value, dict) else value
     value = value.encode("utf-8", "replace") if isinstance(value, str) else value
     if isinstance(value, bytes) and value.startswith(WRITTEN_BYTES):
-        value = _from_text(value)
+        value = text_bytes(value)
         if isinstance(value, BadImage):
             return value
     if not isinstance(value, bytes) or not value:
@@ -504,17 +501,17 @@ def _from_refs(
     urls = [(i, ref) for i, ref in refs if "://" in ref and not tar_ref(ref)]
     files = [(i, ref) for i, ref in refs if "://" not in ref and not tar_ref(ref)]
     named = [(i, url) for i, ref in urls if (url := below(ref, (root.url, *images.images_from)))]
-    yield from _side_by_side(_named_bytes, named)
+    yield from _side_by_side(named_bytes, named)
     urls = [(i, ref) for i, ref in urls if i not in dict(named)]
     if root.folder is None:
-        yield from _side_by_side(partial(_remote_bytes, root), files)
+        yield from _side_by_side(partial(remote_bytes, root), files)
     else:
-        yield from ((i, _file_bytes(root.folder, ref)) for i, ref in files)
+        yield from ((i, file_bytes(root.folder, ref)) for i, ref in files)
     if not allow_download:
         refused = BadImage("only known by URL, and downloads are not allowed")
         yield from ((i, refused) for i, _ in urls)
         return
-    yield from _side_by_side(partial(_url_bytes, fetched), urls)
+    yield from _side_by_side(partial(url_bytes, fetched), urls)
 
 
 def _side_by_side(
@@ -539,103 +536,9 @@ def _from_tar(
         with root.open(file, *known, wanted) as stream:
             while left:
                 place, i = left[0]
-                data = _member_bytes(stream, place)
+                data = tar_bytes(stream, place)
                 left.popleft()
                 yield i, data
     except OSError as error:
         reason = f"the file cannot be read: {error.strerror or error}"
         yield from ((i, BadImage(reason)) for _, i in left)
-
-
-def _member_bytes(stream: IO[bytes], place: Place) -> bytes | BadImage:
-    most = 4 * MAX_BYTES // 3 + 1000 if place.base64 else MAX_BYTES
-    if place.size > most:
-        return BadImage(f"more than {most:,} bytes")
-    stream.seek(place.offset)
-    data = stream.read(place.size)
-    if len(data) < place.size:
-        return BadImage("the file ends within the image")
-    return _from_text(data) if place.base64 else data
-
-
-def _from_text(text: bytes) -> bytes | BadImage:
-    """The bytes that base64, or a ``data:`` URL of it, stands for; JSON may have escaped it."""
-    if text.startswith(b"data:"):
-        head, comma, text = text.partition(b",")
-        if not comma or not head.lower().rstrip().endswith(b";base64"):
-            return BadImage("a data: URL that is not base64")
-    text = re.sub(rb"\\u002f|\\/", b"/", re.sub(rb"\\[nrt]|\s", b"", text), flags=re.IGNORECASE)
-    text = text.translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
-    try:
-        return binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
-    except binascii.Error as error:
-        return BadImage(f"broken base64: {error}")
-
-
-def _url_bytes(fetched: Path | None, url: str) -> bytes | BadImage:
-    kept = fetched / digest(url.encode("utf-8", "surrogatepass")) if fetched else None
-    if kept and kept.exists():
-        data = kept.read_bytes()
-        if data[:16] == digest(data[16:]).encode():  # else it is damaged, and fetched again
-            return data[16:]
-    try:
-        data = fetch(url, max_bytes=MAX_BYTES)
-    except FetchError as error:
-        return BadImage(str(error))
-    if kept:
-        write_bytes(kept, digest(data).encode() + data)
-    return data
-
-
-def _remote_bytes(root: Root, ref: str) -> bytes | BadImage:
-    """A file by its path relative to a remote root, or a zip file, which no path leads out of."""
-    if root.archive is not None:
-        return _zipped(root.archive, ref)
-    if split(ref)[1]:
-        return BadImage("a member of a remote archive, of which nothing is read: download it")
-    url = None if ref.startswith("/") else below(root.name(ref), [root.url])
-    return _named_bytes(url) if url else BadImage("the path leaves the data set's folder")
-
-
-def _named_bytes(url: str) -> bytes | BadImage:
-    """A file below a URL that the user has named."""
-    try:
-        data = fetch_file(url, MAX_BYTES)
-    except FileNotFoundError:
-        return BadImage("no such file")
-    return data if len(data) <= MAX_BYTES else BadImage(f"more than {MAX_BYTES:,} bytes")
-
-
-def _file_bytes(folder: Path, ref: str) -> bytes | BadImage:
-    """A file by its path relative to a folder; no path and no link leads out of it.
-
-    ``archive.zip::NAME`` is a member of an archive there.
-    """
-    ref, member = split(ref)
-    try:
-        path = (folder / ref).resolve(strict=True)
-        if not inside(folder, path):
-            return BadImage("the path leaves the data set's folder")
-        if member:
-            return _zipped(path, member)
-        # neither a link put there meanwhile nor a pipe that never ends
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError, RuntimeError) as error:
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        return BadImage("no such file" if missing else "the path cannot be opened")
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            return BadImage("not a regular file")
-        if status.st_size > MAX_BYTES:
-            return BadImage(f"more than {MAX_BYTES:,} bytes")
-        return file.read()
-
-
-def _zipped(archive: Path, member: str) -> bytes | BadImage:
-    try:
-        return member_bytes(archive, member.removeprefix("./"), MAX_BYTES)
-    except FileNotFoundError:
-        return BadImage("no such file in the archive")
-    except OSError as error:
-        return BadImage(f"the archive's member cannot be read: {error}"[:200])
