@@ -43,7 +43,6 @@ class Claim:
             "beat": 0,
         }
         self.lost, self._ended = False, threading.Event()
-        self._one = threading.Lock()
         while not (version := write_object(self._path, self._bytes(), self._free_version())):
             pass  # somebody else was faster
         self._version = version
