@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from fifa.config import Train
 from fifa.console import echo, note
 from fifa.data.decode import BadImage
-from fifa.data.images import cell_images, read
+from fifa.data.images import Images, cell_images, read
 from fifa.data.parquet import read_columns
 from fifa.errors import FifaError
 from fifa.shards.files import digest
@@ -134,15 +134,7 @@ def read_ratings(files: Sequence[Path], source: str, good_from: float | None) ->
         files, table["file"].to_numpy(), table["row"].to_numpy(), table["column"].to_pylist()
     )
     caption: list[str] = table["prompt"].to_pylist()
-    ids: list[str] = []
-    seen: defaultdict[str, list[float]] = defaultdict(list)
-    for text, one, (_, data) in zip(caption, label.tolist(), read(images), strict=True):
-        name = digest(text, b"" if isinstance(data, BadImage) else data)
-        ids.append(digest(name, len(seen[name])) if seen[name] else name)
-        seen[name].append(one)
-    both = sum(len(set(judged)) > 1 for judged in seen.values())
-    if both:
-        echo(f"{both:,} images are good in one row and bad in another, for the same prompt")
+    ids = _ids(caption, label, images)
     note(training_images=len(ids), **{f"training_images_{k}": v for k, v in dropped.items()})
     return TrainingPairs(
         pair_id=ids,
@@ -158,6 +150,20 @@ def read_ratings(files: Sequence[Path], source: str, good_from: float | None) ->
         votes=np.ones(len(ids), np.float32),
         sides=1,
     )
+
+
+def _ids(caption: list[str], label: npt.NDArray[np.float32], images: Images) -> list[str]:
+    """An id for every image, of its prompt and bytes; it is told where people disagree on one."""
+    ids: list[str] = []
+    seen: defaultdict[str, list[float]] = defaultdict(list)
+    for text, one, (_, data) in zip(caption, label.tolist(), read(images), strict=True):
+        name = digest(text, b"" if isinstance(data, BadImage) else data)
+        ids.append(digest(name, len(seen[name])) if seen[name] else name)
+        seen[name].append(one)
+    both = sum(len(set(judged)) > 1 for judged in seen.values())
+    if both:
+        echo(f"{both:,} images are good in one row and bad in another, for the same prompt")
+    return ids
 
 
 def balance(
