@@ -111,22 +111,30 @@ class Stopping:
             if not re.search(self.step, str(ledger.place)):
                 return keep(key, finished, ledger)
             number = _next(Path(self.place))
-            if number in self.moments and number % 2:
-                self.wait(number)
+            moment = self.claimed(number)
+            if moment and moment % 2:
+                self.wait(moment)
             key = keep(key, finished, ledger)
-            if number in self.moments:
-                self.wait(number)
+            if moment:
+                self.wait(moment)
             return key
 
         kept.stops = True  # type: ignore[attr-defined]
         pool._keep = kept
+
+    def claimed(self, number: int) -> int:
+        """The first of the moments that has come and that nobody has claimed; else 0."""
+        for moment in self.moments:
+            if 0 < moment <= number and _is_first(Path(self.place, f"claimed-{moment}")):
+                return moment
+        return 0
 
     def wait(self, number: int) -> None:
         """Say where this is; it goes on only if nobody ends it."""
         known: dict[str, Any] = {"process": os.getpid()}
         if "ray" in sys.modules and (ray := sys.modules["ray"]).is_initialized():
             known["node"] = ray.get_runtime_context().get_node_id()
-        part = Path(self.place, "part")
+        part = Path(self.place, f"part-{number}")
         part.write_text(json.dumps(known))
         part.rename(Path(self.place, f"reached-{number}"))
         time.sleep(2 * PATIENCE)
@@ -148,11 +156,18 @@ class Made:
 def _next(place: Path) -> int:
     """How many times this was called for a folder, over all processes."""
     number = 1
-    while True:
-        with suppress(FileExistsError):
-            os.close(os.open(place / str(number), os.O_CREAT | os.O_EXCL))
-            return number
+    while not _is_first(place / str(number)):
         number += 1
+    return number
+
+
+def _is_first(path: Path) -> bool:
+    """Whether nobody was here before."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -46,6 +47,23 @@ class Bucket(LocalFileSystem):
         self.faults("put", target)
         _place(target, Path(source).read_bytes())
         self.faults("answer", target)
+
+    listed: ClassVar = {}  # folders, as s3fs remembers them
+
+    def invalidate_cache(self, path=None):
+        self.listed.clear()
+
+    def ls(self, path, detail=False, **more):
+        found = super().ls(path, detail=detail, **more)
+        if not detail:
+            self.listed[self._strip_protocol(path)] = {Path(name).name for name in found}
+        return found
+
+    def cat_file(self, path, *more, **options):
+        path = Path(self._strip_protocol(path))
+        if path.name not in self.listed.get(str(path.parent), {path.name}):
+            raise FileNotFoundError(path)
+        return super().cat_file(str(path), *more, **options)
 
     def pipe_file(self, path, value, **more):
         _place(self._strip_protocol(path), value)

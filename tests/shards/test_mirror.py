@@ -99,6 +99,10 @@ def test_actors_keep_their_shards_in_the_store_and_nobody_takes_these_for_files(
         ledger.write("one", table)
         there = [path for path in bucket.objects("runs/one") if path.endswith(".parquet")]
         assert there == [".fifa-shards/.parts-table/one.parquet"]
+        assert ledger.keys() == {"one"}
+        of_one = Path(os.environ["BUCKET"], "runs/one", there[0])
+        of_one.with_name("two.parquet").write_bytes(of_one.read_bytes())  # by another process
+        assert ledger.read("two") == table
         with executor_of(Compute()) as local_pool:
             assert local_pool.store is None
         with executor_of(replace(cluster, store="shared")) as other:

@@ -65,6 +65,7 @@ class Ledger:
             return self._tables[key]
         system, path = self._system()
         where = f"{self.place}/{key}.parquet"
+        system.invalidate_cache()  # of a listing from before it was there
         return parse_table(
             patiently(lambda: system.cat_file(f"{path}/{key}.parquet"), where), where
         )
