@@ -329,6 +329,7 @@ def _mask(column: pa.ChunkedArray) -> Mask:
 
 
 BLOCK = 1 << 18  # pairs at a time: the temporaries stay in the processor's cache
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def importance(
@@ -339,7 +340,9 @@ def importance(
     Parameters
     ----------
     margin, quality, diversity
-        float32 [n], finite; None where there is no such score, which is then absent from the sum.
+        float32 [n], finite; a prompt's value counts once for each of its pairs. None where there is
+        no such score, which is then absent from the sum; so is one that is the same for all pairs,
+        unless ``normalize`` is ``none``.
     knobs
         ``alpha``, ``gamma`` and ``normalize``.
     n
@@ -347,7 +350,7 @@ def importance(
 
     Returns
     -------
-    float32 [n]; zeros where there is no score at all.
+    float32 [n], finite; zeros where there is no score at all.
     """
     terms = [(1.0, margin), (knobs.alpha, quality), (knobs.gamma, diversity)]
     result = np.zeros(n, np.float32)
@@ -362,27 +365,9 @@ def importance(
         total = np.zeros(len(result[part]), np.float64)
         for weight, values, centre, unit in scaled:
             total += weight * ((values[part].astype(np.float64) - centre) / unit)
-        result[part] = total
+        # a spread that is next to nothing makes more of a value than float32 holds
+        result[part] = np.clip(total, -LARGEST, LARGEST)
     return result
-
-
-def normalized(values: Floats, how: str) -> npt.NDArray[np.float64]:
-    """One term on the common scale.
-
-    Parameters
-    ----------
-    values
-        float32 [eligible pairs], finite: a prompt's value counts once for each of its pairs.
-    how
-        ``none``, ``z``, ``rank`` or ``robust``; see the comments.
-
-    Returns
-    -------
-    float64 [eligible pairs]; zeros where the values are all equal and ``how`` is not ``none``.
-    The same value has the same result whatever the order of the pairs.
-    """
-    values, centre, unit = _scale(values, how)
-    return np.asarray((values.astype(np.float64) - centre) / unit)
 
 
 def _scale(values: Floats, how: str) -> tuple[npt.NDArray[np.floating[Any]], float, float]:
