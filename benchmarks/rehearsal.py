@@ -47,7 +47,7 @@ WIDTH = 384  # numbers of an embedding, as MiniLM has
 TOPICS, STYLES = 512, 16  # prompts lie around topics, in the directions of styles
 WORDS = [f"{a}{b}{c}" for a in "bcdfghjklm" for b in ("ar", "il", "os", "un") for c in "adeiou"]
 HOST = "https://example.org/images/"
-GIVEN = ("--columns", "embedding=embedding")
+CARRIED = {"embedding": "embedding"}
 SCORES = ("--margin", "column:score_0,score_1", "--quality", "column:rating")
 HOW = ("log.jsonl", "recipe.yaml", "report.html")  # a run's files that tell times and executor
 NODES, STORE = 4, 1 << 30  # of the simulated cluster, and bytes of each node's object store
@@ -190,7 +190,8 @@ def watch(
 
 def filter_command(source: Path, run: Path, keep: float) -> list[str]:
     return [
-        *(sys.executable, "-m", "fifa", "filter", str(source), *GIVEN, *SCORES),
+        *(sys.executable, "-m", "fifa", "filter", str(source), *SCORES),
+        *(word for name, column in CARRIED.items() for word in ("--columns", f"{name}={column}")),
         *("--diversity", "column:embedding", "--keep", str(keep), "--out", str(run)),
     ]
 

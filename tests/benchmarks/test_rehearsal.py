@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import rehearsal
+from fifa.data import read_pairs
 from fifa.selection.table import load_selection, reason_counts
 
 
@@ -31,6 +34,19 @@ def test_the_whole_way_from_columns_alone(tmp_path, monkeypatch, capsys):
     kept = pq.read_table(run / "subset" / "data").num_rows
     assert kept == counts["selected"] == round(0.1 * read["pairs"])
     assert (run / "report.html").exists()
+
+
+def test_pairs_lie_on_the_disk_once_they_are_read(tmp_path):
+    rehearsal.make(tmp_path / "source", 50_000)
+    read_pairs(tmp_path / "source", columns=rehearsal.CARRIED)  # what is imported and kept by it
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        pairs = read_pairs(tmp_path / "source", columns=rehearsal.CARRIED, spill=tmp_path)
+        own, _ = tracemalloc.get_traced_memory()  # NumPy's
+    finally:
+        tracemalloc.stop()
+    assert (pa.total_allocated_bytes() - before + own) / len(pairs) < 20
 
 
 def test_the_source_is_the_same_bytes_every_time(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from fifa.errors import FifaError
 from fifa.models.transformer import normalised
 from fifa.scoring import neighbours
+from fifa.scoring.encoders import Kept
 from fifa.scoring.neighbours import (
     approximate_index,
     approximate_search,
@@ -191,3 +194,27 @@ def test_a_query_with_too_few_candidates_is_searched_exactly() -> None:
     vectors = clustered(1200, 8)
     found = approximate_search(vectors, approximate_index(vectors))(vectors[:50], 1200)
     assert (np.sort(found, axis=1) == np.arange(1200)).all()
+
+
+def test_one_block_of_kept_vectors_at_a_time_is_in_float32(monkeypatch):
+    vectors = Kept(random(20_000, 64).astype(np.float16))
+    expected = exact_search(vectors)(vectors[:5], 4)
+    block = 4000 * 64 * 4
+    monkeypatch.setattr(neighbours, "EXACT_BLOCK", 4000)
+    search = exact_search(vectors)
+    tracemalloc.start()
+    try:
+        found = search(vectors[:5], 4)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found, expected)
+    assert peak < 1.5 * block
+
+
+def test_queries_in_parts_find_what_they_find_together(monkeypatch):
+    vectors = clustered(3000, 32)
+    index = approximate_index(vectors)
+    expected = approximate_search(vectors, index)(vectors, 5)
+    monkeypatch.setattr(neighbours, "QUERY_PART", 1024)
+    np.testing.assert_array_equal(approximate_search(vectors, index)(vectors, 5), expected)

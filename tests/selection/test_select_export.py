@@ -3,6 +3,7 @@ import io
 import json
 import random
 import re
+import tracemalloc
 import zlib
 from collections import Counter
 
@@ -20,7 +21,7 @@ from fifa.errors import FifaError
 from fifa.scoring.margin import margin_scores
 from fifa.scoring.table import Scores
 from fifa.selection import trainers as subset_module
-from fifa.selection.export import export, rebuild
+from fifa.selection.export import export, pair_contents, rebuild
 from fifa.selection.trainers import COLUMNS, plan_shards
 from fifa.shards.files import read_json, write_json
 from fifa.training.pairs import read_training_pairs
@@ -494,3 +495,16 @@ def test_a_subset_from_before_names_is_rebuilt_as_it_was(source, tmp_path):
         exported.folder / "subset.json", tmp_path / "again", str(tmp_path / "named.parquet")
     )
     assert again.digest == exported.digest
+
+
+def test_contents_take_eight_bytes_a_pair():
+    n = 20_000
+    names = {name: [f"{name} number {i}" for i in range(n)] for name in ("caption", "image_0_uid")}
+    table = pa.table(names | {"label": [1.0] * n, "votes": [1] * n, "image_1_uid": ["one"] * n})
+    tracemalloc.start()
+    try:
+        pair_contents(table, None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 * n

@@ -292,6 +292,8 @@ def by_generator(pairs: pa.Table, columns: Columns) -> tuple[list[Group], list[G
     Empty for ``pairs`` without ``model_0`` and ``model_1``. Images of unknown generators are in
     no group, and a pair of one generator's images is one pair of it.
     """
+    if not {"model_0", "model_1"} <= set(pairs.column_names):
+        return [], []
     (zero, one), names = _codes(pairs, ("model_0", "model_1"))
     known = (zero >= 0) & (one >= 0)
     first = np.sign(columns.label - 0.5) / 2 + 0.5  # won by image 0, a tie half
@@ -310,14 +312,14 @@ def by_generator(pairs: pa.Table, columns: Columns) -> tuple[list[Group], list[G
 
 def by_category(pairs: pa.Table, columns: Columns) -> list[Group]:
     """The pairs of each category, most pairs first; empty without ``category``."""
+    if "category" not in pairs.column_names:
+        return []
     codes, names = _codes(pairs, ("category",))
     return _groups(names, codes, columns, [np.full(len(columns.label), np.nan)])
 
 
 def _codes(pairs: pa.Table, names: Sequence[str]) -> tuple[list[Ints], list[str]]:
     """Columns of names as numbers, -1 for none, and what each number stands for."""
-    if not set(names) <= set(pairs.column_names):
-        return [np.full(len(pairs), -1)] * len(names), []
     parts = [pairs[name].unify_dictionaries().combine_chunks() for name in names]
     both = pa.chunked_array(parts).unify_dictionaries().chunks
     return [part.indices.fill_null(-1).to_numpy() for part in both], both[0].dictionary.to_pylist()

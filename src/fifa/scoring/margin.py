@@ -241,7 +241,7 @@ def _column_rewards(pairs: Pairs, spec: Spec, folder: Path | None) -> pa.Table:
         meaning = "log-odds of probabilities" if reading == "logodds" else "rewards as they stand"
         echo(f"margin {spec.text}: {meaning}" + (f"; {lost:,} pairs not finite" if lost else ""))
         note(margin_pairs=len(pairs), margin_not_finite=lost)
-        ids = pairs.table["pair_id"].combine_chunks()
+        ids = pairs.table["pair_id"]  # which are mapped from the disk
         return pa.table([ids, *(pa.array(r) for r in rewards)], schema=MARGIN)
 
     return scored_once(path, make, {"scorer": spec.text, "reading": reading})

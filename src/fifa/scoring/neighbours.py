@@ -37,7 +37,8 @@ PROBES = 128  # cells of the approximate index that a query looks into
 REFINE = 20  # candidates a neighbour whose distance is then computed exactly
 FEWEST = 1000  # prompts that an approximate index can be trained on
 ADDED = 65_536  # vectors added to an approximate index at a time, and
-EXACT_BLOCK = 262_144  # searched exactly at a time: what is taken of them is in float32
+EXACT_BLOCK = 65_536  # searched exactly at a time: what is taken of them is in float32
+QUERY_PART = 8192  # queries of an approximate index at a time: each has 220 candidates
 SAMPLE = 1000  # prompts on which an approximate index is compared with the exact search
 
 GROUP = 32  # vectors of which only the highest score is kept at first
@@ -63,6 +64,8 @@ def exact_search(vectors: AnyVectors) -> Search:
         for start in range(0, n, EXACT_BLOCK):
             part = vectors[start : start + EXACT_BLOCK] if whole is None else whole
             near, at = faiss.knn(queries, part, min(k, len(part)), metric=faiss.METRIC_L2)
+            del part  # before the next one is taken
+            give_back()
             distances = np.concatenate([distances, near], 1)
             rows = np.concatenate([rows, at + start], 1)
             order = np.argsort(distances, axis=1, kind="stable")[:, :k]
@@ -112,7 +115,10 @@ def approximate_search(vectors: AnyVectors, index: Any | None) -> Search:
     faiss.ParameterSpace().set_index_parameter(index, "nprobe", probes)
 
     def search(queries: Vectors, k: int) -> Rows:
-        found: Rows = index.search(queries, k)[1]
+        parts = range(0, max(1, len(queries)), QUERY_PART)
+        found: Rows = np.concatenate(
+            [index.search(queries[start : start + QUERY_PART], k)[1] for start in parts]
+        )
         short = (found < 0).any(axis=1)
         if short.any():
             found[short] = exact(queries[short], k)

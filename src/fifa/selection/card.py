@@ -140,7 +140,8 @@ class About:
 
 def about(pairs: Pairs, rows: npt.NDArray[np.int64], scores: Scores) -> About:
     """What a card says of some rows of the pairs."""
-    chosen = take(pairs.table, rows)
+    generators = [name for name in ("model_0", "model_1") if name in pairs.table.column_names]
+    chosen = take(pairs.table.select(["label", "votes", *generators]), rows)
     label, votes = (chosen[name].to_numpy() for name in ("label", "votes"))
     several = votes > 1
     share = float(np.maximum(label, 1 - label)[several].mean()) if several.any() else None

@@ -34,7 +34,7 @@ from fifa.scoring.table import Scores, score_files
 from fifa.selection.card import About, about, dataset_card
 from fifa.selection.labels import LabelFacts, label_facts
 from fifa.selection.table import reason_counts
-from fifa.selection.trainers import COLUMNS, FROM_SELECTION, IMAGES, Chosen, target
+from fifa.selection.trainers import COLUMNS, FROM_SELECTION, GROUP_ROWS, IMAGES, Chosen, target
 from fifa.shards.files import (
     atomic_folder,
     content_digest,
@@ -73,7 +73,9 @@ def subset_rows(
     names
         Some of `NAMED`.
     """
-    chosen = take(pairs.table, rows)
+    there = ("label", "votes", "pair_id", "prompt", "prompt_id", "image_0", "image_1")
+    there += ("image_0_ref", "image_1_ref", *names)
+    chosen = take(pairs.table.select(there), rows)
     label = chosen["label"].to_numpy()
     first_wins = (label > 0.5).astype(np.float64)  # no ties here: one side is above a half
     yes = pa.array(np.ones(len(rows), bool))
@@ -99,12 +101,10 @@ def subset_rows(
     return pa.table([made[name] for name in schema.names], schema=schema).combine_chunks()
 
 
-def _named(refs: pa.ChunkedArray) -> pa.Array:
+def _named(refs: pa.ChunkedArray) -> pa.ChunkedArray:
     # where a cell or a tar member lies is the source's business; a URL or a path is a name
-    def name(ref: str | None) -> str | None:
-        return None if ref is None or ref.startswith(OURS) else ref
-
-    return pa.array(map(name, refs.to_pylist()), pa.string())
+    ours = pc.match_substring_regex(refs, f"^(?:{'|'.join(OURS)})")
+    return pc.if_else(ours, pa.scalar(None, pa.string()), refs)
 
 
 @contextmanager
@@ -179,13 +179,14 @@ def _read_both(spool: IO[bytes], place: Integers) -> tuple[bytes, bytes]:
 
 def pair_contents(table: pa.Table, images: Callable[[int], tuple[bytes, bytes]] | None) -> Contents:
     """uint64 [pairs]: XXH3-64 of what the source gave of every pair, its images included."""
-    names = ["caption", "label", "votes", "image_0_uid", "image_1_uid"]
-    known = zip(*(table[name].to_pylist() for name in names), strict=True)
-    digests = (
-        digest(list(facts), *(images(row) if images else (b"", b"")))
-        for row, facts in enumerate(known)
-    )
-    return np.array([xxhash.xxh3_64_intdigest(one.encode()) for one in digests], np.uint64)
+    known = table.select(["caption", "label", "votes", "image_0_uid", "image_1_uid"])
+    found = np.empty(len(table), np.uint64)
+    for start in range(0, len(table), GROUP_ROWS):  # as objects they take ten times the memory
+        columns = (column.to_pylist() for column in known.slice(start, GROUP_ROWS).columns)
+        for row, facts in enumerate(zip(*columns, strict=True), start):
+            content = digest(list(facts), *(images(row) if images else (b"", b"")))
+            found[row] = xxhash.xxh3_64_intdigest(content.encode())
+    return found
 
 
 FORMAT = 2  # of subset.json; 1 had no digest of its own
