@@ -49,6 +49,7 @@ def merge(files: Iterable[FilePairs], *, weigh: bool = False, shelf: Shelf | Non
         if len(own):
             _shelve(own, shelf)
             full.append(own)
+            give_back()
     known: dict[str, Any] = {}
     table, prompts = PAIRS.empty_table(), PROMPTS.empty_table()
     if full:

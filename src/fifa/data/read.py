@@ -227,6 +227,8 @@ class _Reader:
             # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
             brief = " ".join(str(error).split())[:300]
             return "", FilePairs(file.path, rejected=[(None, f"the file cannot be read: {brief}")])
+        finally:
+            pa.default_memory_pool().release_unused()  # only its own thread can give it back
 
     def _read(self, file: SourceFile) -> tuple[str, FilePairs]:
         columns, rejected = self._columns(file)

@@ -40,6 +40,7 @@ FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 st
 EXACT_UP_TO = 120_000  # prompts without CUDA; docs/diversity.md has the times it comes from
 ON_CUDA_FROM = 50_000  # prompts: fewer are searched here before CUDA has started
 BLOCK = 1024  # prompts whose vectors stay in the processor's cache
+MAPPED = 4 * BLOCK  # whose neighbours' pages of the file stay in memory
 QUERIES = 32_768  # prompts searched between two points where a run can be resumed
 
 
@@ -187,6 +188,8 @@ def kth_distances(vectors: AnyVectors, rows: Rows, found: Rows) -> Vectors:
         # From the difference and not from 2 - 2 <z, z'>: near 0 that has no digits left.
         apart = vectors[rows[block]] - vectors[kth[block]]
         distances[block] = np.sqrt(np.einsum("ij,ij->i", apart, apart))
+        if start % MAPPED == 0:
+            give_back()
     return distances
 
 

@@ -6,6 +6,7 @@ were looked at are the system's to take away, and `give_back` lets it have them 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ STEP = 1 << 17  # rows of a table that are looked at together
 LEAST = 1 << 20  # bytes: smaller tables stay in memory
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 class Shelf:
@@ -80,9 +82,11 @@ def follow(mapped: mmap.mmap) -> None:
 def give_back() -> None:
     """Give the memory of all mapped tables back, which are read again where they are looked at.
 
-    And what Arrow has kept of tables that are no more.
+    And what Arrow has kept of tables that are no more, and the C library of arrays.
     """
     pa.default_memory_pool().release_unused()
+    if _trim is not None:
+        _trim(0)
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapped in list(_maps):
             mapped.madvise(mmap.MADV_DONTNEED)
