@@ -50,6 +50,7 @@ def merge(files: Iterable[FilePairs], *, weigh: bool = False, shelf: Shelf | Non
             _shelve(own, shelf)
             full.append(own)
             give_back()
+    give_back()  # what the threads had, which are no more
     known: dict[str, Any] = {}
     table, prompts = PAIRS.empty_table(), PROMPTS.empty_table()
     if full:
