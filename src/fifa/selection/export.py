@@ -73,8 +73,8 @@ def subset_rows(
     names
         Some of `NAMED`.
     """
-    there = ("label", "votes", "pair_id", "prompt", "prompt_id", "image_0", "image_1")
-    there += ("image_0_ref", "image_1_ref", *names)
+    there = ["label", "votes", "pair_id", "prompt", "prompt_id", "image_0", "image_1"]
+    there += ["image_0_ref", "image_1_ref", *names]
     chosen = take(pairs.table.select(there), rows)
     label = chosen["label"].to_numpy()
     first_wins = (label > 0.5).astype(np.float64)  # no ties here: one side is above a half
