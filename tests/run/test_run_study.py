@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -82,6 +83,25 @@ def done(recipe, tmp_path_factory):
     assert ended.stdout == f"{out / 'study.html'}\n"
     assert "6 of 6 cells have run" in ended.stderr
     return out
+
+
+def test_a_cell_that_a_lost_worker_still_does_is_waited_for(tmp_path, monkeypatch):
+    there, ended = threading.Event(), threading.Event()
+
+    def lost():
+        with module.only_writer(tmp_path / "cell"):
+            there.set()
+            ended.wait(60)
+
+    worker = threading.Thread(target=lost)
+    worker.start()
+    there.wait(60)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    with pytest.raises(FifaError, match="is writing here"), module.alone_in(tmp_path / "cell"):
+        pass
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: (ended.set(), worker.join()))
+    with module.alone_in(tmp_path / "cell"):
+        assert not worker.is_alive()
 
 
 def test_a_worker_has_no_workers_of_its_own(recipe, tmp_path, monkeypatch):

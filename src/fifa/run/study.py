@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ from fifa.training.loop import DivergedError
 from fifa.training.metrics import read_stats
 
 WORK, CACHE = "work", "cache"
+LOST = 60  # seconds after which a lost worker is no more
 # What may differ between two calls: cells are named by all that they depend on
 FREE = frozenset(
     {"arms", "parts", "seeds", "against", "target"}
@@ -284,9 +286,10 @@ class Cells:
             name: getattr(cell, name)
             for name in ("part", "arm", "budget", "noise", "seed", "scoring")
         }
-        begin(place)
-        row |= self._base(place) if cell.arm == BASE else self._trained(cell, place)
-        shutil.rmtree(place, ignore_errors=True)
+        with alone_in(place):
+            begin(place)
+            row |= self._base(place) if cell.arm == BASE else self._trained(cell, place)
+            shutil.rmtree(place, ignore_errors=True)
         release_memory()
         return pa.Table.from_pylist([row], schema=CELL)
 
@@ -393,6 +396,24 @@ class Cells:
             "distances": distances,
             "imaging": time.perf_counter() - began,
         }
+
+
+@contextmanager
+def alone_in(place: Path) -> Iterator[None]:
+    """Nobody else is at a cell while the block lasts.
+
+    A worker whose driver or node was killed may go on for a moment: it is waited for.
+    """
+    with ExitStack() as held:
+        for second in range(LOST + 1):
+            try:
+                held.enter_context(only_writer(place))
+                break
+            except FifaError:
+                if second == LOST:
+                    raise
+                time.sleep(1)
+        yield
 
 
 def _rows(measured: Measured, columns: list[str]) -> Iterator[dict[str, Any]]:
