@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_diffusion import write_model, write_pairs
 from trainings import LORA, assemble, furthest, quick, weights_of
 
+import bucket
 import fifa
 from fifa.cli import cli
 from fifa.config import Train
@@ -275,6 +276,30 @@ def test_a_run_folder_is_a_source(shipped, world, tmp_path):
     card = (out / "README.md").read_text()
     assert f"3 pairs, strategy fifa, alpha 0.5, gamma 0.5 (subset {subset['digest']}" in card
     assert str(tmp_path) not in card
+
+
+def test_what_is_encoded_reaches_the_store_that_a_training_is_in(
+    shipped, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("BUCKET", str(tmp_path / "bucket"))
+    monkeypatch.setenv("FIFA_CACHE", str(tmp_path / "here"))
+    bucket.use(tmp_path / "bucket")
+    filtered = "bucket://runs/one"
+    how = ["--margin", "column:clipscore_0,clipscore_1", "--keep", 3, "--quality", "none"]
+    assert run("filter", shipped, *how, "--diversity", "none", "--out", filtered).exit_code == 0
+    options = ["--model", world / "sd15", "--resolution", 64, "--batch", 2, "--tracker", "none"]
+    options += ["--device", "cpu", "--steps", 1]
+    assert run("train", filtered, *options, "--out", "bucket://runs/trained").exit_code == 0
+    run_folder, trained = (bucket.objects(f"runs/{name}") for name in ("one", "trained"))
+    assert not any(path.startswith("train/") for path in run_folder)
+    kept = {path.split("/")[1].partition("-")[0] for path in trained if path.startswith("cache/")}
+    assert kept >= {"images", "moments", "prompts"}
+    # in a folder of this machine, trainings on the run share what is encoded
+    assert run("train", filtered, *options, "--out", tmp_path / "trained").exit_code == 0
+    assert not (tmp_path / "trained" / "cache").exists()
+    # inside the run's folder it is the run's again
+    assert run("train", filtered, *options, "--out", f"{filtered}/again").exit_code == 0
+    assert any(path.startswith("train/moments") for path in bucket.objects("runs/one"))
 
 
 def test_a_damaged_state_is_told(world, tmp_path):

@@ -46,8 +46,8 @@ from fifa.shards.mapped import Shelf
 
 FORMATS = tuple(sorted({form.name for form in formats.FORMATS}))
 
-AHEAD = 8  # files that are open at a time
 THREADS = 3
+AHEAD = THREADS + 1  # files that are read, or wait for their turn with all of their columns
 KEY = "__key__"  # WebDataset's name of a sample's key
 VERSION = 6  # of the way a source becomes pairs; part of every fingerprint
 

@@ -118,6 +118,11 @@ def shards_place() -> str | None:
     return next((f"{url}/{SHARDS}" for url in _open), None)
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a folder is in the copy of one that this process writes into an object store."""
+    return any(Path(folder).is_relative_to(one.copy) for one in _open.values())
+
+
 def has_object(url: str, name: str) -> bool:
     """Whether there is an object of this name in a folder of a store."""
     return read_object(f"{url.rstrip('/')}/{name}") is not None

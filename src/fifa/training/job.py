@@ -36,7 +36,7 @@ from fifa.shards.files import (
 )
 from fifa.shards.lock import only_writer
 from fifa.shards.manifest import MANIFEST
-from fifa.shards.mirror import local
+from fifa.shards.mirror import is_written, local
 from fifa.training.backbones import Backbone, load_backbone
 from fifa.training.batches import (
     Batch,
@@ -333,7 +333,9 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
         what=pairs.what,
     )
     run = local(train.source)
-    cache = run / "train" if pairs.folder == run / "subset" else out / "cache"
+    # trainings on a run share its cache, unless it would not reach the store that they are in
+    of_run = pairs.folder == run / "subset" and (is_written(run) or not is_written(out))
+    cache = run / "train" if of_run else out / "cache"
     return Job(train, accelerator, pairs, backbone, plan, taught, held, cache)
 
 
