@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import rehearsal
-from fifa.data import read_pairs
+from fifa.data import merge, read_pairs
 from fifa.selection.table import load_selection, reason_counts
 
 
@@ -36,9 +36,16 @@ def test_the_whole_way_from_columns_alone(tmp_path, monkeypatch, capsys):
     assert (run / "report.html").exists()
 
 
-def test_pairs_lie_on_the_disk_once_they_are_read(tmp_path):
+def test_pairs_lie_on_the_disk_while_they_are_read_and_then(tmp_path, monkeypatch):
     rehearsal.make(tmp_path / "source", 50_000)
     read_pairs(tmp_path / "source", columns=rehearsal.CARRIED)  # what is imported and kept by it
+    held, tables = [], merge._tables
+
+    def counted(files, *more):
+        held.append(pa.total_allocated_bytes() - before)
+        return tables(files, *more)
+
+    monkeypatch.setattr(merge, "_tables", counted)
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -47,6 +54,7 @@ def test_pairs_lie_on_the_disk_once_they_are_read(tmp_path):
     finally:
         tracemalloc.stop()
     assert (pa.total_allocated_bytes() - before + own) / len(pairs) < 20
+    assert held[0] / len(pairs) < 40  # of all files: prompts, and each pair's
 
 
 def test_the_source_is_the_same_bytes_every_time(tmp_path):

@@ -37,7 +37,7 @@ class FilePairs:
         person prefers image 0; NaN where there is none) and ``votes`` (int32). Then those of
         `fifa.data.names`, where the source has them.
     scores
-        Columns to keep beside them, [n] each.
+        Columns to keep beside them, [n] each; `finish` puts them among ``columns``.
     wrong
         Rows (positions in the columns) that are to be rejected, and why.
     swaps
@@ -157,6 +157,7 @@ def finish(own: FilePairs) -> FilePairs:
         columns[name] = pc.cast(columns[name], pa.float32())
     taken = {*PAIRS.names, *columns}
     columns |= {f"source_{name}" if name in taken else name: scores[name] for name in scores}
+    own.scores = {}  # what becomes of the columns is nobody's to hold
     return own
 
 
