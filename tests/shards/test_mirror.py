@@ -10,11 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bucket
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
+import bucket
 from fifa.cli import cli, main
 from fifa.config import Compute
 from fifa.errors import FifaError

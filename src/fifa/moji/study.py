@@ -116,7 +116,7 @@ def moji_study(world: str | Path | None = None) -> Study:
         Part(name="terms", arms=tuple(sweep), budgets=(main,)),
     )
     if pairs := _sampled(folder):
-        parts = (Part(name="shares", arms=SHARED, budgets=(KEPT / pairs,)),)
+        parts = (Part(name="shares", arms=SHARED, budgets=(min(1.0, KEPT / pairs),)),)
     return Study(
         arms={**ARMS, "consensus": consensus, **LONGEST, **sweep},
         parts=parts,
