@@ -294,7 +294,9 @@ def compare(folder: Path, pairs: int, keep: float, every: float) -> None:
     rows: list[list[object]] = [[f"{pairs:,} pairs", "one process", f"{NODES} Ray nodes"]]
     both = [(step, here.seconds[step], there.seconds[step]) for step in STEPS]
     rows += [[step, f"{one:.0f} s", f"{two:.0f} s"] for step, one, two in both]
-    rows.append(["peak memory", *(f"{max(w.peak.values()):,.0f} MB" for w in (here, there))])
+    for what, peaks in (("peak memory", "peak"), ("without mapped files", "own")):
+        most = (max(getattr(w, peaks).values()) for w in (here, there))
+        rows.append([what, *(f"{mb:,.0f} MB" for mb in most)])
     rows.append(["nodes killed", 0, killed])
     rows.append(["the same files", "", f"{same} of {len(expected)}"])
     report("rehearsal-ray", rows, killed=killed, same=same, files=len(expected))

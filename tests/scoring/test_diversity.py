@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +24,7 @@ from fifa.models.runtime import Runtime
 from fifa.scoring import diversity
 from fifa.scoring.diversity import FLOOR, diversity_scores, entropy_estimate
 from fifa.scoring.table import DIVERSITY, score_facts
+from fifa.shards.pool import LocalPool, Make
 
 
 def pairs_of(vectors: np.ndarray, repeats: int = 1) -> Pairs:
@@ -202,6 +207,52 @@ def test_an_interrupted_search_goes_on_and_writes_the_same_bytes(
     before = len(calls)
     diversity_scores(pairs, "column:z", folder=tmp_path / "broken")
     assert len(calls) == before
+
+
+@pytest.mark.parametrize("knn", ["exact", "approx"])
+def test_workers_read_vectors_and_index_from_the_disk(
+    knn: Literal["exact", "approx"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diversity, "QUERIES", 400)
+    pairs = pairs_of(clustered(1100, 8))
+    here = diversity_scores(pairs, "column:z", knn=knn, folder=tmp_path / "here")
+    sent, lent = [], set[str]()
+    real = LocalPool.map
+
+    def sending(pool: LocalPool, make: Make, *given: Any) -> Iterator[str]:
+        sent.append(len(pickle.dumps(make)))
+        yield from real(pool, make, *given)
+        lent.update(path.name for path in Path(given[-1].place).iterdir())
+
+    monkeypatch.setattr(LocalPool, "map", sending)
+    with closing(LocalPool(2)) as workers:
+        folder = tmp_path / "there"
+        there = diversity_scores(pairs, "column:z", knn=knn, folder=folder, executor=workers)
+    assert there.equals(here)
+    assert max(sent) < 2000  # bytes
+    names = {"vectors.npy", "index.faiss"} if knn == "approx" else {"vectors.npy"}
+    assert {name for name in lent if not name.endswith(".parquet")} == names
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+
+
+def test_a_killed_search_finds_its_index_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diversity, "QUERIES", 400)
+    pairs = pairs_of(clustered(1100, 8))
+    memory = diversity_scores(pairs, "column:z", knn="approx")
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diversity, "map_shards", stops)
+    with pytest.raises(KeyboardInterrupt):
+        diversity_scores(pairs, "column:z", knn="approx", folder=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(diversity, "QUERIES", 400)
+    monkeypatch.setattr(diversity, "approximate_index", stops)
+    found = diversity_scores(pairs, "column:z", knn="approx", folder=tmp_path)
+    assert found.equals(memory)
 
 
 def test_other_prompts_k_and_methods_have_files_of_their_own(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 
+import bucket
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
+from fifa.shards.sealed import DamagedError
 
 
 def squares(numbers):
@@ -71,3 +74,33 @@ def test_shards_lie_beside_their_file_or_where_all_workers_reach():
     path = "/run/scores/margin-x-1.parquet"
     assert Ledger.beside(Path(path)).place == "/run/scores/.parts-margin-x-1"
     assert Ledger.beside(Path(path), "s3://bucket/").place == "s3://bucket/.parts-margin-x-1"
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_a_large_file_is_lent_once_and_a_damaged_one_is_not_read(where, tmp_path, monkeypatch):
+    place = tmp_path / "parts"
+    if where == "store":
+        monkeypatch.setenv("BUCKET", str(tmp_path))
+        fsspec.register_implementation(bucket.NAME, bucket.Bucket, clobber=True)
+    ledger = Ledger(str(place) if where == "folder" else f"{bucket.NAME}://parts")
+    written = []
+
+    def write(path):
+        written.append(path)
+        path.write_bytes(b"vectors")
+
+    for _ in range(2):
+        ledger.lend("it", write)
+        with ledger.borrowed("it") as path:
+            assert path.read_bytes().startswith(b"vectors")
+            assert (path == place / "it") == (where == "folder")
+    assert len(written) == 1
+    assert not written[0].exists()
+    (place / "it").write_bytes(b"veto")
+    with pytest.raises(DamagedError), ledger.borrowed("it"):
+        pass
+    if where == "folder":
+        ledger.lend("it", write)
+        assert len(written) == 2
+    ledger.forget()
+    assert not place.exists()

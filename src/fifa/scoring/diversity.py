@@ -16,11 +16,11 @@ from fifa.config import Score
 from fifa.console import echo, note
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.models.optional import require
 from fifa.models.runtime import make_runtime
 from fifa.models.transformer import Vectors
 from fifa.scoring.encoders import Encoder, Kept, kept_embeddings, make_encoder, prompts_identity
 from fifa.scoring.neighbours import (
+    FEWEST,
     AnyVectors,
     Rows,
     Search,
@@ -28,19 +28,22 @@ from fifa.scoring.neighbours import (
     approximate_search,
     device_search,
     exact_search,
+    read_index,
     sampled_recall,
+    write_index,
 )
 from fifa.scoring.specs import ENCODERS
-from fifa.scoring.table import DIVERSITY, score_path, scored_once
+from fifa.scoring.table import DIVERSITY, map_array, score_path, scored_once
 from fifa.shards.ledger import Ledger
 from fifa.shards.mapped import give_back
-from fifa.shards.pool import Executor, Shard, map_shards, store_of
+from fifa.shards.pool import Executor, Shard, is_elsewhere, map_shards, store_of
 
 FLOOR = 1e-3  # distances below it are rounding (float32 search 5e-4, float16 storage 6e-5)
 EXACT_UP_TO = 120_000  # prompts without CUDA; docs/diversity.md has the times it comes from
 ON_CUDA_FROM = 50_000  # prompts: fewer are searched here before CUDA has started
 BLOCK = 1024  # prompts whose vectors stay in the processor's cache
 MAPPED = 4 * BLOCK  # whose neighbours' pages of the file stay in memory
+VECTORS, INDEX = "vectors.npy", "index.faiss"  # what a ledger lends to the workers
 QUERIES = 32_768  # prompts searched between two points where a run can be resumed
 
 
@@ -80,8 +83,8 @@ def diversity_scores(
         if it is CUDA (fewer are searched on the CPU); None: the fastest device. Distances are
         the same up to rounding, so the score file is too.
     executor
-        Who embeds and searches; by default this process. Workers elsewhere get all vectors, and an
-        approximate index that was built here; they search on what they have.
+        Who embeds and searches; by default this process. Workers elsewhere read all vectors, and an
+        approximate index that was built here, from the ledger; they search on what they have.
 
     Returns
     -------
@@ -215,17 +218,19 @@ class Nearest:
         Where to search exactly, with a torch device or (``cpu``) faiss; None: with the index.
     index
         As `fifa.scoring.neighbours.approximate_index` gave it.
+    ledger
+        What lends vectors and index to other workers.
     """
 
-    vectors: AnyVectors
+    vectors: Kept
     k: int
     device: str | None
-    index: Any = None
+    index: Any
+    ledger: Ledger
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another worker has another device."""
-        plain = None if self.index is None else require("faiss").serialize_index(self.index)
-        return _nearest, (self.vectors, self.k, self.device is None, plain)
+        """Another worker has another device, and may not have the file of the vectors."""
+        return _nearest, (self.k, self.device is None, self.ledger)
 
     def __call__(self, part: slice) -> pa.Table:
         """``distance`` of a part of the prompts, float32."""
@@ -245,15 +250,29 @@ class Nearest:
         return device_search(self.vectors, self.device)
 
 
-def _nearest(vectors: AnyVectors, k: int, approximate: bool, plain: Any) -> Nearest:
+def _nearest(k: int, approximate: bool, ledger: Ledger) -> Nearest:
     """`Nearest` in a worker."""
+    with ledger.borrowed(VECTORS) as path:
+        vectors = Kept(map_array(path))
     device = None if approximate else _search_device(len(vectors), None)
-    index = None if plain is None else require("faiss").deserialize_index(plain)
-    return Nearest(vectors, k, device, index)
+    return Nearest(vectors, k, device, _index(vectors, ledger) if approximate else None, ledger)
+
+
+def _index(vectors: Kept, ledger: Ledger) -> Any:
+    """The index of the approximate search, from the ledger's disk where it has one.
+
+    It is the largest part of this process's memory, and takes minutes to make.
+    """
+    if ledger.place is None or len(vectors) < FEWEST:
+        return approximate_index(vectors)
+    ledger.lend(INDEX, lambda path: write_index(approximate_index(vectors), path))
+    give_back()
+    with ledger.borrowed(INDEX) as path:
+        return read_index(path)
 
 
 def _distances(
-    vectors: AnyVectors,
+    vectors: Kept,
     k: int,
     method: str,
     device: str,
@@ -265,11 +284,13 @@ def _distances(
     if k < 1:  # one prompt, or none
         return np.full(n, np.nan, np.float32), {"prompts": n, "knn": "none"}
     approximate = method == "approx"
-    index = approximate_index(vectors) if approximate else None
-    nearest = Nearest(vectors, k, None if approximate else device, index)
     parts = [slice(i, min(i + QUERIES, n)) for i in range(0, n, QUERIES)]
     shards = [Shard(f"from-{part.start}", part.stop - part.start, part) for part in parts]
     kept = ledger if len(shards) > 1 else Ledger()
+    index = _index(vectors, kept) if approximate else None
+    nearest = Nearest(vectors, k, None if approximate else device, index, kept)
+    if is_elsewhere(executor, kept):
+        kept.lend(VECTORS, vectors.write)
     table = map_shards(f"{k} nearest neighbours ({method})", nearest, shards, kept, executor)
     facts: dict[str, Any] = {"prompts": n, "knn": method, "neighbour": k}
     facts["device"] = "cpu" if approximate else device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,11 +16,6 @@ from fifa.shards.pool import Executor, Shard, each_shard
 
 SHARD = 512  # questions between two points where a run can be resumed
 ANSWERED = pa.schema([("key", pa.string()), ("answer", pa.large_string())])
-
-
-def is_elsewhere(executor: Executor | None, ledger: Ledger) -> TypeGuard[Executor]:
-    """Whether others than this process work, and can reach the ledger."""
-    return executor is not None and not executor.is_here and ledger.place is not None
 
 
 def ask_elsewhere(

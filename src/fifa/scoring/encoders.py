@@ -109,10 +109,6 @@ class Kept:
 
     half: npt.NDArray[np.float16]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another machine may not have the file."""
-        return Kept, (np.asarray(self.half),)
-
     def __len__(self) -> int:
         return len(self.half)
 
@@ -129,6 +125,11 @@ class Kept:
         for start in range(0, len(self), SHARD):
             h.update(self.half[start : start + SHARD].tobytes())
         return h.hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write them as an ``.npy`` file."""
+        with path.open("wb") as file:
+            np.lib.format.write_array(file, self.half, allow_pickle=False)
 
     def __getitem__(self, rows: slice | npt.NDArray[Any]) -> Vectors:
         return normalised(self.half[rows].astype(np.float32))

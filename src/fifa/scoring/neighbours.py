@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import SHARE, Parts, Tensor, free_bytes
 from fifa.models.transformer import Vectors
@@ -98,6 +100,22 @@ def approximate_index(vectors: AnyVectors) -> Any | None:
         index.add(vectors[start : start + ADDED])
         give_back()
     return index
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an `approximate_index`; raises `FifaError` where there is no room."""
+    try:
+        require("faiss").write_index(index, str(path))
+    except RuntimeError as error:
+        raise FifaError(
+            "cannot write the index of the neighbours", where=str(path), do="make room on the disk"
+        ) from error
+
+
+def read_index(path: Path) -> Any:
+    """What `write_index` wrote. Its vectors, nine tenths of it, are mapped where faiss can."""
+    faiss = require("faiss")
+    return faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))  # since 1.11
 
 
 def approximate_search(vectors: AnyVectors, index: Any | None) -> Search:

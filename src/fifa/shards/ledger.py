@@ -7,7 +7,9 @@ finishes a shard: a step that was killed is run again and does only what is miss
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,15 @@ from typing import Any
 import pyarrow as pa
 
 from fifa.errors import FifaError
-from fifa.shards.files import cannot_write, parse_table, sweep, table_bytes, write_table
+from fifa.shards.files import (
+    atomic_path,
+    cannot_write,
+    parse_table,
+    sweep,
+    table_bytes,
+    write_table,
+)
+from fifa.shards.sealed import BLANK, SEAL, DamagedError, check_whole, seal
 from fifa.shards.stores import patiently
 
 
@@ -84,6 +94,52 @@ class Ledger:
             except FileNotFoundError as error:
                 raise cannot_write(Path(where), error) from error
 
+    def lend(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep a large file that every worker reads; one that is there and whole stays.
+
+        It goes through the disk and not to the workers themselves, as a cluster's object store is
+        memory. The ledger must not be in memory.
+
+        Parameters
+        ----------
+        name
+            Of the file. All its content depends on must be in the ledger's name.
+        write
+            Writes the file; what it wrote is sealed.
+        """
+        assert self.place is not None, "nobody else reads this process's memory"
+        if "://" not in self.place:
+            path = Path(self.place, name)
+            try:
+                check_whole(path)
+            except DamagedError:
+                with atomic_path(path) as temporary:
+                    _write_sealed(temporary, write)
+            return
+        system, folder = self._system()
+        if patiently(lambda: system.exists(f"{folder}/{name}"), self.place):
+            return
+        with tempfile.TemporaryDirectory() as here:
+            path = Path(here, name)
+            _write_sealed(path, write)
+            patiently(lambda: system.put_file(str(path), f"{folder}/{name}"), self.place)
+
+    @contextmanager
+    def borrowed(self, name: str) -> Iterator[Path]:
+        """The file that `lend` kept: itself in a folder, else a copy for as long as the block.
+
+        Raises `fifa.shards.sealed.DamagedError` where it is not as it was written.
+        """
+        assert self.place is not None, "nobody else reads this process's memory"
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here:
+            path = Path(self.place, name)
+            if "://" in self.place:
+                system, folder = self._system()
+                path = Path(here, name)
+                patiently(lambda: system.get_file(f"{folder}/{name}", str(path)), self.place)
+            check_whole(path)
+            yield path
+
     def sweep(self) -> None:
         """Remove what writes that were killed have left."""
         if self.place is not None and "://" not in self.place:
@@ -113,3 +169,11 @@ class Ledger:
                 do="install the fsspec library that the message names, or name a shared folder",
             ) from error
         return system, str(path).rstrip("/")
+
+
+def _write_sealed(path: Path, write: Callable[[Path], None]) -> None:
+    write(path)
+    with path.open("r+b") as file:
+        file.seek(0, 2)
+        file.write(f"{SEAL}: {BLANK}".encode())  # behind what a reader reads
+        seal(file)

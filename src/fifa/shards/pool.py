@@ -22,7 +22,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import pyarrow as pa
 
@@ -293,6 +293,11 @@ def map_shards(what: str, function: Callable[[Any], pa.Table], *options: Any) ->
 def store_of(executor: Executor | None) -> str | None:
     """Where its workers can write shards; None: beside what they become."""
     return None if executor is None else executor.store
+
+
+def is_elsewhere(executor: Executor | None, ledger: Ledger) -> TypeGuard[Executor]:
+    """Whether others than this process work, and can reach the ledger."""
+    return executor is not None and not executor.is_here and ledger.place is not None
 
 
 def cores() -> int:

@@ -26,7 +26,7 @@ from fifa.data.images import Images, unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.batch import Imported, read_answers, write_requests
-from fifa.scoring.elsewhere import answered, ask_elsewhere, is_elsewhere
+from fifa.scoring.elsewhere import answered, ask_elsewhere
 from fifa.scoring.endpoint import Answers
 from fifa.scoring.judges.judge import Question, VLMJudge
 from fifa.scoring.judges.pictures import Pictures
@@ -36,7 +36,7 @@ from fifa.scoring.specs import Spec
 from fifa.scoring.table import score_facts, score_path, scored_once
 from fifa.shards.files import column_digest, digest, read_table, write_table
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Executor, store_of
+from fifa.shards.pool import Executor, is_elsewhere, store_of
 from fifa.shards.sealed import DamagedError
 
 Numbers = npt.NDArray[np.float32]

@@ -18,7 +18,7 @@ from fifa.config import Compute
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.scoring.batch import Imported, read_answers, write_requests
-from fifa.scoring.elsewhere import answered, ask_elsewhere, is_elsewhere
+from fifa.scoring.elsewhere import answered, ask_elsewhere
 from fifa.scoring.endpoint import Endpoint, endpoint_of
 from fifa.scoring.rubric import (
     PARSER,
@@ -31,7 +31,7 @@ from fifa.scoring.rubric import (
 from fifa.scoring.specs import RATERS, Spec
 from fifa.shards.files import digest
 from fifa.shards.ledger import Ledger
-from fifa.shards.pool import Executor
+from fifa.shards.pool import Executor, is_elsewhere
 
 
 @dataclass(frozen=True)
