@@ -85,6 +85,24 @@ def test_who_encodes_changes_no_weight_and_is_no_other_training(
     assert "finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("draws", [0, 2])
+def test_pairs_that_no_step_takes_are_not_encoded(draws, world, tmp_path, monkeypatch, capsys):
+    train = quick(world, steps=1, batch=2, draws=draws)
+    plan = plan_training(train, tmp_path)
+    assert plan.latents == plan_training(quick(world, steps=2, batch=2), tmp_path).latents / 2
+    assert plan.scalars == 2 * 2 * draws
+    some = run_training(train, tmp_path / "some")
+    assert "4 images" in capsys.readouterr().err
+    facts = json.loads((some / "train.json").read_text())
+    assert (facts["pairs"], facts["pairs_seen"]) == (4, 2)
+    monkeypatch.setattr(job_module, "presented", lambda train, pairs: list(range(pairs)))
+    every = run_training(train, tmp_path / "every")
+    assert "8 images" in capsys.readouterr().err
+    (one,), (other,) = read_stats(some), read_stats(every)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
+
+
 def test_another_training_is_not_taken_up(world, tmp_path):
     out = run_training(quick(world), tmp_path / "out")
     with pytest.raises(FifaError, match=r"another training.*beta: 500.0 / 1.0"):

@@ -3,18 +3,32 @@
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_diffusion import write_pairs
 from trainings import assemble, quick
 
+from fifa.config import Train
 from fifa.errors import FifaError
-from fifa.training.order import Stream
+from fifa.training.order import Stream, presented
 
 EASE = [0.1, 0.5, 0.5, 0.9, 0.0, 0.7, 0.5]
 
 
 def pairs_of(stream, steps):
     return [pair for step in steps for pair, _ in stream.step(step)]
+
+
+@pytest.mark.parametrize("order", ["random", "easy-first", "stages:2"])
+def test_what_is_presented_is_what_the_steps_take(order):
+    train = Train("pairs", "model", batch=3, steps=4, order=order)
+    ease = np.arange(50.0)
+    stream = Stream(50, 3, train.seed, 0, order, ease, 4)
+    taken = {pair for step in range(4) for pair, _ in stream.step(step)}
+    found = presented(train, 50)
+    assert found == sorted(found)
+    assert set(found) == taken if order == "random" else found == list(range(50))
+    assert presented(train, 12) == list(range(12))
 
 
 def test_random_is_what_it_has_always_been():

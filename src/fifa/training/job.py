@@ -55,7 +55,7 @@ from fifa.training.labels import choose_loss, with_labels
 from fifa.training.loop import Loop
 from fifa.training.losses import LOSSES
 from fifa.training.metrics import write_card
-from fifa.training.order import check_order
+from fifa.training.order import check_order, presented
 from fifa.training.plan import Plan, memory_of, size
 from fifa.training.ratings import read_training
 from fifa.training.resize import Resize
@@ -90,6 +90,8 @@ class Job:
         What is trained on, what is trained, what it will take.
     taught, held
         Numbers of the pairs to train on, and of those held out.
+    used
+        Numbers of the pairs that steps take or that are held out: no others are encoded.
     cache
         The folder of latents, embeddings and the reference's scalars.
     """
@@ -101,6 +103,7 @@ class Job:
     plan: Plan
     taught: list[int]
     held: list[int]
+    used: list[int]
     cache: Path
 
 
@@ -312,7 +315,9 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     Resize(resolution, backbone.pixels_per_latent, buckets)  # says what does not fit
     backbone.rehearse(resolution)
     shards = accelerator.num_processes if sharded else 1
-    latents, prompts = cache_bytes(pairs, backbone, resolution, train.cache_dtype)
+    used = sorted([*held, *(taught[row] for row in presented(train, len(taught)))])
+    some = pairs if len(used) == len(pairs) else pairs.take(used)
+    latents, prompts = cache_bytes(some, backbone, resolution, train.cache_dtype)
     plan = Plan(
         train,
         pairs=len(taught),
@@ -336,7 +341,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     # trainings on a run share its cache, unless it would not reach the store that they are in
     of_run = pairs.folder == run / "subset" and (is_written(run) or not is_written(out))
     cache = run / "train" if of_run else out / "cache"
-    return Job(train, accelerator, pairs, backbone, plan, taught, held, cache)
+    return Job(train, accelerator, pairs, backbone, plan, taught, held, used, cache)
 
 
 def check_kept(train: Train, backbone: Backbone, sharded: bool) -> None:
@@ -412,6 +417,7 @@ def make_source(job: Job) -> Source:
             share=(accelerator.process_index, accelerator.num_processes),
             wait=accelerator.wait_for_everyone,
             executor=executor,
+            rows=job.used,
         )
     job.backbone.drop_encoders(text=train.cache_prompts)
     device = accelerator.device
@@ -455,7 +461,9 @@ def make_reference(job: Job, source: Source) -> Reference | None:
     """
     train, accelerator = job.train, job.accelerator
     if train.draws:
-        return _table(job, source, source.taught, range(train.draws))
+        held = set(job.held)
+        rows = [row for row in job.used if row not in held]
+        return _table(job, source, rows, range(train.draws))
     if not LOSSES[train.loss].needs_reference:
         return None
     if train.method == "full":

@@ -107,6 +107,18 @@ class Stream:
         return sorted(range(self.pairs), key=lambda pair: -self.ease[pair])
 
 
+def presented(train: Train, pairs: int) -> list[int]:
+    """Which of so many pairs the steps of a training take, ascending.
+
+    All, where there is an epoch or more, or where the order is by what the base makes of them all.
+    """
+    steps = train.steps_of(pairs)
+    if train.order != "random" or steps * train.batch >= pairs:
+        return list(range(pairs))
+    stream = Stream(pairs, train.batch, train.seed)
+    return sorted({pair for step in range(steps) for pair, _ in stream.step(step)})
+
+
 @lru_cache(maxsize=2)  # a step takes from one epoch, or from two
 def _epoch(stream: Stream, pairs: int, epoch: int) -> Sequence[int]:
     """The order of an epoch of so many pairs: all, or the easiest ones."""

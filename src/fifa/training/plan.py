@@ -288,15 +288,20 @@ class Plan:
         return self.train.steps_of(self.pairs)
 
     @property
+    def presented(self) -> int:
+        """How often a pair is presented in all."""
+        return self.steps * self.train.batch
+
+    @property
     def scalars(self) -> int:
         """How many errors of the reference are computed before training."""
-        return (2 if self.what == "pairs" else 1) * self.pairs * self.train.draws
+        pairs = min(self.pairs, self.presented)
+        return (2 if self.what == "pairs" else 1) * pairs * self.train.draws
 
     def __str__(self) -> str:
         """A line a fact."""
         train, memory = self.train, self.memory
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.dropped.items())
-        presented = self.steps * train.batch
         shape = "in buckets by aspect ratio" if self.buckets else "cropped to squares"
         lines = [
             f"{self.what:11} {self.pairs:,}"
@@ -304,8 +309,8 @@ class Plan:
             + (f" (left out: {dropped})" if dropped else ""),
             f"steps       {self.steps:,} of {train.batch:,} {self.what}: "
             f"{self.processes:,} process(es), {self._micro_batches}",
-            f"epochs      {presented / self.pairs:.2f} ({presented:,} {self.what} presented)"
-            + self._order,
+            f"epochs      {self.presented / self.pairs:.2f} ({self.presented:,} {self.what} "
+            f"presented){self._order}",
             f"resolution  {self.resolution:,}, {shape}, computed in {self.dtype}",
             f"reference   {self._reference}",
             f"cache       about {size(self.latents + self.prompts)} on disk (latents "
