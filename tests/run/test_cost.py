@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from commands import fifa
-from fifa.config import Compute, Plan, Read, Recipe, Score, Select
+from fifa.config import Compute, Plan, Read, Recipe, Score, Select, Train
 from fifa.data.read import read_pairs
 from fifa.errors import FifaError
 from fifa.models.runtime import Runtime
@@ -185,6 +185,16 @@ def test_neighbours_by_their_number_and_place(by_hand, shipped, monkeypatch, pro
     facts = replace(facts_of(Plan(read=Read(str(shipped)))), prompts=prompts)
     step = cost._diversity(Rate(0, 0, "prompts", "by hand"), facts, Recipe())
     assert step.seconds == pytest.approx(took)
+
+
+def test_of_less_than_an_epoch_only_what_is_presented_is_encoded(by_hand, shipped):
+    recipe = Recipe(Read(str(shipped)), Score((COLUMNS,)))
+    facts = facts_of(Plan(read=recipe.read))
+    own, plan = Passes(facts.sample, recipe, 1.0, False), Plan("lora-small", read=recipe.read)
+    for order, pairs in (("random", 6), ("hard-first", 20)):
+        train = Train("", str(SD), batch=2, steps=3, holdout=0.0, order=order)
+        encode, _ = cost._train_steps(facts, own, train, plan, 20)
+        assert (encode.count, encode.seconds) == (f"{pairs} pairs", 10 + 0.5 * pairs)
 
 
 def test_held_out_pairs_are_measured_before_and_in_the_training(by_hand, shipped):

@@ -481,13 +481,16 @@ def _train_steps(
     held = round(kept * share)
     steps = train.steps_of(max(1, kept - held))
     cache, each, state = rates["cache"], rates["pair"], rates["state"]
+    encoded = kept
+    if train.order == "random":  # as `fifa.training.order.presented`
+        encoded = held + min(kept - held, steps * train.batch)
     # of all held-out pairs: the reference before the training, the policy several times in it
     measured = held * len(DRAWS) * FORWARD * each.each
     times = ceil(steps / steps_between(train, steps, held)) if held else 0
-    took = cache.seconds(kept) + measured
+    took = cache.seconds(encoded) + measured
     why = f"{cache.start:.1f} s to begin, {_each(cache)}, {cache.of}"
     why += f"; {seconds(measured)} for the reference's errors on held-out pairs" if held else ""
-    yield Step("encode", f"{kept:,} pairs", took, why, cache.size * kept)
+    yield Step("encode", f"{encoded:,} pairs", took, why, cache.size * encoded)
     took = each.seconds(steps * train.batch) + times * measured
     why = f"{each.each * 1000:.3g} ms a pair, {each.of}"
     why += f"; {held:,} held-out pairs are measured {times:,} times" if held else ""

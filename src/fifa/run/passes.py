@@ -340,6 +340,8 @@ def training_rates(passes: Passes, train: Train, budget: float, folder: Path) ->
     """
     most = passes.pairs.prompts.num_rows
     score = without_prompts(Score(margin=(RANDOM_MARGIN,)))
+    # In random order only what the few steps take would be encoded, and not all that is kept.
+    every = changed(train, order="hard-first") if train.order == "random" else train
 
     def subset(prompts: int) -> tuple[Path, int]:
         taken = passes.once(score, 1.0, folder / "run", prompts)
@@ -347,7 +349,7 @@ def training_rates(passes: Passes, train: Train, budget: float, folder: Path) ->
 
     def trained(source: Path, steps: int, batch: int, out: Path) -> float:
         """Seconds without those of the steps."""
-        short = partial_training(changed(train, source=str(source)), steps, batch)
+        short = partial_training(changed(every, source=str(source)), steps, batch)
         began = time.perf_counter()
         if out.name == "cold":
             in_process("train", short, out)
