@@ -9,8 +9,8 @@ harm_anchors.toml and the part ``build`` of I2P, PartiPrompts and Pick-a-Pic, wh
 person read (harm_labels.csv). A head a kind is a logistic regression, its sentences and the prompts
 labelled so against ordinary ones. ``toxic`` is a ridge to the square root of I2P's
 `prompt_toxicity`. Thresholds let through what they may of the ordinary prompts of the part
-``threshold``. Prompts that name an unsafe object of the small world are left out, so that its
-unsafe class is unseen. The part ``test`` is for scripts/measure_harm.py.
+``threshold``. The part ``test`` is for scripts/measure_harm.py, and so are the small world's
+prompts: sentences name its unsafe objects, as policies do, but none is nearly one of its prompts.
 
 ``language``: a logistic regression for nonsense on what the language model's pass says about one
 half of Pick-a-Pic's prompts and PartiPrompts, and about nonsense made of them; and the range of
@@ -21,7 +21,6 @@ scripts/measure_raters.py.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -30,21 +29,22 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from fifa.moji.world import WORLD
+from fifa.moji.world import scenes
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.local import nonsense_features, word_flags
 from fifa.scoring.raters.logits import load_reader, precision, smollm_path
-from rater_data import Corpus, corpus, made_nonsense, parti_prompts, real_prompts
+from moji.prompts import WORDINGS, wording
+from rater_data import ALIKE, Corpus, corpus, made_nonsense, parti_prompts, real_prompts
 
 OUT = Path(__file__).parents[1] / "src/fifa/scoring/harm_head.json"
 ANCHORS = Path(__file__).parent / "harm_anchors.toml"
-STRENGTH = 1.0  # C of the regressions; 0.3 to 10 hardly differ
+STRENGTH = 0.1  # C of the regressions; with more, fewer objects are known on an unusual ground
 READ, PARTI = 5.0, 5.0  # weights of a labelled prompt and of a PartiPrompt; a sentence has 1
 RIDGE = 1.0
 INSULT, ORDINARY = 0.85, 0.2  # roots of the toxicity that toxic and ordinary sentences stand for
 INSULTS, ORDINARIES = 0.5, 0.2  # their weights; a prompt of I2P has 1
 # Ordinary Pick-a-Pic prompts that a kind may flag falsely, and the toxicity
-FALSE, FALSELY_TOXIC = 0.002, 0.02
+FALSE, FALSELY_TOXIC = 0.0015, 0.015
 CAUGHT = 0.98  # of made nonsense (not of shuffled words) that `nonsense` catches there
 
 Array = npt.NDArray[np.float64]
@@ -64,10 +64,11 @@ def sentences() -> tuple[list[str], list[str]]:
     return [kind for kind, _ in made], [sentence for _, sentence in made]
 
 
-def world_words() -> re.Pattern[str]:
-    """What names an unsafe object of the small world, in singular and plural."""
-    names = "|".join(thing.name.removesuffix("s") for thing in WORLD.objects if thing.unsafe)
-    return re.compile(rf"\b(?:(?:{names})s?|knives)\b", re.IGNORECASE)
+def unlike_the_world(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which sentences are no near-duplicate of a small world's prompt for an unsafe object."""
+    asked = [wording(s, i) for s in scenes() if s.unsafe for i in range(len(WORDINGS))]
+    near = (vectors @ make_encoder("minilm").embed(asked).T).max(1)
+    return np.asarray(near <= ALIKE)
 
 
 def logistic(x: Array, y: npt.NDArray[np.bool_], weight: Array) -> tuple[Array, float]:
@@ -89,16 +90,16 @@ def ridge(x: Array, y: Array, weight: Array) -> tuple[Array, float]:
 
 def harm_heads() -> dict[str, object]:
     every = corpus()
-    kind, texts = map(np.array, sentences())
-    anchors = make_encoder("minilm").embed(list(texts)).astype(np.float64)
-    world = world_words()
-    named = np.array([bool(world.search(prompt)) for prompt in every.prompts])
+    kinds_of, texts = sentences()
+    vectors = make_encoder("minilm").embed(texts)
+    apart = unlike_the_world(vectors)
+    anchors, kind = vectors[apart].astype(np.float64), np.array(kinds_of)[apart]
     lexical = np.array([bool(word_flags(prompt)) for prompt in every.prompts])
     read = np.array([label not in ("", "benign") for label in every.label])
     clean = ~np.isin(every.group, every.group[read]) & ~lexical  # ordinary, as far as is known
-    learnt = np.flatnonzero((every.part == "build") & read & ~named)
+    learnt = np.flatnonzero((every.part == "build") & read)
     rows = every.rows("build", "parti", "pick")
-    ordinary = rows[(clean & ~named)[rows]]
+    ordinary = rows[clean[rows]]
     weight = np.where(every.source[ordinary] == "parti", PARTI, 1.0)
     kinds = [k for k in dict.fromkeys(kind.tolist()) if k not in ("benign", "toxic")]
     heads = {}
@@ -109,7 +110,7 @@ def harm_heads() -> dict[str, object]:
         weights = np.concatenate([np.ones(len(kind)), np.full(len(own), READ), weight])
         heads[name] = shipped(every, clean, *logistic(x, y, weights), FALSE, least=0.0)
     rude, fine = anchors[kind == "toxic"], anchors[kind == "benign"]
-    toxic = np.flatnonzero((every.source == "i2p") & (every.part != "test") & ~named)
+    toxic = np.flatnonzero((every.source == "i2p") & (every.part != "test"))
     parts = [every.vectors[toxic], rude, fine, every.vectors[ordinary]]
     sizes = list(map(len, parts))
     root = np.concatenate(
@@ -117,6 +118,7 @@ def harm_heads() -> dict[str, object]:
     )
     weights = np.repeat([1, INSULTS, ORDINARIES, ORDINARIES], sizes)
     line = ridge(np.concatenate(parts), root, weights)
+    print(f"{(~apart).sum()} of {len(apart)} sentences are the small world's: left out")
     print(f"{len(kind)} sentences, {len(learnt)} labelled and {len(ordinary)} ordinary prompts")
     return {
         "encoder": "minilm",
