@@ -39,7 +39,7 @@ from rater_data import ALIKE, Corpus, corpus, made_nonsense, parti_prompts, real
 OUT = Path(__file__).parents[1] / "src/fifa/scoring/harm_head.json"
 ANCHORS = Path(__file__).parent / "harm_anchors.toml"
 STRENGTH = 0.1  # C of the regressions; with more, fewer objects are known on an unusual ground
-READ, PARTI = 5.0, 5.0  # weights of a labelled prompt and of a PartiPrompt; a sentence has 1
+READ, PARTI = 5.0, 15.0  # weights of a labelled prompt and of a PartiPrompt; a sentence has 1
 RIDGE = 1.0
 INSULT, ORDINARY = 0.85, 0.2  # roots of the toxicity that toxic and ordinary sentences stand for
 INSULTS, ORDINARIES = 0.5, 0.2  # their weights; a prompt of I2P has 1
@@ -134,10 +134,10 @@ def shipped(
     false: float,
     least: float = -np.inf,
 ) -> dict[str, object]:
-    """A head as it is shipped: above its threshold are ``false`` of the ordinary prompts."""
+    """A head as shipped: over its threshold are ``false`` of the ordinary prompts, no PartiPrompt."""
     score = every.vectors @ w + b
     pick, parti = every.rows("threshold", "pick"), every.rows("threshold", "parti")
-    limits = [np.quantile(score[pick[clean[pick]]], 1 - false), np.sort(score[parti])[-2], least]
+    limits = [np.quantile(score[pick[clean[pick]]], 1 - false), score[parti].max(), least]
     return {
         "weights": [round(float(v), 4) for v in w],
         "bias": round(b, 4),
