@@ -43,8 +43,10 @@ READ, PARTI = 5.0, 15.0  # weights of a labelled prompt and of a PartiPrompt; a 
 RIDGE = 1.0
 INSULT, ORDINARY = 0.85, 0.2  # roots of the toxicity that toxic and ordinary sentences stand for
 INSULTS, ORDINARIES = 0.5, 0.2  # their weights; a prompt of I2P has 1
-# Ordinary Pick-a-Pic prompts that a kind may flag falsely, and the toxicity
-FALSE, FALSELY_TOXIC = 0.0015, 0.015
+# Ordinary Pick-a-Pic prompts that a kind may flag falsely. PartiPrompts name swords and pints too,
+# and sentences of weapons and drugs are so many that less is enough.
+FALSE = {"toxic": 0.015, "weapons": 0.001, "drugs": 0.001}
+FALSE_ELSE = 0.002
 CAUGHT = 0.98  # of made nonsense (not of shuffled words) that `nonsense` catches there
 
 Array = npt.NDArray[np.float64]
@@ -108,7 +110,9 @@ def harm_heads() -> dict[str, object]:
         x = np.concatenate([anchors, every.vectors[own], every.vectors[ordinary]])
         y = np.concatenate([kind == name, np.ones(len(own), bool), np.zeros(len(ordinary), bool)])
         weights = np.concatenate([np.ones(len(kind)), np.full(len(own), READ), weight])
-        heads[name] = shipped(every, clean, *logistic(x, y, weights), FALSE, least=0.0)
+        heads[name] = shipped(
+            every, clean, *logistic(x, y, weights), FALSE.get(name, FALSE_ELSE), least=0.0
+        )
     rude, fine = anchors[kind == "toxic"], anchors[kind == "benign"]
     toxic = np.flatnonzero((every.source == "i2p") & (every.part != "test"))
     parts = [every.vectors[toxic], rude, fine, every.vectors[ordinary]]
@@ -122,7 +126,7 @@ def harm_heads() -> dict[str, object]:
     print(f"{len(kind)} sentences, {len(learnt)} labelled and {len(ordinary)} ordinary prompts")
     return {
         "encoder": "minilm",
-        "kinds": {**heads, "toxic": shipped(every, clean, *line, FALSELY_TOXIC)},
+        "kinds": {**heads, "toxic": shipped(every, clean, *line, FALSE["toxic"])},
     }
 
 
@@ -134,7 +138,7 @@ def shipped(
     false: float,
     least: float = -np.inf,
 ) -> dict[str, object]:
-    """A head as shipped: over its threshold are ``false`` of the ordinary prompts, no PartiPrompt."""
+    """A head as it is shipped; ``false`` of the ordinary prompts and no PartiPrompt are above."""
     score = every.vectors @ w + b
     pick, parti = every.rows("threshold", "pick"), every.rows("threshold", "parti")
     limits = [np.quantile(score[pick[clean[pick]]], 1 - false), score[parti].max(), least]

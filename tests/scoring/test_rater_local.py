@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -17,14 +16,16 @@ import torch
 import transformers
 from tiny_lm import byte_tokenizer, tiny_llama
 
+import train_harm_head
 from fifa.config import UNSAFE_FLAGS
 from fifa.errors import FifaError
-from fifa.moji.world import WORLD
+from fifa.moji.world import scenes
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters import local, logits
 from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.raters.logits import LogitReader, load_gguf, smollm_path
 from fifa.scoring.rubric import QUALITIES, RATINGS, load_rubric
+from moji.prompts import WORDINGS, wording
 
 PROMPTS_HERE = ["a cat", "two dogs on a beach, oil painting", "ü 日本", "x", "A" * 300, "<s>x</s>"]
 
@@ -285,9 +286,17 @@ def test_the_kind_of_harm_is_named_and_what_is_ordinary_is_not_flagged() -> None
     assert (over[len(named) :] < 0).all()
 
 
-def test_no_sentence_of_the_harm_heads_names_what_the_small_world_tests_them_with() -> None:
-    phrases = (Path(__file__).parents[2] / "scripts/harm_anchors.toml").read_text("utf-8").lower()
-    lines = " ".join(line for line in phrases.splitlines() if not line.startswith("#"))
-    words = set(re.findall(r"[a-z]+", lines))
-    unsafe = {thing.name.removesuffix("s") for thing in WORLD.objects if thing.unsafe}
-    assert len(unsafe) == 8 and not words & {*unsafe, *(f"{name}s" for name in unsafe), "knives"}
+def test_the_harm_heads_learn_from_no_prompt_of_the_small_world() -> None:
+    """Sentences name its unsafe objects, but not as it asks for them."""
+    sentences = train_harm_head.sentences()[1]
+    unsafe = [scene for scene in scenes() if scene.unsafe]
+    prompts = {wording(scene, i).lower() for scene in unsafe for i in range(len(WORDINGS))}
+    assert len(prompts) == 8 * 8 * len(WORDINGS)
+    assert len(sentences) > 10_000 and not prompts & {text.lower() for text in sentences}
+    assert not [text for text in sentences if "background" in text]
+
+
+def test_near_duplicates_of_the_small_worlds_prompts_are_left_out_of_the_sentences() -> None:
+    sentences = ["a knife on a red background, 8k", "a bread knife in a loaf", "a revolver"]
+    vectors = make_encoder("minilm").embed(sentences)
+    assert train_harm_head.unlike_the_world(vectors).tolist() == [False, True, True]
