@@ -10,30 +10,38 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from endpoint_server import VLM, server
-from test_judge_server import judged, some, source
+from test_judge_server import difference, judged, opened, some, source
 
 import fifa
-from fifa.config import Compute
+from fifa.config import Compute, Rubric
 from fifa.errors import FifaError
 from fifa.scoring import elsewhere, offline
 from fifa.scoring.endpoint import ANSWERS, endpoint_of
 from fifa.scoring.judges import pairs as judges
+from fifa.scoring.judges.questions import train_rubric
 from fifa.scoring.quality import make_rater, quality_scores
 from fifa.scoring.rubric import QUALITIES
-from fifa.scoring.specs import RATERS
+from fifa.scoring.specs import RATERS, REWARDS
 from fifa.shards import pool
 from fifa.shards.pool import LocalPool
 
-# What FiFA uses of vLLM, with a model that grades by a prompt's length. "again": the first answer
-# does not parse; "never": none does; "long": more than the model reads.
+# What FiFA uses of vLLM, with a model that grades by a prompt's length and likes bright images.
+# "again": the first answer does not parse; "never": none does; "long": more than the model reads.
 STAND_IN = """
-import json, os
+import base64, io, json, os, re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+
+from PIL import Image
+
+
+class VLLMClientError(Exception):  # as in 0.32: no ValueError
+    pass
 
 
 @dataclass
@@ -51,25 +59,42 @@ class SamplingParams:
 
 
 class LLM:
-    def __init__(self, model, seed, gpu_memory_utilization):
-        assert 0 < gpu_memory_utilization < 1
+    def __init__(self, model, seed, structured_outputs_config, **options):
+        assert structured_outputs_config["disable_any_whitespace"]
+        assert 0 < options.get("gpu_memory_utilization", 0.5) < 1
+        assert 0 < options.get("kv_cache_memory_bytes", 1) <= 4 * 2**30
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         if "broken" in model:
             raise RuntimeError("no such architecture")
         self.model = model
 
     def chat(self, messages, how, use_tqdm):
-        prompts = [one[-1]["content"] for one in messages]
+        contents = [one[-1]["content"] for one in messages]
+        parts = [[c] if isinstance(c, str) else [p.get("text", "") for p in c] for c in contents]
+        prompts = ["".join(texts) for texts in parts]
+        with open(os.path.join(self.model, "lots"), "a") as lots:
+            lots.write(f"{len(prompts)}\\n")
         with open(os.path.join(self.model, "asked"), "a") as asked:
             asked.writelines(f"{os.getpid()} {prompt!r}\\n" for prompt in prompts)
-        if any("long" in prompt for prompt in prompts):
-            raise ValueError("the prompt is longer than the maximum model length")
-        return [self.answer(*one) for one in zip(prompts, how, strict=True)]
+        if "text" in self.model and not all(isinstance(one, str) for one in contents):
+            raise ValueError("text is not a multimodal model")
+        if any("long ago" in prompt for prompt in prompts):
+            raise VLLMClientError("the prompt is longer than the maximum model length")
+        return [self.answer(*one) for one in zip(prompts, contents, how, strict=True)]
 
-    def answer(self, prompt, how):
+    def answer(self, prompt, content, how):
         names = how.structured_outputs.json["properties"]
         grade = 1 + len(prompt) % 5
-        text = json.dumps({name: [] if name == "flags" else grade for name in names})
+        said = {name: [] if name == "flags" else grade for name in names}
+        if not isinstance(content, str):
+            urls = [one["image_url"]["url"] for one in content if "image_url" in one]
+            data = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in urls]
+            light = [sum(Image.open(one).getpixel((0, 0))) for one in data]
+            said = dict.fromkeys(names, "AB"[light[0] < light[-1]])
+            if len(light) == 1:
+                said = {n: "yes" if ("bright" in q) == (light[0] > 384) else "no"
+                        for n, q in re.findall(r"(q\\d+): (.*)", prompt)}
+        text = json.dumps(said)
         garbled = "never" in prompt or ("again" in prompt and not how.temperature)
         out = SimpleNamespace(
             text="what?" if garbled else text, token_ids=[1, 2], logprobs=None, finish_reason="stop"
@@ -126,14 +151,65 @@ def test_vllm_rates_in_this_process_and_keeps_every_answer(
     assert len(asked(model)) == before
 
 
-def test_vllm_is_named_by_its_weights(model: Path, tmp_path: Path) -> None:
+def test_a_judge_of_vllms_is_asked_in_small_lots(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(offline, "WITH_IMAGES", 8)  # images of a lot are all in memory
+    rows = some(6)
+    rows[2] = ("a story of long ago", *rows[2][1:])
+    pairs = fifa.read_pairs(source(tmp_path, rows))
+    table = judged(pairs, f"vllm:{model}", tmp_path / "scores")
+    right = [np.sign(opened(row[1]) - opened(row[2])) for row in rows]
+    right[2] = np.nan
+    assert np.array_equal(np.sign(difference(table)), right, equal_nan=True)
+    # the first lot is halved until what the engine refuses is alone: nothing is asked thrice
+    assert (model / "lots").read_text().split() == list("84421124")
+    assert "2 x no completion: the prompt is longer than" in capsys.readouterr().err
+    [path] = (tmp_path / "scores").glob("margin-*.parquet")
+    assert path.name.startswith("margin-vllm-grader-")
+    # from workers, which read the images
+    compute = Compute(executor="local:2")
+    there = judged(pairs, f"vllm:{model}", tmp_path / "there", compute=compute)
+    assert str(there.to_pydict()) == str(table.to_pydict())
+
+
+def test_a_model_that_sees_no_images_is_no_judge(model: Path, tmp_path: Path) -> None:
+    model = model.rename(model.with_name("text"))
+    pairs = fifa.read_pairs(source(tmp_path, some(4)))
+    told = r"the model answered none of 8 .*: 8 x .*not a multimodal.*\n.*\n.*--judge-side"
+    with pytest.raises(FifaError, match=told):
+        judged(pairs, f"vllm:{model}", tmp_path / "scores")
+
+
+def test_a_rubric_of_a_model_of_vllms_scores(model: Path, tmp_path: Path) -> None:
+    rows = [(*row[:3], float(opened(row[1]) > opened(row[2]))) for row in some(24)]
+    pairs, asked = fifa.read_pairs(source(tmp_path, rows)), tmp_path / "questions.txt"
+    asked.write_text("Is it bright?\nIs it dark?\n")
+    options = Rubric(judge=f"vllm:{model}", questions=str(asked))
+    train_rubric(pairs, tmp_path / "rubric", options, Compute())
+    d = difference(judged(pairs, f"rubric:{tmp_path / 'rubric'}"))
+    found = {(one > 0, row[3]) for one, row in zip(d, rows, strict=True) if one}
+    assert found == {(True, 1.0), (False, 0.0)}
+    served = REWARDS.parse(f"rubric:{tmp_path / 'rubric'}@http://localhost:8/v1").make()
+    assert (served.model, served.url) == (str(model), "http://localhost:8/v1")
+
+
+def test_vllm_is_named_by_its_weights_and_template(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = make_rater(f"vllm:{model}").identity
     assert endpoint_of(RATERS.parse(f"vllm:{model}")) == (str(model), "vllm")
     moved = model.rename(tmp_path / "elsewhere")
     assert make_rater(f"vllm:{moved}").identity == before
-    (moved / "config.json").write_text('{"other": 1}')
-    offline.weights_of.cache_clear()
-    assert make_rater(f"vllm:{moved}").identity != before
+    known = [before]
+    for name in ("config.json", "chat_template.jinja"):  # a template says what the model is asked
+        (moved / name).write_text('{"other": 1}')
+        offline.weights_of.cache_clear()
+        after = make_rater(f"vllm:{moved}").identity
+        assert after not in known
+        known.append(after)
+    monkeypatch.setattr(offline, "model_folder", lambda model, names: names)
+    assert "*.jinja" in offline._folder("hub/id")
 
 
 def test_vllm_that_is_missing_or_fails_is_told(model: Path, monkeypatch: Any) -> None:

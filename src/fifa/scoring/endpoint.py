@@ -167,6 +167,7 @@ class Endpoint(ABC):
     answer_type: ClassVar[type[BaseModel]]
     # for messages: what is done, to what, and what then came of it
     words: ClassVar[tuple[str, str, str]] = ("rating", "prompts", "rated")
+    shows_images: ClassVar[bool] = False
 
     @abstractmethod
     def request(self, question: Any) -> dict[str, Any]:
@@ -327,10 +328,13 @@ class Conversation:
             echo(f"{unrated} of {asked} {things} could not be {done}: {_most(self.unanswered)}")
 
     def _hopeless(self, what: str) -> FifaError:
+        who = "the model" if self.endpoint.is_offline else "the endpoint"
+        images = "lower --judge-side if images take more tokens than it reads; "
         return FifaError(
-            f"the endpoint {self.endpoint.words[2]} {what}: {_most(self.unanswered)}",
+            f"{who} {self.endpoint.words[2]} {what}: {_most(self.unanswered)}",
             where=f"{self.endpoint.model} at {self.endpoint.public_url}",
-            do="raise --max-tokens if answers are cut off or thinking has no end; otherwise check "
+            do="raise --max-tokens if answers are cut off or thinking has no end; "
+            f"{images if self.endpoint.shows_images else ''}otherwise check "
             "the model's name, or choose a model that can answer with JSON",
         )
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from fifa.console import quiet
 from fifa.errors import FifaError
-from fifa.models.hub import model_digest, model_folder
+from fifa.models.hub import PART_FILES, model_digest, model_folder
 from fifa.models.optional import require
 from fifa.models.runtime import SHARE, best_device, free_bytes
 from fifa.scoring.replies import NoAnswerError, tokens_of
@@ -22,7 +24,10 @@ from fifa.scoring.replies import NoAnswerError, tokens_of
 if TYPE_CHECKING:
     from fifa.scoring.endpoint import Conversation
 
-TOGETHER = 1024  # questions that the engine is given at once; answers are kept after each lot
+# Questions that the engine is given at once; answers are kept after each lot. It makes the images
+# of a whole lot ready before it begins: 3 to 14 MB of memory each, of 768 x 768 pixels.
+TOGETHER, WITH_IMAGES = 1024, 128
+CPU_CACHE = 4 * 2**30  # bytes of keys and values without a GPU
 INSTALL = "pip install vllm; or serve the model and name openai:MODEL@URL or vlm:MODEL@URL"
 RETRY_TEMPERATURE = 0.7  # after an answer that does not parse, for some chance of a better one
 
@@ -30,7 +35,12 @@ RETRY_TEMPERATURE = 0.7  # after an answer that does not parse, for some chance 
 @lru_cache(maxsize=1)
 def weights_of(model: str) -> str:
     """Names the weights of a folder or hub id, by the content of its files."""
-    return model_digest(model_folder(model))
+    return model_digest(_folder(model), PART_FILES)
+
+
+def _folder(model: str) -> Path:
+    """The model's folder, with the template of a chat, which may be a file of its own."""
+    return model_folder(model, [f"*{suffix}" for suffix in PART_FILES])
 
 
 def answer_offline(
@@ -42,8 +52,9 @@ def answer_offline(
     and as `Conversation.give_up` does.
     """
     endpoint, found, items = talk.endpoint, dict[str, BaseModel](), list(questions.items())
-    for start in range(0, len(items), TOGETHER):
-        part = items[start : start + TOGETHER]
+    lot = WITH_IMAGES if endpoint.shows_images else TOGETHER
+    for start in range(0, len(items), lot):
+        part = items[start : start + lot]
         left: dict[str, dict[str, Any]] = {}
         for key, question in part:
             try:
@@ -61,7 +72,9 @@ def answer_offline(
                     answer = endpoint.read_reply(reply)
                 except NoAnswerError as error:
                     answer = str(error)
-                if isinstance(answer, str):
+                if "error" in reply:  # it would be refused again
+                    talk.give_up(str(answer))
+                elif isinstance(answer, str):
                     left[key], why[key] = {**request, "temperature": RETRY_TEMPERATURE}, answer
                 else:
                     talk.keep(key, answer)
@@ -90,12 +103,22 @@ def _chat(model: str, requests: Sequence[dict[str, Any]], seed: int) -> list[dic
 
     messages, how = [r["messages"] for r in requests], [sampling(r) for r in requests]
     try:
-        outputs = engine.chat(messages, how, use_tqdm=False)
-    except ValueError as error:  # a prompt longer than the model reads: one of them, so each alone
+        with quiet(require("transformers")):
+            outputs = engine.chat(messages, how, use_tqdm=False)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
         if len(requests) == 1:
             return [{"error": {"message": str(error)}}]
-        return [reply for request in requests for reply in _chat(model, [request], seed)]
+        half = len(requests) // 2
+        return [r for part in (requests[:half], requests[half:]) for r in _chat(model, part, seed)]
     return [_completion(output) for output in outputs]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether one of the requests is at fault: more tokens than the model reads, for example."""
+    own = "VLLMClientError"  # 0.32 has it, and it is no ValueError
+    return isinstance(error, ValueError) or own in (kind.__name__ for kind in type(error).__mro__)
 
 
 @lru_cache(maxsize=1)
@@ -108,10 +131,20 @@ def _engine(model: str) -> Any:
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(name, value)
-    folder = model_folder(model)
+    folder = _folder(model)
     vllm = require("vllm", what="vllm:MODEL", do=INSTALL)
     try:
-        return vllm.LLM(str(folder), seed=0, gpu_memory_utilization=_share())
+        with quiet(require("transformers")):
+            return vllm.LLM(
+                str(folder),
+                seed=0,
+                max_model_len=-1,  # the model's own, or as many tokens as there is memory for
+                limit_mm_per_prompt={"video": 0},  # or it keeps memory for the longest one
+                # between the values of an object small models may write white space without end
+                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+                use_tqdm_on_load=False,
+                **_memory(),
+            )
     except Exception as error:  # vllm's, torch's and the model's own
         raise FifaError(
             f"vLLM cannot load the model: {str(error).strip()[:300]}",
@@ -121,17 +154,18 @@ def _engine(model: str) -> Any:
         ) from error
 
 
-def _share() -> float:
-    """The share of the device's memory (without CUDA: the machine's) that the engine fills.
+def _memory() -> dict[str, Any]:
+    """What the engine takes of a device's memory: a share of what is free, as others may be there.
 
-    It is a share of what is free, so that other models may be on the device already.
+    Without CUDA the memory is everybody's, and the engine takes what it is given at once: there
+    the cache of keys and values has a size of its own, or ``VLLM_CPU_KVCACHE_SPACE`` (GiB).
     """
     torch = require("torch")
     place = torch.device(best_device())
     free = free_bytes(place) or 0
     if place.type == "cuda":
-        return SHARE * free / int(torch.cuda.mem_get_info(place)[1])
-    return SHARE * free / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return {"gpu_memory_utilization": SHARE * free / int(torch.cuda.mem_get_info(place)[1])}
+    return {"kv_cache_memory_bytes": min(CPU_CACHE, free // 4)}
 
 
 def _completion(output: Any) -> dict[str, Any]:

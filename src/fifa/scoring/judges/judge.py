@@ -60,12 +60,14 @@ class VLMJudge(Endpoint):
 
     answer_type: ClassVar[type[BaseModel]] = Judgement
     words = ("asking", "questions about images", "answered")
+    shows_images = True
 
     @property
     def name(self) -> str:
         """The model's name, for people and file names."""
-        kind = VLLM if self.is_offline else "vlm"
-        return f"{kind}{'' if self.shown == 2 else '-image'}-{self.model}"
+        here = self.is_offline
+        kind, model = (VLLM, Path(self.model).name) if here else ("vlm", self.model)
+        return f"{kind}{'' if self.shown == 2 else '-image'}-{model}"
 
     @property
     def scale(self) -> str:

@@ -25,7 +25,7 @@ from fifa.console import echo
 from fifa.data.images import unique_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.endpoint import OPENAI
+from fifa.scoring.endpoint import OPENAI, VLLM
 from fifa.scoring.judges.formats import (
     Format,
     Judgement,
@@ -72,7 +72,7 @@ class RubricJudge(VLMJudge):
     @property
     def name(self) -> str:
         """For people and file names."""
-        return f"rubric-{self.model}"
+        return f"rubric-{Path(self.model).name if self.is_offline else self.model}"
 
     @property
     def format(self) -> Format:
@@ -151,6 +151,8 @@ def load_rubric_judge(
             where=str(place / SETTINGS),
             do="make one: fifa reward rubric SOURCE --judge vlm:MODEL@URL --out FOLDER",
         )
+    if spec.at and judge.name == VLLM:
+        judge = REWARDS.parse(f"vlm:{judge.model}")
     made = make_judge(replace(judge, at=spec.at or judge.at), folder, compute, shown=1)
     return RubricJudge(**{**vars(made), "questions": questions, "weights": weights})
 
@@ -223,7 +225,9 @@ def _train_rubric(
     weights = fit_l1(x, data.label, prompt_weights(data.prompt), penalty) / temperature
     order = np.argsort(-np.abs(weights), kind="stable")
     lines = [f"| {weights[i]:+.3f} | {kept[i]} |" for i in order]
-    model = f"{judge.model}@{judge.public_url}" if judge.url != OPENAI else judge.model
+    model = judge.model
+    if judge.url not in (OPENAI, VLLM):
+        model += f"@{judge.public_url}"
     settings = {
         "questions": [kept[i] for i in order],
         "weights": [float(weights[i]) for i in order],
