@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 import bucket
+from fifa.errors import FifaError
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Shard, map_shards
 from fifa.shards.sealed import DamagedError
@@ -104,3 +105,17 @@ def test_a_large_file_is_lent_once_and_a_damaged_one_is_not_read(where, tmp_path
         assert len(written) == 2
     ledger.forget()
     assert not place.exists()
+
+
+def test_a_store_that_is_not_there_is_told(tmp_path, monkeypatch):
+    bucket.use(tmp_path / "objects")
+    monkeypatch.setattr(bucket.Bucket, "put_file", gone)
+    ledger = Ledger(f"{bucket.NAME}://parts")
+    with pytest.raises(FifaError, match="cannot write"):
+        ledger.lend("it", lambda path: path.write_bytes(b"vectors"))
+    with pytest.raises(DamagedError, match="missing"), ledger.borrowed("it"):
+        pass
+
+
+def gone(*_, **more):
+    raise FileNotFoundError(2, "No such file or directory")

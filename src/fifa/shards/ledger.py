@@ -122,7 +122,11 @@ class Ledger:
         with tempfile.TemporaryDirectory() as here:
             path = Path(here, name)
             _write_sealed(path, write)
-            patiently(lambda: system.put_file(str(path), f"{folder}/{name}"), self.place)
+            where = f"{self.place}/{name}"
+            try:
+                patiently(lambda: system.put_file(str(path), f"{folder}/{name}"), where)
+            except FileNotFoundError as error:
+                raise cannot_write(Path(where), error) from error
 
     @contextmanager
     def borrowed(self, name: str) -> Iterator[Path]:
@@ -136,7 +140,11 @@ class Ledger:
             if "://" in self.place:
                 system, folder = self._system()
                 path = Path(here, name)
-                patiently(lambda: system.get_file(f"{folder}/{name}", str(path)), self.place)
+                where = f"{self.place}/{name}"
+                try:
+                    patiently(lambda: system.get_file(f"{folder}/{name}", str(path)), where)
+                except FileNotFoundError as error:
+                    raise DamagedError(where, missing=True) from error
             check_whole(path)
             yield path
 
