@@ -8,7 +8,7 @@ same sample of an image at every presentation learns its noise. They lie in shar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,6 @@ def encode(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
     executor: Executor | None = None,
-    rows: Sequence[int] | None = None,
 ) -> Encoded:
     """Encode all images and prompts of ``pairs`` that are not in ``folder`` yet.
 
@@ -151,8 +150,6 @@ def encode(
     executor
         Who encodes; by default this process. Workers elsewhere work for the first process of a
         group, load the model from the same path, and read the images by theirs.
-    rows
-        Numbers of the pairs that will be asked for, ascending; default: all.
 
     Raises
     ------
@@ -165,17 +162,12 @@ def encode(
         raise FifaError(f"no such precision: {dtype}", do=", ".join(DTYPES))
     folder = Path(folder)
     resize = Resize(resolution, backbone.pixels_per_latent, buckets)
-    named: list[Any] = [pairs.digest]
-    n = len(pairs)
-    asked = np.arange(n) if rows is None else np.asarray(rows)
-    if len(asked) < n:
-        named.append(asked.tolist())
-        pairs = pairs.take(asked.tolist())
-    plan = plan_images(_facts(pairs, folder, *named), resize, pairs.sides)
+    plan = plan_images(_facts(pairs, folder), resize, pairs.sides)
     captions = list(dict.fromkeys(["", *pairs.caption]))
     batch = batch or images_at_once(backbone, resolution)
     there = executor if executor and not executor.is_here else None
     encoder = Encoder(backbone, TensorShards(folder), dtype, batch, share, there)
+    named: list[Any] = [pairs.digest]
     if prompts:
         with collect_facts() as facts:
             places = encoder.prompts(captions).tolist()
@@ -194,15 +186,12 @@ def encode(
         text = lru_cache(maxsize=AGAIN)(partial(encode_caption, backbone, dtype))
         named += [backbone.encoders, dtype]
         _told_cuts(backbone, captions)
-    captioned = [""] * n
-    for row, caption in zip(asked.tolist(), pairs.caption, strict=True):
-        captioned[row] = caption
     encoded = Encoded(
         shards=encoder.shards,
-        moment_places=tuple(_at(asked, place[plan.slots], n) for place in images),
-        captions=captioned,
+        moment_places=tuple(place[plan.slots] for place in images),
+        captions=pairs.caption,
         text=text,
-        all_frames=_at(asked, plan.frames, n),
+        all_frames=plan.frames,
         factor=backbone.vae.factor,
         bytes=encoder.shards.check(),
         digest=digest(*named, encoder.shards.names),
@@ -216,11 +205,26 @@ def encode(
     return encoded
 
 
-def _at(rows: npt.NDArray[Any], values: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
-    """``values`` at some of n rows; -1 at the others, which nobody asks for."""
-    found = np.full((n, *values.shape[1:]), -1, values.dtype)
-    found[rows] = values
-    return found
+def spread(encoded: Encoded, rows: Sequence[int], n: int) -> Encoded:
+    """What was encoded of some of n pairs, by the numbers ``rows`` that they have among all.
+
+    Nothing can be read of the others.
+    """
+    captions = [""] * n
+    for row, caption in zip(rows, encoded.captions, strict=True):
+        captions[row] = caption
+
+    def among_all(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        found = np.full((n, *values.shape[1:]), -1, values.dtype)
+        found[rows] = values
+        return found
+
+    return replace(
+        encoded,
+        moment_places=tuple(map(among_all, encoded.moment_places)),
+        captions=captions,
+        all_frames=among_all(encoded.all_frames),
+    )
 
 
 def _told_cuts(backbone: Backbone, captions: Sequence[str], elsewhere: Any = None) -> None:
@@ -255,15 +259,13 @@ def forget_damaged(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _facts(pairs: TrainingPairs, folder: Path, *named: object) -> pa.Table:
+def _facts(pairs: TrainingPairs, folder: Path) -> pa.Table:
     """`fifa.data.images.FACTS` of `TrainingPairs.image_table`, kept in ``folder``.
-
-    ``named`` says which pairs they are.
 
     Raises `FifaError` if an image is missing or its header is that of no image: before
     anything has been computed.
     """
-    path = folder / f"images-{digest(*named, pairs.fingerprint)}.parquet"
+    path = folder / f"images-{digest(pairs.digest, pairs.fingerprint)}.parquet"
     forget_damaged(path)
     if path.exists():
         return read_table(path)

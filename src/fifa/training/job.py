@@ -47,7 +47,7 @@ from fifa.training.batches import (
     precompute,
     table,
 )
-from fifa.training.cache import cache_bytes, encode
+from fifa.training.cache import cache_bytes, encode, spread
 from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
 from fifa.training.encoding import arithmetic
 from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
@@ -404,9 +404,11 @@ def make_source(job: Job) -> Source:
     if train.quantize or quantized_parts(job.backbone.folder):
         check_quantizer(accelerator.device)
     check_disk(job.cache, job.plan.latents, job.plan.prompts)
+    n = len(job.pairs)
+    some = job.pairs if len(job.used) == n else job.pairs.take(job.used)
     with executor_of(train.cluster) as executor:
         encoded = encode(
-            job.pairs,
+            some,
             job.backbone,
             job.cache,
             resolution=job.plan.resolution,
@@ -417,8 +419,9 @@ def make_source(job: Job) -> Source:
             share=(accelerator.process_index, accelerator.num_processes),
             wait=accelerator.wait_for_everyone,
             executor=executor,
-            rows=job.used,
         )
+    if some is not job.pairs:
+        encoded = spread(encoded, job.used, n)
     job.backbone.drop_encoders(text=train.cache_prompts)
     device = accelerator.device
     source = Source(train, job.backbone, job.pairs, encoded, device, job.taught, job.held)

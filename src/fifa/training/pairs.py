@@ -110,6 +110,7 @@ class TrainingPairs:
             self,
             pair_id=[self.pair_id[i] for i in numbers],
             caption=[self.caption[i] for i in numbers],
+            digest=digest(self.digest, numbers),
             image_table=self.image_table.take(np.array(rows, np.int64)),
             **columns,
         )
