@@ -1,12 +1,14 @@
 """How many pairs go through the network at once, and what happens when memory runs out."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from trainings import assemble, fresh_process, furthest, quick, weights_of
 
+import fifa.training.backbones as backbones_module
 import fifa.training.batches as batches_module
 import fifa.training.fit as fit_module
 from fifa.config import changed
@@ -246,3 +248,25 @@ def test_a_precision_that_only_accelerate_knows_is_refused(monkeypatch, world):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(FifaError, match="configured for fp8"):
         make_accelerator(replace(quick(world), dtype=None))
+
+
+@pytest.fixture
+def encoders_as_on_cuda(monkeypatch):
+    """Encoders compute in what training computes in, also where the base is in float32."""
+    real = backbones_module.open_folder
+
+    def open_folder(model, device, dtype, encoding, kept):
+        return real(model, device, dtype, torch.bfloat16, kept)
+
+    monkeypatch.setattr(backbones_module, "open_folder", open_folder)
+
+
+def test_a_base_in_float32_is_no_reference_for_one_in_halves(world, tmp_path, encoders_as_on_cuda):
+    for method in ("lora", "full"):  # one cache, as two trainings on a run have
+        with fresh_process():
+            train = quick(world, method=method, dtype="bfloat16", draws=1, beta=5000.0)
+            loop = assemble(train, tmp_path)
+            with torch.no_grad():
+                loss, _ = loop.forward(loop.source.batch([(pair, 0) for pair in range(4)]))
+        # against its own base a pair's logit is 0
+        assert loss.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-3)
