@@ -136,7 +136,7 @@ class Holdout:
     def _sums(self, batch: Batch, backbone: Backbone) -> Tensor:
         base, _ = self.reference(batch) if self.reference else (None, None)
         policy, _ = predict(backbone, batch)
-        single = self.source.single(batch, self.rows)
+        single = self.source.single(batch, held=True)
         # of images one by one, the weight is what balances good and bad ones
         weight = torch.ones_like(batch.weight) if single is None else batch.weight
         loss = LOSSES[self.train.loss](self.train, policy, base, batch.label, weight)

@@ -279,7 +279,7 @@ class Loop:
         kl = None
         if base_prediction is not None:
             kl = distance(prediction, base_prediction, len(batch.items))
-        single = self.source.single(batch, self.source.taught)
+        single = self.source.single(batch)
         known = loss.requires_grad  # not under no_grad, where nothing is learned
         gradient = output_gradient(loss, policy, prediction[0].numel()) if known else None
         by_level = sums_by_level(levels_of(backbone, batch), policy, base, gradient)

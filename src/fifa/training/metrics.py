@@ -98,8 +98,9 @@ def sided(found: Tensor, label: Tensor, good: float) -> Tensor:
     share of all: sums over n images are then n times the mean of either side, as far as the n have
     that share of good ones. NaN for a side without images.
     """
-    sides = torch.stack([label, 1 - label], 1)
-    return found * sides / sides.new_tensor([good, 1 - good])
+    winner, loser = found * label[:, None], found * (1 - label)[:, None]
+    # by plain numbers: a tensor of them would wait for all that is queued on the device
+    return torch.cat([winner / good, loser / (1 - good)], 1)
 
 
 def means_of(total: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

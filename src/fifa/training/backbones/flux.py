@@ -61,7 +61,7 @@ class Flux(Backbone):
             pooled_projections=x["pooled"],
             encoder_hidden_states=x["prompt"],
             txt_ids=torch.zeros(x["prompt"].shape[1], 3, device=self.device, dtype=dtype),
-            img_ids=positions(height // 2, width // 2).to(self.device, dtype),
+            img_ids=positions(height // 2, width // 2, self.device).to(dtype),
             return_dict=False,
         )[0]
         return unpack(predicted, height, width).float()
@@ -81,8 +81,12 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
     return grid.reshape(n, wide // 4, height, width)
 
 
-def positions(rows: int, columns: int) -> Tensor:
-    """0, row and column of every patch, float32 ``[rows columns, 3]``."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+def positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """0, row and column of every patch, float32 ``[rows columns, 3]``.
+
+    Made where they are needed: a copy from the CPU would wait for all that is queued there.
+    """
+    axes = [torch.arange(n, device=device) for n in (rows, columns)]
+    row, column = torch.meshgrid(*axes, indexing="ij")
     ids: Tensor = torch.stack([torch.zeros_like(row), row, column], dim=-1)
     return ids.reshape(-1, 3).float()

@@ -69,14 +69,17 @@ class Flux2(Backbone):
             timestep=time.to(self.device, x["noisy"].dtype),  # the model multiplies it by 1,000
             guidance=guidance,
             encoder_hidden_states=x["prompt"],
-            txt_ids=positions(1, 1, x["prompt"].shape[1]).to(self.device),
-            img_ids=positions(height, width, 1).to(self.device),
+            txt_ids=positions(1, 1, x["prompt"].shape[1], self.device),
+            img_ids=positions(height, width, 1, self.device),
             return_dict=False,
         )[0]
         return predicted.mT.contiguous().view(noisy.shape).float()
 
 
-def positions(rows: int, columns: int, words: int) -> Tensor:
-    """0, row, column and word of every token, int64 ``[rows columns words, 4]``."""
-    axes = [torch.arange(n, device="cpu") for n in (1, rows, columns, words)]
-    return torch.cartesian_prod(*axes)
+def positions(rows: int, columns: int, words: int, device: torch.device) -> Tensor:
+    """0, row, column and word of every token, int64 ``[rows columns words, 4]``.
+
+    Made where they are needed, as FLUX.1's.
+    """
+    axes = [torch.arange(n, device=device) for n in (1, rows, columns, words)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
