@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from trainings import assemble, fresh_process, furthest, quick, weights_of
 
 import fifa.training.backbones as backbones_module
 import fifa.training.batches as batches_module
 import fifa.training.fit as fit_module
+import fifa.training.job as job_module
+import fifa.training.loop as loop_module
 from fifa.config import changed
 from fifa.errors import FifaError
+from fifa.training.checkpoint import make_state
 from fifa.training.fit import FIT, Fit, find_fit
 from fifa.training.job import run_training
 from fifa.training.loop import Feed
@@ -47,6 +51,20 @@ def pretend(loop, monkeypatch, fits):
     monkeypatch.setattr(torch, "tensor", lambda values, **where: torch.as_tensor(values))
     object.__setattr__(loop.source, "device", Device("cpu"))
     return tried
+
+
+def run_as_on_cuda(loop, monkeypatch):
+    """`Loop.run` as on a CUDA device: batches made in a thread, numbers read a step late."""
+
+    class Device(str):
+        type = "cuda"
+
+    monkeypatch.setattr(batches_module.Batch, "on", lambda self, device: self)
+    monkeypatch.setattr(batches_module, "pinned", lambda tensor, device: tensor)
+    monkeypatch.setattr(loop_module, "peak_bytes", lambda device: 0)
+    monkeypatch.setattr(loop_module, "find_fit", lambda train, *_: Fit(train.micro_batch, False))
+    object.__setattr__(loop.source, "device", Device("cpu"))
+    return loop.run()
 
 
 def test_on_a_processor_the_size_of_the_latents_decides(world, tmp_path):
@@ -133,8 +151,6 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_smaller_micro_batches
 
 
 def test_memory_that_a_single_pair_exhausts_is_told(world, tmp_path, monkeypatch):
-    import fifa.training.loop as loop_module
-
     def short(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -156,9 +172,77 @@ def test_micro_batches_made_in_a_thread_are_the_same_ones(world, tmp_path):
     ahead.close()
 
 
-def test_cudnns_attention_is_off_in_training_and_as_it_was_after(world, tmp_path, monkeypatch):
-    import fifa.training.loop as loop_module
+def test_numbers_read_a_step_late_train_the_same(world, tmp_path, monkeypatch):
+    train = quick(world, steps=5, save_every=2, holdout=0.5, validate_every=2, ema=0.9)
+    here, there = (assemble(train, tmp_path / name) for name in ("here", "there"))
+    assert here.run().step == run_as_on_cuda(there, monkeypatch).step == 5
+    assert furthest(here.state.averaged(), there.state.averaged()) == 0.0
+    lines = [
+        [{**line, "seconds": 0, "pairs_per_second": 0, "peak_bytes": 0} for line in read_stats(out)]
+        for out in (here.out, there.out)
+    ]
+    assert lines[0] == lines[1]
 
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("broken", [3, 4])  # before a state is written, and the step before
+def test_of_a_step_that_is_not_finite_nothing_is_written(bad, broken, world, tmp_path, monkeypatch):
+    train = quick(world, steps=6, save_every=2, log_every=1, micro_batch=4)
+    loop = assemble(train, tmp_path / "broken")
+    whole = assemble(train, tmp_path / "whole")
+    whole.run()
+    forward, calls = type(loop).forward, []
+
+    def breaking(self, batch):
+        loss, told = forward(self, batch)
+        calls.append(batch)
+        if len(calls) < broken:
+            return loss, told
+        # the square root of 0 is 0, and has no slope
+        return (loss * torch.nan, told * torch.nan) if bad == "loss" else ((loss * 0).sqrt(), told)
+
+    monkeypatch.setattr(type(loop), "forward", breaking)
+    with pytest.raises(FifaError, match=f"the {bad} is not finite in step {broken}"):
+        run_as_on_cuda(loop, monkeypatch)
+    assert [path.name for path in (loop.out / "state").iterdir()] == ["step-000002"]
+    assert [line["step"] for line in read_stats(loop.out)] == list(range(1, broken))
+    monkeypatch.undo()
+    again = assemble(train, tmp_path / "broken")
+    assert again.run().step == 6
+    assert furthest(again.state.weights(), whole.state.weights()) == 0.0
+
+
+def test_memory_that_ends_where_batches_are_made_halves_them_too(
+    world, tmp_path, monkeypatch, capsys
+):
+    train = quick(world, batch=4, micro_batch=4, lr=1e-4)
+    calm, loop = (assemble(train, tmp_path / name) for name in ("calm", "short"))
+    calm.run()
+    batch = batches_module.Source.batch
+
+    def short(self, items):  # memory to be copied from is pinned here, in a thread
+        if len(items) > 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return batch(self, items)
+
+    monkeypatch.setattr(batches_module.Source, "batch", short)
+    assert run_as_on_cuda(loop, monkeypatch).step == 3
+    assert "1 pairs a micro-batch from here on" in capsys.readouterr().err
+    assert furthest(calm.state.weights(), loop.state.weights()) < 1e-5
+
+
+def test_what_fails_where_batches_are_made_is_told(world, tmp_path, monkeypatch):
+    loop = assemble(quick(world), tmp_path)
+
+    def broken(self, items):
+        raise FifaError("a shard of the cache cannot be read")
+
+    monkeypatch.setattr(batches_module.Source, "batch", broken)
+    with pytest.raises(FifaError, match="a shard of the cache"):
+        run_as_on_cuda(loop, monkeypatch)
+
+
+def test_cudnns_attention_is_off_in_training_and_as_it_was_after(world, tmp_path, monkeypatch):
     forward, seen = loop_module.Loop.forward, set()
 
     def watched(self, batch):
@@ -184,16 +268,43 @@ def test_every_precision_trains_on_a_processor(dtype, cache_dtype, draws, world,
     assert all(torch.isfinite(value).all() for value in weights_of(out).values())
 
 
-def test_skipped_steps_are_no_trained_ones(world, tmp_path, monkeypatch):
-    from accelerate.optimizer import AcceleratedOptimizer
+def with_loss_scale(state):
+    """``state`` as in float16: the first gradients overflow, a millionth of them does not."""
+    accelerator = state.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-20)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=accelerator.scaler)
+    accelerator._optimizers = [optimizer]
+    return replace(state, optimizer=optimizer)
 
-    skips = iter([True, False, False])
-    overflow = property(lambda self: next(skips))
-    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", overflow)
-    out = run_training(quick(world, steps=3), tmp_path / "out")
-    lines = read_stats(out)
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_steps_whose_gradients_overflow_are_skipped_and_counted(
+    optimizer, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job_module, "make_state", lambda *of: with_loss_scale(make_state(*of)))
+    step, same = loop_module.Loop.step, []
+
+    def watched(self, *of):
+        both = self.state.weights, self.state.averaged
+        before = [{name: value.clone() for name, value in one().items()} for one in both]
+        read = step(self, *of)
+        same.append([furthest(old, one()) == 0.0 for old, one in zip(before, both, strict=True)])
+        return read
+
+    monkeypatch.setattr(loop_module.Loop, "step", watched)
+    train = quick(world, steps=3, ema=0.5, optimizer=optimizer, beta=5000.0)
+    out = run_training(train, tmp_path / "out")
+    assert same == [[True, True], [False, False], [False, False]]
+
+    def refused(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (out / "stats.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=refused) for line in text]
     assert [line["skipped"] for line in lines] == [1, 1, 1]
     assert [line["pairs"] for line in lines] == [0, 4, 8]
+    assert [line["gradient_norm"] is None for line in lines] == [True, False, False]
     facts = json.loads((out / "train.json").read_text())
     assert (facts["steps"], facts["skipped_steps"], facts["pairs_seen"]) == (3, 1, 8)
 

@@ -139,14 +139,14 @@ class Loop:
 
                     ``found`` is what held-out pairs say after it.
                     """
-                    *totals, norm, spread, gain, skipped = read()
+                    *totals, norm, spread, gain = read()
                     self._must_be_finite(step, totals[0], norm)
                     taken = done.after_step(
                         totals,
                         train.batch,
                         time.perf_counter() - begun,
                         running=(spread, gain),
-                        skipped=bool(skipped),
+                        skipped=not math.isfinite(norm),
                     )
                     if found:
                         taken = taken.after_holdout(found)
@@ -184,7 +184,7 @@ class Loop:
         return {
             **stats_line(done.sums[: len(SUMS)], done.window),
             **line_by_level(done.sums[len(SUMS) :], "by_level"),
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
             "pairs": done.pairs,
             "skipped": done.skipped,
@@ -209,8 +209,8 @@ class Loop:
         -------
         Read
             What `forward` adds up, over all processes; then the gradient's norm before it was
-            clipped; then what `run_on` keeps; then 1 if the step was skipped, as float16's
-            gradients overflowed, else 0.
+            clipped, which is not finite if float16's gradients overflowed and the step was skipped;
+            then what `run_on` keeps.
         """
         train, state = self.train, self.state
         accelerator, optimizer = state.accelerator, state.optimizer
@@ -234,17 +234,18 @@ class Loop:
         state.running.copy_(run_on(state.running, *means_of(total, train.batch)))
         numbers = torch.cat([total, norm.detach().float().reshape(1), state.running])
         read = read_back(numbers)
-        if numbers.device.type != "cuda":  # nothing to wait for: before it reaches the weights
+        if self.source.device.type != "cuda":  # nothing to wait for: before it reaches the weights
             loss, *_, known, _, _ = read().tolist()
             self._must_be_finite(step, loss, known)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        # the fused optimiser skips on the device, so `step_was_skipped` never says so
         optimizer.step()
-        skipped = bool(optimizer.step_was_skipped)
         optimizer.zero_grad()
-        if state.average is not None and not skipped:
+        # float16 waits for the device here
+        if state.average is not None and (accelerator.scaler is None or bool(norm.isfinite())):
             state.average.update(step + 1)
-        return lambda: [*read().tolist(), float(skipped)]
+        return lambda: read().tolist()
 
     def gradients(self, step: int, feed: Feed) -> Tensor:
         """Add a step's gradients up; its sums on this process, not yet on the host."""
