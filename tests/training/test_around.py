@@ -27,7 +27,7 @@ from fifa.training.checkpoint import FACTS, TENSORS, add_lora, make_optimizer
 from fifa.training.job import check_disk, make_accelerator, plan_training, run_training
 from fifa.training.metrics import read_stats
 from fifa.training.plan import memory_of, needs_copy
-from fifa.training.samples import GAP
+from fifa.training.samples import GAP, Samples
 
 CPU = torch.device("cpu")
 
@@ -62,10 +62,28 @@ def test_samples_stand_beside_the_bases(method, world, tmp_path):
     assert furthest(weights_of(out), weights_of(plain)) == 0.0
 
 
+def test_memory_that_ends_with_the_samples_is_told_and_the_training_goes_on_without(
+    world, tmp_path, monkeypatch
+):
+    train = quick(world, steps=4, sample_every=3, sample_steps=1, save_every=1)
+    made = Samples._made
+
+    def short(self, parts):
+        if parts:  # beside the weights that are trained
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return made(self, parts)
+
+    monkeypatch.setattr(Samples, "_made", short)
+    with pytest.raises(FifaError, match="while sample images were made") as told:
+        run_training(train, tmp_path / "out")
+    assert "--sample-every 0" in str(told.value)
+    out = run_training(replace(train, sample_every=0), tmp_path / "out")
+    whole = run_training(replace(train, sample_every=0), tmp_path / "whole")
+    assert furthest(weights_of(out), weights_of(whole)) == 0.0
+
+
 def test_prompts_to_draw_are_the_pairs_unless_given(world, tmp_path):
     loop = assemble(quick(world), tmp_path)
-    from fifa.training.samples import Samples
-
     accelerator = loop.state.accelerator
     captions = ["a", "b", "a", "", "c", "d", "e"]
     samples = Samples(loop.train, loop.source.backbone, captions, tmp_path, accelerator, 64)

@@ -68,7 +68,7 @@ MOST_LATENTS = 4096  # pixels a side of a latent that a model may say it was mad
 # What may differ when a training is taken up again: it changes no weight by more than rounding.
 FREE = frozenset(
     {"device", "compile", "offload", "channels_last", "gradient_checkpointing", "micro_batch"}
-    | {"tracker", "log_every", "save_every", "cache_prompts"}
+    | {"tracker", "log_every", "save_every", "sample_every", "cache_prompts"}
     | {f"cluster.{field.name}" for field in fields(Cluster)}
 )
 

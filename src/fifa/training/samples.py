@@ -16,7 +16,7 @@ from fifa.config import Train
 from fifa.errors import FifaError
 from fifa.models.networks import load_parts, loading
 from fifa.models.optional import require
-from fifa.models.runtime import release_memory
+from fifa.models.runtime import out_of_memory, release_memory
 from fifa.shards.files import atomic_path, read_json
 from fifa.training.backbones.base import Backbone
 from fifa.training.batches import seed_of
@@ -94,8 +94,20 @@ class Samples:
     def _drawn(self, parts: dict[str, Any]) -> Image.Image:
         """An image a prompt, one below the other, by the stock pipeline of the base's folder.
 
-        ``parts`` of it are in memory already.
+        ``parts`` of it are in memory already. Raises `FifaError` where memory does not suffice.
         """
+        try:
+            return self._made(parts)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise FifaError(
+                "out of memory while sample images were made",
+                where=str(self.accelerator.device),
+                do="--sample-every 0: the same command continues without them",
+            ) from error
+
+    def _made(self, parts: dict[str, Any]) -> Image.Image:
         diffusers = require("diffusers", "train")
         index = read_json(self.backbone.folder / "model_index.json", "the pipeline's index")
         if "safety_checker" in index:  # no part of what is trained, and often not downloaded
