@@ -17,7 +17,8 @@
 - compile (not in all): `fifa train --compile`, its first run and one that finds it compiled.
 - --memory: what trainings take on smaller cards, which the allocator's limit imitates.
 
-Every side runs in a process of its own. Weights are random, models and data are made on the way.
+Every side runs in a process of its own; those of a part import their libraries together, while its
+models and data are made. Weights are random, models and data are made on the way.
 On a machine without CUDA everything is tiny: that shows that it runs, and measures nothing.
 """
 
@@ -26,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +37,30 @@ from pathlib import Path
 from typing import Any
 
 from common import report
-from gpu_sides import GB, HERE, MEMORY, SIDE_SECONDS, SIDES, memory_of, offline, sizes
+from gpu_sides import (
+    COMPILE_SECONDS,
+    GB,
+    HERE,
+    MEMORY,
+    SIDE_SECONDS,
+    SIDES,
+    memory_of,
+    offline,
+    sizes,
+)
+
+
+def new_process() -> subprocess.Popen[str]:
+    """A process that imports what sides need, says so, and waits for one."""
+    command, pipe = [sys.executable, str(HERE / "gpu_sides.py")], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=offline())
+
+
+def wait_for(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """The same process, once it has imported."""
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 class Bench:
@@ -55,6 +78,26 @@ class Bench:
 
     def __init__(self, folder: Path, script: str = "", here: bool = False) -> None:
         self.folder, self.script, self.here = folder, script, here
+        self._waiting: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End processes that no side has taken."""
+        for process in self._waiting:
+            process.kill()
+            process.communicate()
+
+    def begin(self, sides: int, part: str = "") -> None:
+        """Make a part's models and data, while the processes of its sides import together.
+
+        So that imports are in no figure, and paid for once.
+        """
+        started = [] if self.here else [new_process() for _ in range(sides)]
+        if part:
+            self.side("make_world", part=part)
+        self._waiting += map(wait_for, started)
 
     def side(self, name: str, **options: Any) -> dict[str, Any]:
         """What a side found; empty where it failed, and the others go on."""
@@ -62,18 +105,15 @@ class Bench:
         if self.here:
             found = SIDES[name](self.folder, **options)
         else:
-            told = [name, str(self.folder), json.dumps(options)]
+            process = self._waiting.pop() if self._waiting else wait_for(new_process())
+            told = json.dumps([name, str(self.folder), options])
+            seconds = COMPILE_SECONDS if options.get("compile") else SIDE_SECONDS
             try:
-                done = subprocess.run(
-                    [sys.executable, str(HERE / "gpu_sides.py"), *told],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                    timeout=SIDE_SECONDS,
-                    env=offline(),
-                )
-                found = json.loads(done.stdout.splitlines()[-1])
-            except (subprocess.SubprocessError, ValueError, IndexError) as error:
+                printed, _ = process.communicate(told, timeout=seconds)
+                found = json.loads(printed.splitlines()[-1])
+            except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+                process.kill()  # one that hangs
+                process.communicate()
                 print(f"{name} failed: {str(error)[-300:]}", file=sys.stderr, flush=True)
                 found = {}
         taken = time.perf_counter() - begun
@@ -83,7 +123,7 @@ class Bench:
 
     def train(self) -> None:
         """`fifa train` beside the script and the policy alone."""
-        self.side("make_world", part="train")
+        self.begin(4, "train")
         ours = self.side("train_fifa", draws=0)
         draws = self.side("train_fifa", draws=2)
         policy = self.side("train_policy", pairs=int(ours.get("micro_batch", 0)))
@@ -118,7 +158,7 @@ class Bench:
 
     def score(self) -> None:
         """The engine beside the tower, the decoder and the loop."""
-        self.side("make_world", part="score")
+        self.begin(4, "score")
         ours, tower = self.side("score_engine"), self.side("score_tower")
         decoder, loop = self.side("score_decoder"), self.side("score_loop")
         rows: list[Sequence[object]] = [("", "images/s", "fifa / it", "GB")]
@@ -143,7 +183,7 @@ class Bench:
 
     def generate(self) -> None:
         """Images of `fifa evaluate` beside the stock pipeline's."""
-        self.side("make_world", part="generate")
+        self.begin(2, "generate")
         ours, stock = self.side("generate_fifa"), self.side("generate_stock")
         rows: list[Sequence[object]] = [("", "images/s", "fifa / it", "GB")]
         label = f"fifa evaluate ({of(ours, 'batch'):.0f} together)"
@@ -156,7 +196,7 @@ class Bench:
 
     def rate(self) -> None:
         """The local rater beside the batched loop."""
-        self.side("make_world", part="rate")
+        self.begin(1, "rate")
         found = self.side("rate_prompts")
         ours, loop, limit = (of(found, f"{n}_prompts_s") for n in ("ours", "loop", "forward"))
         rows: list[Sequence[object]] = [
@@ -169,6 +209,7 @@ class Bench:
 
     def knn(self) -> None:
         """Exact neighbours on the device beside faiss."""
+        self.begin(1)
         found, size = self.side("knn_search"), sizes()
         rows: list[Sequence[object]] = [("", "s", "prompts/s")]
         for label, name, count in (
@@ -190,8 +231,7 @@ class Bench:
 
     def compile(self) -> None:
         """`fifa train --compile`, cold and warm, beside the same without."""
-        self.side("make_world", part="train")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
+        self.begin(3, "train")
         rows: list[Sequence[object]] = [("fifa train", "pairs/s", "first step s")]
         found = {}
         for name, compiled in (("plain", False), ("cold", True), ("warm", True)):
@@ -203,7 +243,7 @@ class Bench:
 
     def memory(self) -> None:
         """What trainings take on smaller cards."""
-        self.side("make_world", part="memory")
+        self.begin(len(MEMORY), "memory")
         rows: list[Sequence[object]] = [("", "phase", "s", "GB", "GB reserved")]
         found_peaks = {}
         for what, (title, card, *_) in MEMORY.items():
@@ -257,12 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("no CUDA device: everything is tiny, and no figure means anything", flush=True)
     with tempfile.TemporaryDirectory(dir=roomy_folder()) as temporary:
-        bench = Bench(given.folder or Path(temporary), given.peer_script, given.here)
         parts = ["memory"] if given.memory else PARTS if given.part == "all" else [given.part]
-        for part in parts:
-            begun = time.perf_counter()
-            getattr(bench, part)()
-            print(f"({part} took {time.perf_counter() - begun:.0f} s)\n", flush=True)
+        begun = time.perf_counter()
+        with Bench(given.folder or Path(temporary), given.peer_script, given.here) as bench:
+            for part in parts:
+                getattr(bench, part)()
+                now = time.perf_counter()
+                print(f"({part} took {now - begun:.0f} s)\n", flush=True)
+                begun = now
 
 
 if __name__ == "__main__":

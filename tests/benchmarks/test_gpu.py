@@ -66,12 +66,14 @@ def test_a_model_has_the_numbers_of_the_published_one(size, family):
 
 
 def test_a_side_that_fails_ends_no_part(tmp_path, capsys):
-    assert Bench(tmp_path).side("score_tower") == {}
+    with Bench(tmp_path) as bench:
+        assert bench.side("score_tower") == {}
     assert "score_tower failed" in capsys.readouterr().err
 
 
 def test_a_side_runs_in_a_process_of_its_own(tmp_path):
-    found = Bench(tmp_path).side("knn_search")
+    with Bench(tmp_path) as bench:
+        found = bench.side("knn_search")
     assert found["same"] == 1
 
 

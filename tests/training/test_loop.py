@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -257,6 +258,30 @@ def test_micro_batches_and_checkpointing_change_nothing_but_rounding(world, tmp_
     ):
         other = weights_of(run_training(replace(train, **knobs), tmp_path / str(number)))
         assert furthest(base, other) < 1e-5
+
+
+@pytest.fixture
+def count_graphs(monkeypatch):
+    """The graphs that a training compiles, which is as it is but for the code of kernels."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+
+    def count(train, out):
+        torch._dynamo.reset()
+        counters.clear()
+        run_training(train, out)
+        return counters["stats"]["unique_graphs"]
+
+    yield count
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch hides
+def test_only_steps_are_compiled(count_graphs, world, tmp_path):
+    alone = quick(world, compile=True, micro_batch=4, holdout=0.2, steps=1)
+    often = replace(alone, steps=3, validate_every=1, sample_every=1, sample_steps=1)
+    assert count_graphs(often, tmp_path / "often") == count_graphs(alone, tmp_path / "alone") > 0
 
 
 def test_the_folders_own_weights_enter_the_loss(world, tmp_path):

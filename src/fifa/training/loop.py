@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +128,7 @@ class Loop:
         fit = find_fit(train, self.source, state, self.forward, self.out)
         feed = Feed(self, fit.micro_batch)
         if train.compile:
+            echo("compiling the denoiser: the first step may take minutes")
             state.compile()
         stats = Stats(train, self.out, done) if state.accelerator.is_main_process else None
         begun = time.perf_counter() - done.seconds
@@ -169,11 +170,12 @@ class Loop:
                         done = take(*queued)
                     queued = (step, rate, read)
                     if self.writes_after(step + 1):
-                        found = None
-                        if self.holdout.is_due(step + 1, self.last):
-                            found = self.holdout.measure(state, feed.size)
-                        done, queued = take(*queued, found), None
-                        self.save(done)
+                        with self._uncompiled():
+                            found = None
+                            if self.holdout.is_due(step + 1, self.last):
+                                found = self.holdout.measure(state, feed.size)
+                            done, queued = take(*queued, found), None
+                            self.save(done)
         finally:
             if stats:
                 stats.close()
@@ -329,6 +331,17 @@ class Loop:
             self.samples.draw(done.step, self.state)
         if done.step % train.save_every == 0 or done.step == self.last or stopped:
             self.state.save(self.out, replace(done, stats=stats_digest(self.out)))
+
+    def _uncompiled(self) -> AbstractContextManager[object]:
+        """Between steps the network runs as written: a graph without gradients is one more each.
+
+        To compile them takes longer than they save. And held-out pairs are compared with errors of
+        the reference that were computed uncompiled: in bfloat16, two graphs differ by rounding.
+        """
+        if not self.train.compile:
+            return nullcontext()
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
 
     def _may_halve(self, size: int) -> bool:
         """Whether smaller micro-batches help: several processes would have to agree on them."""
