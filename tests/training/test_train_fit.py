@@ -381,3 +381,10 @@ def test_a_base_in_float32_is_no_reference_for_one_in_halves(world, tmp_path, en
                 loss, _ = loop.forward(loop.source.batch([(pair, 0) for pair in range(4)]))
         # against its own base a pair's logit is 0
         assert loss.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-3)
+
+
+def test_a_processor_does_not_train_in_float16(world, tmp_path):
+    for method in ("lora", "full"):
+        with pytest.raises(FifaError, match="does not train in float16") as told:
+            run_training(quick(world, dtype="float16", method=method), tmp_path / method)
+        assert "bfloat16" in str(told.value)

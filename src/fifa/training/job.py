@@ -24,7 +24,7 @@ from fifa.models.assemble import assembled
 from fifa.models.frozen import OFFLOAD, check_quantizer, quantized_parts
 from fifa.models.lora import find_lora
 from fifa.models.optional import require
-from fifa.models.runtime import best_dtype, free_bytes, out_of_memory
+from fifa.models.runtime import best_device, best_dtype, free_bytes, out_of_memory
 from fifa.shards.executors import executor_of
 from fifa.shards.files import (
     check_free,
@@ -257,7 +257,7 @@ def make_accelerator(train: Train) -> Any:
     If none is: in the one that accelerate is configured for, or in the fastest one of the device.
 
     Raises `FifaError` where this process has computed in another precision before, and for one
-    that is not known here.
+    that is not known here, or that the device does not compute in.
     """
     accelerate: Any = require("accelerate", "train")
     handlers = [
@@ -272,6 +272,11 @@ def make_accelerator(train: Train) -> Any:
         raise FifaError(f"accelerate is configured for {configured}", do="give --dtype")
     best = best_dtype("cpu" if processor else "cuda")
     dtype = train.dtype or (best if configured == "no" else DTYPES[configured])
+    if dtype == "float16" and (train.device == "cpu" or best_device() == "cpu"):
+        # accelerate takes it, and computes in whatever types the weights are in
+        raise FifaError(
+            "a processor does not train in float16", do="--dtype bfloat16 or float32, or a GPU"
+        )
     try:
         return accelerate.Accelerator(
             mixed_precision=PRECISIONS[dtype],
