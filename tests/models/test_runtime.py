@@ -14,6 +14,7 @@ from fifa.models.runtime import (
     even_batches,
     largest_batch,
     make_runtime,
+    pinned,
 )
 
 GB = 10**9
@@ -127,6 +128,26 @@ def test_parts_of_one_row_cannot_be_halved():
 
     with pytest.raises(FifaError, match="out of memory with a single image"):
         list(Parts("image").run(function, 3, 2))
+
+
+def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch):
+    rows, message = torch.arange(3), "CUDA error: out of memory"
+
+    def pin(self):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert pinned(rows, "cuda:0") is rows
+    message = "Cannot pin a sparse tensor"
+    with pytest.raises(RuntimeError, match="sparse"):
+        pinned(rows, "cuda:0")
+
+
+def test_precision_of_products_is_as_before_also_after_an_error():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ValueError, match="out"), Runtime("cuda", "float32").autocast():
+        raise ValueError("out")
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_processor_computes_in_float32_and_its_products_are_left_alone():

@@ -130,7 +130,7 @@ def test_products_of_halves_suffice_for_nearly_all_prompts(monkeypatch: pytest.M
 @pytest.mark.parametrize("device", DEVICES)
 def test_products_of_halves_are_as_near_as_their_bound_says(device: str) -> None:
     vectors = random(2000, 384)
-    part = neighbours._load(vectors, torch.device(device))
+    part = neighbours._load(vectors, slice(0, 2000), torch.device(device))
     queries = torch.from_numpy(vectors[:300]).to(device)
     with neighbours._plain_products():
         half, full = (neighbours._group_scores(part, queries, h).double() for h in (True, False))
@@ -194,6 +194,17 @@ def test_a_query_with_too_few_candidates_is_searched_exactly() -> None:
     vectors = clustered(1200, 8)
     found = approximate_search(vectors, approximate_index(vectors))(vectors[:50], 1200)
     assert (np.sort(found, axis=1) == np.arange(1200)).all()
+
+
+@pytest.mark.parametrize("most", [None, 1000])
+def test_kept_vectors_are_widened_on_the_device(most, monkeypatch):
+    vectors = Kept(np.concatenate([random(3000, 48), np.zeros((2, 48))]).astype(np.float16))
+    plain = vectors[:]
+    queries = plain[::7]
+    if most:  # memory for so many of them
+        monkeypatch.setattr(neighbours, "free_bytes", lambda device: most * 15 * 56)
+    monkeypatch.setattr(Kept, "__getitem__", lambda *of: pytest.fail("widened on the host"))
+    check(plain, queries, 11, device_search(vectors, "cpu")(queries, 11))
 
 
 def test_one_block_of_kept_vectors_at_a_time_is_in_float32(monkeypatch):

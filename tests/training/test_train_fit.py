@@ -18,7 +18,7 @@ from fifa.config import changed
 from fifa.errors import FifaError
 from fifa.training.checkpoint import make_state
 from fifa.training.fit import FIT, Fit, find_fit
-from fifa.training.job import run_training
+from fifa.training.job import on_device, run_training
 from fifa.training.loop import Feed
 from fifa.training.metrics import read_stats
 
@@ -253,6 +253,9 @@ def test_cudnns_attention_is_off_in_training_and_as_it_was_after(world, tmp_path
     for before in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(before)
         run_training(quick(world, steps=1), tmp_path / str(before))
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+        with pytest.raises(ValueError, match="broken"), on_device(torch.device("cpu")):
+            raise ValueError("broken")
         assert torch.backends.cuda.cudnn_sdp_enabled() is before
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert seen == {False}

@@ -90,10 +90,18 @@ class Runtime:
 
 
 def pinned(tensor: Tensor, device: Any) -> Tensor:
-    """``tensor`` in memory that a CUDA device can copy from while it computes; else as it is."""
+    """``tensor`` in memory that a CUDA device can copy from while it computes; else as it is.
+
+    As it is also where no more memory can be pinned: the copy is then waited for.
+    """
     if require("torch").device(device).type != "cuda":
         return tensor
-    copy: Tensor = tensor.pin_memory()
+    try:
+        copy: Tensor = tensor.pin_memory()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return tensor
     return copy
 
 

@@ -16,6 +16,7 @@ from fifa.errors import FifaError
 from fifa.models.optional import require
 from fifa.models.runtime import SHARE, Parts, Tensor, free_bytes
 from fifa.models.transformer import Vectors
+from fifa.scoring.encoders import Kept
 from fifa.shards.mapped import give_back
 
 Rows = npt.NDArray[np.int64]
@@ -182,7 +183,7 @@ def device_search(vectors: AnyVectors, device: str) -> Search:
     most = n if free is None else int(SHARE * free / 2 / (6 * _width(vectors)))
     step = max(GROUP, min(n, most))
     starts = range(0, n, step)
-    whole = _load(vectors[0:n], place) if len(starts) == 1 else None
+    whole = _load(vectors, slice(0, n), place) if len(starts) == 1 else None
     parts = Parts("prompt")
 
     def search(queries: Vectors, k: int) -> Rows:
@@ -191,7 +192,7 @@ def device_search(vectors: AnyVectors, device: str) -> Search:
         rows = torch.empty((len(queries), 0), dtype=torch.int64, device=place)
         with torch.inference_mode(), _plain_products():
             for start in starts:
-                part = whole or _load(vectors[start : start + step], place)
+                part = whole or _load(vectors, slice(start, start + step), place)
                 more, at = _search_part(part, there, k, parts)
                 scores, rows = torch.cat([scores, more], 1), torch.cat([rows, at + start], 1)
                 scores, order = scores.topk(min(k, scores.shape[1]), dim=1)
@@ -221,9 +222,14 @@ class _Loaded:
     blocks: list[Tensor]
 
 
-def _load(vectors: Vectors, place: Any) -> _Loaded:
+def _load(vectors: AnyVectors, rows: slice, place: Any) -> _Loaded:
     torch = require("torch")
-    there = torch.from_numpy(vectors).to(place)
+    if isinstance(vectors, Kept):  # half as much to copy; the device widens them, as `Kept` does
+        there = torch.from_numpy(np.array(vectors.half[rows])).to(place).float()
+        norms = torch.linalg.vector_norm(there, dim=1, keepdim=True)
+        there /= norms.clamp(min=torch.finfo(torch.float32).tiny)
+    else:
+        there = torch.from_numpy(vectors[rows]).to(place)
     halves = torch.linalg.vector_norm(there, dim=1).square() / 2
     blocks = _blocks(there, halves)
     return _Loaded(there, halves, [_extended(v, -half, torch.float16) for v, half in blocks])
