@@ -1,5 +1,6 @@
 """The cache: every image and prompt once, what is read is what was encoded, memory stays flat."""
 
+import pickle
 import resource
 from functools import partial
 
@@ -16,6 +17,8 @@ from fifa.shards.pool import LocalPool
 from fifa.training import encoding
 from fifa.training.backbones import load_backbone
 from fifa.training.backbones.parts import ModelFolder
+from fifa.training.backbones.sd import StableDiffusion
+from fifa.training.backbones.vae import Vae
 from fifa.training.cache import cache_bytes, encode
 from fifa.training.encoding import images_at_once, prompts_at_once
 from fifa.training.pairs import read_training_pairs
@@ -311,6 +314,42 @@ def test_workers_elsewhere_make_the_same_files(tmp_path, model, monkeypatch, cap
         assert not list((tmp_path / "mixed").glob("*.safetensors"))
     finally:
         pool.close()
+
+
+class Elsewhere(LocalPool):
+    """What an executor's workers get is what travels to them."""
+
+    is_here = False
+
+    def map(self, make, shards, ledger):
+        make, shards = pickle.loads(pickle.dumps((make, list(shards))))
+        return self._here(make, shards, ledger)
+
+
+def test_memory_that_runs_out_in_a_worker_halves_its_batches(tmp_path, model, monkeypatch):
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES))
+    encode(pairs, load_backbone(model), tmp_path / "here", resolution=64)
+    sizes, room = [], 1
+
+    def limited(function):
+        def call(self, inputs):
+            if len(inputs) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            sizes.append(len(inputs))
+            return function(self, inputs)
+
+        return call
+
+    for owner, name in ((Vae, "moments"), (StableDiffusion, "encode_prompts")):
+        monkeypatch.setattr(owner, name, limited(getattr(owner, name)))
+    asked = {"resolution": 64, "executor": Elsewhere()}
+    encode(pairs, load_backbone(model), tmp_path / "there", **asked)
+    assert sizes == [1] * (5 + 8)
+    here, there = ({path.name for path in (tmp_path / n).iterdir()} for n in ("here", "there"))
+    assert here == there
+    room = 0
+    with pytest.raises(FifaError, match="out of memory with a single prompt"):
+        encode(pairs, load_backbone(model), tmp_path / "none", **asked)
 
 
 def test_a_broken_image_is_named_before_anything_is_encoded(tmp_path, backbone, monkeypatch):

@@ -12,6 +12,7 @@ from trainings import assemble, fresh_process, furthest, quick, weights_of
 import fifa.training.backbones as backbones_module
 import fifa.training.batches as batches_module
 import fifa.training.fit as fit_module
+import fifa.training.holdout as holdout_module
 import fifa.training.job as job_module
 import fifa.training.loop as loop_module
 from fifa.config import changed
@@ -229,6 +230,35 @@ def test_memory_that_ends_where_batches_are_made_halves_them_too(
     assert run_as_on_cuda(loop, monkeypatch).step == 3
     assert "1 pairs a micro-batch from here on" in capsys.readouterr().err
     assert furthest(calm.state.weights(), loop.state.weights()) < 1e-5
+
+
+def test_errors_without_gradients_are_computed_in_halves_too(world, tmp_path, monkeypatch, capsys):
+    """The table of the reference's, those of the order and of held-out pairs, and measurements."""
+    knobs = {"draws": 2, "order": "easy-first", "order_by": "implicit", "holdout": 0.5}
+    train = quick(world, batch=2, micro_batch=2, steps=1, **knobs)
+    calm = assemble(train, tmp_path / "calm")
+    predict, sizes = batches_module.predict, []
+
+    def short(backbone, batch):
+        if len(batch.items) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        sizes.append(len(batch.items))
+        return predict(backbone, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batches_module, "predict", short)
+        loop = assemble(train, tmp_path / "short")
+        assert sizes
+        sizes.clear()
+        patch.setattr(holdout_module, "predict", short)
+        found = loop.holdout.measure(loop.state, 2)
+    assert sizes == [1] * 8  # two pairs, four draws
+    assert capsys.readouterr().err.count("1 pairs at a time from here on") == 4
+    expected = calm.holdout.measure(calm.state, 2)
+    for name in ("heldout_loss", "heldout_winner_error", "heldout_loser_minus_reference"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+    batch = loop.source.batch([(loop.source.taught[0], 0)])
+    torch.testing.assert_close(loop.reference(batch)[0], calm.reference(batch)[0])
 
 
 def test_what_fails_where_batches_are_made_is_told(world, tmp_path, monkeypatch):

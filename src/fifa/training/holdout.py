@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fifa.config import Train
 from fifa.errors import FifaError
+from fifa.models.runtime import Parts
 from fifa.training.backbones.base import Backbone
 from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
 from fifa.training.checkpoint import Progress, TrainState
@@ -118,19 +119,27 @@ class Holdout:
         if not state.sharded:  # a wrapped one may wait for processes that have fewer pairs
             backbone = backbone.with_denoiser(accelerator.unwrap_model(model))
         total: Tensor = torch.zeros(len(SUMS) + LEVELS * len(NAMES), device=self.source.device)
+        through = Parts("pair")
         model.eval()
         try:
             with torch.no_grad(), accelerator.autocast(), state.to_give_away():
                 for part in micro_batches(mine, self.source.encoded.shape, size):
-                    batch = self.source.batch(part).on(self.source.device)
-                    total += self._sums(batch, backbone)
+                    batch, n = self.source.batch(part).on(self.source.device), len(part)
+
+                    def sums_of(rows: slice, batch: Batch = batch) -> Tensor:
+                        return self._sums(batch.pairs(rows), backbone)
+
+                    # sharded processes would have to agree on smaller parts
+                    found = [sums_of(slice(n))] if state.sharded else through.run(sums_of, n, n)
+                    for sums_of_some in found:
+                        total += sums_of_some
         finally:
             model.train()
         if world > 1:
             total = accelerator.reduce(total, reduction="sum")
-        found = total.tolist()
-        line = stats_line(found[: len(SUMS)], len(items))
-        by_level = line_by_level(found[len(SUMS) :], "heldout_by_level")
+        told = total.tolist()
+        line = stats_line(told[: len(SUMS)], len(items))
+        by_level = line_by_level(told[len(SUMS) :], "heldout_by_level")
         return {f"heldout_{name}": line[name] for name in HELD} | by_level
 
     def _sums(self, batch: Batch, backbone: Backbone) -> Tensor:
