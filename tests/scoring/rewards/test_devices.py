@@ -9,6 +9,7 @@ import torch
 from tiny_models import PROMPTS, images, write_clip
 
 from fifa.config import Compute, Reward
+from fifa.data.images import file_images
 from fifa.errors import FifaError
 from fifa.models import runtime, transformer
 from fifa.models.runtime import Runtime
@@ -16,6 +17,8 @@ from fifa.scoring import encoders
 from fifa.scoring.encoders import make_encoder
 from fifa.scoring.rewards import clip as clip_module
 from fifa.scoring.rewards import fit, load_reward, score
+from fifa.scoring.rewards.features import image_features
+from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.rewards.worker import images_at_a_time
 
 MANY = ["a cat", "two dogs on a beach, oil painting", "x", "a very red fox in the snow", "sky"]
@@ -93,6 +96,15 @@ def test_what_a_head_was_trained_on_stays_in_float32(fast, monkeypatch):
     assert asked == [(None, "float32")]
 
 
+def test_a_cross_fitted_clip_is_named_by_the_precision_it_learns_in(clip, monkeypatch):
+    def named(device, **options):
+        monkeypatch.setattr(fit, "make_runtime", lambda _, dtype: Runtime(device, dtype))
+        return fit._identity(Pairs, Reward(base=str(clip), **options), 2, 0)
+
+    assert named("cuda") != named("cpu")  # products are in TF32 there
+    assert named("cuda", bf16=True) == named("cpu", bf16=True)
+
+
 def test_half_precision_is_laid_out_once_and_changes_no_number(clip):
     layers = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3),
@@ -131,6 +143,19 @@ def test_memory_that_ends_halves_the_pictures_of_a_few(clip, monkeypatch, capsys
     monkeypatch.setattr(model, "image_features", limited(model.image_features, 0))
     with pytest.raises(FifaError, match="single image"):
         score(model, prompts, pictures)
+
+
+def test_memory_that_ends_halves_the_images_of_an_encoder(tmp_path, capsys):
+    for number, image in enumerate(images()[:5]):
+        image.convert("RGB").save(tmp_path / f"{number}.png")
+    files = file_images(tmp_path, [f"{number}.png" for number in range(5)])
+    expected, _ = image_features(files, make_image_encoder("efficientnet-lite0:32", Runtime()))
+    encoder = make_image_encoder("efficientnet-lite0:32", Runtime())
+    few = limited(encoder.embed, 2)
+    encoder.embed = few
+    found, _ = image_features(files, encoder)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert max(few.sizes) == 2 and "2 images at a time" in capsys.readouterr().err
 
 
 def test_memory_that_ends_halves_the_prompts_of_an_encoder(clip, monkeypatch, capsys):

@@ -414,6 +414,8 @@ def _identity(pairs: Pairs, options: Reward, folds: int, seed: int) -> list[Any]
         models: Any = [make_image_encoder(options.image, runtime).identity, text, HEADS]
     else:
         models = [model_digest(model_folder(options.base), CONFIG_AND_WEIGHTS)]
+        if not options.bf16 and make_runtime(options.device, "float32").precision == "tf32":
+            models.append("tf32")
     labels = pairs.table["label"].cast(pa.string())
     content = [pairs.pairs_digest, column_digest(labels), pairs.origin.fingerprint]
     return [options.settings(), folds, seed, models, content]
