@@ -1,5 +1,7 @@
 """What a training will take, by its family's figures; what does not fit is refused early."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from tiny_diffusion import write_model
 from trainings import quick
 
+import fifa.training.job as job_module
 from fifa.errors import FifaError
 from fifa.models.families import FAMILIES, Activations
 from fifa.training.backbones import load_backbone
@@ -88,6 +91,25 @@ def test_too_little_memory_is_told_before_anything_is_encoded(world, tmp_path):
     with pytest.raises(FifaError, match=r"training needs about 2\.00 GB"):
         planned(world, tmp_path, GB, cpu, micro_batch=4).check()
     planned(world, tmp_path, None).check()
+
+
+def test_what_the_process_held_before_takes_no_memory_from_a_training(world, tmp_path, monkeypatch):
+    class Model:
+        """Refers to itself, as models do by their hooks and bound methods."""
+
+        def __init__(self):
+            self.own = self
+
+    before = Model()
+    held = weakref.ref(before)
+    del before
+    monkeypatch.setattr(job_module, "free_bytes", lambda device: GB if held() else 80 * GB)
+    gc.disable()
+    try:
+        train = quick(world)
+        assert make_job(train, tmp_path / "out", make_accelerator(train)).plan.free == 80 * GB
+    finally:
+        gc.enable()
 
 
 def test_activations_follow_the_familys_row(tmp_path, monkeypatch):

@@ -24,7 +24,13 @@ from fifa.models.assemble import assembled
 from fifa.models.frozen import OFFLOAD, check_quantizer, quantized_parts
 from fifa.models.lora import find_lora
 from fifa.models.optional import require
-from fifa.models.runtime import best_device, best_dtype, free_bytes, out_of_memory
+from fifa.models.runtime import (
+    best_device,
+    best_dtype,
+    free_bytes,
+    out_of_memory,
+    release_memory,
+)
 from fifa.shards.executors import executor_of
 from fifa.shards.files import (
     check_free,
@@ -323,6 +329,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
     used = sorted([*held, *(taught[row] for row in presented(train, len(taught)))])
     some = pairs if len(used) == len(pairs) else pairs.take(used)
     latents, prompts = cache_bytes(some, backbone, resolution, train.cache_dtype)
+    release_memory()  # what this process scored or trained with before takes none away
     plan = Plan(
         train,
         pairs=len(taught),
