@@ -147,6 +147,8 @@ def test_optimisers_get_the_trainings_settings(monkeypatch):
     group = adam.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.7), 1e-3)
     assert group["weight_decay"] == 0.5
+    for device, fused in (("cpu", True), ("cuda", True), ("mps", False)):
+        assert make_optimizer(train, [weight], torch.device(device)).defaults["fused"] is fused
     factors = make_optimizer(replace(train, optimizer="adafactor"), [weight], CPU)
     group = factors.param_groups[0]
     assert (group["scale_parameter"], group["relative_step"]) == (False, False)

@@ -333,6 +333,8 @@ def test_memory_that_runs_out_in_a_worker_halves_its_batches(tmp_path, model, mo
 
     def limited(function):
         def call(self, inputs):
+            # as in a training: see `fifa.training.encoding.arithmetic`
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
             if len(inputs) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             sizes.append(len(inputs))

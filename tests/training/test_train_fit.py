@@ -2,8 +2,11 @@
 
 import json
 import math
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -32,6 +35,12 @@ def fit_of(loop):
     return find_fit(loop.train, loop.source, loop.state, loop.forward, loop.out)
 
 
+class Device(str):
+    """The processor, as a CUDA device."""
+
+    type = "cuda"
+
+
 def pretend(loop, monkeypatch, fits):
     """A CUDA device for `find_fit` alone, which bears what ``fits`` says of (on, wanted)."""
     tried = []
@@ -42,9 +51,6 @@ def pretend(loop, monkeypatch, fits):
         tried.append((twice, sizes[-1], reserved))
         return fits(twice, share)
 
-    class Device(str):
-        type = "cuda"
-
     monkeypatch.setattr(fit_module, "largest_batch", largest)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(fit_module.Batch, "on", lambda self, device: self)
@@ -54,14 +60,27 @@ def pretend(loop, monkeypatch, fits):
     return tried
 
 
+def copies_as_on_cuda(monkeypatch):
+    """What goes to a `Device` has to be pinned, and waits for nobody."""
+    held, to = [], torch.Tensor.to
+
+    def pin(tensor, device):
+        held.append(tensor.clone())
+        return held[-1]
+
+    def copied(self, *where, **how):
+        if where and isinstance(where[0], Device):
+            assert how == {"non_blocking": True}
+            assert any(self is one for one in held)
+        return to(self, *where, **how)
+
+    monkeypatch.setattr(batches_module, "pinned", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+
+
 def run_as_on_cuda(loop, monkeypatch):
     """`Loop.run` as on a CUDA device: batches made in a thread, numbers read a step late."""
-
-    class Device(str):
-        type = "cuda"
-
-    monkeypatch.setattr(batches_module.Batch, "on", lambda self, device: self)
-    monkeypatch.setattr(batches_module, "pinned", lambda tensor, device: tensor)
+    copies_as_on_cuda(monkeypatch)
     monkeypatch.setattr(loop_module, "peak_bytes", lambda device: 0)
     monkeypatch.setattr(loop_module, "find_fit", lambda train, *_: Fit(train.micro_batch, False))
     object.__setattr__(loop.source, "device", Device("cpu"))
@@ -176,7 +195,16 @@ def test_micro_batches_made_in_a_thread_are_the_same_ones(world, tmp_path):
 def test_numbers_read_a_step_late_train_the_same(world, tmp_path, monkeypatch):
     train = quick(world, steps=5, save_every=2, holdout=0.5, validate_every=2, ema=0.9)
     here, there = (assemble(train, tmp_path / name) for name in ("here", "there"))
-    assert here.run().step == run_as_on_cuda(there, monkeypatch).step == 5
+    assert here.run().step == 5
+    batch, made = batches_module.Source.batch, []
+
+    def noted(self, items):
+        made.append((threading.current_thread() is threading.main_thread(), items[0][1] < 0))
+        return batch(self, items)
+
+    monkeypatch.setattr(batches_module.Source, "batch", noted)
+    assert run_as_on_cuda(there, monkeypatch).step == 5
+    assert set(made) == {(False, False), (True, True)}  # held-out pairs are measured in between
     assert furthest(here.state.averaged(), there.state.averaged()) == 0.0
     lines = [
         [{**line, "seconds": 0, "pairs_per_second": 0, "peak_bytes": 0} for line in read_stats(out)]
@@ -289,6 +317,25 @@ def test_cudnns_attention_is_off_in_training_and_as_it_was_after(world, tmp_path
         assert torch.backends.cuda.cudnn_sdp_enabled() is before
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert seen == {False}
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
+def test_a_batch_is_the_same_under_autocast(cache_dtype, world, tmp_path):
+    source = assemble(quick(world, cache_dtype=cache_dtype), tmp_path).source
+    batch = source.batch([(0, 0), (1, 0)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other = source.batch([(0, 0), (1, 0)])
+    for name in ("noisy", "target", "time", "label", "weight"):
+        one, two = getattr(batch, name), getattr(other, name)
+        assert one.dtype == two.dtype and torch.equal(one, two)
+
+
+def test_known_errors_of_the_reference_are_copied_without_a_wait(monkeypatch):
+    copies_as_on_cuda(monkeypatch)
+    scalars = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    known = batches_module.table(scalars, [4, 7, 9], [0, 1], Device("cpu"))
+    found, _ = known(SimpleNamespace(items=[(9, 1), (4, 0)]))
+    assert found.tolist() == [[10, 11], [0, 1]]
 
 
 @pytest.mark.parametrize("draws", [0, 2])
