@@ -348,7 +348,7 @@ def test_patches_go_there_and_back(models):
     assert torch.equal(packed, pipeline._pack_latents(latents, 2, 8, 6, 4))
     assert torch.equal(flux_family.unpack(packed, 6, 4), latents)
     ids = pipeline._prepare_latent_image_ids(2, 3, 2, "cpu", torch.float32)
-    assert torch.equal(flux_family.positions(3, 2), ids)
+    assert torch.equal(flux_family.positions(3, 2, torch.device("cpu")), ids)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux-dev"])
