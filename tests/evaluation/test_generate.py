@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from fifa.config import Evaluate, Generate
 from fifa.errors import FifaError
 from fifa.evaluation import generate as generation
+from fifa.evaluation import sampling
 from fifa.evaluation.generate import _is_png, generate, plan, png, read_index
 from fifa.evaluation.models import find_models, name_checkpoints
 from fifa.evaluation.prompts import read_prompts
 from fifa.evaluation.sampling import settings_for
+from fifa.models.runtime import Runtime
 from fifa.shards.pool import LocalPool
 
 
@@ -153,21 +156,40 @@ def test_every_family(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "guidance", "steps"),
+    ("kind", "guidance", "steps", "half"),
     [
-        ("sd15", 7.5, 50),
-        ("sdxl", 5.0, 50),
-        ("sd3", 7.0, 28),
-        ("flux-dev", 3.5, 28),
-        ("flux-schnell", 0.0, 4),
-        ("zimage", 5.0, 50),
-        ("sana", 4.5, 20),
+        ("sd15", 7.5, 50, "float16"),
+        ("sdxl", 5.0, 50, "float16"),
+        ("sd3", 7.0, 28, "bfloat16"),
+        ("flux-dev", 3.5, 28, "bfloat16"),
+        ("flux-schnell", 0.0, 4, "bfloat16"),
+        ("zimage", 5.0, 50, "bfloat16"),
+        ("sana", 4.5, 20, "bfloat16"),
     ],
 )
-def test_defaults_by_family(kind, guidance, steps, tmp_path):
-    settings = settings_for(Generate(), write_model(tmp_path, kind))
-    assert (settings.guidance, settings.steps) == (guidance, steps)
-    assert (settings.device, settings.dtype) in [("cpu", "float32"), ("cuda", "float16")]
+def test_defaults_by_family(kind, guidance, steps, half, tmp_path, monkeypatch):
+    model = write_model(tmp_path, kind)
+    for device, dtype in (("cpu", "float32"), ("cuda:1", half)):
+        monkeypatch.setattr(sampling, "make_runtime", lambda _, device=device: Runtime(device))
+        settings = settings_for(Generate(), model)
+        assert (settings.guidance, settings.steps) == (guidance, steps)
+        assert (settings.device, settings.dtype) == (device.partition(":")[0], dtype)
+
+
+def test_images_in_float32_are_made_with_products_in_tf32_on_cuda(base):
+    seen = []
+
+    class Pipe:
+        device = "cuda"
+
+        def __call__(self, **options):
+            seen.append(torch.get_float32_matmul_precision())
+            return SimpleNamespace(images=np.zeros((1, 8, 8, 3), np.float32))
+
+    before = torch.get_float32_matmul_precision()
+    settings = settings_for(Generate(**SMALL, device="cpu"), base)
+    sampling.make_images(Pipe(), settings, ["a cat"], [1])
+    assert seen == ["high"] and torch.get_float32_matmul_precision() == before
 
 
 def test_a_broken_off_run_ends_with_the_same_bytes(base, tmp_path):

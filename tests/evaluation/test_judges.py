@@ -77,6 +77,8 @@ def test_a_detector_is_the_model_that_transformers_loads(tmp_path, problem):
     assert np.ptp(found) > 0.01
     assert detector.type == "unsafe"
     assert "nsfw" in detector.scale
+    half = load_detector(str(folder), ["NSFW", "gore"], Runtime("cpu", "bfloat16"))
+    assert half.identity != detector.identity
 
 
 def test_a_detector_goes_on_with_fewer_images_once_memory_has_run_out(tmp_path, capsys):

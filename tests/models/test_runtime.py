@@ -161,7 +161,10 @@ def test_a_processor_computes_in_float32_and_its_products_are_left_alone():
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_cuda_computes_in_bfloat16_where_it_is_native(monkeypatch, native, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: native)
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     assert runtime.best_dtype("cuda:1") == expected
 

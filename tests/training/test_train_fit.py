@@ -452,10 +452,19 @@ def encoders_as_on_cuda(monkeypatch):
     monkeypatch.setattr(backbones_module, "open_folder", open_folder)
 
 
-def test_a_base_in_float32_is_no_reference_for_one_in_halves(world, tmp_path, encoders_as_on_cuda):
-    for method in ("lora", "full"):  # one cache, as two trainings on a run have
+@pytest.mark.parametrize(
+    "trainings",
+    [
+        [("lora", "bfloat16"), ("full", "bfloat16")],  # of weights in bfloat16, and in float32
+        [("full", "float32"), ("full", "bfloat16")],
+    ],
+)
+def test_what_the_base_computes_otherwise_is_another_reference(
+    trainings, world, tmp_path, encoders_as_on_cuda
+):
+    for method, dtype in trainings:  # in one cache, as trainings on one run
         with fresh_process():
-            train = quick(world, method=method, dtype="bfloat16", draws=1, beta=5000.0)
+            train = quick(world, method=method, dtype=dtype, draws=1, beta=5000.0)
             loop = assemble(train, tmp_path)
             with torch.no_grad():
                 loss, _ = loop.forward(loop.source.batch([(pair, 0) for pair in range(4)]))

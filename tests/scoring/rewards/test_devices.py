@@ -15,6 +15,8 @@ from fifa.models import runtime, transformer
 from fifa.models.runtime import Runtime
 from fifa.scoring import encoders
 from fifa.scoring.encoders import make_encoder
+from fifa.scoring.raters import logits
+from fifa.scoring.raters.local import LogitRater
 from fifa.scoring.rewards import clip as clip_module
 from fifa.scoring.rewards import fit, load_reward, score
 from fifa.scoring.rewards.features import image_features
@@ -76,6 +78,14 @@ def test_published_models_compute_in_the_fastest_precision(clip, fast):
     assert exact.identity["dtype"] == "float32" and "text" not in exact.identity
     error = np.abs(vectors - exact.prompt_features(PROMPTS).numpy()).max()
     assert 0 < error < 0.02
+
+
+def test_raters_compute_in_halves_and_are_named_by_it(monkeypatch):
+    for native, expected in (("bfloat16", "bfloat16"), ("float32", "float16")):
+        monkeypatch.setattr(logits, "best_dtype", {"cuda:0": native}.get)
+        assert logits.precision("cuda:0") == ("cuda:0", expected)
+    one, other = (LogitRater(dtype=dtype).identity for dtype in ("float32", "bfloat16"))
+    assert one != other
 
 
 class Pairs:
