@@ -316,6 +316,25 @@ def test_workers_elsewhere_make_the_same_files(tmp_path, model, monkeypatch, cap
         pool.close()
 
 
+def test_a_batch_is_read_back_once_the_next_is_on_the_device(tmp_path, model, monkeypatch):
+    events, moments, kept = [], Vae.moments, encoding.Encoder._kept
+
+    def begun(self, pixels):
+        events.append("begun")
+        return moments(self, pixels)
+
+    def read(self, what, value):
+        if what == "moments":
+            events.append("read")
+        return kept(self, what, value)
+
+    monkeypatch.setattr(Vae, "moments", begun)
+    monkeypatch.setattr(encoding.Encoder, "_kept", read)
+    pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet"))
+    encode(pairs, load_backbone(model), tmp_path / "cache", resolution=64, batch=3)
+    assert events == ["begun", "begun", "read", "begun", "read", "read"]  # 3, 3 and 2 images
+
+
 class Elsewhere(LocalPool):
     """What an executor's workers get is what travels to them."""
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -134,12 +135,12 @@ def test_scores_are_the_same_bytes_in_threads_in_processes_and_in_processes_that
 
 
 def test_a_shard_is_read_back_while_the_next_is_on_the_device(tmp_path, monkeypatch):
-    """One wait a shard, after the next one's work was given out; and its numbers are right."""
-    events, held = [], []
+    """One wait a shard, by another thread than that which gives out work; its numbers are right."""
+    events, held, own = [], [], threading.main_thread()
 
     class Late(Abroad):
         def image_features(self, pixels):
-            events.append("launch")
+            events.append(("launch", threading.current_thread() is own))
             return super().image_features(pixels)
 
     def late(tensor):
@@ -148,7 +149,7 @@ def test_a_shard_is_read_back_while_the_next_is_on_the_device(tmp_path, monkeypa
         held.append(copy)
 
         def wait():
-            events.append("wait")
+            events.append(("wait", threading.current_thread() is own))
             time.sleep(0.05)
             with torch.inference_mode():
                 copy.copy_(true)
@@ -156,13 +157,43 @@ def test_a_shard_is_read_back_while_the_next_is_on_the_device(tmp_path, monkeypa
 
         return wait
 
+    cpu = torch.Tensor.cpu
+
+    def waited(tensor):
+        events.append(("cpu", threading.current_thread() is own))
+        return cpu(tensor)
+
     pairs, _ = recurring(tmp_path, pairs=60, images=40)
     compute = Compute(batch=4, workers=2)
     expected = score_pairs(pairs, Abroad(), compute=compute, shard=8)
     monkeypatch.setattr(worker, "read_back", late)
+    monkeypatch.setattr(torch.Tensor, "cpu", waited)
     found = score_pairs(pairs, Late(), compute=compute, shard=8)
     assert found.equals(expected)
-    assert events.count("wait") == len(held) == -(-events.count("launch") // 2)
+    counts = Counter(events)
+    assert counts["wait", False] == len(held) == -(-counts["launch", True] // 2)
+    # the prompts', before any image
+    assert sum(counts.values()) == counts["launch", True] + counts["wait", False] + 1
+    assert events[0] == ("cpu", True)
+
+
+def test_batches_are_pinned_in_a_thread_ahead(tmp_path, monkeypatch):
+    pinned: list[tuple[torch.Tensor, bool]] = []
+    seen = []
+
+    def pin(tensor, device):
+        pinned.append((tensor.clone(), threading.current_thread() is threading.main_thread()))
+        return pinned[-1][0]
+
+    class Watched(Abroad):
+        def image_features(self, pixels):
+            seen.append([ahead for one, ahead in pinned if one.data_ptr() == pixels.data_ptr()])
+            return super().image_features(pixels)
+
+    monkeypatch.setattr(worker, "pinned", pin)
+    pairs, _ = recurring(tmp_path, pairs=20, images=20)
+    score_pairs(pairs, Watched(), compute=Compute(batch=4, workers=2))
+    assert seen and seen == [[False]] * len(seen)
 
 
 def test_a_scaled_decode_is_another_score(tmp_path):
