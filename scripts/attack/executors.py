@@ -9,7 +9,8 @@ outlives its driver.
 
     python scripts/attack/executors.py --tries 1 --seed 2611 [--only neighbours] [--executor ray]
 
-With --s3 runs on executors are written to a bucket of moto's server (s3fs, moto[server]).
+With --s3 runs on executors are written to a bucket of the server named, or of moto's (s3fs,
+moto[server]).
 """
 
 from __future__ import annotations
@@ -471,7 +472,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shards")
     parser.add_argument("--only", default="", help="steps with this in their name")
     parser.add_argument("--executor", choices=(LOCAL, RAY), help="this one only")
-    parser.add_argument("--s3", action="store_true", help="write into a bucket")
+    told = "write into a bucket of this server; of moto's where none is named"
+    parser.add_argument("--s3", nargs="?", const="", metavar="ENDPOINT", help=told)
     asked = parser.parse_args()
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -481,17 +483,17 @@ def main() -> None:
     CONTEXT.set_forkserver_preload(PRELOADED)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster ends too
     bucket, server = "", None
-    if asked.s3:
-        from moto.server import ThreadedMotoServer
+    if asked.s3 is not None:
         from stores import BUCKET, KEYS
 
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-        os.environ |= {
-            **KEYS,
-            "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        }
+        os.environ |= {**KEYS, "AWS_ENDPOINT_URL": asked.s3}
+        if not asked.s3:
+            from moto.server import ThreadedMotoServer
+
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
+            server = ThreadedMotoServer(port=0, verbose=False)
+            server.start()
+            os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
         import s3fs
 
         s3fs.S3FileSystem().mkdir(BUCKET)

@@ -117,17 +117,23 @@ class Claim:
         return ""
 
     def _check_store(self) -> None:
-        """See that the store refuses what it has to refuse."""
+        """See that the store refuses what it has to refuse, and takes what it has to take."""
         never = '"' + "0" * 32 + '"' if '"' in self._version else "1"
         for number, version in enumerate(("", never)):
-            data = self._bytes(trial=number)
-            if write_object(self._path, data, version) is not None:
-                raise FifaError(
-                    "this store ignores conditions, so nothing would keep a second command out",
-                    where=self.url,
-                    do="use one with conditional writes (S3, Google Cloud Storage, MinIO), or a "
-                    "local folder",
-                )
+            if write_object(self._path, self._bytes(trial=number), version) is not None:
+                raise self._unfit("ignores conditions")
+        written = write_object(self._path, self._bytes(trial=2), self._version)
+        if written is None:
+            raise self._unfit("refuses a write whose condition holds")
+        self._version = written
+
+    def _unfit(self, what: str) -> FifaError:
+        return FifaError(
+            f"this store {what}, so nothing would keep a second command out",
+            where=self.url,
+            do="use one with conditional writes (S3, Google Cloud Storage, MinIO, Ceph), or a "
+            "local folder",
+        )
 
 
 def machine() -> str:

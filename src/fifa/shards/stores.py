@@ -178,16 +178,25 @@ def _read_s3(system: Any, path: str) -> tuple[bytes, str]:
 
 def _write_s3(system: Any, path: str, data: bytes, version: str) -> str | None:
     bucket, key, _ = system.split_path(path)
-    condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-    try:
-        answer = system.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-    except OSError as error:
-        told = getattr(error.__cause__, "response", {}).get("Error", {})
-        if told.get("Code") in ("PreconditionFailed", "412"):
-            return None
-        raise
-    system.invalidate_cache(path)
-    return str(answer["ETag"])
+
+    def put(**condition: str) -> str | None:
+        try:
+            answer = system.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        except OSError as error:
+            told = getattr(error.__cause__, "response", {}).get("Error", {})
+            if told.get("Code") in ("PreconditionFailed", "412"):
+                return None
+            raise
+        system.invalidate_cache(path)
+        return str(answer["ETag"])
+
+    if not version:
+        return put(IfNoneMatch="*")
+    new = put(IfMatch=version)
+    if new is None and _read_s3(system, path)[1] == version:
+        # Ceph's gateway compares with the ETag without the quotes that belong to it
+        new = put(IfMatch=version.strip('"'))
+    return new
 
 
 def _read_gcs(system: Any, path: str) -> tuple[bytes, str]:
