@@ -193,7 +193,7 @@ DIVERSE = f"{PROMPTS} --quality none --diversity clip:{{clip}}"
 EVALUATE = "evaluate --base {sd} --tuned again={sd} --prompts {prompts} --seeds 2 --steps 2"
 EVALUATE += " --device cpu --encoder none --score clipscore:{clip}"
 STUDY = "study {study}"
-TRAIN = "train {source} --model {sd} --steps 2 --batch 2 --micro-batch 2 --device cpu --lr 1e-3"
+TRAIN = "train {source} --model {sd} --steps 2 --batch 32 --micro-batch 2 --device cpu --lr 1e-3"
 TRAIN += " --sample-every 0 --tracker none"
 STEPS = (
     Step("which images are equal", "parts-images-bytes", IMAGES),

@@ -34,6 +34,14 @@ class FifaError(Exception):
         return "\n".join(parts)
 
 
+def brief(error: BaseException) -> str:
+    """What another library says of an error: one line, at most 300 characters.
+
+    Its class where it says nothing.
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _printable(text: str) -> str:
     """The text, lone surrogates (from a file's name, or from JSON) as ``\\udcff``."""
     return text.encode("utf-8", "backslashreplace").decode()

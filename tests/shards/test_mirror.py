@@ -118,6 +118,18 @@ def test_actors_keep_their_shards_in_the_store_and_nobody_takes_these_for_files(
         assert executor.store is None
 
 
+def test_a_link_to_a_folder_within_is_left_out(here, tmp_path):
+    write(tmp_path / "data", outside="2")
+    with mirrored(URL) as folder:
+        write(folder, **{"scores/a": "1", "work/b": "3"})
+        (folder / "work" / "scores").symlink_to(folder / "scores", target_is_directory=True)
+        (folder / "work" / "up").symlink_to(folder, target_is_directory=True)
+        (folder / "data").symlink_to(tmp_path / "data", target_is_directory=True)
+    assert set(bucket.objects("runs/one")) == {"scores/a", "work/b", "data/outside"}
+    here("elsewhere")
+    assert texts(local(URL)) == {"scores/a": "1", "work/b": "3", "data/outside": "2"}
+
+
 def test_a_folder_that_somebody_copied_there_is_taken_as_it_is(here):
     write(Path(os.environ["BUCKET"], "runs/one"), a="1", **{"b/c": "2"})
     assert texts(local(URL)) == {"a": "1", "b/c": "2"}

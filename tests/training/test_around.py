@@ -101,7 +101,7 @@ def test_tensorboard_reads_what_was_logged(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_trackers_get_the_same_numbers_or_say_what_is_missing(
-    name, world, tmp_path, monkeypatch
+    name, world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
@@ -131,12 +131,29 @@ def test_other_trackers_get_the_same_numbers_or_say_what_is_missing(
     assert fake.lines == [(line["step"], line["loss"]) for line in read_stats(out)]
     assert fake.finished == [True]
 
+    def refuse(*_, **__):
+        raise RuntimeError("no API key\n  is configured")
 
-def test_a_missing_optimiser_is_told(monkeypatch):
+    monkeypatch.setattr(Fake, "log", refuse)
+    train = quick(world, tracker=name)
+    assert len(read_stats(run_training(train, tmp_path / "left alone"))) == train.steps
+    [told] = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("the tracker")
+    ]
+    assert told == f"the tracker {name} failed, and gets no more: no API key is configured"
+    assert fake.finished == [True]
+
+    monkeypatch.setattr(Fake, "init", refuse)
+    with pytest.raises(FifaError, match=f"the tracker {name} does not start: no API key is"):
+        run_training(train, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "cache").exists()  # told before anything is encoded
+
+
+def test_a_missing_optimiser_is_told_before_anything_is_encoded(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    weight = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(FifaError, match=r"8-bit AdamW needs bitsandbytes"):
-        make_optimizer(Train(optimizer="adamw8bit"), [weight], CPU)
+        run_training(quick(world, optimizer="adamw8bit"), tmp_path / "out")
+    assert not (tmp_path / "out" / "cache").exists()
 
 
 def test_optimisers_get_the_trainings_settings(monkeypatch):

@@ -40,7 +40,7 @@ from fifa.data.source import Root, Source, SourceFile, find_files
 from fifa.data.subset import check_subset
 from fifa.data.table import Origin, Pairs
 from fifa.data.winners import PROMPTS, likely_columns
-from fifa.errors import FifaError
+from fifa.errors import FifaError, brief
 from fifa.shards.files import digest
 from fifa.shards.mapped import Shelf
 
@@ -225,8 +225,8 @@ class _Reader:
             raise
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
             # pyarrow's errors are ValueErrors, OSErrors, KeyErrors, NotImplementedErrors
-            brief = " ".join(str(error).split())[:300]
-            return "", FilePairs(file.path, rejected=[(None, f"the file cannot be read: {brief}")])
+            why = f"the file cannot be read: {brief(error)}"
+            return "", FilePairs(file.path, rejected=[(None, why)])
         finally:
             pa.default_memory_pool().release_unused()  # only its own thread can give it back
 

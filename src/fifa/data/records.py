@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import IO, Any, NamedTuple, cast
 
+from fifa.errors import brief
+
 MAX_FIELD = 1 << 24  # characters of a CSV field; longer ones are broken quotes
 MAX_MEMBER = 1 << 20  # bytes of a WebDataset text member; longer ones are no labels or prompts
 MAX_LINE = 64 << 20  # bytes of a line, or of one record of a JSON list
@@ -323,7 +325,7 @@ def _json_items(stream: IO[bytes], placed: bool) -> Iterator[Row]:
         try:
             value, end = items.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            fault = _brief(error)
+            fault = brief(error)
         if end == len(text) and not ended and end - start <= MAX_LINE:
             byte += _size(text[known:start])
             more = stream.read(max(1 << 16, end - start))
@@ -349,11 +351,11 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return f"{NOT_UTF8}: {_brief(error)}"
+        return f"{NOT_UTF8}: {brief(error)}"
     try:
         return _record(json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
-        return f"broken JSON: {_brief(error)}"
+        return f"broken JSON: {brief(error)}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -395,7 +397,7 @@ def _csv(stream: IO[bytes], placed: bool = True) -> Iterator[Row]:
             return
         except csv.Error as error:
             row += 1
-            yield row, f"broken CSV: {_brief(error)}"
+            yield row, f"broken CSV: {brief(error)}"
             continue
         except ValueError as error:
             yield (row + 1 if names else -1), f"broken from here to the end of the file: {error}"
@@ -479,7 +481,7 @@ def _tar(stream: IO[bytes], dots: frozenset[str]) -> Iterator[Row]:
                 if member.isreg():
                     _member(stream, member, samples, dots)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        broken = f"broken or compressed tar: {_brief(error)}"
+        broken = f"broken or compressed tar: {brief(error)}"
     for row, (key, sample) in enumerate(samples.items()):
         if sample.fault:
             upto, more = (
@@ -542,7 +544,3 @@ def _json_member(sample: _Sample, text: str, member: str) -> None:
         if old != value and not isinstance(old, Member):
             sample.fault = sample.fault or f"{member!r} has a second value of {name!r}"
     sample.loose = frozenset(record)
-
-
-def _brief(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__

@@ -506,11 +506,14 @@ class Mirror:
 
 
 def scan(folder: Path) -> dict[str, Look]:
-    """Every file of a folder, or the file ``""``, but for what is temporary."""
+    """Every file of a folder, or the file ``""``, but for what is temporary.
+
+    A link to a folder within is left out: its files are there under names of their own.
+    """
     found: dict[str, Look] = {}
     if folder.is_file():
         return {"": look_at(folder)}
-    left = [""]
+    left, whole = [""], folder.resolve()
     while left:
         below = left.pop()
         try:
@@ -523,7 +526,9 @@ def scan(folder: Path) -> dict[str, Look]:
             path = f"{below}/{entry.name}" if below else entry.name
             with suppress(FileNotFoundError):
                 if entry.is_dir():
-                    left.append(path)
+                    link = entry.is_symlink()
+                    if not (link and Path(entry.path).resolve().is_relative_to(whole)):
+                        left.append(path)
                 else:
                     found[path] = look_at(Path(entry.path))
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from fifa.errors import FifaError
+from fifa.errors import FifaError, brief
 from fifa.shards.ledger import Ledger
 from fifa.shards.pool import Keyed, Make, Worker
 
@@ -157,7 +157,7 @@ class RayPool:
             except (ConnectionError, RuntimeError) as error:
                 where = self.address or "a new cluster on this machine"
                 raise FifaError(
-                    f"cannot reach the Ray cluster: {' '.join(str(error).split())[:300]}",
+                    f"cannot reach the Ray cluster: {brief(error)}",
                     where=where,
                     do="check the address, the port and (`ray get-auth-token`) the token",
                 ) from error

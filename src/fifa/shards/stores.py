@@ -16,7 +16,7 @@ from time import time
 from typing import Any
 from urllib.parse import quote
 
-from fifa.errors import FifaError
+from fifa.errors import FifaError, brief
 
 TRIES = 8  # for one request
 PAUSE = 0.5  # seconds before it is asked for again, twice as many each time
@@ -84,12 +84,12 @@ def patiently(ask: Callable[[], Any], url: str, stop: threading.Event | None = N
             status = getattr(error, "status", None) or getattr(answer, "status_code", None)
             headers = getattr(error, "headers", None) or getattr(answer, "headers", None)
             if isinstance(error, FileNotFoundError) or status in (404, 410, 412, 416):
-                raise FileNotFoundError(_brief(error)) from error
+                raise FileNotFoundError(brief(error)) from error
             final = status is not None and status not in (408, 425, 429) and status < 500
             known = isinstance(error, _FINAL) or type(error).__name__.endswith("CredentialsError")
             if final or (status is None and known):
                 raise FifaError(
-                    f"the store refuses: {_brief(error)}",
+                    f"the store refuses: {brief(error)}",
                     where=url,
                     do="check your rights there; the hub wants a token (hf auth login, HF_TOKEN)",
                 ) from error
@@ -97,7 +97,7 @@ def patiently(ask: Callable[[], Any], url: str, stop: threading.Event | None = N
             if attempt + 1 == TRIES or wait > LONGEST:
                 why = f"it asks to wait for {wait:,.0f} s" if wait > LONGEST else f"{TRIES} times"
                 raise FifaError(
-                    f"the store does not answer ({why}): {_brief(error)}",
+                    f"the store does not answer ({why}): {brief(error)}",
                     where=url,
                     do="run the same command later: it goes on from here",
                 ) from error
@@ -144,7 +144,7 @@ def write_object(url: str, data: bytes, version: str) -> str | None:
         written: str | None = patiently(ask, url)
     except FileNotFoundError as error:
         do = "make the bucket first, or check its name"
-        raise FifaError(f"cannot write: {_brief(error)}", where=url, do=do) from error
+        raise FifaError(f"cannot write: {brief(error)}", where=url, do=do) from error
     if written is None and (found := read_object(url)) is not None and found[0] == data:
         return found[1]
     return written
@@ -230,7 +230,3 @@ def _retry_after(headers: Mapping[str, Any]) -> float:
             return float(value)
         return max(0.0, parsedate_to_datetime(value).timestamp() - time()) if value else 0.0
     return 0.0
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -236,6 +236,12 @@ def latest_state(out: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
+def latest_step(out: Path) -> int:
+    """The step of the newest state in a checkpoint folder; 0 before the first."""
+    newest = latest_state(out)
+    return int(newest.name.rpartition("-")[2]) if newest else 0
+
+
 class Average:
     """The exponential moving average of weights.
 
@@ -278,6 +284,17 @@ class Average:
                 value.copy_(kept)
 
 
+def check_optimizer(train: Train) -> None:
+    """Raise `FifaError` where what the optimiser needs is not installed."""
+    if train.optimizer == "adamw8bit":
+        _bitsandbytes()
+
+
+def _bitsandbytes() -> Any:
+    choose = "pip install 'fifa-align[quant]', or choose --optimizer adamw or adafactor"
+    return require("bitsandbytes", what="8-bit AdamW", do=choose)
+
+
 def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
     """The optimiser that the training asks for.
 
@@ -302,9 +319,7 @@ def make_optimizer(train: Train, parameters: Sequence[Any], device: Any) -> Any:
         "weight_decay": train.weight_decay,
     }
     if train.optimizer == "adamw8bit":
-        choose = "pip install 'fifa-align[quant]', or choose --optimizer adamw or adafactor"
-        bitsandbytes = require("bitsandbytes", what="8-bit AdamW", do=choose)
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+        return _bitsandbytes().optim.AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=device.type in ("cpu", "cuda"))
 
 

@@ -54,7 +54,15 @@ from fifa.training.batches import (
     table,
 )
 from fifa.training.cache import cache_bytes, encode, spread
-from fifa.training.checkpoint import BEST, CHECKPOINTS, STATE, latest_state, make_state
+from fifa.training.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    STATE,
+    check_optimizer,
+    latest_state,
+    latest_step,
+    make_state,
+)
 from fifa.training.encoding import arithmetic
 from fifa.training.holdout import DRAWS, Holdout, split_pairs, steps_between
 from fifa.training.labels import choose_loss, with_labels
@@ -66,6 +74,7 @@ from fifa.training.plan import Plan, memory_of, size
 from fifa.training.ratings import read_training
 from fifa.training.resize import Resize
 from fifa.training.samples import Samples
+from fifa.training.trackers import Track, no_track, tracking
 
 WAIT = timedelta(days=2)  # of processes, for the slowest one to fill the cache
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -161,20 +170,13 @@ def _run(train: Train, out: Path, accelerator: Any, why: str, trial: Trial | Non
         job = make_job(train, trial.shared if trial else out, accelerator, why)
         if accelerator.is_main_process and not trial:
             echo(str(job.plan))
-        source = make_source(job)
-        samples = Samples(
-            train, job.backbone, job.pairs.caption, out, accelerator, job.plan.resolution
-        )
-        samples.base()
-        reference = make_reference(job, source)
-        holdout = make_holdout(job, source, trial.judge if trial else train)
-        state = make_state(train, job.backbone, accelerator)
-        until = trial.until if trial else None
-        loop = Loop(train, job.plan.steps, out, source, reference, state, samples, holdout, until)
-        done = loop.run()
+        main = accelerator.is_main_process
+        with tracking(train, out, latest_step(out)) if main else nullcontext(no_track) as track:
+            loop = make_loop(job, out, track, trial)
+            done = loop.run()
         if trial and done.step < job.plan.steps:
             return out
-        state.export(train, job.backbone, out)
+        loop.state.export(train, job.backbone, out)
     if accelerator.is_main_process:  # last, as its train.json says that all is there
         write_card(job.plan, job.backbone.family, job.pairs, done, accelerator.device, out)
         skipped = f", {done.skipped:,} of them skipped" if done.skipped else ""
@@ -187,6 +189,20 @@ def _run(train: Train, out: Path, accelerator: Any, why: str, trial: Trial | Non
             )
     accelerator.wait_for_everyone()
     return out
+
+
+def make_loop(job: Job, out: Path, track: Track, trial: Trial | None = None) -> Loop:
+    """Encode what is not encoded yet, and load what is trained and what it is compared with."""
+    train, accelerator, plan = job.train, job.accelerator, job.plan
+    source = make_source(job)
+    captions = job.pairs.caption
+    samples = Samples(train, job.backbone, captions, out, accelerator, plan.resolution)
+    samples.base()
+    reference = make_reference(job, source)
+    holdout = make_holdout(job, source, trial.judge if trial else train)
+    state = make_state(train, job.backbone, accelerator)
+    until = trial.until if trial else None
+    return Loop(train, plan.steps, out, source, reference, state, samples, holdout, until, track)
 
 
 @contextmanager
@@ -309,6 +325,7 @@ def make_job(train: Train, out: Path, accelerator: Any, why: str = "") -> Job:
             where=train.source,
             do="hold out a share of the prompts: --holdout 0.2",
         )
+    check_optimizer(train)
     check_share(train, accelerator.num_processes)
     check_order(train, pairs.margin)
     dtype = DTYPES.get(accelerator.mixed_precision, "float32")

@@ -39,6 +39,7 @@ from fifa.training.losses import LOSSES, run_on, safeguarded
 from fifa.training.metrics import SUMS, Stats, distance, means_of, stats_digest, stats_line, sums
 from fifa.training.order import Stream
 from fifa.training.samples import Samples
+from fifa.training.trackers import Track, no_track
 
 AHEAD = 2  # micro-batches that wait for the device
 
@@ -93,6 +94,8 @@ class Loop:
         Measures held-out pairs when it is time.
     until
         The step after which it pauses; None: the last one.
+    track
+        Gets the lines of the statistics as well.
     """
 
     train: Train
@@ -104,6 +107,7 @@ class Loop:
     samples: Samples
     holdout: Holdout
     until: int | None = None
+    track: Track = no_track
 
     @property
     def last(self) -> int:
@@ -130,55 +134,52 @@ class Loop:
         if train.compile:
             echo("compiling the denoiser: the first step may take minutes")
             state.compile()
-        stats = Stats(train, self.out, done) if state.accelerator.is_main_process else None
+        main = state.accelerator.is_main_process
+        stats = Stats(self.out, done, self.track) if main else None
         begun = time.perf_counter() - done.seconds
-        try:
-            with closing(feed), progress_bar("training", self.last, done.step) as advance:
+        with closing(feed), progress_bar("training", self.last, done.step) as advance:
 
-                def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
-                    """Take in the numbers of a step, which may have to be waited for.
+            def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
+                """Take in the numbers of a step, which may have to be waited for.
 
-                    ``found`` is what held-out pairs say after it.
-                    """
-                    *totals, norm, spread, gain = read()
-                    self._must_be_finite(step, totals[0], norm)
-                    taken = done.after_step(
-                        totals,
-                        train.batch,
-                        time.perf_counter() - begun,
-                        running=(spread, gain),
-                        skipped=not math.isfinite(norm),
-                    )
-                    if found:
-                        taken = taken.after_holdout(found)
-                    if found or taken.step % train.log_every == 0 or taken.step == self.last:
-                        if stats:
-                            line = {**self.metrics(taken, rate, norm), **(found or {})}
-                            stats.log(taken.step, line)
-                        taken = taken.after_metrics()
-                    advance(1)
-                    return taken
+                ``found`` is what held-out pairs say after it.
+                """
+                *totals, norm, spread, gain = read()
+                self._must_be_finite(step, totals[0], norm)
+                taken = done.after_step(
+                    totals,
+                    train.batch,
+                    time.perf_counter() - begun,
+                    running=(spread, gain),
+                    skipped=not math.isfinite(norm),
+                )
+                if found:
+                    taken = taken.after_holdout(found)
+                if found or taken.step % train.log_every == 0 or taken.step == self.last:
+                    if stats:
+                        line = {**self.metrics(taken, rate, norm), **(found or {})}
+                        stats.log(taken.step, line)
+                    taken = taken.after_metrics()
+                advance(1)
+                return taken
 
-                queued: tuple[int, float, Read] | None = None
-                for step in range(done.step, self.last):
-                    if why := verdict(train, done):
-                        echo(f"stopped after step {done.step:,}: {why}")
-                        break
-                    rate = learning_rate(train, step, self.steps)
-                    read = self.step(step, rate, feed)
-                    if queued:
-                        done = take(*queued)
-                    queued = (step, rate, read)
-                    if self.writes_after(step + 1):
-                        with self._uncompiled():
-                            found = None
-                            if self.holdout.is_due(step + 1, self.last):
-                                found = self.holdout.measure(state, feed.size)
-                            done, queued = take(*queued, found), None
-                            self.save(done)
-        finally:
-            if stats:
-                stats.close()
+            queued: tuple[int, float, Read] | None = None
+            for step in range(done.step, self.last):
+                if why := verdict(train, done):
+                    echo(f"stopped after step {done.step:,}: {why}")
+                    break
+                rate = learning_rate(train, step, self.steps)
+                read = self.step(step, rate, feed)
+                if queued:
+                    done = take(*queued)
+                queued = (step, rate, read)
+                if self.writes_after(step + 1):
+                    with self._uncompiled():
+                        found = None
+                        if self.holdout.is_due(step + 1, self.last):
+                            found = self.holdout.measure(state, feed.size)
+                        done, queued = take(*queued, found), None
+                        self.save(done)
         return done
 
     def metrics(self, done: Progress, rate: float, norm: float) -> dict[str, Any]:

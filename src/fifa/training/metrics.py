@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fifa.config import Train
 from fifa.config.train import FACTS_FILE, STATS, TRAIN_FILE
 from fifa.errors import FifaError
 from fifa.models.assemble import PIECES
 from fifa.models.families import Family
 from fifa.models.lora import LORA_FILE
-from fifa.models.optional import require
 from fifa.shards.files import (
     cannot_write,
-    digest,
     read_json,
     read_json_lines,
     write_text,
@@ -35,6 +32,7 @@ from fifa.training.checkpoint import Progress
 from fifa.training.losses import LOSSES
 from fifa.training.pairs import TrainingPairs
 from fifa.training.plan import Plan, distilled_warning
+from fifa.training.trackers import Track
 
 CARD = "README.md"
 OF_PAIRS = """Diffusion-DPO ([arXiv 2311.12908](https://arxiv.org/abs/2311.12908))
@@ -136,7 +134,6 @@ def stats_line(total: Sequence[float], pairs: int) -> dict[str, float | None]:
 
 
 # Takes a step and its numbers; and what is called when the training is over, or interrupted.
-Tracker = tuple[Callable[[int, dict[str, float]], object], Callable[[], object]]
 
 
 class Stats:
@@ -144,18 +141,18 @@ class Stats:
 
     Parameters
     ----------
-    train
-        The training.
     out
-        Its folder.
+        The training's folder.
     done
         Lines of later steps, which an interrupted run wrote, are taken out.
+    track
+        Gets every line too.
 
     Raises `FifaError` where the others are not those of when the state was saved.
     """
 
-    def __init__(self, train: Train, out: Path, done: Progress) -> None:
-        self.path, step = out / STATS, done.step
+    def __init__(self, out: Path, done: Progress, track: Track) -> None:
+        self.path, step, self.track = out / STATS, done.step, track
         if self.path.exists():
             lines = read_stats(out)
             kept = [line for line in lines if isinstance(n := line.get("step"), int) and n <= step]
@@ -167,16 +164,15 @@ class Stats:
                     do="remove the file to go on without its lines, or choose another --out",
                 )
             write_text(self.path, text)
-        self.track, self.close = make_tracker(train, out, step)
 
     def log(self, step: int, line: dict[str, Any]) -> None:
         """Add one line."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
-            self.track(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self.track(step, {k: v for k, v in line.items() if isinstance(v, int | float)})
 
 
 def stats_digest(out: Path) -> str:
@@ -194,30 +190,6 @@ def stats_digest(out: Path) -> str:
 def read_stats(out: Path) -> list[dict[str, Any]]:
     """The lines of a training's ``stats.jsonl``."""
     return read_json_lines(Path(out) / STATS)[0]
-
-
-def make_tracker(train: Train, out: Path, step: int) -> Tracker:
-    """The tracker that the training asks for; `FifaError` where it is not installed."""
-    if train.tracker == "none":
-        return lambda step, line: None, lambda: None
-    choose = f"pip install {train.tracker}, or choose another --tracker (none: stats.jsonl only)"
-    module = require(train.tracker, what=f"the tracker {train.tracker}", do=choose)
-    if train.tracker == "tensorboard":
-        # what an interrupted run wrote beyond its last state is hidden
-        purge = step + 1 if step else None
-        api = require("torch.utils.tensorboard", "train")
-        writer = api.SummaryWriter(str(out / "logs"), purge_step=purge)
-
-        def log(step: int, line: dict[str, float]) -> None:
-            for name, value in line.items():
-                writer.add_scalar(name, value, step)
-
-        return log, writer.close
-    # Weights & Biases, or trackio, which has the same three functions
-    name = f"{out.name}-{digest(train.to_yaml())[:6]}"
-    folder = {"dir": str(out), "id": name} if train.tracker == "wandb" else {}
-    module.init(project="fifa", name=name, config=asdict(train), resume="allow", **folder)
-    return lambda step, line: module.log(line, step=step), module.finish
 
 
 def write_card(
