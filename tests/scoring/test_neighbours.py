@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,12 +170,27 @@ def test_it_goes_on_with_fewer_queries_once_memory_has_run_out(
         search(vectors, 4)
 
 
-def test_the_precision_of_others_products_is_left_alone() -> None:
-    products = torch.backends.cuda.matmul
-    before = torch.get_float32_matmul_precision(), products.allow_fp16_reduced_precision_reduction
-    device_search(random(50, 8), "cpu")(random(3, 8), 2)
-    after = torch.get_float32_matmul_precision(), products.allow_fp16_reduced_precision_reduction
-    assert after == before
+def test_the_precision_of_others_products_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    products, nearest, seen = torch.backends.cuda.matmul, neighbours._nearest, []
+
+    def now() -> tuple[str, bool]:
+        reduced = products.allow_fp16_reduced_precision_reduction
+        return torch.get_float32_matmul_precision(), reduced
+
+    def watched(*given: Any) -> Any:
+        seen.append(now())
+        return nearest(*given)
+
+    monkeypatch.setattr(neighbours, "_nearest", watched)
+    usual = now()
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = now()
+        device_search(random(50, 8), "cpu")(random(3, 8), 2)
+        assert now() == before
+    finally:
+        torch.set_float32_matmul_precision(usual[0])
+    assert set(seen) == {("highest", False)}
 
 
 def test_recall_is_counted_as_a_loop_counts_it() -> None:

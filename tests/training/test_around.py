@@ -17,6 +17,7 @@ from trainings import LORA, assemble, furthest, quick, weights_of
 
 import bucket
 import fifa
+import fifa.training.job as job_module
 from fifa.cli import cli
 from fifa.config import Train
 from fifa.errors import FifaError
@@ -465,6 +466,19 @@ def test_the_command_line_trains(world, tmp_path):
     again = run("train", "--recipe", tmp_path / "out" / "train.yaml", "--out", tmp_path / "again")
     assert again.exit_code == 0
     assert furthest(weights_of(tmp_path / "out"), weights_of(tmp_path / "again")) == 0.0
+
+
+def test_a_dry_run_prints_what_is_needed_and_refuses_what_does_not_fit(
+    world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(job_module, "free_bytes", lambda device: 1000)
+    given = ["train", world / "pairs.parquet", "--model", world / "sd15", "--resolution", 64]
+    given += ["--steps", 2, "--batch", 2, "--device", "cpu", "--out", tmp_path / "out"]
+    with pytest.raises(FifaError, match=r"too little memory: training needs about 1\.\d MB"):
+        run(*given, "--dry-run")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FifaError, match="too little memory"):
+        run(*given)
 
 
 def test_the_command_line_says_what_is_missing(world, tmp_path):
