@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from endpoint_server import VLM, server
 from test_judge_server import difference, judged, opened, some, source
 
@@ -101,6 +102,17 @@ class LLM:
         )
         return SimpleNamespace(outputs=[out], prompt_token_ids=[1, 2, 3])
 """
+
+
+def test_an_engine_is_given_no_memory_that_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [8.0]  # GB of a card of 24, once a reward model has gone
+    monkeypatch.setattr(offline, "best_device", lambda: "cuda")
+    monkeypatch.setattr(offline, "free_bytes", lambda place: 23.0)
+    monkeypatch.setattr(offline, "release_memory", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (23.0 - sum(kept), 24.0))
+    share = offline._memory()["gpu_memory_utilization"]
+    free, whole = torch.cuda.mem_get_info("cuda")
+    assert 0 < share * whole <= free  # or the engine refuses to start
 
 
 @pytest.fixture

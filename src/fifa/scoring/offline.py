@@ -18,7 +18,7 @@ from fifa.console import quiet
 from fifa.errors import FifaError
 from fifa.models.hub import PART_FILES, model_digest, model_folder
 from fifa.models.optional import require
-from fifa.models.runtime import SHARE, best_device, free_bytes
+from fifa.models.runtime import SHARE, best_device, free_bytes, release_memory
 from fifa.scoring.replies import NoAnswerError, tokens_of
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def _memory() -> dict[str, Any]:
     the cache of keys and values has a size of its own, or ``VLLM_CPU_KVCACHE_SPACE`` (GiB).
     """
     torch = require("torch")
+    release_memory()  # what torch keeps of scorers before it is free to this process, not to vLLM
     place = torch.device(best_device())
     free = free_bytes(place) or 0
     if place.type == "cuda":
