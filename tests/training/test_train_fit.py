@@ -111,6 +111,20 @@ def test_a_device_is_tried_once_and_remembered(world, tmp_path, monkeypatch):
     assert len(tried) == 2
 
 
+def test_what_fits_is_found_again_where_another_process_does_not_know_it(
+    world, tmp_path, monkeypatch
+):
+    loop = assemble(open_quick(world, batch=8), tmp_path)
+    tried = pretend(loop, monkeypatch, lambda twice, share: 4)
+    fit_of(loop)
+    accelerator = loop.state.accelerator
+    gather = accelerator.gather
+    other = {torch.bool: torch.tensor([False]), torch.int64: torch.tensor([2])}  # the process's
+    accelerator.gather = lambda own: torch.cat([gather(own), other[own.dtype]])
+    assert fit_of(loop) == Fit(2, False)
+    assert len(tried) == 2
+
+
 def test_activations_are_computed_twice_only_where_one_pair_does_not_fit(
     world, tmp_path, monkeypatch
 ):

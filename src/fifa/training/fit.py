@@ -82,7 +82,9 @@ def find_fit(
     path = out / FIT
     here = (torch.cuda.get_device_name(device), train.to_yaml(), share)
     fit = kept_fit(path, *here)
-    if fit is not None:
+    # processes on cards of several kinds do not all know theirs, and meet in every try
+    known: Any = state.accelerator.gather(torch.tensor([fit is not None], device=device))
+    if fit is not None and bool(known.all()):
         state.checkpoint_gradients(fit.gradient_checkpointing)
     else:
         fit = _tried(train, source, state, forward, share)
