@@ -93,6 +93,7 @@ def load_all(modules):
         import_module(module)
     hidden = [name for name, value in names.items() if getattr(fifa, name) is not value]
     assert not hidden, hidden
+    assert dir(fifa) == sorted([*fifa.__all__, "__version__"])  # completion knows what is public
     assert not set(fifa.__all__) & {module.split(".")[1] for module in modules}
 
 

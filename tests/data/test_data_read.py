@@ -20,6 +20,7 @@ import pytest
 from fifa.data import read_pairs
 from fifa.data.source import find_files
 from fifa.errors import FifaError
+from fifa.scoring.table import Scores
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 GOOD = {"prompt": "x", "image_0": "a", "image_1": "b", "label": 1}
@@ -54,6 +55,15 @@ def test_file_folder_glob_and_url_find_the_same_pairs(folder: Path) -> None:
     assert len(read_pairs(f"{folder}/**/*.parquet")) == 6
     assert read_pairs(f"{folder}/*.parquet").table["file"][0].as_py() == "b.parquet"
     assert read_pairs(f"file://{folder}").origin.fingerprint == whole.origin.fingerprint
+
+
+def test_pairs_and_scores_are_shown_in_a_line(folder: Path) -> None:
+    (folder / "bad.jsonl").write_text("{")
+    pairs = read_pairs(folder)
+    assert repr(pairs) == f"<7 pairs of 7 prompts from {folder}, 1 rows rejected>"
+    scores = Scores({"clip": pairs.table, "blip": pairs.table}, quality=pairs.prompts)
+    assert repr(scores) == "<7 margins of clip, 7 margins of blip, 7 qualities>"
+    assert repr(Scores()) == "<no scores>"
 
 
 def test_memory_urls_work_as_folders_do(folder: Path) -> None:

@@ -128,6 +128,14 @@ class Pairs:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
+    def __repr__(self) -> str:
+        """What there is, in a line: a notebook would show the first rows of every column."""
+        where = f" from {self.origin.source}" if self.origin.source else ""
+        return (
+            f"<{len(self):,} pairs of {self.prompts.num_rows:,} prompts{where}, "
+            f"{self.rejected.num_rows:,} rows rejected>"
+        )
+
     @property
     def pairs_digest(self) -> str:
         """Names the pairs and their order: part of a margin file's name."""

@@ -63,6 +63,14 @@ class Scores:
     diversity: pa.Table | None = None
     knobs: Score | None = None
 
+    def __repr__(self) -> str:
+        """What there is, in a line."""
+        found = [f"{table.num_rows:,} margins of {name}" for name, table in self.margins.items()]
+        for what, prompts in (("qualities", self.quality), ("diversities", self.diversity)):
+            if prompts is not None:
+                found.append(f"{prompts.num_rows:,} {what}")
+        return f"<{', '.join(found) or 'no scores'}>"
+
 
 def source_columns(pairs: Pairs, *types: Callable[[pa.DataType], bool]) -> list[str]:
     """The columns that the source brought itself, of one of some types (`NUMERIC`, ...)."""
