@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import sqlite3
 import sys
 from collections import Counter
@@ -19,8 +21,9 @@ from endpoint_server import VLM, server
 from test_judge_server import difference, judged, opened, some, source
 
 import fifa
-from fifa.config import Compute, Rubric
+from fifa.config import Compute, Measure, Rubric
 from fifa.errors import FifaError
+from fifa.evaluation import measure
 from fifa.scoring import elsewhere, offline
 from fifa.scoring.endpoint import ANSWERS, endpoint_of
 from fifa.scoring.judges import pairs as judges
@@ -183,6 +186,28 @@ def test_a_judge_of_vllms_is_asked_in_small_lots(
     compute = Compute(executor="local:2")
     there = judged(pairs, f"vllm:{model}", tmp_path / "there", compute=compute)
     assert str(there.to_pydict()) == str(table.to_pydict())
+
+
+def test_no_engine_holds_memory_that_what_comes_next_wants(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge's engine goes before a rater's comes, and that with the last score."""
+    other = shutil.copytree(model, model.with_name("another"))
+    memory, alive = offline._memory, []
+
+    def counted() -> dict[str, Any]:
+        alive.append(sum(type(one).__name__ == "LLM" for one in gc.get_objects()))
+        return memory()
+
+    monkeypatch.setattr(offline, "_memory", counted)
+    pairs = fifa.read_pairs(source(tmp_path, some(4)))
+    fifa.score(pairs, f"vllm:{model}", f"vllm:{other}", "none", folder=tmp_path / "scores")
+    counted()
+    images = pa.table({"prompt_id": ["a"], "prompt": ["a cat"], "category": ["x"]})
+    asked_for = Measure(rater=f"vllm:{model}")
+    measure._unsafe_prompts(images, asked_for, tmp_path / "measured", Compute())
+    counted()
+    assert alive == [0, 0, 0, 0, 0]
 
 
 def test_a_model_that_sees_no_images_is_no_judge(model: Path, tmp_path: Path) -> None:

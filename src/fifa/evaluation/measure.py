@@ -27,6 +27,7 @@ from fifa.evaluation.judges import (
 )
 from fifa.evaluation.models import is_picked
 from fifa.models.runtime import make_runtime
+from fifa.scoring import let_engine_go
 from fifa.scoring.margin import image_rewards
 from fifa.scoring.quality import prompt_quality
 from fifa.scoring.rewards import load_reward
@@ -262,6 +263,7 @@ def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Com
         with executor_of(compute) as executor:
             limits["executor"] = executor
             rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
+        let_engine_go()
         for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
             if flags is not None:
                 harm = any(flag in UNSAFE_FLAGS for flag in flags.split(","))

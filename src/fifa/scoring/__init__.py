@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,15 @@ def score(
                 limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
                 options = {**shared, **limits}
                 rated = quality_scores(pairs, quality, **options)
+    let_engine_go()
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
+
+
+def let_engine_go() -> None:
+    """Let vLLM's engine go, if any was asked: what comes next in this process wants its memory."""
+    if offline := sys.modules.get("fifa.scoring.offline"):
+        offline.forget_engine()
 
 
 def _margins(

@@ -121,9 +121,20 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, ValueError) or own in (kind.__name__ for kind in type(error).__mro__)
 
 
+def forget_engine() -> None:
+    """Let the engine go, if there is one, and with it its part of the device's memory.
+
+    Whoever asks next loads one again.
+    """
+    if _engine.cache_info().currsize:
+        _engine.cache_clear()
+        release_memory()
+
+
 @lru_cache(maxsize=1)
 def _engine(model: str) -> Any:
-    """The model, loaded once a process."""
+    """The model, loaded once until `forget_engine`."""
+    forget_engine()  # of another model, which has most of the memory
     for name, value in {
         # in this process: nothing outlives it, and it may be a daemon, which has no children
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
