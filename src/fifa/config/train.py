@@ -62,7 +62,7 @@ class Train(Shared):
     targets
         A module that gets an adapter; if not given, the model's attention layers.
     lora_dropout
-        Dropout of the adapters' inputs.
+        Dropout of the adapters' inputs, the only thing drawn that depends on the micro-batch.
     quantize
         Keep the frozen base in 4 (``nf4``) or 8 bits (``int8``) by bitsandbytes; the reference is
         the same quantised base.

@@ -64,9 +64,10 @@ class HPSv3Plus(HPSv3):
         # before the image and behind it all three count on, from the larger side
         places = torch.arange(length, device=states.device).repeat(3, 1)
         places[:, place + h * w :] -= h * w - max(h, w)
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        sides = (torch.arange(side, device=states.device) for side in grid)
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
         inside = torch.stack([torch.zeros_like(rows), rows, columns]).flatten(1)
-        places[:, place : place + h * w] = place + inside.to(states.device)
+        places[:, place : place + h * w] = place + inside
         image = torch.zeros(b, length, dtype=torch.bool, device=states.device)
         image[:, place : place + h * w] = True
         return {
