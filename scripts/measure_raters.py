@@ -16,10 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from sklearn.metrics import roc_auc_score
 
-from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters.local import default_ratings, logit_ratings
 from fifa.scoring.raters.logits import load_reader, precision, smollm_path
-from rater_data import made_nonsense, parti_prompts, real_prompts
+from rater_data import made_nonsense, parti_prompts, real_prompts, views_of
 
 Array = npt.NDArray[np.float64]
 
@@ -74,11 +73,11 @@ def measure_detail(good: Rated, third: Rated) -> None:
 
 
 def main() -> None:
-    reader, encoder = load_reader(smollm_path(), *precision()), make_encoder("minilm")
+    reader = load_reader(smollm_path(), *precision())
 
     def rate(prompts: list[str]) -> Rated:
         reading = reader.read(prompts)
-        return Rated(default_ratings(reading, encoder.embed(prompts)), logit_ratings(reading))
+        return Rated(default_ratings(reading, *views_of(prompts)), logit_ratings(reading))
 
     pick, parti = real_prompts(1, 160), parti_prompts(1, 80)
     real = pick + parti

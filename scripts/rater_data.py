@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from fifa.scoring.encoders import make_encoder
+from fifa.scoring.raters.local import content_vectors
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "prompts"
 LABELS = Path(__file__).parent / "harm_labels.csv"
 ALIKE = 0.85  # prompts with a larger cosine are near-duplicates
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+Views = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 def shuffled_characters(prompt: str, rng: random.Random) -> str:
@@ -92,6 +96,13 @@ def near_duplicates(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     return smallest[group]
 
 
+def views_of(prompts: Sequence[str]) -> Views:
+    """The embeddings of prompts as a whole, and without their style."""
+    embed = make_encoder("minilm").embed
+    whole = embed(list(prompts)).astype(np.float16).astype(np.float32)
+    return whole, content_vectors(prompts, whole, embed)
+
+
 def safety(source: str) -> dict[str, list[object]]:
     """The columns of ``safety.parquet``, rows of one source."""
     table = pq.read_table(DATA / "safety.parquet", filters=[("source", "==", source)])
@@ -142,11 +153,17 @@ class Corpus:
     label: npt.NDArray[np.str_]
     drawn: npt.NDArray[np.bool_]
 
+    def contents(self) -> npt.NDArray[np.float64]:
+        """`content_vectors` of all, float64 [n, 384]; minutes, for it embeds their parts."""
+        whole, embed = self.vectors.astype(np.float32), make_encoder("minilm").embed
+        return content_vectors(self.prompts, whole, embed).astype(np.float64)
+
     def rows(self, part: str, *sources: str) -> npt.NDArray[np.int64]:
         """The rows of a part, of some sources."""
         return np.flatnonzero((self.part == part) & np.isin(self.source, sources))
 
 
+@cache
 def corpus() -> Corpus:
     """All prompts with everything that is known of them; minutes, for it embeds 23,247."""
     i2p, parti = safety("i2p"), safety("parti")

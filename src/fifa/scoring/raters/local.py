@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.resources import files
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ from fifa.shards.files import digest
 
 HARMFUL = 0.5  # a predicted toxicity that is graded 1
 LOW = 2.0  # a language model's expected grade below this raises the flag
+# What stands between the clauses of a prompt; marks that words have too, only before a space.
+SEPARATORS = re.compile(
+    r"[,;|/\\#+*~=\r\n\t()\[\]{}<>]+|[\u2014\u2022\u2026\u00b7\u2192\u3001\u3002\uff0c\uff1b\uff5c]+"
+    r"|(?<![.:!?])[.:!?]++(?=\s|$)|\s[-\u2013&]+\s|--+|::+"
+)
+WORDS = 12  # words that a part of a prompt has at most: a tail may come without separators
+PARTS = 64  # parts that a prompt is embedded in at most
 
 
 class LogitRater:
@@ -98,6 +105,9 @@ class DefaultRater(LogitRater):
     - ``harmlessness = 5 - 4 max(min(1, toxicity / 0.5), h)``, the toxicity that a head predicts,
       and h the largest 1 / (1 + exp(t - x)) over the kinds of harm, a head's x, its threshold t.
 
+    The heads see a prompt twice, as a whole and without its style (`content_vectors`), and what is
+    larger counts: words of style turn a whole prompt's embedding to themselves.
+
     Flags: ``nonsense``, and the kinds of harm whose head is above its threshold or which a word of
     the prompt names, with the false alarms that docs/quality.md reports.
     """
@@ -113,6 +123,7 @@ class DefaultRater(LogitRater):
             **super().identity,
             "encoder": self._encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
+            "parts": digest(SEPARATORS.pattern, WORDS, PARTS),
             "words": load_words()[2],
         }
 
@@ -120,7 +131,8 @@ class DefaultRater(LogitRater):
         """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
         if vectors is None:
             vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
-        table = default_ratings(self._reader.read(prompts), vectors)
+        contents = content_vectors(prompts, vectors, self._encoder.embed)
+        table = default_ratings(self._reader.read(prompts), vectors, contents)
         flags = add_word_flags(list(map(shortened, prompts)), table["flags"].to_pylist())
         place = table.schema.get_field_index("flags")
         return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
@@ -131,11 +143,11 @@ def make_local(spec: Spec, *_: object) -> DefaultRater | LogitRater:
     return LogitRater(spec.model) if spec.model else DefaultRater()
 
 
-def default_ratings(reading: Reading, vectors: Numbers) -> pa.Table:
+def default_ratings(reading: Reading, vectors: Numbers, contents: Numbers) -> pa.Table:
     """`RATINGS` as `DefaultRater` gives them, from its two models' outputs."""
     heads = load_heads()
     sense = _line(nonsense_features(reading), heads["nonsense"])
-    names, over = harm_scores(vectors)
+    names, over = harm_scores(vectors, contents)
     # p = 1 / (1 + e^-x): the probability that it is a prompt
     p = 1 / (1 + np.exp(-sense))
     low, high = heads["specificity"]["low"], heads["specificity"]["high"]
@@ -160,13 +172,13 @@ def logit_ratings(reading: Reading) -> pa.Table:
     return _table(grades, {"nonsense": grades[:, 0] < LOW, "unsafe": grades[:, 2] < LOW})
 
 
-def harm_scores(vectors: Numbers) -> tuple[list[str], npt.NDArray[np.float64]]:
+def harm_scores(*views: Numbers) -> tuple[list[str], npt.NDArray[np.float64]]:
     """The kinds of harm, and how far MiniLM embeddings are above their thresholds.
 
     Parameters
     ----------
-    vectors
-        float32 [n, 384].
+    views
+        float32 [n, 384] each, embeddings of the same prompts in another way; the largest counts.
 
     Returns
     -------
@@ -174,9 +186,65 @@ def harm_scores(vectors: Numbers) -> tuple[list[str], npt.NDArray[np.float64]]:
         Of ``toxic`` in roots of toxicity, of the others in log-odds; positive is flagged.
     """
     kinds = load_heads()["harm"]["kinds"]
-    x = vectors.astype(np.float64)
-    over = [_line(x, head) - head["threshold"] for head in kinds.values()]
+    x = np.stack(views).astype(np.float64)
+    over = [_line(x, head).max(0) - head["threshold"] for head in kinds.values()]
     return list(kinds), np.stack(over, axis=1)
+
+
+def content_vectors(
+    prompts: Sequence[str], vectors: Numbers, embed: Callable[[Sequence[str]], Numbers]
+) -> Numbers:
+    """What prompts are about: MiniLM embeddings that words of style do not turn to themselves.
+
+    The mean of a prompt's parts, a part of n words and style s (the log-odds of a linear head that
+    it is style) weighing n exp(-s). Every distinct part is embedded once.
+
+    Parameters
+    ----------
+    prompts
+        The texts; their first `LONGEST` characters are read.
+    vectors
+        Their embeddings, float32 [n, 384]; those of prompts that have one part are kept.
+    embed
+        Texts to normalised embeddings.
+
+    Returns
+    -------
+    float32 [n, 384]
+        Normalised, rounded to float16.
+    """
+    texts = [parts(prompt) for prompt in map(shortened, prompts)]
+    texts = [own if len(own) > 1 else [] for own in texts]
+    places = {text: i for i, text in enumerate(dict.fromkeys(chain(*texts)))}
+    if not places:
+        return vectors
+    embedded = embed(list(places)).astype(np.float64)
+    size = np.array([len(text.split()) for text in places])
+    weights = size * np.exp(-_line(embedded, load_heads()["style"]))
+    contents = vectors.copy()
+    for row, own in enumerate(texts):
+        if own:
+            at = [places[text] for text in own]
+            mean = weights[at] @ embedded[at]
+            contents[row] = (mean / np.linalg.norm(mean)).astype(np.float16)
+    return contents
+
+
+def clauses(prompt: str) -> list[str]:
+    """What `SEPARATORS` leave of a prompt, in lower case, as the encoder reads it."""
+    found = (" ".join(text.lower().split()) for text in SEPARATORS.split(prompt))
+    return [text for text in found if any(map(str.isalnum, text))]
+
+
+def parts(prompt: str) -> list[str]:
+    """The distinct clauses of a prompt, cut to `WORDS` words and joined to `PARTS` parts."""
+    cut = []
+    for words in map(str.split, clauses(prompt)):
+        size = -(-len(words) // -(-len(words) // WORDS))
+        cut += [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
+    texts = list(dict.fromkeys(cut))
+    size = max(1, -(-len(texts) // PARTS))
+    return [", ".join(texts[i : i + size]) for i in range(0, len(texts), size)]
 
 
 def nonsense_features(reading: Reading) -> npt.NDArray[np.float64]:
