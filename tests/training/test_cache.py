@@ -346,15 +346,17 @@ class Elsewhere(LocalPool):
 
 
 def test_memory_that_runs_out_in_a_worker_halves_its_batches(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(encoding, "SHARD", 3)
     pairs = read_training_pairs(write_pairs(tmp_path / "a.parquet", SIZES))
     encode(pairs, load_backbone(model), tmp_path / "here", resolution=64)
-    sizes, room = [], 1
+    sizes, room, failed = [], 1, []
 
     def limited(function):
         def call(self, inputs):
             # as in a training: see `fifa.training.encoding.arithmetic`
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             if len(inputs) > room:
+                failed.append(len(inputs))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             sizes.append(len(inputs))
             return function(self, inputs)
@@ -366,6 +368,7 @@ def test_memory_that_runs_out_in_a_worker_halves_its_batches(tmp_path, model, mo
     asked = {"resolution": 64, "executor": Elsewhere()}
     encode(pairs, load_backbone(model), tmp_path / "there", **asked)
     assert sizes == [1] * (5 + 8)
+    assert failed == [3, 3]  # of prompts and of images, in the first shard and in no other
     here, there = ({path.name for path in (tmp_path / n).iterdir()} for n in ("here", "there"))
     assert here == there
     room = 0

@@ -282,9 +282,9 @@ def test_errors_without_gradients_are_computed_in_halves_too(world, tmp_path, mo
     predict, sizes = batches_module.predict, []
 
     def short(backbone, batch):
+        sizes.append(len(batch.items))
         if len(batch.items) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        sizes.append(len(batch.items))
         return predict(backbone, batch)
 
     with monkeypatch.context() as patch:
@@ -294,7 +294,9 @@ def test_errors_without_gradients_are_computed_in_halves_too(world, tmp_path, mo
         sizes.clear()
         patch.setattr(holdout_module, "predict", short)
         found = loop.holdout.measure(loop.state, 2)
-    assert sizes == [1] * 8  # two pairs, four draws
+        assert sizes == [2] + [1] * 8  # two pairs, four draws
+        assert loop.holdout.measure(loop.state, 2) == found
+    assert sizes[9:] == [1] * 8
     assert capsys.readouterr().err.count("1 pairs at a time from here on") == 4
     expected = calm.holdout.measure(calm.state, 2)
     for name in ("heldout_loss", "heldout_winner_error", "heldout_loser_minus_reference"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
 from math import prod
@@ -39,6 +39,7 @@ Ints = npt.NDArray[np.int32]
 Given = Any  # captions, or (pairs, plan, whether mirrored)
 Chunk = TypeVar("Chunk", bound=Sequence[Any])
 Batch = TypeVar("Batch")
+Sizes = tuple[Parts, Parts]
 T = TypeVar("T")
 
 SHARD = 256  # images or prompts between two points where a run can be resumed, at most
@@ -171,6 +172,8 @@ class Encoder:
         (rank, ranks): which shards are this process's to make.
     executor
         Who makes them, where that is not this process: all for the first of the ranks.
+    sizes
+        How many images and prompts go together, once memory has run out.
     """
 
     backbone: Backbone
@@ -179,6 +182,7 @@ class Encoder:
     batch: int
     share: tuple[int, int] = (0, 1)
     executor: Executor | None = None
+    sizes: Sizes = field(default_factory=lambda: (Parts("image"), Parts("prompt")))
 
     def images(self, pairs: TrainingPairs, plan: ImagePlan, flips: bool) -> tuple[Ints, ...]:
         """Where every image is: shard and row, int32 [images, 2]; with ``flips`` mirrored too."""
@@ -195,7 +199,7 @@ class Encoder:
         keys = [[plan.keys[i] for i in chunk] for chunk in chunks]
         device, vae = self.backbone.device, self.backbone.vae
         place = self.backbone.folder / "vae"
-        parts = Parts("image")
+        parts, _ = self.sizes
         threads = cores()
         with ThreadPoolExecutor(threads) as pool:
 
@@ -239,7 +243,7 @@ class Encoder:
     def fill_prompts(self, chunks: Sequence[Sequence[str]]) -> Ints:
         """As `prompts`, a shard of each of ``chunks``."""
         most = prompts_at_once(self.backbone)
-        parts = Parts("prompt")
+        _, parts = self.sizes
 
         def batches(chunk: Sequence[str]) -> Iterator[Sequence[str]]:
             for start in range(0, len(chunk), most):
@@ -386,6 +390,7 @@ class Elsewhere:
 
     def __init__(self, load: Callable[[], Backbone], dtype: str, batch: int) -> None:
         self._load, self._dtype, self._batch = load, dtype, batch
+        self._sizes = Parts("image"), Parts("prompt")  # of all shards of this worker
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Elsewhere, (self._load, self._dtype, self._batch)
@@ -399,7 +404,8 @@ class Elsewhere:
         backbone = self._backbone
         with TemporaryDirectory() as folder, output(QUIET), arithmetic(backbone.device):
             shards = TensorShards(Path(folder))
-            encoder = Encoder(backbone, shards, self._dtype, self._batch)
+            how = self._dtype, self._batch
+            encoder = Encoder(backbone, shards, *how, sizes=self._sizes)
             if isinstance(given, list):
                 backbone.vae.release()
                 encoder.fill_prompts([given])

@@ -7,7 +7,7 @@ two measurements differ by the weights alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -90,6 +90,8 @@ class Holdout:
         What knows the reference's errors on `DRAWS`; None for a loss that needs none.
     every
         Steps between two measurements.
+    through
+        How many pairs go together, once memory has run out.
     """
 
     train: Train
@@ -97,6 +99,7 @@ class Holdout:
     rows: Sequence[int]
     reference: Reference | None
     every: int
+    through: Parts = field(default_factory=lambda: Parts("pair"))
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether they are measured after so many steps of all."""
@@ -119,7 +122,6 @@ class Holdout:
         if not state.sharded:  # a wrapped one may wait for processes that have fewer pairs
             backbone = backbone.with_denoiser(accelerator.unwrap_model(model))
         total: Tensor = torch.zeros(len(SUMS) + LEVELS * len(NAMES), device=self.source.device)
-        through = Parts("pair")
         model.eval()
         try:
             with torch.no_grad(), accelerator.autocast(), state.to_give_away():
@@ -130,7 +132,9 @@ class Holdout:
                         return self._sums(batch.pairs(rows), backbone)
 
                     # sharded processes would have to agree on smaller parts
-                    found = [sums_of(slice(n))] if state.sharded else through.run(sums_of, n, n)
+                    found = (
+                        [sums_of(slice(n))] if state.sharded else self.through.run(sums_of, n, n)
+                    )
                     for sums_of_some in found:
                         total += sums_of_some
         finally:

@@ -18,7 +18,7 @@ from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters import logits
 from fifa.scoring.raters.local import LogitRater
 from fifa.scoring.rewards import clip as clip_module
-from fifa.scoring.rewards import fit, load_reward, score
+from fifa.scoring.rewards import finetune, fit, load_reward, score
 from fifa.scoring.rewards.features import image_features
 from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.rewards.worker import images_at_a_time
@@ -181,6 +181,16 @@ def test_memory_that_ends_halves_the_prompts_of_an_encoder(clip, monkeypatch, ca
     np.testing.assert_allclose(encoder.embed(MANY), expected, atol=1e-6)
     assert max(few.sizes) == 2
     assert "2 prompts at a time" in capsys.readouterr().err
+
+
+def test_memory_that_ends_in_a_fine_tuning_halves_what_is_judged_from_then_on(capsys):
+    states = np.arange(24, dtype=np.float32).reshape(8, 3)
+    tower = finetune._Tower(lambda rows: rows, torch.nn.Identity(), states, Runtime())
+    few = limited(tower.pooled, 4)
+    for _ in range(2):
+        np.testing.assert_array_equal(tower.in_parts(few, np.arange(8)), states)
+    assert few.sizes == [4] * 4
+    assert capsys.readouterr().err.count("out of memory") == 1
 
 
 def test_a_precision_that_is_unknown_is_refused():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,15 @@ class _Tower:
         Of every prompt or image, [rows, ...]; once frozen, pooled states.
     runtime
         Device and precision.
+    sizes
+        How many go together, once memory has run out.
     """
 
     pool: Callable[[Any], Any]
     projection: Any
     inputs: npt.NDArray[Any]
     runtime: Runtime
+    sizes: Parts = field(default_factory=lambda: Parts("image or prompt"))
 
     def vectors(self, rows: Integers) -> Tensor:
         """Unit vectors of some rows, [n, d]."""
@@ -105,10 +108,11 @@ class _Tower:
         self, function: Callable[[Integers], Tensor], rows: Integers
     ) -> npt.NDArray[np.float64]:
         """What ``function`` gives of some rows, without gradients, a few at a time."""
-        what = Parts("image or prompt")
         with require("torch").inference_mode(), self.runtime.autocast():
             parts = list(
-                what.run(lambda i: function(rows[i]).float().cpu().numpy(), len(rows), EVALUATE)
+                self.sizes.run(
+                    lambda i: function(rows[i]).float().cpu().numpy(), len(rows), EVALUATE
+                )
             )
         return np.concatenate(parts).astype(np.float64)
 
