@@ -32,7 +32,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def look(eye: Eye, checkpoint: Path, beta: float) -> list[float]:
-    """Loss, implicit accuracy, and root mean squares: the logit's, and of its rounding in bfloat16."""
+    """Loss, accuracy, and root mean squares: the logit's, and of its rounding in bfloat16."""
     backbone = load_backbone(SD)
     denoiser: Any = backbone.denoiser
     denoiser.load_lora_adapter(checkpoint, weight_name=LORA_FILE, prefix="unet")
