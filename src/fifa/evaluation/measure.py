@@ -27,7 +27,7 @@ from fifa.evaluation.judges import (
 )
 from fifa.evaluation.models import is_picked
 from fifa.models.runtime import make_runtime
-from fifa.scoring import let_engine_go
+from fifa.scoring import engine_kept
 from fifa.scoring.margin import image_rewards
 from fifa.scoring.quality import prompt_quality
 from fifa.scoring.rewards import load_reward
@@ -260,10 +260,9 @@ def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Com
         texts = dict(zip(ids, images["prompt"].to_pylist(), strict=True))
         prompts = pa.table([list(texts), list(texts.values())], schema=PROMPTS)
         limits: dict[str, Any] = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
-        with executor_of(compute) as executor:
+        with engine_kept(), executor_of(compute) as executor:
             limits["executor"] = executor
             rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
-        let_engine_go()
         for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
             if flags is not None:
                 harm = any(flag in UNSAFE_FLAGS for flag in flags.split(","))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,14 @@ from fifa.config import Compute, Score
 from fifa.errors import FifaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pyarrow as pa
 
     from fifa.data.table import Pairs
     from fifa.scoring.table import Scores
+
+_blocks: list[int] = []  # of `engine_kept`, open now
 
 
 def score(
@@ -82,7 +84,7 @@ def score(
     knobs = Score(specs, quality, diversity, k, budget)
     check_score(knobs)
     diverse, rated = None, None
-    with executor_of(compute) as executor:
+    with engine_kept(), executor_of(compute) as executor:
         shared: dict[str, Any] = {"folder": folder, "executor": executor}
         with step("margin"):
             options = {**shared, "compute": compute, "allow_download": allow_download}
@@ -96,15 +98,23 @@ def score(
                 limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
                 options = {**shared, **limits}
                 rated = quality_scores(pairs, quality, **options)
-    let_engine_go()
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)
 
 
-def let_engine_go() -> None:
-    """Let vLLM's engine go, if any was asked: what comes next in this process wants its memory."""
-    if offline := sys.modules.get("fifa.scoring.offline"):
-        offline.forget_engine()
+@contextmanager
+def engine_kept() -> Iterator[None]:
+    """vLLM's engine, if one is asked, goes with the outermost of these blocks.
+
+    What comes next in this process wants its memory; what is asked within loads it once.
+    """
+    _blocks.append(1)
+    try:
+        yield
+    finally:
+        _blocks.pop()
+        if not _blocks and (offline := sys.modules.get("fifa.scoring.offline")):
+            offline.forget_engine()
 
 
 def _margins(
