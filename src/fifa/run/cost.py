@@ -31,7 +31,7 @@ from fifa.formatting import seconds, text_table
 from fifa.models.runtime import make_runtime
 from fifa.run.bench import VECTORS, Rate, bench_rate, tower_flops
 from fifa.run.passes import Passes, is_here, runs, sample_of
-from fifa.scoring import check_specs, engine_kept
+from fifa.scoring import check_specs
 from fifa.scoring.diversity import EXACT_UP_TO, ON_CUDA_FROM
 from fifa.scoring.encoders import column_embeddings
 from fifa.scoring.endpoint import VLLM
@@ -225,8 +225,7 @@ def plan_cost(plan: Plan) -> Cost:
     recipe = Recipe(plan.read, plan.score, plan.select, plan.compute)
     shares = [_question(one, facts, recipe)[2] for one in plan.score.margin if _is_judge(one)]
     passes = Passes(facts.sample, recipe, plan.seconds, plan.fresh, max(shares, default=1.0))
-    with engine_kept():  # its loading is told apart
-        rates = passes.rates()
+    rates = passes.rates()
     keep = 1.0 if plan.select.strategy == "weights" else plan.select.keep
     kept = min(facts.pairs, keep if isinstance(keep, int) else max(1, round(keep * facts.pairs)))
     steps = [*_filter_steps(facts, recipe, prices, rates, kept)]

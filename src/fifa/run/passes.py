@@ -40,6 +40,7 @@ from fifa.formatting import seconds, shorten
 from fifa.run.bench import Rate, kept_rates, partial_training, step_seconds
 from fifa.run.folder import start_run
 from fifa.run.steps import filter_pairs
+from fifa.scoring import engine_kept
 from fifa.scoring.endpoint import VLLM
 from fifa.scoring.specs import ENCODERS, IMAGE_ENCODERS, RATERS, REWARDS, Registry
 from fifa.shards.files import digest, read_json_lines
@@ -122,7 +123,8 @@ class Passes:
             (light, ("quality",), 0.35, FIRST),
             (without_prompts(light), ("read", "select", "export", "report"), 0.1, 1.0),
         )
-        with tempfile.TemporaryDirectory(prefix="fifa-") as name:
+        # an engine is loaded once for all passes: its loading is in the cold one
+        with tempfile.TemporaryDirectory(prefix="fifa-") as name, engine_kept():
             echo(f"measuring on a sample, for about {seconds(self.budget)}")
             cold, first = self.fewest(partial(self.once, full, None, Path(name) / "cold"))
             rates: dict[str, Rate] = {}
