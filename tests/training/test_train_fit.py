@@ -405,6 +405,36 @@ def test_steps_whose_gradients_overflow_are_skipped_and_counted(
     assert (facts["steps"], facts["skipped_steps"], facts["pairs_seen"]) == (3, 1, 8)
 
 
+def test_a_training_that_goes_on_has_the_loss_scale_that_it_had(world, tmp_path):
+    train = quick(world, steps=4, beta=5000.0)
+
+    def done(out, until=None):
+        with fresh_process():
+            loop = assemble(train, tmp_path / out)
+            loop = replace(loop, state=with_loss_scale(loop.state), until=until)
+            return loop.run().skipped, loop.state.weights()
+
+    (skipped, whole), (first, _), (after, parts) = done("a"), done("b", 2), done("b")
+    assert (skipped, first, after) == (1, 1, 1)
+    assert furthest(whole, parts) == 0.0
+
+
+def test_a_loss_scale_that_falls_for_ever_ends_the_training(world, tmp_path, monkeypatch):
+    loop = assemble(quick(world, steps=60, log_every=20), tmp_path)
+    loop = replace(loop, state=with_loss_scale(loop.state))
+    before = {name: value.clone() for name, value in loop.state.weights().items()}
+    forward = type(loop).forward
+
+    def broken(self, batch):
+        loss, told = forward(self, batch)
+        return (loss * 0).sqrt(), told  # the square root of 0 is 0, and has no slope
+
+    monkeypatch.setattr(type(loop), "forward", broken)
+    with pytest.raises(FifaError, match="the gradient is not finite in step 40"):
+        loop.run()
+    assert furthest(before, loop.state.weights()) == 0.0
+
+
 def test_under_autocast_adapters_do_not_widen_their_inputs_and_compute_the_same(world, tmp_path):
     with fresh_process():
         loop = assemble(quick(world, dtype="bfloat16"), tmp_path)

@@ -42,6 +42,9 @@ from fifa.training.samples import Samples
 from fifa.training.trackers import Track, no_track
 
 AHEAD = 2  # micro-batches that wait for the device
+# Steps in a row that float16 may skip: its loss scale, 2^16 at first and halved by each, is then so
+# small that nothing overflows for its sake.
+SKIPS = 40
 
 # A micro-batch, whether it counts, and whether it is the last of its step.
 Item = tuple[Batch, bool, bool]
@@ -137,6 +140,7 @@ class Loop:
         main = state.accelerator.is_main_process
         stats = Stats(self.out, done, self.track) if main else None
         begun = time.perf_counter() - done.seconds
+        in_a_row = 0  # steps that were skipped
         with closing(feed), progress_bar("training", self.last, done.step) as advance:
 
             def take(step: int, rate: float, read: Read, found: Line | None = None) -> Progress:
@@ -144,8 +148,10 @@ class Loop:
 
                 ``found`` is what held-out pairs say after it.
                 """
+                nonlocal in_a_row
                 *totals, norm, spread, gain = read()
-                self._must_be_finite(step, totals[0], norm)
+                in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
+                self._must_be_finite(step, totals[0], norm, in_a_row)
                 taken = done.after_step(
                     totals,
                     train.batch,
@@ -348,9 +354,9 @@ class Loop:
         """Whether smaller micro-batches help: several processes would have to agree on them."""
         return size > 1 and self.state.accelerator.num_processes == 1
 
-    def _must_be_finite(self, step: int, loss: float, norm: float) -> None:
+    def _must_be_finite(self, step: int, loss: float, norm: float, in_a_row: int = 0) -> None:
         # with float16, gradients overflow now and then: their scale is lowered, the step skipped
-        scaled = self.state.accelerator.scaler is not None
+        scaled = self.state.accelerator.scaler is not None and in_a_row < SKIPS
         if math.isfinite(loss) and (scaled or math.isfinite(norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
