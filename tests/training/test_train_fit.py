@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -303,6 +304,31 @@ def test_errors_without_gradients_are_computed_in_halves_too(world, tmp_path, mo
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
     batch = loop.source.batch([(loop.source.taught[0], 0)])
     torch.testing.assert_close(loop.reference(batch)[0], calm.reference(batch)[0])
+
+
+def test_the_table_is_made_as_on_cuda_of_few_batches_at_a_time(world, tmp_path, monkeypatch):
+    train = quick(world, draws=4, micro_batch=1)
+    here = assemble(train, tmp_path / "here")
+    source, rows, draws = here.source, [0, 1, 2, 3], range(4)
+    [(_, expected)] = batches_module._errors(source, rows, draws, [0], nullcontext)
+    made, ahead = [], []
+    batch, predict = batches_module.Source.batch, batches_module.predict
+
+    def counted(self, items):
+        made.append(threading.current_thread() is threading.main_thread())
+        return batch(self, items)
+
+    def watched(backbone, one):
+        ahead.append(len(made) - len(ahead))
+        return predict(backbone, one)
+
+    monkeypatch.setattr(batches_module.Source, "batch", counted)
+    monkeypatch.setattr(batches_module, "predict", watched)
+    copies_as_on_cuda(monkeypatch)
+    there = replace(source, device=Device("cpu"))
+    [(_, found)] = batches_module._errors(there, rows, draws, [0], nullcontext)
+    assert found == expected
+    assert made == [False] * 16 and max(ahead) <= 4
 
 
 def test_what_fails_where_batches_are_made_is_told(world, tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ from fifa.training.times import time_drawer
 
 LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
 REFERENCE = 32 * LATENTS  # the same on CUDA where no gradients are kept
+AHEAD = 2  # batches that wait for a device; with all draws of a shard, FLUX.2's prompts take 2 GB
 SHARD = 16  # pairs between two points where an interrupted computation of the reference goes on
 
 Scalars = npt.NDArray[np.float32]
@@ -458,7 +459,7 @@ def _errors(
     cuda = source.device.type == "cuda"
     through = Parts("pair")
 
-    def batches() -> Iterator[tuple[int, list[tuple[int, int]], list[Batch]]]:
+    def batches() -> Iterator[tuple[int, list[tuple[int, int]], Batch, bool]]:
         for start in starts:
             pairs = rows[start : start + SHARD]
             items = [(pair, d) for pair in pairs for d in draws]
@@ -466,19 +467,20 @@ def _errors(
             largest = max(h * w for h, w in map(shape, pairs))
             size = (REFERENCE if cuda else LATENTS) // largest
             parts = micro_batches(items, shape, source.train.micro_batch or max(1, size))
-            yield start, items, [source.batch(part) for part in parts]
+            for number, part in enumerate(parts, 1):
+                yield start, items, source.batch(part), number == len(parts)
 
-    for start, items, made in Prefetch(batches(), 1) if cuda else batches():
-        found: dict[tuple[int, int], Tensor] = {}
-        for batch in made:
-            there, n = batch.on(source.device), len(batch.items)
+    found: dict[tuple[int, int], Tensor] = {}
+    for start, items, batch, last in Prefetch(batches(), AHEAD) if cuda else batches():
+        there, n = batch.on(source.device), len(batch.items)
 
-            def measured(part: slice, batch: Batch = there) -> Tensor:
-                return predict(source.backbone, batch.pairs(part))[0]
+        def measured(part: slice, batch: Batch = there) -> Tensor:
+            return predict(source.backbone, batch.pairs(part))[0]
 
-            with torch.no_grad(), autocast():
-                both = torch.cat(list(through.run(measured, n, n)))
-            found |= zip(batch.items, both, strict=True)
-        # once a shard: until here nothing has been waited for
-        in_order = torch.cat([found[item] for item in items])
-        yield start, pa.table({"error": in_order.cpu().numpy()})
+        with torch.no_grad(), autocast():
+            both = torch.cat(list(through.run(measured, n, n)))
+        found |= zip(batch.items, both, strict=True)
+        if last:  # once a shard: until here nothing has been waited for
+            in_order = torch.cat([found[item] for item in items])
+            yield start, pa.table({"error": in_order.cpu().numpy()})
+            found = {}
