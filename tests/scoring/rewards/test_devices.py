@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,7 +20,7 @@ from fifa.scoring.encoders import make_encoder
 from fifa.scoring.raters import logits
 from fifa.scoring.raters.local import LogitRater
 from fifa.scoring.rewards import clip as clip_module
-from fifa.scoring.rewards import finetune, fit, load_reward, score
+from fifa.scoring.rewards import features, finetune, fit, load_reward, score
 from fifa.scoring.rewards.features import image_features
 from fifa.scoring.rewards.image_encoders import make_image_encoder
 from fifa.scoring.rewards.worker import images_at_a_time
@@ -153,6 +155,32 @@ def test_memory_that_ends_halves_the_pictures_of_a_few(clip, monkeypatch, capsys
     monkeypatch.setattr(model, "image_features", limited(model.image_features, 0))
     with pytest.raises(FifaError, match="single image"):
         score(model, prompts, pictures)
+
+
+def test_features_are_read_back_once_a_shard_and_pinned_in_a_thread(tmp_path, monkeypatch):
+    for number in range(20):
+        images()[number % 5].convert("RGB").resize((40 + number, 40)).save(
+            tmp_path / f"{number}.png"
+        )
+    files = file_images(tmp_path, [f"{number}.png" for number in range(20)])
+    encoder, events, cpu = (
+        make_image_encoder("efficientnet-lite0:224", Runtime()),
+        [],
+        torch.Tensor.cpu,
+    )
+
+    def pin(tensor, device):
+        events.append(threading.current_thread() is threading.main_thread())
+        return tensor
+
+    def read(tensor):
+        events.append("read")
+        return cpu(tensor)
+
+    monkeypatch.setattr(features, "pinned", pin)
+    monkeypatch.setattr(torch.Tensor, "cpu", read)
+    image_features(files, encoder)
+    assert events == [False, False, False, "read"]  # 8, 8 and 4 images
 
 
 def test_memory_that_ends_halves_the_images_of_an_encoder(tmp_path, capsys):

@@ -21,11 +21,11 @@ from fifa.config import Compute, Reward
 from fifa.console import note
 from fifa.data.decoders import Decoders, choose_decoders
 from fifa.data.images import Images, Integers, read, unique_images
-from fifa.data.prefetch import Batch, batched, decode_images
+from fifa.data.prefetch import Batch, Prefetch, batched, decode_images
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
 from fifa.models.optional import require
-from fifa.models.runtime import Parts, Tensor, make_runtime
+from fifa.models.runtime import Parts, Tensor, make_runtime, pinned
 from fifa.scoring.encoders import make_encoder, prompt_embeddings
 from fifa.scoring.rewards.engine import Engine
 from fifa.scoring.rewards.image_encoders import ImageEncoder, make_image_encoder
@@ -180,18 +180,28 @@ class Embed:
         """``features`` (a list of float32) and ``reason``, row by row with ``images``."""
         torch = require("torch")
         encoder = self._encoder
-        batch = CUDA_BATCH if runtime_of(encoder).device.startswith("cuda") else BATCH
+        device = runtime_of(encoder).device
+        batch = CUDA_BATCH if device.startswith("cuda") else BATCH
         bad: dict[int, str] = {}
         options: dict[str, Any] = {"allow_download": self._allow_download, "batch": batch}
+
+        def ready() -> Iterator[tuple[list[int], Tensor]]:
+            for numbers, pixels in image_batches(images, self._decoders, bad, **options):
+                yield numbers, pinned(torch.from_numpy(pixels), device)
+
+        order: list[int] = []
+        found: list[Tensor] = []
+        with closing(Prefetch(ready(), most=2)) as batches:
+            for numbers, whole in batches:
+
+                def some(part: slice, whole: Tensor = whole) -> Tensor:
+                    return encoder.embed(whole[part])
+
+                found += self._sizes.run(some, len(whole), MOST)
+                order += numbers
         rows: list[Floats | None] = [None] * len(images)
-        for numbers, pixels in image_batches(images, self._decoders, bad, **options):
-            whole = torch.from_numpy(pixels)
-
-            def some(part: slice, whole: Tensor = whole) -> Tensor:
-                return encoder.embed(whole[part]).cpu()
-
-            vectors = torch.cat(list(self._sizes.run(some, len(whole), MOST))).numpy()
-            for number, vector in zip(numbers, vectors, strict=True):
+        if found:  # until here nothing has been waited for
+            for number, vector in zip(order, torch.cat(found).cpu().numpy(), strict=True):
                 rows[number] = vector
         cells = pa.array(rows, pa.large_list(pa.float32()))
         reasons = pa.array([bad.get(i) for i in range(len(images))], pa.string())
