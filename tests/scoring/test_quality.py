@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,11 +10,14 @@ import pytest
 import transformers
 from tiny_lm import byte_tokenizer, tiny_llama
 
-from fifa.config import UNSAFE_FLAGS
+import fifa
+from fifa.config import UNSAFE_FLAGS, Compute, Measure
 from fifa.data.table import PAIRS, PROMPTS, Pairs
 from fifa.errors import FifaError
+from fifa.evaluation import measure
 from fifa.scoring import quality
 from fifa.scoring.quality import make_rater, quality_scores
+from fifa.scoring.raters import local
 from fifa.scoring.raters.local import LogitRater
 from fifa.scoring.rubric import FLAGS, RATINGS
 
@@ -67,6 +71,28 @@ def test_another_models_ratings_never_mix(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny_llama().double().save_pretrained(other)
     assert LogitRater(str(folder)).identity != LogitRater(str(other)).identity
+
+
+def test_a_rater_computes_where_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, seen = local.load_reader, []
+
+    def recorded(path: Path, device: str, dtype: str) -> object:
+        seen.append(device)
+        return load(path, "cpu", "float32")
+
+    monkeypatch.setattr(local, "load_reader", recorded)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("fifa.scoring.raters.logits.best_dtype", lambda device: "bfloat16")
+    pairs, spec = pairs_of(["a cat"]), f"local:{folder}"
+    for compute in (Compute(), Compute(device="cpu")):
+        fifa.score(pairs, (), spec, "none", compute=compute)
+    images = pa.table({"prompt_id": ["a"], "prompt": ["a cat"], "category": ["x"]})
+    there = Compute(device="cpu")
+    measure._unsafe_prompts(images, Measure(rater=spec), folder / "measured", there)
+    again = pickle.loads(pickle.dumps(make_rater(spec, device="cpu")))  # in a worker
+    again.rate(["a cat"])
+    assert seen == ["cuda", "cpu", "cpu", "cpu"]
+    assert make_rater("local", device="cpu").encoder.device == "cpu"
 
 
 def test_a_model_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,7 +261,7 @@ def _unsafe_prompts(images: pa.Table, asked: Measure, scores: Path, compute: Com
         prompts = pa.table([list(texts), list(texts.values())], schema=PROMPTS)
         limits: dict[str, Any] = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
         with engine_kept(), executor_of(compute) as executor:
-            limits["executor"] = executor
+            limits |= {"executor": executor, "device": compute.device}
             rated = prompt_quality(prompts, asked.rater, folder=scores, **limits)
         for name, flags in zip(texts, rated["flags"].to_pylist(), strict=True):
             if flags is not None:

@@ -96,7 +96,7 @@ def score(
         with step("quality"):
             if quality != "none":
                 limits = {"in_flight": compute.in_flight, "max_tokens": compute.max_tokens}
-                options = {**shared, **limits}
+                options = {**shared, **limits, "device": compute.device}
                 rated = quality_scores(pairs, quality, **options)
     margins = {spec: made[spec] for spec in specs}
     return Scores(margins=margins, quality=rated, diversity=diverse, knobs=knobs)

@@ -15,7 +15,7 @@ from fifa.config import Compute
 from fifa.console import echo
 from fifa.data.table import Pairs
 from fifa.errors import FifaError
-from fifa.scoring.encoders import Kept, embed_prompts, make_encoder, prompts_identity
+from fifa.scoring.encoders import Kept, embed_prompts, prompts_identity
 from fifa.scoring.raters.endpoint import EndpointRater
 from fifa.scoring.raters.local import DefaultRater
 from fifa.scoring.rubric import RATINGS
@@ -50,6 +50,7 @@ def make_rater(
     *,
     in_flight: int = Compute.in_flight,
     max_tokens: int = Compute.max_tokens,
+    device: str | None = None,
 ) -> Rater:
     """The rater that ``spec`` names; nothing heavy is loaded before its first prompt.
 
@@ -63,13 +64,15 @@ def make_rater(
         Requests to an endpoint under way at once.
     max_tokens
         Tokens that an endpoint's answer may have, with the thinking before it.
+    device
+        Where a local model computes; None: a GPU if there is one.
 
     Raises `FifaError` for an unknown spec.
     """
     parsed = RATERS.parse(spec)
     if not parsed.entry.maker:
         raise RATERS.error(spec)
-    rater: Rater = parsed.make(folder, in_flight, max_tokens)
+    rater: Rater = parsed.make(folder, in_flight, max_tokens, device=device)
     return rater
 
 
@@ -80,6 +83,7 @@ def quality_scores(
     folder: Path | None = None,
     in_flight: int = Compute.in_flight,
     max_tokens: int = Compute.max_tokens,
+    device: str | None = None,
     executor: Executor | None = None,
 ) -> pa.Table:
     """Rate every unique prompt of ``pairs``.
@@ -97,6 +101,8 @@ def quality_scores(
         Requests to an endpoint under way at once.
     max_tokens
         Tokens that an endpoint's answer may have, with the thinking before it.
+    device
+        Where a rater's own model computes; None: a GPU if there is one.
     executor
         Who runs a rater's own model; by default this process.
 
@@ -120,8 +126,15 @@ def quality_scores(
         content = (digest(numbers), *prompts_identity(pairs.prompts))
         path = folder and score_path(folder, "quality", f"column-{name}", *content)
         return scored_once(path, lambda ledger: ratings, {"rater": name})
-    limits = {"in_flight": in_flight, "max_tokens": max_tokens}
-    return prompt_quality(pairs.prompts, spec, folder=folder, executor=executor, **limits)
+    return prompt_quality(
+        pairs.prompts,
+        spec,
+        folder=folder,
+        in_flight=in_flight,
+        max_tokens=max_tokens,
+        device=device,
+        executor=executor,
+    )
 
 
 def column_ratings(pairs: Pairs, name: str) -> pa.Table:
@@ -160,10 +173,12 @@ def prompt_quality(
     folder: Path | None,
     in_flight: int,
     max_tokens: int,
+    device: str | None = None,
     executor: Executor | None = None,
 ) -> pa.Table:
     """`quality_scores` of a table of `fifa.data.table.PROMPTS`; ``spec`` is no column."""
-    rater = make_rater(spec, folder, in_flight=in_flight, max_tokens=max_tokens)
+    limits = {"in_flight": in_flight, "max_tokens": max_tokens}
+    rater = make_rater(spec, folder, **limits, device=device)
     identity = (rater.identity, *prompts_identity(prompts))
     path = folder and score_path(folder, "quality", rater.name, *identity)
     if path is not None and path.exists():
@@ -185,7 +200,7 @@ def _rated(
     vectors: Kept | None = None
     if prompts and isinstance(rater, DefaultRater):
         # Of the same encoder as the diversity step's default: embedded once for both.
-        vectors = embed_prompts(table, make_encoder("minilm"), folder, executor)
+        vectors = embed_prompts(table, rater.encoder, folder, executor)
 
     def given(part: slice) -> tuple[Any, ...]:
         return (prompts[part],) if vectors is None else (prompts[part], vectors[part])

@@ -98,7 +98,7 @@ class EndpointRater(Endpoint):
 
 
 def make_endpoint(
-    spec: Spec, folder: Path | None, in_flight: int, max_tokens: int
+    spec: Spec, folder: Path | None, in_flight: int, max_tokens: int, **_: object
 ) -> EndpointRater:
     """The rater that a spec names; answers are kept in ``folder``."""
     return EndpointRater(*endpoint_of(spec), folder, in_flight, max_tokens)

@@ -56,10 +56,14 @@ class LogitRater:
         SmolLM2-135M-Instruct.
     dtype
         ``float32``, ``bfloat16`` or ``float16``; None: what is fastest here.
+    device
+        Where it computes; None: a GPU if there is one.
     """
 
-    def __init__(self, model: str = "", dtype: str | None = None) -> None:
-        self.model, self._dtype = model, dtype
+    def __init__(
+        self, model: str = "", dtype: str | None = None, device: str | None = None
+    ) -> None:
+        self.model, self._dtype, self._device = model, dtype, device
         self.name = f"local-{Path(model).name}" if model else "local"
 
     @cached_property
@@ -68,11 +72,11 @@ class LogitRater:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it loads its model anew, in the precision that names its ratings."""
-        return type(self), (self.model, self._precision[1])
+        return type(self), (self.model, self._precision[1], self._device)
 
     @cached_property
     def _precision(self) -> tuple[str, str]:
-        device, dtype = precision()
+        device, dtype = precision(self._device)
         return device, self._dtype or dtype
 
     @cached_property
@@ -113,15 +117,16 @@ class DefaultRater(LogitRater):
     """
 
     @cached_property
-    def _encoder(self) -> ModelEncoder:
-        return make_encoder("minilm")
+    def encoder(self) -> ModelEncoder:
+        """MiniLM, that of the diversity step's default."""
+        return make_encoder("minilm", device=self._device or "auto")
 
     @property
     def identity(self) -> dict[str, object]:
         """Models by their files' content, heads and rubric by their text."""
         return {
             **super().identity,
-            "encoder": self._encoder.identity,
+            "encoder": self.encoder.identity,
             "heads": digest(json.dumps(load_heads(), sort_keys=True).encode()),
             "parts": digest(SEPARATORS.pattern, WORDS, PARTS),
             "words": load_words()[2],
@@ -130,17 +135,17 @@ class DefaultRater(LogitRater):
     def rate(self, prompts: Sequence[str], vectors: Numbers | None = None) -> pa.Table:
         """`RATINGS` of ``prompts``; ``vectors`` are their MiniLM embeddings, if at hand."""
         if vectors is None:
-            vectors = self._encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
-        contents = content_vectors(prompts, vectors, self._encoder.embed)
+            vectors = self.encoder.embed(list(prompts)).astype(np.float16).astype(np.float32)
+        contents = content_vectors(prompts, vectors, self.encoder.embed)
         table = default_ratings(self._reader.read(prompts), vectors, contents)
         flags = add_word_flags(list(map(shortened, prompts)), table["flags"].to_pylist())
         place = table.schema.get_field_index("flags")
         return table.set_column(place, table.schema.field(place), pa.array(flags, pa.string()))
 
 
-def make_local(spec: Spec, *_: object) -> DefaultRater | LogitRater:
+def make_local(spec: Spec, *_: object, device: str | None) -> DefaultRater | LogitRater:
     """The rater ``local``, or ``local:MODEL``."""
-    return LogitRater(spec.model) if spec.model else DefaultRater()
+    return LogitRater(spec.model, device=device) if spec.model else DefaultRater(device=device)
 
 
 def default_ratings(reading: Reading, vectors: Numbers, contents: Numbers) -> pa.Table:
