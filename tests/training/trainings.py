@@ -11,10 +11,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from fifa.config import Train, changed
-from fifa.training.checkpoint import make_state
-from fifa.training.job import make_accelerator, make_holdout, make_job, make_reference, make_source
+from fifa.training.job import make_accelerator, make_job, make_loop
 from fifa.training.loop import Loop
-from fifa.training.samples import Samples
+from fifa.training.trackers import no_track
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -53,12 +52,7 @@ def assemble(train: Train, out: Path, step: int = 0) -> Loop:
     """A training's loop, ready to run, that writes nothing but states and statistics."""
     out.mkdir(parents=True, exist_ok=True)
     train = replace(train, checkpoint_every=0, sample_every=0)
-    job = make_job(train, out, make_accelerator(train))
-    source = make_source(job)
-    reference, holdout = make_reference(job, source), make_holdout(job, source)
-    state = make_state(train, job.backbone, job.accelerator)
-    samples = Samples(train, job.backbone, [], out, job.accelerator, job.plan.resolution)
-    return Loop(train, job.plan.steps, out, source, reference, state, samples, holdout)
+    return make_loop(make_job(train, out, make_accelerator(train)), out, no_track)
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:

@@ -44,7 +44,9 @@ from fifa.training.times import time_drawer
 
 LATENTS = 4096  # pixels of latents through a network at once on a processor: 512 pixels a side
 REFERENCE = 32 * LATENTS  # the same on CUDA where no gradients are kept
-AHEAD = 2  # batches that wait for a device; with all draws of a shard, FLUX.2's prompts take 2 GB
+# Micro-batches that wait for a device, of steps and of the reference's table: all draws of a shard
+# of the table would take 2 GB with FLUX.2's prompts.
+AHEAD = 2
 SHARD = 16  # pairs between two points where an interrupted computation of the reference goes on
 
 Scalars = npt.NDArray[np.float32]

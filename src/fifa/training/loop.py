@@ -30,7 +30,15 @@ from fifa.console import progress as progress_bar
 from fifa.data.prefetch import Prefetch
 from fifa.errors import FifaError
 from fifa.models.runtime import out_of_memory, peak_bytes, read_back, release_memory
-from fifa.training.batches import Batch, Reference, Source, micro_batches, predict, seed_of
+from fifa.training.batches import (
+    AHEAD,
+    Batch,
+    Reference,
+    Source,
+    micro_batches,
+    predict,
+    seed_of,
+)
 from fifa.training.checkpoint import BEST, CHECKPOINTS, Progress, TrainState, step_name
 from fifa.training.fit import find_fit
 from fifa.training.holdout import Holdout, verdict
@@ -41,7 +49,6 @@ from fifa.training.order import Stream
 from fifa.training.samples import Samples
 from fifa.training.trackers import Track, no_track
 
-AHEAD = 2  # micro-batches that wait for the device
 # Steps in a row that float16 may skip: its loss scale, 2^16 at first and halved by each, is then so
 # small that nothing overflows for its sake.
 SKIPS = 40
